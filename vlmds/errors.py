@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend, told apart from bugs."""
+
+
+class InputError(Exception):
+    """Bad input: a file, key or value that the user can mend.
+
+    The message is one line that names the file or key and the mend. Commands print it
+    without a traceback and exit with code 2.
+    """
+
+
+class SampleError(Exception):
+    """One sample cannot be read or decoded. The message is the reason, as the ledger records it."""
