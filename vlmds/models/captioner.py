@@ -1,0 +1,87 @@
+"""The captioner: visual tokens placed among text embeddings, through the language model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from vlmds.models.projectors import Projector
+
+VISUAL = -200
+"""Placeholder id in ``input_ids`` where a visual token goes; no tokenizer has negative ids."""
+IGNORE = -100
+"""Label of a position without loss."""
+
+
+class Captioner(nn.Module):
+    """Projector and language model: everything that the DeepSpeed engine holds.
+
+    Args:
+        projector: maps patch features to visual tokens.
+        llm: a causal language model, with or without a PEFT adapter.
+    """
+
+    def __init__(self, projector: Projector, llm: PreTrainedModel):
+        super().__init__()
+        self.projector = projector
+        self.llm = llm
+
+    def embed(self, features: Tensor, input_ids: Tensor) -> Tensor:
+        """Put the visual tokens where the placeholders are.
+
+        Args:
+            features: patch features [B, N, vision_dim].
+            input_ids: int64 [B, L], exactly ``projector.num_tokens`` of them VISUAL in each row.
+
+        Returns:
+            Embeddings [B, L, llm_dim].
+        """
+        visual = self.projector(features)  # [B, M, llm_dim]
+        text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # [B, L, llm_dim]
+        place = (input_ids == VISUAL).unsqueeze(-1)  # [B, L, 1]
+        return text.masked_scatter(place, visual.to(text.dtype))
+
+    def forward(self, features: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy over the supervised tokens, fp32 scalar.
+
+        Rows are right-padded and no attention mask is passed: under causal attention padding
+        cannot reach a real token, and SDPA keeps its causal fast path. Logits are computed only
+        where the next token has a label.
+
+        Args:
+            features: [B, N, vision_dim]; input_ids, labels: int64 [B, L], IGNORE = no loss.
+        """
+        embeds = self.embed(features, input_ids)  # [B, L, llm_dim]
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
+        supervised = targets != IGNORE  # [B, L] bool, K of them true
+        logits = self.llm(
+            inputs_embeds=embeds, use_cache=False, logits_to_keep=supervised
+        ).logits  # [K, vocabulary]
+        return F.cross_entropy(
+            logits.float().flatten(0, -2), targets[supervised], reduction="sum"
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, *,
+        eos_token_id: int, pad_token_id: int, max_new_tokens: int, num_beams: int = 1,
+    ) -> Tensor:
+        """Greedy or beam search with a KV cache.
+
+        Args:
+            features: [B, N, vision_dim].
+            input_ids, attention_mask: int64 [B, L], left-padded.
+
+        Returns:
+            New token ids, int64 [B, at most max_new_tokens], padded with ``pad_token_id``.
+        """
+        config = GenerationConfig(
+            do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, use_cache=True,
+        )
+        return self.llm.generate(
+            inputs_embeds=self.embed(features, input_ids), attention_mask=attention_mask,
+            generation_config=config,
+        )

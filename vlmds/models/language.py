@@ -1,0 +1,102 @@
+"""The language model: Qwen3 in NF4 or plain precision, and its LoRA or DoRA adapter."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vlmds.config import LanguageConfig, PeftSection
+from vlmds.errors import InputError
+from vlmds.models.pretrained import load_config, loading
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or local folder.
+
+    Raises:
+        InputError: none there, or one without a chat template.
+    """
+    with loading("llm.model", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if not tokenizer.chat_template:
+        raise InputError(f"llm.model: the tokenizer of {name} has no chat template")
+    return tokenizer
+
+
+def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrainedModel:
+    """Load the LLM frozen onto ``device``, quantised to NF4 when ``llm.load_in_4bit``.
+
+    Raises:
+        InputError: missing or damaged folder, or shapes that do not fit its config.json.
+    """
+    config = load_config(llm.model, "llm.model")
+    dtype = getattr(torch, llm.dtype)
+    quantisation = None
+    if llm.load_in_4bit:
+        # bnb_4bit_quant_storage stays uint8: the engine's cast to bf16 would corrupt a float one.
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    with loading("llm.model", llm.model):
+        model = AutoModelForCausalLM.from_pretrained(
+            llm.model, config=config, dtype=dtype, quantization_config=quantisation,
+            device_map={"": device}, attn_implementation="sdpa",
+        )
+    model.requires_grad_(False)
+    if llm.load_in_4bit:
+        _keep_4bit_weights_packed(model)
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise :class:`InputError` when the tokenizer can emit ids that the model has no row for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"llm.model: {name}: the tokenizer has {len(tokenizer)} tokens, "
+            f"but the model's embedding has {rows} rows"
+        )
+
+
+def lora_config(peft: PeftSection) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=peft.r,
+        lora_alpha=peft.alpha,
+        lora_dropout=peft.dropout,
+        target_modules=list(peft.target_modules),
+        use_dora=peft.type == "dora",
+        bias="none",
+    )
+
+
+def add_adapter(model: PreTrainedModel, peft: PeftSection) -> PeftModel:
+    """Wrap the LLM with a fresh LoRA or DoRA adapter, which is its only trainable part.
+
+    Raises:
+        InputError: ``peft.target_modules`` names no module of this model.
+    """
+    try:
+        return get_peft_model(model, lora_config(peft), autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise InputError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
+
+
+def _keep_4bit_weights_packed(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks a weight in the first eval forward, after which
+    training gives no gradient. Switch that off, layer by layer."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

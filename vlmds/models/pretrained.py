@@ -1,0 +1,58 @@
+"""Loading pretrained parts by hub name or local folder, with errors a user can act on."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Config
+
+from vlmds.errors import InputError
+
+# The shapes of the two models that the packaged experiments name, as published in their
+# config.json. `vlmds plan` and the full-size tests use them where the hub cannot be reached.
+PUBLISHED_SHAPES: dict[str, PretrainedConfig] = {
+    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        image_size=336, patch_size=14, projection_dim=768,
+    ),
+    "Qwen/Qwen3-8B": Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=40960, tie_word_embeddings=False, rope_theta=1000000.0,
+    ),
+}
+
+
+@contextlib.contextmanager
+def loading(key: str, name: str):
+    """Turn the many ways in which ``from_pretrained`` fails into one :class:`InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{key}: cannot load {name}: {reason[:300]}") from error
+
+
+def load_config(name: str, key: str) -> PretrainedConfig:
+    """The model configuration of a hub name or local folder; no weights are read.
+
+    Raises:
+        InputError: nothing loadable there; names ``key``, the experiment's key for it.
+    """
+    if looks_local(name) and not (Path(name) / "config.json").is_file():
+        raise InputError(f"{key}: {name} is not a model folder (no config.json in it)")
+    with loading(key, name):
+        return AutoConfig.from_pretrained(name)
+
+
+def published_or_loaded_config(name: str, key: str) -> PretrainedConfig:
+    """As :func:`load_config`, but never asks the network for a model whose shape is known here."""
+    return PUBLISHED_SHAPES.get(name) or load_config(name, key)
+
+
+def looks_local(name: str) -> bool:
+    """Whether ``name`` is a path: it exists, or it cannot be a hub id (``owner/name``)."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1

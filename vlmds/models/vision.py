@@ -1,0 +1,106 @@
+"""The frozen vision tower: CLIP patch features for every frame."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlmds.config import VisionConfig
+from vlmds.errors import InputError
+from vlmds.models.pretrained import load_config, loading
+
+
+class VisionTower(nn.Module):
+    """Frozen CLIP. It stays outside the DeepSpeed engine: nothing in it is trained or partitioned.
+
+    Args:
+        clip: a ``CLIPVisionModel``.
+        mean, std: per-channel normalisation, of images in [0, 1].
+        feature_layer: -1 for the last layer's patch tokens (before CLIP's final LayerNorm, which
+            only ever sees the class token), -2 for the layer below.
+        frames_per_call: most frames in one forward pass.
+    """
+
+    def __init__(self, clip: CLIPVisionModel, mean, std, feature_layer=-1, frames_per_call=64):
+        super().__init__()
+        self.clip = clip.eval().requires_grad_(False)
+        self.feature_layer = feature_layer
+        self.frames_per_call = frames_per_call
+        device = clip.device
+        self.register_buffer("mean", torch.tensor(mean, device=device).view(3, 1, 1), False)
+        self.register_buffer("std", torch.tensor(std, device=device).view(3, 1, 1), False)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.clip.config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        return self.clip.config.image_size
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens per frame."""
+        return patches_per_frame(self.clip.config)
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # frozen: no caller can switch it to training mode
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor) -> Tensor:
+        """uint8 frames [B, F, 3, S, S] -> patch features [B, F*P, hidden_size], frame by frame."""
+        batch, num_frames = frames.shape[:2]
+        features = [self._encode(chunk) for chunk in frames.flatten(0, 1).split(self.frames_per_call)]
+        return torch.cat(features).reshape(batch, num_frames * self.patches, self.hidden_size)
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        """uint8 [N, 3, S, S] -> [N, P, hidden_size]."""
+        pixels = (frames.float() / 255 - self.mean) / self.std
+        pixels = pixels.to(self.clip.dtype)
+        if self.feature_layer == -1:
+            hidden = self.clip(pixels).last_hidden_state
+        else:
+            hidden = self.clip(pixels, output_hidden_states=True).hidden_states[self.feature_layer]
+        return hidden[:, 1:]  # drop the class token
+
+
+def patches_per_frame(config: CLIPVisionConfig) -> int:
+    return (config.image_size // config.patch_size) ** 2
+
+
+def load_vision_config(name: str) -> CLIPVisionConfig:
+    """The vision half of a CLIP configuration, by hub name or local folder.
+
+    Raises:
+        InputError: the folder is missing or does not hold a CLIP model.
+    """
+    config = load_config(name, "vision.model")
+    config = getattr(config, "vision_config", config)
+    if not isinstance(config, CLIPVisionConfig):
+        raise InputError(f"vision.model: {name} holds a {config.model_type} model, not CLIP")
+    return config
+
+
+def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device) -> VisionTower:
+    """Load the frozen tower by hub name or local folder.
+
+    Raises:
+        InputError: missing or damaged folder, not CLIP, or an image processor whose size differs
+            from the model's.
+    """
+    config = load_vision_config(vision.model)
+    with loading("vision.model", vision.model):
+        clip = CLIPVisionModel.from_pretrained(vision.model, config=config, dtype=dtype)
+        processor = CLIPImageProcessorPil.from_pretrained(vision.model)
+    size = processor.crop_size["height"]
+    if size != config.image_size:
+        raise InputError(
+            f"vision.model: {vision.model}: preprocessor_config.json crops to {size} pixels, "
+            f"but the model takes {config.image_size}"
+        )
+    return VisionTower(
+        clip.to(device), processor.image_mean, processor.image_std, vision.feature_layer,
+        vision.frames_per_call,
+    )
