@@ -1,0 +1,264 @@
+"""Decode videos in child processes that may hang or crash without harm to the caller.
+
+Neither FFmpeg nor decord can be interrupted from Python, so each child asks the kernel for SIGALRM
+before it starts on a video. Its default action ends the process whatever it is doing, even when
+the parent is gone.
+"""
+
+import io
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from vlmds.errors import SampleError
+
+LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
+MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
+
+
+@dataclass(frozen=True)
+class Request:
+    """A video to prepare; see `vlmds.data.pack.pack` for the options."""
+
+    video: str
+    start: float | None
+    end: float | None
+    store: str
+    num_frames: int
+    image_size: int
+    quality: int
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Either a reason for rejection, or facts about the video and its members {extension: bytes}."""
+
+    reason: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(member) for member in self.members.values())
+
+
+def prepare(request: Request) -> Reply:
+    """Probe the video and make its members. Raises SampleError."""
+    from vlmds.data import video
+
+    span = (request.num_frames, request.start, request.end)
+    data = _read(request.video)
+    info = video.probe(data)
+    picks = video.pick(info, *span)
+    facts = {name: getattr(info, name) for name in (
+        "frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")}
+    if request.store == "video":
+        if request.verify:
+            facts["decoder"] = _verified_decoder(data, info, span)
+        return Reply(None, facts, {_extension(request.video, info.container): data})
+
+    # PyAV, for it reports damage that decord passes over.
+    frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
+    images = video.resize_frames(frames, request.image_size)
+    facts["timestamps"] = [round(float(t), 6) for t in info.pts[picks]]
+    return Reply(None, facts, {
+        f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
+
+
+def _verified_decoder(data: bytes, info, span: tuple) -> str:
+    """Decode the sampled frames, and keep decord only if it gives the same ones as PyAV."""
+    from vlmds.data import video
+
+    frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
+    if info.decoder == "pyav":
+        return "pyav"
+    try:
+        same = np.array_equal(frames, video.decode_frames(data, info, *span))
+    except SampleError:
+        same = False
+    return "decord" if same else "pyav"
+
+
+def _read(path: str) -> bytes:
+    """The bytes of a local file or URL."""
+    try:
+        if "://" in path:
+            import fsspec
+
+            with fsspec.open(path, "rb") as file:
+                data = file.read()
+        elif Path(path).is_dir():
+            raise SampleError("file cannot be read: it is a folder")
+        elif Path(path).stat().st_size >= MAX_BYTES:
+            raise SampleError("file too large: 8 GiB is the limit of a tar member")
+        else:
+            data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise SampleError("file not found") from None
+    except (OSError, ImportError, ValueError) as error:
+        # ImportError and ValueError: a protocol that fsspec has no driver for, or does not know.
+        raise SampleError(f"file cannot be read: {getattr(error, 'strerror', None) or error}")
+    if not data:
+        raise SampleError("file is empty")
+    return data
+
+
+def _extension(path: str, container: str) -> str:
+    extension = PurePosixPath(path.split("?")[0]).suffix[1:].lower()
+    if extension.isascii() and extension.isalnum() and len(extension) <= 8 and extension != "json":
+        return extension
+    return {"matroska,webm": "mkv", "avi": "avi", "mpegts": "ts"}.get(container, "mp4")
+
+
+def _jpeg(image: np.ndarray, quality: int) -> bytes:
+    """uint8 [3, size, size] as a JPEG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(
+        buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+class DecodePool:
+    """`lanes` child processes, each busy with one video at a time. Use as a context manager."""
+
+    def __init__(self, lanes: int, deadline: float):
+        self._deadline = deadline
+        self._idle: list[_Child] = []
+        self._busy: dict[Connection, tuple[_Child, int]] = {}
+        self._vacant = lanes  # children that may yet be started
+
+    def map(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """Replies in the order of the requests. A child's death is a Reply with a reason."""
+        waiting = enumerate(requests)
+        done: dict[int, Reply] = {}
+        exhausted = False
+        position = 0
+        while True:
+            while (not exhausted and (self._idle or self._vacant)
+                    and sum(reply.bytes for reply in done.values()) < LOOK_AHEAD):
+                index, request = next(waiting, (None, None))
+                if request is None:
+                    exhausted = True
+                else:
+                    self._start(index, request)
+            if position in done:
+                yield done.pop(position)
+                position += 1
+            elif self._busy:
+                for connection in wait(list(self._busy)):
+                    child, index = self._busy.pop(connection)
+                    done[index] = self._finish(child)
+            else:
+                return
+
+    def _start(self, index: int, request: Request) -> None:
+        if self._idle:
+            child = self._idle.pop()
+        else:
+            child = _Child(self._deadline)
+            self._vacant -= 1
+        self._busy[child.connection] = child, index
+        child.send(request)
+
+    def _finish(self, child: "_Child") -> Reply:
+        try:
+            reply = child.receive()
+        except (EOFError, OSError):
+            self._vacant += 1
+            code = child.kill()
+            if not child.ready:
+                raise RuntimeError(f"the decoding process did not start (exit code {code})")
+            if code == -signal.SIGALRM:
+                return Reply(f"decoder hung: stopped after {self._deadline:g} s")
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            return Reply(f"decoder crashed: {how}")
+        self._idle.append(child)
+        return reply
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for child in [*self._idle, *(child for child, _ in self._busy.values())]:
+            child.kill()
+
+
+class _Child:
+    """The parent's end of one child process."""
+
+    def __init__(self, deadline: float):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), str(deadline)],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+        self.connection = Connection(ours.detach())
+        self.ready = False
+
+    def send(self, request: Request) -> None:
+        try:
+            self.connection.send(request)
+        except OSError:
+            pass  # it died meanwhile; receive() tells
+
+    def receive(self) -> Reply:
+        """Raises EOFError or OSError if the child is dead."""
+        if not self.ready:
+            self.connection.recv_bytes()
+            self.ready = True
+        reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
+        return Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
+
+    def kill(self) -> int:
+        """End the process, if it has not ended, and return its exit code."""
+        self.connection.close()
+        # A dying process closes its socket a moment before it can be reaped.
+        try:
+            return self._process.wait(timeout=1.0 if self.ready else 0.1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def main(descriptor: int, deadline: float) -> None:
+    """The child: answer requests until the parent closes the connection."""
+    import av.logging
+
+    from vlmds.data import video  # noqa: F401  (import before the first deadline starts)
+
+    av.logging.set_level(av.logging.PANIC)  # what matters becomes a reason
+    os.environ.setdefault("DECORD_LOG_LEVEL", "quiet")
+    connection = Connection(descriptor)
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, deadline)
+        try:
+            reply = prepare(request)
+        except SampleError as error:
+            reply = Reply(str(error))
+        signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may take its time to receive
+        connection.send_bytes(pickle.dumps((reply.reason, reply.facts, list(reply.members))))
+        for member in reply.members.values():
+            connection.send_bytes(member)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))
