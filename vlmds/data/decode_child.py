@@ -6,7 +6,6 @@ the parent is gone.
 """
 
 import io
-import os
 import pickle
 import signal
 import socket
@@ -18,8 +17,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import av.logging
 import numpy as np
+from PIL import Image
 
+from vlmds.data import video
 from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
@@ -55,8 +57,6 @@ class Reply:
 
 def prepare(request: Request) -> Reply:
     """Probe the video and make its members. Raises SampleError."""
-    from vlmds.data import video
-
     span = (request.num_frames, request.start, request.end)
     data = _read(request.video)
     info = video.probe(data)
@@ -76,10 +76,8 @@ def prepare(request: Request) -> Reply:
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
 
 
-def _verified_decoder(data: bytes, info, span: tuple) -> str:
+def _verified_decoder(data: bytes, info: video.VideoInfo, span: tuple) -> str:
     """Decode the sampled frames, and keep decord only if it gives the same ones as PyAV."""
-    from vlmds.data import video
-
     frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
     if info.decoder == "pyav":
         return "pyav"
@@ -123,8 +121,6 @@ def _extension(path: str, container: str) -> str:
 
 def _jpeg(image: np.ndarray, quality: int) -> bytes:
     """uint8 [3, size, size] as a JPEG."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(
         buffer, "JPEG", quality=quality)
@@ -144,23 +140,26 @@ class DecodePool:
         """Replies in the order of the requests. A child's death is a Reply with a reason."""
         waiting = enumerate(requests)
         done: dict[int, Reply] = {}
+        held = 0  # bytes in done
         exhausted = False
         position = 0
         while True:
-            while (not exhausted and (self._idle or self._vacant)
-                    and sum(reply.bytes for reply in done.values()) < LOOK_AHEAD):
+            while not exhausted and (self._idle or self._vacant) and held < LOOK_AHEAD:
                 index, request = next(waiting, (None, None))
                 if request is None:
                     exhausted = True
                 else:
                     self._start(index, request)
             if position in done:
-                yield done.pop(position)
+                reply = done.pop(position)
+                held -= reply.bytes
                 position += 1
+                yield reply
             elif self._busy:
                 for connection in wait(list(self._busy)):
                     child, index = self._busy.pop(connection)
                     done[index] = self._finish(child)
+                    held += done[index].bytes
             else:
                 return
 
@@ -178,7 +177,7 @@ class DecodePool:
             reply = child.receive()
         except (EOFError, OSError):
             self._vacant += 1
-            code = child.kill()
+            code = child.reap()
             if not child.ready:
                 raise RuntimeError(f"the decoding process did not start (exit code {code})")
             if code == -signal.SIGALRM:
@@ -223,25 +222,28 @@ class _Child:
         reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
         return Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
 
-    def kill(self) -> int:
-        """End the process, if it has not ended, and return its exit code."""
-        self.connection.close()
-        # A dying process closes its socket a moment before it can be reaped.
+    def reap(self) -> int:
+        """The exit code of a child that closed its end of the connection."""
         try:
-            return self._process.wait(timeout=1.0 if self.ready else 0.1)
+            self._process.wait(timeout=5.0)  # the socket closes a moment before the process ends
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+            pass
+        return self.kill()
+
+    def kill(self) -> int:
+        """End the process, unless it has ended, and return its exit code."""
+        self.connection.close()
+        self._process.kill()
+        return self._process.wait()
 
 
 def main(descriptor: int, deadline: float) -> None:
     """The child: answer requests until the parent closes the connection."""
-    import av.logging
-
-    from vlmds.data import video  # noqa: F401  (import before the first deadline starts)
+    import decord  # before the first deadline starts
 
     av.logging.set_level(av.logging.PANIC)  # what matters becomes a reason
-    os.environ.setdefault("DECORD_LOG_LEVEL", "quiet")
+    decord.logging.set_level(decord.logging.QUIET)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have ignored it
     connection = Connection(descriptor)
     connection.send_bytes(b"ready")
     while True:

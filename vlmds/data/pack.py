@@ -13,32 +13,22 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool, Reply, Request
+from vlmds.data.index import FORMAT, SCHEMA, VERSION, sha256_of
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
+from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
 
-FORMAT, VERSION = "vlmds", 1
-SAMPLER, RESIZER = "centre-of-equal-spans", "pil-bicubic-shortest-edge-centre-crop"
 STORES = ("video", "frames")
-
-INDEX_SCHEMA = pa.schema([
-    ("split", pa.string()), ("shard", pa.int32()), ("key", pa.string()),
-    ("members", pa.list_(pa.struct([
-        ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64()),
-        ("crc32", pa.uint32())]))),
-    ("num_captions", pa.int32()), ("frames", pa.int32()), ("duration", pa.float64()),
-    ("fps", pa.float64()), ("width", pa.int32()), ("height", pa.int32()), ("codec", pa.string()),
-    ("rotation", pa.int16()), ("decoder", pa.string()), ("start", pa.float64()),
-    ("end", pa.float64()), ("status", pa.string()),
-])
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ def pack(
     todo = _unfinished(out, shards)
 
     rows = sum(len(shard.rows) for shard in todo)
-    lanes = min(workers or os.cpu_count() or 1, max(rows, 1))
+    lanes = min(workers or len(os.sched_getaffinity(0)), max(rows, 1))
     requests = (_request(row, options) for shard in todo for row in shard.rows)
     with (
         DecodePool(lanes, deadline) as pool,
@@ -158,8 +148,11 @@ def _hash(rows: list[ManifestRow], options: PackOptions) -> str:
     described = [asdict(row) for row in rows]
     for row in described:
         del row["video"]  # depends on where this machine mounts the manifest
+    effective = asdict(options)
+    for name in ("image_size", "quality") if options.store == "video" else ("verify",):
+        del effective[name]
     return hashlib.sha256(_json({
-        "version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "options": asdict(options),
+        "version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "options": effective,
         "rows": described})).hexdigest()
 
 
@@ -213,7 +206,7 @@ def _write_shard(out: Path, shard: _Shard, replies: Iterator[Reply]) -> None:
     """Write the shard's tar, unless it has no sample, and then its marker."""
     rejects, index_rows = [], []
     tar = out / f"{shard.name}.tar"
-    with _Replacing(tar) as file:
+    with _replacing(tar) as file:
         writer = _TarWriter(file)
         for row in shard.rows:
             reply = next(replies)
@@ -223,8 +216,8 @@ def _write_shard(out: Path, shard: _Shard, replies: Iterator[Reply]) -> None:
                 rejects.append(asdict(Reject(
                     row.row, row.id, row.source, reply.reason, shard.split, shard.number)))
         writer.close()
-        if not index_rows:
-            file.discard()
+    if not index_rows:
+        tar.unlink()
     marker = {
         "count": len(index_rows), "bytes": writer.offset if index_rows else 0,
         "sha256": writer.sha256.hexdigest() if index_rows else None,
@@ -253,7 +246,7 @@ def _write_sample(
 class _TarWriter:
     """Writes a ustar archive whose bytes depend on names and contents alone."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self._file = file
         self.offset = 0
         self.sha256 = hashlib.sha256()
@@ -320,14 +313,14 @@ def _finish(
 
 def _write_index(path: Path, shards: list[list[dict[str, Any]]]) -> str:
     """Write one row group per shard and return the file's sha256."""
-    with _Replacing(path) as file:
-        # Nothing searches by value, and statistics would triple a footer that is read at start.
-        with pq.ParquetWriter(file, INDEX_SCHEMA, compression="zstd",
-                              write_statistics=False) as writer:
-            for rows in shards:
-                writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), len(rows))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    # Nothing searches by value, and statistics would swell a footer that every start reads.
+    with (
+        _replacing(path) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False) as writer,
+    ):
+        for rows in shards:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA), len(rows))
+    return sha256_of(path)
 
 
 def _json(value: Any) -> bytes:
@@ -336,45 +329,26 @@ def _json(value: Any) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with _Replacing(path) as file:
+    with _replacing(path) as file:
         file.write(data)
 
 
-class _Replacing:
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name whole and on disk, or (after an error) not at all."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._keep = True
-
-    def __enter__(self) -> "_Replacing":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary.open("wb")
-        self.write, self.flush, self.tell = self._file.write, self._file.flush, self._file.tell
-        return self
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
-
-    def close(self) -> None:
-        self._file.close()
-
-    def discard(self) -> None:
-        """Leave no file."""
-        self._keep = False
-
-    def __exit__(self, error, *_) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if error or not self._keep:
-            self._temporary.unlink()
-            return
-        self._temporary.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
