@@ -1,0 +1,43 @@
+"""The engine on real ranks (gloo, CPU): world size must not show in losses or gradients."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+pytestmark = pytest.mark.distributed
+
+
+def run(tmp_path, ranks, *overrides):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    output = tmp_path / f"{ranks}-{'-'.join(overrides) or 'plain'}.json".replace("/", "_")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+               "--master_port", str(port), str(WORKER), str(output), *overrides]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, timeout=420, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_two_ranks_equal_one(tmp_path, adapter):
+    """2 ranks x 2 micro-batches of 2 equal 1 rank x 2 micro-batches of 4: the loss is normalised by
+    the tokens of the whole global batch, whatever the split."""
+    one = run(tmp_path, 1, "training.micro_batch=4", f"peft.type={adapter}")
+    two = run(tmp_path, 2, "training.micro_batch=2", f"peft.type={adapter}")
+    for (stage, loss, norm), (_, loss2, norm2) in zip(one["steps"], two["steps"], strict=True):
+        assert loss2 == pytest.approx(loss, rel=1e-5), stage
+        assert norm2 == pytest.approx(norm, rel=1e-4), stage
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-3, abs=1e-4)
+    for stage in ("align", "finetune"):
+        losses = [loss for name, loss, _ in one["steps"] if name == stage]
+        assert losses[-1] < losses[0]
+    # No engine or optimizer of stage 1 survives into stage 2, nor any past the end.
+    assert one["leaks"] == two["leaks"] == [False, False]

@@ -1,0 +1,176 @@
+"""The DeepSpeed engine: start the ranks, build it, step it, take it down without a trace."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from vlmds.config import Experiment, StageConfig
+from vlmds.errors import InputError
+
+
+def init_distributed(timeout_minutes: float) -> torch.device:
+    """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
+    and return this rank's device, which is set before any weight is loaded."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="gloo" if accelerator.device_name() == "cpu" else "nccl",
+            timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False,
+        )
+    return torch.device(accelerator.device_name(local_rank))
+
+
+def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:
+    """Micro-batches per optimizer step and rank. ``global_batch`` is the run's recorded one.
+
+    Raises:
+        InputError: the global batch cannot be cut into equal micro-batches.
+    """
+    training = experiment.training
+    wanted = global_batch or training.global_batch
+    if wanted is None:
+        return training.gradient_accumulation
+    per_pass = training.micro_batch * world_size
+    if wanted % per_pass:
+        raise InputError(
+            f"training.global_batch: {wanted} is not a multiple of micro_batch "
+            f"{training.micro_batch} x {world_size} ranks; choose another training.micro_batch"
+        )
+    return wanted // per_pass
+
+
+def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
+    """Read a DeepSpeed JSON and fill in what the experiment sets.
+
+    Args:
+        path: the JSON file.
+        values: dotted key -> the experiment's value. The file may say ``"auto"``, the same value,
+            or leave the key out.
+
+    Raises:
+        InputError: unreadable file, or another value than the experiment's (both are named).
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"--ds-config {path}: {error}") from None
+    for dotted, value in values.items():
+        *parents, leaf = dotted.split(".")
+        node = config
+        for part in parents:
+            node = node.setdefault(part, {})
+        if node.get(leaf, "auto") not in ("auto", value):
+            raise InputError(
+                f"{path.name}: {dotted} is {node[leaf]!r}, but the experiment needs {value!r}; "
+                'write "auto" there or change the experiment'
+            )
+        node[leaf] = value
+    return config
+
+
+def build_engine(
+    model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path,
+    accumulation: int,
+):
+    """A ZeRO-2 engine around ``model``, whose trainable parameters are those with
+    ``requires_grad``: one named group each for the projector and the adapter, in that order.
+
+    Raises:
+        InputError: the DeepSpeed JSON contradicts the experiment, or nothing is trainable.
+    """
+    training = experiment.training
+    groups = []
+    for name, module in (("projector", model.projector), ("peft", model.llm)):
+        params = [p for p in module.parameters() if p.requires_grad]
+        if params:
+            groups.append({"params": params, "name": name})
+    if not groups:
+        raise InputError(f"stages: {stage.name}: nothing is trainable")
+    trainable = sum(p.numel() for group in groups for p in group["params"])
+    config = resolve_ds_config(ds_config, {
+        "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16.enabled": experiment.llm.dtype == "bfloat16",
+        "zero_optimization.stage": 2,
+    })
+    zero = config["zero_optimization"]
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
+            zero[bucket] = trainable
+    config.setdefault("steps_per_print", 10**9)  # our own monitor prints
+    optimizer = torch.optim.AdamW(
+        groups, lr=stage.lr, betas=tuple(training.betas), weight_decay=training.weight_decay,
+        fused=get_accelerator().device_name() == "cuda" or None,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def learning_rate(step: int, total: int, stage: StageConfig) -> float:
+    """Linear warm-up, then a cosine to ``min_lr_ratio``: the rate of optimizer step ``step``
+    (from 0) of ``total``. A pure function, so a resumed run needs no scheduler state."""
+    warmup = round(stage.warmup_ratio * total)
+    if step < warmup:
+        return stage.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * cosine)
+
+
+def set_learning_rate(engine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def seed_micro_batch(seed: int, stage: int, step: int, micro: int, rank: int) -> None:
+    """Seed dropout as a function of where we are, so that a resumed run needs no saved RNG."""
+    generator = torch.Generator().manual_seed(
+        hash((seed, stage, step, micro, rank)) % 2**63  # hash of ints is the same in any process
+    )
+    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+
+def release(engine) -> None:
+    """Destroy the engine and everything that it hung onto the model.
+
+    ``destroy()`` leaves forward hooks, gradient hooks and buffers behind, and with them the whole
+    engine and its optimizer states. The caller must drop its own reference too.
+    """
+    module = engine.module
+    engine.destroy()
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks,
+                      part._backward_pre_hooks):
+            hooks.clear()
+    for param in module.parameters():
+        param.grad = None
+        for name in ("_hp_mapping", "_hp_grad", "_zero_optimizer", "get_full_hp_param",
+                     "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad",
+                     "load_hp_checkpoint_state", "_dp_group", "_index_in_param_group"):
+            if hasattr(param, name):
+                delattr(param, name)
+    gc.collect()
+    get_accelerator().empty_cache()
