@@ -44,14 +44,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """Either a reason for rejection, or facts about the video and its members {extension: bytes}."""
+    """A reason for rejection, or facts about the video and its members {extension: bytes}."""
 
     reason: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     members: dict[str, bytes] = field(default_factory=dict)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         return sum(len(member) for member in self.members.values())
 
 
@@ -61,8 +61,10 @@ def prepare(request: Request) -> Reply:
     data = _read(request.video)
     info = video.probe(data)
     picks = video.pick(info, *span)
-    facts = {name: getattr(info, name) for name in (
-        "frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")}
+    facts = {
+        "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
+        "width": info.width, "height": info.height, "codec": info.codec,
+        "rotation": info.rotation, "decoder": info.decoder}
     if request.store == "video":
         if request.verify:
             facts["decoder"] = _verified_decoder(data, info, span)
@@ -71,6 +73,7 @@ def prepare(request: Request) -> Reply:
     # PyAV, for it reports damage that decord passes over.
     frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
     images = video.resize_frames(frames, request.image_size)
+    facts["decoder"] = "pyav"
     facts["timestamps"] = [round(float(t), 6) for t in info.pts[picks]]
     return Reply(None, facts, {
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
@@ -91,25 +94,36 @@ def _verified_decoder(data: bytes, info: video.VideoInfo, span: tuple) -> str:
 def _read(path: str) -> bytes:
     """The bytes of a local file or URL."""
     try:
-        if "://" in path:
-            import fsspec
-
-            with fsspec.open(path, "rb") as file:
-                data = file.read()
-        elif Path(path).is_dir():
-            raise SampleError("file cannot be read: it is a folder")
-        elif Path(path).stat().st_size >= MAX_BYTES:
-            raise SampleError("file too large: 8 GiB is the limit of a tar member")
-        else:
-            data = Path(path).read_bytes()
+        data = _read_url(path) if "://" in path else _read_local(Path(path))
     except FileNotFoundError:
         raise SampleError("file not found") from None
-    except (OSError, ImportError, ValueError) as error:
-        # ImportError and ValueError: a protocol that fsspec has no driver for, or does not know.
-        raise SampleError(f"file cannot be read: {getattr(error, 'strerror', None) or error}")
     if not data:
         raise SampleError("file is empty")
+    if len(data) >= MAX_BYTES:
+        raise SampleError("file too large: 8 GiB is the limit of a tar member")
     return data
+
+
+def _read_local(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SampleError(f"file cannot be read: {error.strerror}") from error
+
+
+def _read_url(url: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each protocol's driver has its own
+        raise SampleError(f"file cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _extension(path: str, container: str) -> str:
@@ -152,14 +166,14 @@ class DecodePool:
                     self._start(index, request)
             if position in done:
                 reply = done.pop(position)
-                held -= reply.bytes
+                held -= reply.size
                 position += 1
                 yield reply
             elif self._busy:
                 for connection in wait(list(self._busy)):
                     child, index = self._busy.pop(connection)
                     done[index] = self._finish(child)
-                    held += done[index].bytes
+                    held += done[index].size
             else:
                 return
 

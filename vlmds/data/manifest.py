@@ -235,7 +235,7 @@ def _text(record: dict[str, Any], column: str) -> str | None:
 
 def _captions(value: Any) -> list[str]:
     """Captions from a string, a list, or (all that a CSV cell can hold) a list as JSON."""
-    if _is_missing(value):
+    if _is_missing(value) and value != "":
         raise _BadRow("no caption")
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:

@@ -8,6 +8,8 @@ video, open GOPs and intra refresh.
 import io
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -82,11 +84,11 @@ def probe(source: Source) -> VideoInfo:
         packets, only_idr = _read_packets(container, stream)
     with _reading("cannot be decoded"), _open(source) as container:
         stream = _video_stream(container)
-        first = next(_decode(container, stream), None)
+        first = next(container.decode(stream), None)
         if first is None:
             raise SampleError("no frames")
         codec = stream.codec_context.codec.canonical_name
-        first_time = _time(first, stream.time_base)
+        first_time = _seconds(first.pts, stream.time_base)
 
     hidden = sum(p.hidden for p in packets)
     times = _packet_times(packets)
@@ -188,18 +190,13 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-class _reading:
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
     """Turns FFmpeg's and the system's errors into a SampleError without the file's path."""
-
-    def __init__(self, what: str):
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (av.FFmpegError, OSError)):
-            raise SampleError(f"{self._what}: {error.strerror}") from error
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise SampleError(f"{what}: {error.strerror}") from error
 
 
 def _open(source: Source) -> av.container.InputContainer:
@@ -212,15 +209,13 @@ def _video_stream(container: av.container.InputContainer) -> av.video.stream.Vid
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise SampleError("no video stream")
+    stream.thread_type = "NONE"
+    stream.codec_context.options = {"err_detect": "explode"}  # an error for damage, not a guess
     return stream
 
 
 def _seconds(pts: int | None, time_base: Fraction) -> float | None:
     return None if pts is None else pts * time_base.numerator / time_base.denominator
-
-
-def _time(frame: av.VideoFrame, time_base: Fraction) -> float | None:
-    return _seconds(frame.pts, time_base)
 
 
 def _read_packets(container, stream) -> tuple[list[_Packet], bool]:
@@ -293,17 +288,10 @@ def _decoded_times(source: Source, rate: float) -> np.ndarray:
     """Display times found by decoding everything: sorted float64 [frames]."""
     with _reading("cannot be decoded"), _open(source) as container:
         stream = _video_stream(container)
-        times = [_time(frame, stream.time_base) for frame in _decode(container, stream)]
+        times = [_seconds(frame.pts, stream.time_base) for frame in container.decode(stream)]
     if None in times or len(set(times)) < len(times):  # a raw stream: only the rate is known
         return np.arange(len(times)) / rate
     return np.sort(np.array(times, np.float64))
-
-
-def _decode(container, stream):
-    """Frames in display order, on one thread, with an error for damage instead of a guess."""
-    stream.thread_type = "NONE"
-    stream.codec_context.options = {"err_detect": "explode"}
-    return container.decode(stream)
 
 
 def _decode_pyav(
@@ -313,7 +301,7 @@ def _decode_pyav(
     found = {}
     with _open(source) as container:
         stream = _video_stream(container)
-        frames = _decode(container, stream)
+        frames = container.decode(stream)
         position = -1  # index of the last frame decoded
         for target in wanted:
             before = np.searchsorted(info.keyframes, info.pts[target], side="right") - 1
@@ -332,7 +320,9 @@ def _decode_pyav(
 
 def _index(info: VideoInfo, frame: av.VideoFrame, time_base: Fraction) -> int:
     """Which frame of `info.pts` this is; -1 if none."""
-    time = _time(frame, time_base) - info.start_time
+    if frame.pts is None:
+        return -1
+    time = _seconds(frame.pts, time_base) - info.start_time
     index = int(np.searchsorted(info.pts, time - 1e-6))
     return index if index < len(info.pts) and info.pts[index] <= time + 1e-6 else -1
 

@@ -75,7 +75,9 @@ def all_sentences() -> list[str]:
     return texts
 
 
-def observe(attributes: Attributes, per_frame: int, rng: np.random.Generator) -> list[Bag]:
+def observe(
+    attributes: Attributes, per_frame: int, ease: float, rng: np.random.Generator
+) -> list[Bag]:
     """Observations of an imagined clip: FRAMES × `per_frame` bags of words.
 
     The forms vary as a projector's output may: in order of time or shuffled with the time named;

@@ -226,20 +226,25 @@ def draw_frames(count: int, image_size: int, seed: int) -> Frames:
 
 
 class PatchHead(nn.Module):
-    """Reads colour, shape and the shape's place from one patch token; training only."""
+    """Reads from every patch token the frame's colour, shape and place, and whether the shape
+    lies on this patch; training only."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.sizes = (len(clips.COLOURS) + 1, len(clips.SHAPES) + 1, 2)  # last class: nothing here
+        self.sizes = (len(clips.COLOURS), len(clips.SHAPES), 2, 1)
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def loss(self, patches: torch.Tensor, frames: Frames, rows: torch.Tensor) -> torch.Tensor:
         """patches [B, g·g, width], exactly what a projector will get; rows int64 [B]."""
-        colour, shape, centre = self.linear(patches).split(self.sizes, dim=-1)
-        covered = frames.covered[rows]
-        total = 5 * F.smooth_l1_loss(centre, frames.centre[rows][:, None].expand_as(centre), beta=0.05)
+        colour, shape, centre, covered = self.linear(patches).split(self.sizes, dim=-1)
+        total = 5 * F.smooth_l1_loss(
+            centre, frames.centre[rows][:, None].expand_as(centre), beta=0.05
+        )
+        total = total + F.binary_cross_entropy_with_logits(
+            covered[..., 0], frames.covered[rows].float()
+        )
         for logits, truth in ((colour, frames.colour), (shape, frames.shape)):
-            label = truth[rows][:, None].where(covered, logits.shape[-1] - 1)
+            label = truth[rows][:, None].expand(logits.shape[:2])
             total = total + F.cross_entropy(logits.flatten(0, 1), label.flatten())
         return total
 

@@ -1,0 +1,95 @@
+"""Small real videos for the data tests."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).parents[3] / "shared" / "videos"
+
+
+def picture(i: int, width: int, height: int) -> np.ndarray:
+    """Frame i: a gradient that moves, with a square whose grey tells i. uint8 [H, W, 3]."""
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([(x * 2 + i * 5) % 256, (y * 2) % 256, (x + y) % 256], -1).astype(np.uint8)
+    image[: height // 2, : width // 2] = (i * 4) % 256
+    return image
+
+
+def write_video(path, frames=40, fps=10, width=64, height=48, codec="libx264", pix_fmt="yuv420p",
+                times=None, **options) -> Path:
+    """Encode a video. times: display times in seconds, in place of a constant rate."""
+    base = Fraction(1, 1000) if times else Fraction(1, fps)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.time_base = base
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i, width, height), format="rgb24")
+            frame.pts, frame.time_base = round(times[i] / base) if times else i, base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return Path(path)
+
+
+def cut_video(source: Path, path: Path, start: float) -> Path:
+    """Cut by copying packets, as `ffmpeg -ss START -c copy` does: the result has an edit list."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        old.seek(int(start * 1_000_000))
+        for packet in old.demux(stream):
+            if packet.dts is not None:
+                packet.pts -= int(start / stream.time_base)
+                packet.dts -= int(start / stream.time_base)
+                packet.stream = copy
+                new.mux(packet)
+    return path
+
+
+def rotate_video(source: Path, path: Path, degrees: int) -> Path:
+    """Set the display matrix of an MP4 (degrees clockwise), as a phone does."""
+    a, b = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    matrix = (a, b, 0, -b, a, 0, 0, 0)
+    data = bytearray(source.read_bytes())
+    at = data.index(b"tkhd") + 44
+    data[at:at + 36] = b"".join((v * 65536).to_bytes(4, "big", signed=True) for v in matrix) + (
+        b"\x40\0\0\0")
+    path.write_bytes(data)
+    return path
+
+
+def decode_all(path: Path) -> list[np.ndarray]:
+    """The reference: every frame, in order, as the file stores it."""
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+
+
+def write_manifest(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_videos() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"no videos at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """A folder with v0.mp4 … v5.mp4, e0.mkv, and a manifest of all."""
+    folder = tmp_path_factory.mktemp("videos")
+    rows = []
+    for i in range(6):
+        write_video(folder / f"v{i}.mp4", frames=12 + i, width=64 + 2 * i)
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다."})
+    write_video(folder / "e0.mkv", frames=9)
+    rows.append({"video": "e0.mkv", "caption": ["하나", "둘"], "split": "val", "prompt": "무엇?"})
+    write_manifest(folder / "manifest.jsonl", rows)
+    return folder

@@ -1,0 +1,127 @@
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+
+import pytest
+
+from vlmds.data.index import CACHED_SHARDS, ShardIndex
+from vlmds.data.pack import pack
+from vlmds.errors import InputError, SampleError
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, videos):
+    out = tmp_path_factory.mktemp("packed")
+    pack(videos / "manifest.jsonl", out, shard_size=1, num_frames=2, progress=False)
+    return out
+
+
+@pytest.fixture
+def dataset(tmp_path, packed):
+    return shutil.copytree(packed, tmp_path / "dataset")
+
+
+def keys(index, split="train"):
+    return [index.row(split, s, i).key
+            for s, shard in enumerate(index.shards(split)) for i in range(shard.count)]
+
+
+def test_rows_are_found_by_position(packed):
+    index = ShardIndex.open(packed)
+    assert index.splits == ["train", "val"] and index.store == "video"
+    assert (index.count("train"), index.count("val")) == (6, 1)
+    assert keys(index) == [f"v{i}" for i in range(6)] and keys(index, "val") == ["e0"]
+    assert index.fingerprint == json.loads((packed / "dataset.json").read_text())["index_sha256"]
+    with pytest.raises(IndexError):
+        index.row("train", 0, 1)
+    with pytest.raises(InputError, match="no split 'test'; it has train, val"):
+        index.shards("test")
+
+
+def damage(path, at=600):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda d: (d / "dataset.json").unlink(), "dataset.json: No such file"),
+    (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: damaged"),
+    (lambda d: (d / "dataset.json").write_text('{"format": "x"}'), "not a vlmds dataset"),
+    (lambda d: (d / "dataset.json").write_text('{"format": "vlmds", "version": 9}'), "version 9"),
+    (lambda d: (d / "index.parquet").unlink(), "index.parquet: missing"),
+    (lambda d: damage(d / "index.parquet"), "index.parquet: damaged"),
+])
+def test_a_damaged_dataset_is_refused_at_start(dataset, break_it, message):
+    break_it(dataset)
+    with pytest.raises(InputError, match=message) as error:
+        ShardIndex.open(dataset)
+    assert str(dataset) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_shards_are_named(dataset):
+    index = ShardIndex.open(dataset)
+    shards = index.shards("train")
+    index.verify(shards, "sha256")
+    damage(dataset / "train/000001.tar")
+    index.verify(shards, "size")
+    with pytest.raises(InputError, match="train/000001.tar: damaged, its sha256"):
+        index.verify(shards, "sha256")
+    with (dataset / "train/000002.tar").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError, match="train/000002.tar: damaged, it has 1000 bytes"):
+        index.verify(shards[2:])
+    (dataset / "train/000003.tar").unlink()
+    with pytest.raises(InputError, match="train/000003.tar: missing"):
+        index.verify(shards[3:])
+
+
+def test_damaged_members_are_named(dataset):
+    index = ShardIndex.open(dataset)
+    rows = [index.row("train", s, 0) for s in range(4)]
+    damage(dataset / "train/000001.tar", at=rows[1].members[1].offset)
+    with (dataset / "train/000002.tar").open("r+b") as file:
+        file.truncate(rows[2].members[1].offset + 10)
+    (dataset / "train/000003.tar").unlink()
+    assert set(index.read(rows[0])) == {"json", "mp4"}
+    for row, message in zip(rows[1:], ("v1.mp4: damaged", "v2.mp4: the shard ends before it",
+                                       "v3.json: No such file"), strict=True):
+        with pytest.raises(SampleError, match=f"train/00000{row.shard}.tar: {message}"):
+            index.read(row)
+
+
+def _read_all(index, queue):
+    queue.put([sorted(index.read(index.row("train", s, 0))) for s in range(6)])
+
+
+def test_use_after_a_pickle_and_in_a_fork(packed):
+    index = ShardIndex.open(packed)
+    index.read(index.row("train", 0, 0))
+    copy = pickle.loads(pickle.dumps(index))
+    assert keys(copy) == keys(index) and copy.fingerprint == index.fingerprint
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_read_all, args=(index, queue))
+    process.start()
+    assert queue.get(timeout=20) == [["json", "mp4"]] * 6
+    process.join()
+    assert index.read(index.row("train", 1, 0))
+
+
+def test_open_files_are_bounded(tmp_path, packed):
+    """Many shards: the same index rows under other shard numbers."""
+    index = ShardIndex.open(packed)
+    row = index.row("train", 0, 0)
+    many = [type(row)(**vars(row) | {"shard": 100 + i}) for i in range(2 * CACHED_SHARDS)]
+    for other in many:
+        os.link(packed / "train/000000.tar", packed / f"train/{other.shard:06d}.tar")
+    before = len(os.listdir("/proc/self/fd"))
+    for other in many:
+        index.read(other)
+    assert len(os.listdir("/proc/self/fd")) - before <= CACHED_SHARDS
+    del index
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
