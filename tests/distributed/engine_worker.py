@@ -17,11 +17,11 @@ from vlmds.models.projectors import build_projector
 from vlmds.training.engine import (
     accumulation_steps,
     build_engine,
-    init_distributed,
     learning_rate,
     release,
     set_learning_rate,
 )
+from vlmds.training.ranks import init_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, STEPS = 8, 3

@@ -30,7 +30,10 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 
 @dataclass(frozen=True)
 class Request:
-    """A video to prepare; see `vlmds.data.pack.pack` for the options."""
+    """A video to prepare; see `vlmds.data.pack.pack` for the options.
+
+    store: as for packing, or "pixels": one member "rgb", uint8 [num_frames, 3, size, size].
+    """
 
     video: str
     start: float | None
@@ -38,8 +41,8 @@ class Request:
     store: str
     num_frames: int
     image_size: int
-    quality: int
-    verify: bool
+    quality: int = 95
+    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def prepare(request: Request) -> Reply:
     # PyAV, for it reports damage that decord passes over.
     frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
     images = video.resize_frames(frames, request.image_size)
+    if request.store == "pixels":
+        return Reply(None, facts, {"rgb": images.tobytes()})
     facts["decoder"] = "pyav"
     facts["timestamps"] = [round(float(t), 6) for t in info.pts[picks]]
     return Reply(None, facts, {
@@ -139,6 +144,21 @@ def _jpeg(image: np.ndarray, quality: int) -> bytes:
     Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(
         buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def decode_videos(
+    videos: Iterable[str], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
+) -> Iterator[np.ndarray | SampleError]:
+    """For each video (path or URL), in order, its sampled frames, uint8 [F, 3, size, size], or why
+    it cannot be used. A decoder that hangs or crashes ends with its child process."""
+    requests = (Request(v, None, None, "pixels", num_frames, image_size) for v in videos)
+    with DecodePool(workers, deadline) as pool:
+        for reply in pool.map(requests):
+            if reply.reason is not None:
+                yield SampleError(reply.reason)
+            else:
+                pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
+                yield pixels.reshape(num_frames, 3, image_size, image_size)
 
 
 class DecodePool:

@@ -13,7 +13,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +26,7 @@ from vlmds.data.index import FORMAT, SCHEMA, VERSION, sha256_of
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
+from vlmds.files import replacing, write
 
 STORES = ("video", "frames")
 
@@ -206,7 +206,7 @@ def _write_shard(out: Path, shard: _Shard, replies: Iterator[Reply]) -> None:
     """Write the shard's tar, unless it has no sample, and then its marker."""
     rejects, index_rows = [], []
     tar = out / f"{shard.name}.tar"
-    with _replacing(tar) as file:
+    with replacing(tar) as file:
         writer = _TarWriter(file)
         for row in shard.rows:
             reply = next(replies)
@@ -223,7 +223,7 @@ def _write_shard(out: Path, shard: _Shard, replies: Iterator[Reply]) -> None:
         "sha256": writer.sha256.hexdigest() if index_rows else None,
         "options_hash": shard.options_hash, "rejects": rejects, "rows": index_rows,
     }
-    _write(out / f"{shard.name}.json", _json(marker))
+    write(out / f"{shard.name}.json", _json(marker))
 
 
 def _write_sample(
@@ -282,7 +282,7 @@ def _finish(
     markers = [_read_marker(out / f"{shard.name}.json") for shard in shards]
     rejects = unusable + [Reject(**r) for marker in markers for r in marker["rejects"]]
     rejects.sort(key=lambda reject: reject.row)
-    _write(out / "ledger.jsonl", b"".join(_json(asdict(reject)) for reject in rejects))
+    write(out / "ledger.jsonl", b"".join(_json(asdict(reject)) for reject in rejects))
     entries = [
         {"split": shard.split, "shard": shard.number, "path": f"{shard.name}.tar",
          "count": marker["count"], "bytes": marker["bytes"], "sha256": marker["sha256"]}
@@ -299,7 +299,7 @@ def _finish(
     for entry in entries:
         counts[entry["split"]] += entry["count"]
     frames = options.store == "frames"
-    _write(out / "dataset.json", _json({
+    write(out / "dataset.json", _json({
         "format": FORMAT, "version": VERSION, "store": options.store, "sampler": SAMPLER,
         "resizer": RESIZER, "num_frames": options.num_frames if frames else None,
         "image_size": options.image_size if frames else None,
@@ -315,7 +315,7 @@ def _write_index(path: Path, shards: list[list[dict[str, Any]]]) -> str:
     """Write one row group per shard and return the file's sha256."""
     # Nothing searches by value, and statistics would swell a footer that every start reads.
     with (
-        _replacing(path) as file,
+        replacing(path) as file,
         pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False) as writer,
     ):
         for rows in shards:
@@ -326,29 +326,3 @@ def _write_index(path: Path, shards: list[list[dict[str, Any]]]) -> str:
 def _json(value: Any) -> bytes:
     """One line of UTF-8 JSON with sorted keys."""
     return (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with _replacing(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name whole and on disk, or (after an error) not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.demo.clips import (
-    COLOURS, DIRECTIONS, SHAPES, Attributes, caption, sample_clip, subject, towards,
+    COLOURS, DIRECTIONS, SHAPES, TRAVEL, Attributes, caption, subject, towards,
 )  # fmt: skip
 
 LEFT, RIGHT, TOP, BOTTOM, START, END, NOTHING = "좌", "우", "상", "하", "처음", "끝", "·"
@@ -80,40 +80,47 @@ def observe(
 ) -> list[Bag]:
     """Observations of an imagined clip: FRAMES × `per_frame` bags of words.
 
-    The forms vary as a projector's output may: in order of time or shuffled with the time named;
+    The forms vary as a projector's output may: in order of time, or shuffled with the time named;
     places named, or the motion itself; few or many empty positions; words missing or wrong.
+    `ease` 1 … 0 goes from wide motions without gaps to these.
     """
-    clip = sample_clip(attributes, rng)
-    step = DIRECTIONS[attributes.direction][1]
-    shuffled, motion_named, place_everywhere = rng.random(3) < (0.5, 0.25, 0.4)
-    keep = rng.uniform(0.5, 1.0)
+    x, y = _path(attributes.direction, ease, rng)
+    shuffled, motion_named, place_everywhere = rng.random(3) < (0.5, 0.2, 0.4)
+    keep = max(ease, rng.uniform(0.6, 1.0))
+    colour, motion = COLOURS[attributes.colour][0], DIRECTIONS[attributes.direction][0]
     bags = []
-    for t in np.linspace(0, 1, FRAMES):
-        x, y = (
-            float(s + d * clip.travel * t + clip.shape_size / 2) / clip.side
-            for s, d in zip(clip.start, step, strict=True)
-        )
-        place = [(LEFT, 1 - x), (RIGHT, x), (TOP, 1 - y), (BOTTOM, y)]
-        covered = rng.permutation(per_frame) < rng.integers(1, 5)
-        for on_shape in covered:
+    for t, time in enumerate(np.linspace(0, 2, FRAMES)):
+        place = [(LEFT, 2 - 2 * x[t]), (RIGHT, 2 * x[t]), (TOP, 2 - 2 * y[t]), (BOTTOM, 2 * y[t])]
+        for covered in rng.permutation(per_frame) < rng.integers(1, 5):
             bag: Bag = []
-            if on_shape:
-                names = [COLOURS[attributes.colour][0], SHAPES[attributes.shape]]
-                if motion_named:
-                    names.append(DIRECTIONS[attributes.direction][0])
-                if rng.random() < 0.05:
-                    names[:2] = _random_names(rng)
+            if covered:
+                names = [colour, SHAPES[attributes.shape]]
+                if rng.random() > max(ease, 0.95):
+                    names = _random_names(rng)
+                names += [motion] if motion_named else []
                 bag += [(name, 1.0) for name in names if rng.random() < keep]
             else:
                 bag.append((NOTHING, 1.0))
-            if (on_shape or place_everywhere) and not motion_named and rng.random() < keep:
+            if (covered or place_everywhere) and not motion_named and rng.random() < keep:
                 bag += place
             if shuffled:
-                bag += [(START, 1 - float(t)), (END, float(t))]
+                bag += [(START, 2 - time), (END, time)]
             bags.append(bag or [(NOTHING, 1.0)])
     if shuffled:
         bags = [bags[i] for i in rng.permutation(len(bags))]
     return bags
+
+
+def _path(direction: str, ease: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a shape's middle in each frame, 0…1, float64 [FRAMES] each."""
+    travel = ease * 0.7 + (1 - ease) * rng.uniform(*TRAVEL)
+    size = 0.3
+    path = []
+    for step in DIRECTIONS[direction][1]:
+        start = rng.uniform(size / 2, 1 - size / 2 - travel * abs(step))
+        along = start + travel * abs(step) * np.linspace(0, 1, FRAMES)
+        path.append(along[::-1] if step < 0 else along)
+    return path[0], path[1]
 
 
 def _random_names(rng: np.random.Generator) -> list[str]:
@@ -133,13 +140,13 @@ class Batch:
     noisy: torch.Tensor
     labels: torch.Tensor
 
-    def embed(self, embedding: nn.Embedding) -> torch.Tensor:
+    def embed(self, embedding: nn.Embedding, ease: float = 0.0) -> torch.Tensor:
         """Embeddings [B, L, width]; observations get noise and a random scale, as a projector's
         tokens are never exactly the words' embeddings."""
         mixed = (embedding(self.ids) * self.weights[..., None]).sum(dim=2)
         rms = embedding.weight.detach().pow(2).mean().sqrt()
         size = (len(mixed), 1, 1)
-        noise = torch.randn_like(mixed) * rms * torch.rand(size) * 0.7
+        noise = torch.randn_like(mixed) * rms * torch.rand(size) * 0.7 * (1 - ease)
         scale = torch.exp(torch.empty(size).uniform_(-0.7, 2.5))
         return torch.where(self.noisy[..., None], (mixed + noise) * scale, mixed)
 
@@ -159,13 +166,15 @@ class Lessons:
         self.pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         self.cache: dict[str, list[int]] = {}
 
-    def draw(self, size: int) -> Batch:
-        """`size` lessons: one in six is plain text, the others are conversations."""
-        per_frame = int(self.rng.choice([1, 2, 4, 8, 16], p=[0.25, 0.25, 0.25, 0.15, 0.1]))
+    def draw(self, positions: int, ease: float) -> Batch:
+        """Lessons of about `positions` positions in all; one in six is plain text, the others are
+        conversations. `ease` 1 … 0: see `observe`."""
+        odds = np.array([0.25, 0.25, 0.25, 0.15, 0.1]) * (1 - ease) ** np.arange(5)
+        per_frame = int(self.rng.choice([1, 2, 4, 8, 16], p=odds / odds.sum()))
         lessons = []
-        for number in range(size):
+        for number in range(max(6, positions // (FRAMES * per_frame + 24))):
             plain = number % 6 == 0
-            lessons.append(self._plain() if plain else self._conversation(per_frame))
+            lessons.append(self._plain() if plain else self._conversation(per_frame, ease))
         return self._collate(lessons)
 
     def _attributes(self) -> Attributes:
@@ -186,10 +195,10 @@ class Lessons:
         ids = self._ids(text) + [self.tokenizer.eos_token_id]
         return [[(i, 1.0)] for i in ids], [False] * len(ids), 1
 
-    def _conversation(self, per_frame: int) -> tuple[list, list[bool], int]:
+    def _conversation(self, per_frame: int, ease: float) -> tuple[list, list[bool], int]:
         """Observations and a question, the answer supervised."""
         attributes = self._attributes()
-        kind = int(self.rng.choice(3, p=[0.7, 0.15, 0.15]))
+        kind = int(self.rng.choice(3, p=[0.6, 0.1, 0.3]))
         question, answer = conversations(attributes)[kind]
         video = "<|video_pad|>"
         if self.rng.random() < 0.5:
@@ -200,7 +209,7 @@ class Lessons:
         )
         ids = self._ids(text)
         at = ids.index(self.pad)
-        bags = observe(attributes, per_frame, self.rng)
+        bags = observe(attributes, per_frame, ease, self.rng)
         mixed = [[(i, w) for word, w in bag for i in self._ids(word)] for bag in bags]
         ending = self._ids(answer) + [self.tokenizer.eos_token_id]
         plain = [[(i, 1.0)] for i in ids[at + 1 :] + ending]

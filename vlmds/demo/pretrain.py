@@ -149,7 +149,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1000) -> PreTrainedT
 def _optimise(step_loss, parameters, steps: int, lr: float) -> dict:
     """AdamW with warm-up and cosine decay over `step_loss(step) -> scalar loss`; the report."""
     started = time.perf_counter()
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1
     )
@@ -318,8 +318,9 @@ def pretrain_llm(
     embedding = model.get_input_embeddings()
 
     def step_loss(step: int) -> torch.Tensor:
-        batch = lessons.draw(32)
-        embeds = batch.embed(embedding)
+        ease = max(0.0, 1 - 2 * step / steps)
+        batch = lessons.draw(2400, ease)
+        embeds = batch.embed(embedding, ease)
         keep = batch.labels != -100
         logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep).logits
         return F.cross_entropy(logits.flatten(0, -2), batch.labels[keep])

@@ -1,13 +1,10 @@
-"""The DeepSpeed engine: start the ranks, build it, step it, take it down without a trace."""
+"""The DeepSpeed engine: build it, step it, take it down without a trace."""
 
 from __future__ import annotations
 
 import gc
 import json
 import math
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -18,27 +15,6 @@ from torch import nn
 
 from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
-
-
-def init_distributed(timeout_minutes: float) -> torch.device:
-    """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
-    and return this rank's device, which is set before any weight is loaded."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    accelerator = get_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
-    if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="gloo" if accelerator.device_name() == "cpu" else "nccl",
-            timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False,
-        )
-    return torch.device(accelerator.device_name(local_rank))
 
 
 def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:

@@ -1,0 +1,78 @@
+"""Files and folders that appear whole or not at all, also when the power goes."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name whole and on disk, or (after an error) not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Replace the file's content, atomically."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which then appears under its name with all its files on disk; after an
+    error it is removed. A folder that stands there already is replaced."""
+    temporary = temporary_folder(path)
+    try:
+        yield temporary
+        publish_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def temporary_folder(path: Path) -> Path:
+    """An empty folder beside `path`, for :func:`publish_folder`. Its name does not vary, so that
+    what a killed process left there is removed by the next one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Flush every file of the folder to disk and give it its name."""
+    for file in temporary.rglob("*"):
+        sync_folder(file) if file.is_dir() else sync_file(file)
+    sync_folder(temporary)
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

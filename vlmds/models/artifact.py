@@ -1,0 +1,116 @@
+"""The artifact: what a stage leaves behind and inference loads.
+
+    experiment.yaml        the resolved experiment
+    artifact.json          format version, stage, the widths the projector was trained between
+    projector.safetensors
+    adapter/               PEFT's own format; absent while no stage has trained an adapter
+
+Loading is strict: a missing, extra or misshapen tensor is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmds.config import Experiment, load_experiment, to_yaml
+from vlmds.errors import InputError
+from vlmds.files import new_folder
+from vlmds.models.captioner import Captioner
+from vlmds.models.language import add_adapter
+
+FORMAT, VERSION = "vlmds-artifact", 1
+
+
+def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str) -> None:
+    """Write the artifact; it appears whole or not at all."""
+    adapter = isinstance(captioner.llm, PeftModel)
+    meta = {
+        "format": FORMAT, "version": VERSION, "stage": stage, "adapter": adapter,
+        "vision_width": captioner.projector.vision_dim, "llm_width": captioner.projector.llm_dim,
+    }
+    with new_folder(folder) as new:
+        (new / "artifact.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (new / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
+        state = captioner.projector.state_dict()
+        # Clones: under an engine the parameters are views of one flat buffer.
+        save_file({k: v.detach().cpu().clone() for k, v in state.items()},
+                  new / "projector.safetensors")
+        if adapter:
+            captioner.llm.save_pretrained(new / "adapter", save_embedding_layers=False)
+
+
+def is_artifact(folder: Path) -> bool:
+    return (folder / "artifact.json").is_file()
+
+
+def read_artifact(folder: Path) -> tuple[dict, Experiment]:
+    """(artifact.json, the experiment).
+
+    Raises:
+        InputError: not an artifact, or of another format version.
+    """
+    path = folder / "artifact.json"
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{folder}: not an artifact of vlmds (no readable artifact.json)") from None
+    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
+        raise InputError(f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
+                         f"vlmds reads {FORMAT} version {VERSION}")
+    return meta, load_experiment(folder / "experiment.yaml")
+
+
+def load_artifact(folder: Path, captioner: Captioner) -> None:
+    """Load an artifact's weights into a captioner, which gains the adapter if there is one.
+
+    Raises:
+        InputError: a file is damaged, or its tensors are not exactly the captioner's.
+    """
+    meta, experiment = read_artifact(folder)
+    projector = captioner.projector
+    for name, key, width in (("vision", "vision.model", projector.vision_dim),
+                             ("llm", "llm.model", projector.llm_dim)):
+        if meta[f"{name}_width"] != width:
+            raise InputError(
+                f"{folder}: its projector was trained for {key} of width {meta[f'{name}_width']}, "
+                f"but {getattr(experiment, name).model} has hidden_size {width}"
+            )
+    path = folder / "projector.safetensors"
+    tensors = _read(path)
+    _check_same(path, tensors, projector.state_dict())
+    projector.load_state_dict(tensors)
+    if not meta["adapter"]:
+        return
+    if not isinstance(captioner.llm, PeftModel):
+        captioner.llm = add_adapter(captioner.llm, experiment.peft)
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = _read(path)
+    expected = get_peft_model_state_dict(captioner.llm, save_embedding_layers=False)
+    _check_same(path, tensors, expected)
+    set_peft_model_state_dict(captioner.llm, tensors)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _check_same(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise :class:`InputError` unless both have the same names and shapes."""
+    for problem, names in (("missing", expected.keys() - found.keys()),
+                           ("unexpected", found.keys() - expected.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{path}: {problem} tensor {min(names)}{more}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise InputError(f"{path}: {name} has shape {list(tensor.shape)}, but the model needs "
+                             f"{list(expected[name].shape)}")

@@ -1,0 +1,137 @@
+"""The command `deepspeed launch/train.py --exp e7.yaml`: one experiment, whole schedule.
+
+The arguments, the data, the run folder, the model, the stages: in this order, so that a mistake is
+found before the slow part. See the README for what each argument does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+from vlmds.config import Experiment, load_experiment
+from vlmds.data.index import ShardIndex
+from vlmds.data.loader import open_dataset
+from vlmds.errors import InputError
+from vlmds.models.assemble import load_model
+from vlmds.training import checkpoint
+from vlmds.training.ranks import init_distributed, is_main, on_main, together
+from vlmds.training.run import RunFolder, check_same_experiment, open_run
+from vlmds.training.stages import run_stages
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad input. Other failures raise."""
+    args = _parser().parse_args(arguments)
+    quiet_libraries()
+    try:
+        overrides = list(args.set)
+        if args.data is not None:
+            overrides.append(f"data.path={Path(args.data).absolute()}")
+        experiment = load_experiment(args.exp, overrides)
+        if args.plan:
+            if is_main():
+                from vlmds.plan import plan
+
+                print(plan(experiment))
+            return 0
+        train(experiment, Path(args.output or Path("runs") / experiment.name), args.resume,
+              args.ds_config)
+    except InputError as error:
+        if is_main():
+            print(f"vlmds: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def train(experiment: Experiment, output: Path, resume: str, ds_config: Path | None) -> None:
+    """Train on all ranks that the launcher started.
+
+    Raises:
+        InputError: on every rank.
+    """
+    device = init_distributed(experiment.training.timeout_minutes)
+    dataset = on_main(lambda: open_dataset(experiment.data))
+    together(lambda: verify(dataset, experiment))
+    start_from = None if resume in ("auto", "never") else Path(resume)
+    run = on_main(lambda: open_run(
+        output, experiment, resume, fingerprint=dataset.fingerprint,
+        world_size=dist.get_world_size(), command=sys.argv))
+    if start_from is not None:
+        on_main(lambda: adopt(start_from, experiment, run))
+    model = together(lambda: load_model(experiment, device))
+    config = ds_config or default_ds_config()
+    run_stages(experiment, model, dataset, run, config, device, start_from)
+
+
+def verify(dataset: ShardIndex, experiment: Experiment) -> None:
+    """Check this rank's share of the shards, so that damage is found before training."""
+    shards = [shard for split in dataset.splits for shard in dataset.shards(split)]
+    dataset.verify(shards[dist.get_rank() :: dist.get_world_size()], experiment.data.verify)
+
+
+def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
+    """Make ready to start from the checkpoint ``folder``, of this run or of another one, whose
+    finished stages are then copied here."""
+    problem = checkpoint.check(folder)
+    if problem:
+        raise InputError(f"--resume {folder}: not a usable checkpoint: {problem}")
+    other = folder.resolve().parents[1]
+    if other == run.path.resolve():
+        return
+    check_same_experiment(other, experiment)
+    for stage in experiment.stages:
+        if stage.name == checkpoint.read_state(folder)["stage"]:
+            break
+        shutil.copytree(other / "artifacts" / stage.name, run.artifact(stage.name),
+                        dirs_exist_ok=True)
+
+
+def default_ds_config() -> Path:
+    """ds_configs/zero2.json, or on a CPU zero2_cpu.json.
+
+    Raises:
+        InputError: the package was installed without the repository around it.
+    """
+    on_cpu = get_accelerator().device_name() == "cpu"
+    path = REPOSITORY / "ds_configs" / ("zero2_cpu.json" if on_cpu else "zero2.json")
+    if not path.is_file():
+        raise InputError(f"--ds-config: {path} is not there; give a DeepSpeed JSON")
+    return path
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of the libraries would bury our own line on every rank."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py", description="Train one experiment: all stages of its schedule.")
+    add = parser.add_argument
+    add("--exp", required=True, help="path of a YAML file, or the name of a packaged experiment")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override keys, such as training.micro_batch=4 stages.0.lr=5e-4")
+    add("--data", help="folder written by vlmds pack (sets data.path)")
+    add("--output", help="run folder (default: runs/NAME)")
+    add("--resume", default="auto", metavar="auto|never|PATH",
+        help="go on with the run in --output (auto, the default), insist on a new one (never), or "
+             "start from a checkpoint folder")
+    add("--ds-config", type=Path, help="DeepSpeed JSON (default: ds_configs/zero2.json)")
+    add("--plan", action="store_true", help="print the plan and stop")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser

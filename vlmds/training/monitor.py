@@ -1,0 +1,163 @@
+"""What a run tells: a progress line, metrics.jsonl, TensorBoard and, if asked for, W&B.
+
+Every optimizer step has its line in metrics.jsonl; steps are written in groups of
+``logging.every``, because reading a loss off the GPU makes it wait.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from vlmds.config import Experiment
+
+
+class Monitor:
+    """Records on rank 0; on the others every call does nothing.
+
+    Args:
+        folder: the run's.
+        first_step: optimizer steps of the whole run before this one, for the x-axis of charts.
+    """
+
+    def __init__(self, folder: Path, experiment: Experiment, active: bool, first_step: int = 0):
+        self.active = active
+        self.every = experiment.logging.every
+        self.metrics = folder / "metrics.jsonl"
+        self._pending: list[dict] = []
+        self._charts = self._wandb = None
+        if not active:
+            return
+        if experiment.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Steps after a crash are taken again: purge what the crashed process wrote of them.
+            self._charts = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if experiment.logging.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=experiment.logging.wandb_project, name=experiment.name, dir=str(folder),
+                id=experiment.name, resume="allow", config=experiment.model_dump())
+
+    def start_stage(self, stage: str, first: int, total: int, steps_before: int) -> None:
+        """Steps [first, total) of a stage follow; earlier stages had ``steps_before`` steps."""
+        self.stage, self.total, self.steps_before = stage, total, steps_before
+        self._window_start = self._stage_start = time.perf_counter()
+        self._stage_first = first
+        self._waited = 0.0
+        if self.active:
+            get_accelerator().reset_peak_memory_stats()
+
+    def step(self, step: int, *, loss: torch.Tensor, grad_norm: torch.Tensor | float, lr: float,
+             samples: int, positions: float, supervised: float, waited: float) -> None:
+        """Note optimizer step ``step`` (from 0).
+
+        Args:
+            loss: mean cross-entropy per supervised token, 0-d tensor.
+            positions: of the language model's input over all ranks, padding not counted.
+            supervised: tokens with loss, over all ranks.
+            waited: seconds that this rank waited for data.
+        """
+        self._waited += waited
+        self._pending.append({
+            "kind": "train", "stage": self.stage, "step": step + 1, "loss": loss, "lr": lr,
+            "grad_norm": grad_norm, "samples": samples, "positions": int(positions),
+            "supervised_tokens": int(supervised)})
+        if (step + 1) % self.every == 0 or step + 1 == self.total:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the pending steps; raises :class:`FloatingPointError` at a loss that is no number."""
+        records, self._pending = self._pending, []
+        if not records:
+            return
+        for record in records:
+            record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
+        now = time.perf_counter()
+        seconds = now - self._window_start
+        wait = self._waited / seconds
+        self._window_start, self._waited = now, 0.0
+        speed = {
+            "samples_per_s": sum(r["samples"] for r in records) / seconds,
+            "tokens_per_s": sum(r["positions"] for r in records) / seconds,
+            "data_wait": wait, "memory_gib": peak_memory() / 2**30,
+        }
+        records[-1] |= {key: round(value, 4) for key, value in speed.items()}
+        self._write(records)
+        last = records[-1]
+        self._show(last)
+        for record in records:
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise FloatingPointError(
+                    f"stage {self.stage}, step {record['step']}: loss {record['loss']}, "
+                    f"gradient norm {record['grad_norm']}; lower stages.*.lr or look at the data")
+
+    def validation(self, step: int, loss: float, samples: int) -> None:
+        """Note the validation loss after ``step`` optimizer steps of the stage."""
+        self.flush()
+        self._write([{"kind": "val", "stage": self.stage, "step": step, "loss": loss,
+                      "samples": samples}])
+        self.say(f"{self.stage} step {step}/{self.total}  validation loss {loss:.4f} "
+                 f"({samples} samples)")
+        # Training throughput counts training only.
+        self._window_start, self._waited = time.perf_counter(), 0.0
+
+    def say(self, text: str) -> None:
+        if self.active:
+            print(f"vlmds: {text}", flush=True)
+
+    def close(self) -> None:
+        if self._charts:
+            self._charts.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _write(self, records: list[dict]) -> None:
+        if not self.active:
+            return
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        for record in records:
+            numbers = {f"{record['kind']}/{k}": v for k, v in record.items()
+                       if k not in ("kind", "stage", "step")}
+            x = self.steps_before + record["step"]
+            if self._charts:
+                for name, value in numbers.items():
+                    self._charts.add_scalar(name, value, x)
+            if self._wandb:
+                self._wandb.log(numbers, step=x)
+
+    def _show(self, record: dict) -> None:
+        done = record["step"] - self._stage_first
+        pace = (time.perf_counter() - self._stage_start) / max(done, 1)
+        self.say(
+            f"{self.stage} step {record['step']}/{self.total}  loss {record['loss']:.4f}  "
+            f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  "
+            f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
+            f"data wait {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  "
+            f"ETA {duration((self.total - record['step']) * pace)}")
+
+
+def peak_memory() -> int:
+    """Bytes at most allocated on the accelerator, or resident in memory on a CPU."""
+    if get_accelerator().device_name() == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return get_accelerator().max_memory_allocated()
+
+
+def duration(seconds: float) -> str:
+    """"2 h 05 min", "7 min 30 s" or "12 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,0 +1,96 @@
+"""The job's ranks: joining them, and what they tell each other beside the training itself.
+
+Small facts (counts, errors, paths) travel over a gloo group of their own: they are known on the
+host, and a message over NCCL would make the host wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from vlmds.errors import InputError
+
+Result = TypeVar("Result")
+_control: dist.ProcessGroup | None = None
+
+
+def init_distributed(timeout_minutes: float) -> torch.device:
+    """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
+    and return this rank's device, which is set before any weight is loaded."""
+    global _control
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(local_rank)
+    timeout = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="gloo" if on_cpu else "nccl", timeout=timeout,
+            auto_mpi_discovery=False, verbose=False,
+        )
+    _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
+    return torch.device(accelerator.device_name(local_rank))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Elementwise sums, in float64."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums, group=_control)
+    return sums.tolist()
+
+
+def gather(value: Any) -> list:
+    """Every rank's value, by rank, on every rank."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+def on_main(make: Callable[[], Result]) -> Result:
+    """Call ``make`` on rank 0 alone and return what it returns on every rank.
+
+    Raises:
+        InputError: on every rank, if it raises one on rank 0.
+    """
+    value = together(make if is_main() else lambda: None)
+    values = [value]
+    dist.broadcast_object_list(values, group=_control)
+    return values[0]
+
+
+def together(make: Callable[[], Result]) -> Result:
+    """Call ``make`` on every rank; what it returns on this one.
+
+    Raises:
+        InputError: on every rank, if it raises one on any.
+    """
+    value, problem = None, None
+    try:
+        value = make()
+    except InputError as error:
+        problem = str(error)
+    problem = next((p for p in gather(problem) if p is not None), None)
+    if problem is not None:
+        raise InputError(problem)
+    return value
