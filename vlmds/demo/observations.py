@@ -27,6 +27,7 @@ from vlmds.demo.clips import (
 LEFT, RIGHT, TOP, BOTTOM, START, END, NOTHING = "좌", "우", "상", "하", "처음", "끝", "·"
 PROMPT = "이 영상을 설명해주세요."
 FRAMES = 8
+IGNORE = -100
 
 Bag = list[tuple[str, float]]
 """The words at one position, with their weights."""
@@ -186,17 +187,18 @@ class Lessons:
             self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self.cache[text]
 
-    def _plain(self) -> tuple[list, list[bool], int]:
-        """Sentences in a row, all supervised: (positions, noisy, first supervised position)."""
+    def _plain(self) -> tuple[list, list[bool], list[int]]:
+        """Sentences in a row, all supervised: (positions, noisy, labels)."""
         if self.texts and self.rng.random() < 0.5:
             text = self.texts[self.rng.integers(len(self.texts))]
         else:
             text = "\n".join(str(self.rng.choice(sentences(self._attributes()))) for _ in range(3))
         ids = self._ids(text) + [self.tokenizer.eos_token_id]
-        return [[(i, 1.0)] for i in ids], [False] * len(ids), 1
+        return [[(i, 1.0)] for i in ids], [False] * len(ids), ids[1:] + [IGNORE]
 
-    def _conversation(self, per_frame: int, ease: float) -> tuple[list, list[bool], int]:
-        """Observations and a question, the answer supervised."""
+    def _conversation(self, per_frame: int, ease: float) -> tuple[list, list[bool], list[int]]:
+        """Observations and a question. The answer is supervised, and so is, once two frames are
+        seen, the motion at every observation: few words of an answer tell of it."""
         attributes = self._attributes()
         kind = int(self.rng.choice(3, p=[0.6, 0.1, 0.3]))
         question, answer = conversations(attributes)[kind]
@@ -215,20 +217,23 @@ class Lessons:
         plain = [[(i, 1.0)] for i in ids[at + 1 :] + ending]
         positions = [[(i, 1.0)] for i in ids[:at]] + mixed + plain
         noisy = [False] * at + [True] * len(mixed) + [False] * len(plain)
-        return positions, noisy, len(positions) - len(ending)
+        motion = self._ids(DIRECTIONS[attributes.direction][0])[0]
+        seen = 2 * per_frame
+        labels = [IGNORE] * (at + seen) + [motion] * (len(mixed) - seen)
+        labels += [IGNORE] * (len(plain) - len(ending) - 1) + ending + [IGNORE]
+        return positions, noisy, labels
 
-    def _collate(self, lessons: list[tuple[list, list[bool], int]]) -> Batch:
+    def _collate(self, lessons: list[tuple[list, list[bool], list[int]]]) -> Batch:
         length = max(len(positions) for positions, _, _ in lessons)
         widest = max(len(bag) for positions, _, _ in lessons for bag in positions)
         ids = np.zeros((len(lessons), length, widest), np.int64)
         weights = np.zeros(ids.shape, np.float32)
         noisy = np.zeros(ids.shape[:2], bool)
-        labels = np.full(ids.shape[:2], -100, np.int64)
-        for row, (positions, is_noisy, first) in enumerate(lessons):
+        labels = np.full(ids.shape[:2], IGNORE, np.int64)
+        for row, (positions, is_noisy, answers) in enumerate(lessons):
             for column, bag in enumerate(positions):
                 for k, (token, weight) in enumerate(bag):
                     ids[row, column, k], weights[row, column, k] = token, weight
             noisy[row, : len(is_noisy)] = is_noisy
-            answers = [bag[0][0] for bag in positions[first:]]
-            labels[row, first - 1 : len(positions) - 1] = answers
+            labels[row, : len(answers)] = answers
         return Batch(*(torch.from_numpy(a) for a in (ids, weights, noisy, labels)))

@@ -17,14 +17,14 @@ from vlmds.errors import InputError
 from vlmds.models.pretrained import load_config, loading
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or local folder.
+def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or local folder; ``local_files_only`` asks no network.
 
     Raises:
         InputError: none there, or one without a chat template.
     """
     with loading("llm.model", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
     if not tokenizer.chat_template:
         raise InputError(f"llm.model: the tokenizer of {name} has no chat template")
     return tokenizer

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from pathlib import Path
 
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Config
+from transformers.utils import logging as transformers_logging
 
 from vlmds.errors import InputError
 
@@ -56,3 +59,13 @@ def published_or_loaded_config(name: str, key: str) -> PretrainedConfig:
 def looks_local(name: str) -> bool:
     """Whether ``name`` is a path: it exists, or it cannot be a hub id (``owner/name``)."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def quiet_libraries() -> None:
+    """Switch off the libraries' progress bars and notices, which would bury a command's own output
+    on every rank. Warnings that a user can act on become our own errors."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # peft 0.21 asks transformers 5 for an attribute under its old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

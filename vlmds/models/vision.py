@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PretrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmds.config import VisionConfig
@@ -70,13 +70,12 @@ def patches_per_frame(config: CLIPVisionConfig) -> int:
     return (config.image_size // config.patch_size) ** 2
 
 
-def load_vision_config(name: str) -> CLIPVisionConfig:
-    """The vision half of a CLIP configuration, by hub name or local folder.
+def vision_half(config: PretrainedConfig, name: str) -> CLIPVisionConfig:
+    """The vision half of a CLIP configuration.
 
     Raises:
-        InputError: the folder is missing or does not hold a CLIP model.
+        InputError: ``name`` holds no CLIP model.
     """
-    config = load_config(name, "vision.model")
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig):
         raise InputError(f"vision.model: {name} holds a {config.model_type} model, not CLIP")
@@ -90,7 +89,7 @@ def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device) -> Visio
         InputError: missing or damaged folder, not CLIP, or an image processor whose size differs
             from the model's.
     """
-    config = load_vision_config(vision.model)
+    config = vision_half(load_config(vision.model, "vision.model"), vision.model)
     with loading("vision.model", vision.model):
         clip = CLIPVisionModel.from_pretrained(vision.model, config=config, dtype=dtype)
         processor = CLIPImageProcessorPil.from_pretrained(vision.model)

@@ -7,13 +7,11 @@ found before the slow part. See the README for what each argument does.
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-import transformers
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment, load_experiment
@@ -21,6 +19,7 @@ from vlmds.data.index import ShardIndex
 from vlmds.data.loader import open_dataset
 from vlmds.errors import InputError
 from vlmds.models.assemble import load_model
+from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
 from vlmds.training.ranks import init_distributed, is_main, on_main, together
 from vlmds.training.run import RunFolder, check_same_experiment, open_run
@@ -110,13 +109,6 @@ def default_ds_config() -> Path:
     if not path.is_file():
         raise InputError(f"--ds-config: {path} is not there; give a DeepSpeed JSON")
     return path
-
-
-def quiet_libraries() -> None:
-    """Progress bars and notices of the libraries would bury our own line on every rank."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def _parser() -> argparse.ArgumentParser:

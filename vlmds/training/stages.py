@@ -31,7 +31,7 @@ from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
-from vlmds.models.captioner import IGNORE
+from vlmds.models.captioner import IGNORE, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.training import checkpoint
 from vlmds.training.engine import (
@@ -224,11 +224,17 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
     if "peft" in stage.train and not isinstance(captioner.llm, PeftModel):
         torch.manual_seed(experiment.training.seed + 1)  # the same adapter on every rank
         captioner.llm = add_adapter(captioner.llm, experiment.peft)
-    captioner.projector.requires_grad_("projector" in stage.train)
-    for name, parameter in captioner.llm.named_parameters():
-        parameter.requires_grad_("peft" in stage.train and "lora_" in name)
+    freeze(captioner, stage)
     if experiment.training.activation_checkpointing:
         captioner.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def freeze(captioner: Captioner, stage: StageConfig) -> None:
+    """Make exactly what the stage trains trainable."""
+    captioner.projector.requires_grad_("projector" in stage.train)
+    for name, parameter in captioner.llm.named_parameters():
+        # Parameters of LoRA and DoRA: lora_A, lora_B, lora_magnitude_vector.
+        parameter.requires_grad_("peft" in stage.train and "lora_" in name)
 
 
 def run_stages(

@@ -1,0 +1,29 @@
+"""Tiny models and a packed dataset, made once."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.data.conftest import write_manifest, write_video
+from vlmds.data.pack import pack
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    return tiny.make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """10 training and 3 validation clips as a frames store, in three shards."""
+    folder = tmp_path_factory.mktemp("packed")
+    rows = []
+    for i in range(13):
+        write_video(folder / f"v{i}.mp4", frames=8 + i)
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다." + " 네." * (i % 3),
+                     "split": "val" if i >= 10 else "train"})
+    manifest = write_manifest(folder / "manifest.jsonl", rows)
+    pack(manifest, folder / "out", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
+         shard_size=5, progress=False)
+    return folder / "out"
