@@ -5,7 +5,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_manifest
+from tests.data.conftest import write_manifest
 
 from vlmds.data.manifest import MAX_KEY, read_manifest
 from vlmds.errors import InputError

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from conftest import write_manifest, write_video
+from tests.data.conftest import write_manifest, write_video
 
 from vlmds.data import video
 from vlmds.data.decode_child import DecodePool, Request

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import cut_video, decode_all, rotate_video, write_video
+from tests.data.conftest import cut_video, decode_all, rotate_video, write_video
 
 from vlmds.data import video
 from vlmds.errors import SampleError

@@ -45,8 +45,8 @@ DIRECTIONS = {  # name: (Korean, (x, y) with y pointing down)
 SIDES = (64, 72, 80, 88, 96)  # pixels; even, as 4:2:0 video wants
 FRAME_RATES = (10, 12, 15, 24)
 SECONDS = (1.0, 3.0)
-SHAPE_SIZE = (0.24, 0.32)  # of the frame's side
-TRAVEL = (0.36, 0.42)  # of the frame's side, first frame to last; short, so that starts overlap
+SHAPE_SIZE = (0.34, 0.44)  # of the frame's side
+TRAVEL = (0.30, 0.36)  # of the frame's side, first frame to last; short, so that starts overlap
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.demo.clips import (
-    COLOURS, DIRECTIONS, SHAPES, TRAVEL, Attributes, caption, subject, towards,
+    COLOURS, DIRECTIONS, SHAPE_SIZE, SHAPES, TRAVEL, Attributes, caption, subject, towards,
 )  # fmt: skip
 
 LEFT, RIGHT, TOP, BOTTOM, START, END, NOTHING = "좌", "우", "상", "하", "처음", "끝", "·"
@@ -114,8 +114,8 @@ def observe(
 
 def _path(direction: str, ease: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """x and y of a shape's middle in each frame, 0…1, float64 [FRAMES] each."""
-    travel = ease * 0.7 + (1 - ease) * rng.uniform(*TRAVEL)
-    size = 0.3
+    travel = ease * 0.6 + (1 - ease) * rng.uniform(*TRAVEL)
+    size = sum(SHAPE_SIZE) / 2
     path = []
     for step in DIRECTIONS[direction][1]:
         start = rng.uniform(size / 2, 1 - size / 2 - travel * abs(step))

@@ -34,7 +34,7 @@ from transformers import (
 
 from vlmds.demo import clips, observations
 
-VERSION = 1
+VERSION = 2
 """Part of the settings' hash: raise it when a change here should discard saved models."""
 
 SPECIAL_TOKENS = [
@@ -82,8 +82,8 @@ def make_tiny_models(
     seed: int = 0,
     tokenizer: Path | None = None,
     image_size: int = 64,
-    clip_steps: int = 500,
-    llm_steps: int = 600,
+    clip_steps: int = 700,
+    llm_steps: int = 400,
 ) -> TinyModels:
     """Make, or reuse, `out`/clip and `out`/qwen3; the report goes to `out`/pretraining.json.
 
@@ -268,7 +268,7 @@ def pretrain_clip(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     started = time.perf_counter()
-    frames = draw_frames(max(64, min(6000, steps * 16)), image_size, seed)
+    frames = draw_frames(max(64, min(9000, steps * 16)), image_size, seed)
     drawn = time.perf_counter() - started
     names = sorted(set(frames.texts))
     text_of = torch.tensor([names.index(text) for text in frames.texts])
@@ -293,7 +293,7 @@ def pretrain_clip(
         return contrast / 4 + head.loss(patches, frames, rows)
 
     parameters = [*model.parameters(), *head.parameters()]
-    report = _optimise(step_loss, parameters, steps, lr=1e-3)
+    report = _optimise(step_loss, parameters, steps, lr=2e-3)
     report["drawing_seconds"] = round(drawn, 1)
     model.save_pretrained(out)
     processor.save_pretrained(out)
