@@ -323,7 +323,10 @@ def pretrain_llm(
         embeds = batch.embed(embedding, ease)
         keep = batch.labels != -100
         logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep).logits
-        return F.cross_entropy(logits.flatten(0, -2), batch.labels[keep])
+        losses = F.cross_entropy(logits.flatten(0, -2), batch.labels[keep], reduction="none")
+        # Means of their own: there are many more observations than words of answers.
+        observed = batch.noisy[keep]
+        return losses[~observed].mean() + losses[observed].mean() / 4
 
     report = _optimise(step_loss, list(model.parameters()), steps, lr=2e-3)
     model.save_pretrained(out)

@@ -87,11 +87,12 @@ class Resampler(Projector):
                 "(projector.width is null)"
             )
         self.num_queries = config.num_queries
-        self.queries = nn.Parameter(torch.randn(config.num_queries, width) * 0.02)
+        # Queries and times start at the scale of the projected features. At the customary 0.02 all
+        # queries attend alike, and frames look alike, for the first thousands of steps.
+        self.queries = nn.Parameter(torch.randn(config.num_queries, width))
         self.vision_proj = nn.Linear(vision_dim, width)
         self.frame_time = (
-            nn.Parameter(torch.randn(num_frames, width) * 0.02)
-            if config.temporal_embedding else None
+            nn.Parameter(sinusoidal(num_frames, width)) if config.temporal_embedding else None
         )
         self.output_proj = nn.Linear(width, llm_dim) if config.width else nn.Identity()
 
@@ -109,6 +110,15 @@ class Resampler(Projector):
     def resample(self, queries: Tensor, memory: Tensor) -> Tensor:
         """queries [B, M, width], memory [B, N, width] -> [B, M, width]."""
         raise NotImplementedError
+
+
+def sinusoidal(length: int, width: int) -> Tensor:
+    """Sines and cosines of geometrically spaced wavelengths, from 4 to 4 x length positions
+    (after arXiv:1706.03762): float32 [length, width]."""
+    half = (width + 1) // 2
+    wavelengths = 4 * float(length) ** torch.linspace(0, 1, half)
+    angles = 2 * torch.pi * torch.arange(length)[:, None] / wavelengths
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
 class CAbstractor(Resampler):

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from tests import tiny
+from tests.data.conftest import write_manifest, write_video
+from vlmds.cli import main
+from vlmds.training.main import main as train
+
+
+def test_pack_counts_every_reject_and_goes_on(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    manifest = write_manifest(tmp_path / "m.jsonl", [
+        {"video": "a.mp4", "caption": "가"}, {"video": "bad.mp4", "caption": "나"},
+        {"video": "none.mp4", "caption": "다"}, {"video": "a.mp4", "id": "x", "caption": ""},
+        {"video": "a.mp4", "id": "y"}, {"video": "a.mp4", "caption": "가"}])
+    assert main(["pack", str(manifest), str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "packed 1 samples (train 1)" in printed and "rejected 5 rows" in printed
+    reasons = [json.loads(line)["reason"].split(":")[0]
+               for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    assert reasons == ["cannot be read", "file not found", "empty caption", "no caption",
+                       "duplicate id"]
+
+
+def test_pack_of_nothing_is_bad_input(tmp_path, capsys):
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "none.mp4", "caption": "다"}])
+    assert main(["pack", str(manifest), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vlmds: ") and error.count("\n") == 1 and "nothing was packed" in error
+
+
+@pytest.mark.parametrize("exp", [f"e{n}" for n in range(1, 9)])
+def test_plan_at_full_size_without_weights(exp, capsys):
+    assert main(["plan", "--exp", exp]) == 0
+    printed = capsys.readouterr().out
+    adapter = "43,646,976" if exp in ("e1", "e3", "e5", "e7") else "45,047,808"
+    tokens = "4,608" if exp in ("e1", "e2", "e3", "e4") else "64"
+    assert adapter in printed and "8,190,735,360" in printed
+    assert f"visual tokens per clip: {tokens} " in printed
+
+
+def test_plan_shows_a_sample_with_its_loss_mask(tmp_path, capsys, qwen_tokenizer_folder):
+    assert main(["plan", "--exp", "e7", "--set", f"llm.model={qwen_tokenizer_folder}"]) == 2
+    assert "config.json" in capsys.readouterr().err  # a tokenizer is not a model
+    models = tiny.make_models(tmp_path)
+    assert main(["plan", "--exp", "e7", "--set", f"llm.model={models / 'qwen3'}",
+                 *tiny.RESAMPLER]) == 0
+    printed = capsys.readouterr().out
+    assert "'한 남자가 공원에서 강아지와 산책하고 있습니다.<|im_end|>'" in printed
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--exp", "e9"], "e9: no such experiment file; did you mean"),
+    (["--exp", "e7", "--set", "projector.widht=1"], "did you mean 'width'"),
+    (["--exp", "e7"], "data.path: no data given; pass --data DIR"),
+    (["--exp", "e7", "--data", "/nowhere"], "data.path: /nowhere does not exist"),
+])
+def test_training_refuses_bad_input_in_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0"), monkeypatch.delenv("RANK")  # restored whatever training sets
+    assert train(arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and message in error[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", ["nowhere", "."])
+def test_caption_needs_a_run(run, capsys, tmp_path):
+    assert main(["caption", "--run", str(tmp_path / run), "x.mp4"]) == 2
+    assert "neither a run folder nor an artifact" in capsys.readouterr().err

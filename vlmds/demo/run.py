@@ -1,0 +1,186 @@
+"""`vlmds demo`: from nothing to captions of videos never seen, on a CPU, with the real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlmds.config import load_experiment
+from vlmds.data.pack import pack
+from vlmds.demo.clips import COLOURS, DIRECTIONS, SHAPES, make_clips, parse_caption
+from vlmds.demo.picture import draw_results
+from vlmds.demo.pretrain import make_tiny_models
+from vlmds.errors import InputError, SampleError
+from vlmds.inference import VideoCaptioner
+from vlmds.training.main import REPOSITORY
+from vlmds.training.run import final_artifact
+
+ATTRIBUTES = ("colour", "shape", "direction")
+IMAGE_SIZE = 64
+RANKS = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; the tests run a smaller demo."""
+
+    train_clips: int = 960
+    val_clips: int = 96
+    clip_steps: int = 700
+    llm_steps: int = 400
+
+
+def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tuple = ()) -> dict:
+    """Make clips and tiny models, pack, train both stages, caption held-out clips, score.
+
+    What is there already is used again, a stopped training goes on.
+
+    Args:
+        output: folder for everything.
+        exp: a packaged experiment; e1 … e8 run in tiny form: their projector and adapter type,
+            everything else from demo.yaml.
+        overrides: of the experiment.
+
+    Returns:
+        The results, as results/{exp}.json has them.
+
+    Raises:
+        InputError: unknown experiment, or the launcher refused.
+    """
+    started = time.perf_counter()
+    output = output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    settings = tiny_form(exp, output)
+    seconds: dict[str, float] = {}
+    with _timed("clips", seconds):
+        manifest = make_clips(output / "data", train=size.train_clips, val=size.val_clips)
+    with _timed("pre-training of the tiny CLIP and Qwen3", seconds):
+        make_tiny_models(output / "models", image_size=IMAGE_SIZE, clip_steps=size.clip_steps,
+                         llm_steps=size.llm_steps)
+    with _timed("packing", seconds):
+        summary = pack(manifest, output / "shards", store="frames", image_size=IMAGE_SIZE,
+                       progress=False)
+        print(f"  {summary.packed} samples in {summary.shards} shards", flush=True)
+    run = output / "runs" / load_experiment(settings).name
+    with _timed("training", seconds):
+        _train(settings, output / "shards", run, overrides)
+    with _timed("captions of held-out clips", seconds):
+        clips = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        clips = [clip for clip in clips if clip["split"] == "val"]
+        captioner = VideoCaptioner.from_pretrained(final_artifact(run), device="cpu")
+        captions = [str(c) if isinstance(c, SampleError) else c for c in captioner.caption(
+            (str(output / "data" / clip["video"]) for clip in clips), batch_size=32,
+            max_new_tokens=32)]
+    results = score(captions, [clip["caption"] for clip in clips])
+    results["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
+    _save(output / "results", run.name, results, clips, captions, output / "data")
+    return results
+
+
+def tiny_form(exp: str, output: Path) -> Path:
+    """Write output/{name}.yaml: the experiment on the demo's models."""
+    experiment = load_experiment(exp)
+    lines = [
+        f"# {experiment.name} in tiny form, written by vlmds demo", "extends: demo.yaml",
+        f"name: {experiment.name}", f"vision: {{model: {output / 'models' / 'clip'}}}",
+        f"llm: {{model: {output / 'models' / 'qwen3'}}}",
+        f"peft: {{type: {experiment.peft.type}}}",
+    ]
+    projector = f"type: {experiment.projector.type}"
+    if hasattr(experiment.projector, "num_queries"):
+        projector += ", width: 192, num_queries: 32, num_heads: 4"
+        lines += ["stages:  # a resampler, with its attention, wants a lower rate than an MLP",
+                  "  - {name: align, train: [projector], lr: 4.0e-4, epochs: 5}",
+                  "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}"]
+    lines.append(f"projector: {{{projector}}}")
+    path = output / f"{experiment.name}.yaml"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def score(captions: list[str], references: list[str]) -> dict:
+    """Shares of exact captions and right attributes; the blind score, for which each caption is
+    held against another clip's reference; and what guessing would give."""
+    order = np.random.RandomState(0).permutation(len(captions))
+    return {
+        "clips": len(captions),
+        "held_out": _shares(captions, references),
+        "blind": _shares([captions[i] for i in order], references),
+        "chance": {"exact": 1 / (len(COLOURS) * len(SHAPES) * len(DIRECTIONS)),
+                   "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES),
+                   "direction": 1 / len(DIRECTIONS)},
+    }
+
+
+def _shares(captions: list[str], references: list[str]) -> dict[str, float]:
+    pairs = [(parse_caption(a), parse_caption(b)) for a, b in zip(captions, references, strict=True)]
+    shares = {"exact": np.mean([a == b for a, b in zip(captions, references)])}
+    for name in ATTRIBUTES:
+        shares[name] = np.mean([getattr(a, name) == getattr(b, name) for a, b in pairs])
+    return {name: round(float(share), 4) for name, share in shares.items()}
+
+
+def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
+    """`deepspeed --num_gpus 2 launch/train.py …`, its output passed through."""
+    script = REPOSITORY / "launch" / "train.py"
+    if not script.is_file():
+        raise InputError(f"{script}: not there; the demo runs from a checkout of the repository")
+    command = ["--num_gpus", str(RANKS), str(script), "--exp", str(settings), "--data", str(shards),
+               "--output", str(run)]
+    if overrides:
+        command += ["--set", *overrides]
+    print(f"  deepspeed {' '.join(command)}", flush=True)
+    environment = dict(os.environ)
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    if torch.cuda.device_count() < RANKS:
+        threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    launcher = Path(sys.executable).with_name("deepspeed")
+    done = subprocess.run([str(launcher), *command], env=environment)
+    if done.returncode == 2:
+        raise InputError("the training refused its input, see above")
+    if done.returncode:
+        raise RuntimeError(f"training failed with exit code {done.returncode}")
+
+
+def _save(folder: Path, name: str, results: dict, clips: list[dict], captions: list[str],
+          data: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2)
+    (folder / f"{name}.json").write_text(text + "\n")
+    table = results_table(results)
+    (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+    picture = folder / f"{name}.png"
+    draw_results(picture, [data / clip["video"] for clip in clips[:8]],
+                 [clip["caption"] for clip in clips[:8]], captions[:8])
+    print(f"\n{table}\n\nsaved: {folder / name}.json, .md and .png "
+          f"({results['seconds']['total']:.0f} s in all)", flush=True)
+
+
+def results_table(results: dict) -> str:
+    """Markdown: one row each for held-out clips, the blind score and chance."""
+    columns = ("exact", *ATTRIBUTES)
+    lines = [f"| {results['clips']} held-out clips | " + " | ".join(columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    names = {"held_out": "captions", "blind": "videos shuffled (blind)", "chance": "chance"}
+    for key, name in names.items():
+        lines.append(f"| {name} | " + " | ".join(f"{results[key][c]:.1%}" for c in columns) + " |")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _timed(what: str, seconds: dict[str, float]):
+    print(f"demo: {what}", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[what] = round(time.perf_counter() - started, 1)
+    print(f"demo: {what}: {seconds[what]} s", flush=True)
