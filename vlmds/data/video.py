@@ -156,11 +156,15 @@ def decode_frames(
 ) -> np.ndarray:
     """Decode the frames that `pick` names: uint8 [num_frames, height, width, 3], RGB, upright.
 
-    Uses `info.decoder`. Raises SampleError if one of them cannot be decoded.
+    Uses `info.decoder`; PyAV also where decord fails, as it does on some widths. Raises SampleError
+    if one of them cannot be decoded.
     """
     indices = pick(info, num_frames, start, end)
     if info.decoder == "decord":
-        return _decode_decord(source, info, indices)
+        try:
+            return decode_decord(source, info, indices)
+        except SampleError:
+            pass
     wanted = [int(i) for i in np.unique(indices)]
     with _reading("cannot be decoded"):
         found = _decode_pyav(source, info, wanted)
@@ -327,7 +331,8 @@ def _index(info: VideoInfo, frame: av.VideoFrame, time_base: Fraction) -> int:
     return index if index < len(info.pts) and info.pts[index] <= time + 1e-6 else -1
 
 
-def _decode_decord(source: Source, info: VideoInfo, indices: np.ndarray) -> np.ndarray:
+def decode_decord(source: Source, info: VideoInfo, indices: np.ndarray) -> np.ndarray:
+    """The frames `indices`, by decord alone: uint8 [F, height, width, 3]. Raises SampleError."""
     import decord
 
     try:

@@ -87,7 +87,7 @@ def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tu
 
 
 def tiny_form(exp: str, output: Path) -> Path:
-    """Write output/{name}.yaml: the experiment on the demo's models."""
+    """Write output/tiny-{name}.yaml: the experiment on the demo's models."""
     experiment = load_experiment(exp)
     lines = [
         f"# {experiment.name} in tiny form, written by vlmds demo", "extends: demo.yaml",
@@ -102,7 +102,7 @@ def tiny_form(exp: str, output: Path) -> Path:
                   "  - {name: align, train: [projector], lr: 4.0e-4, epochs: 5}",
                   "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}"]
     lines.append(f"projector: {{{projector}}}")
-    path = output / f"{experiment.name}.yaml"
+    path = output / f"tiny-{experiment.name}.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
