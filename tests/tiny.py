@@ -1,10 +1,14 @@
-"""A tiny random CLIP and Qwen3 in Hugging Face format, and an experiment on them."""
+"""A tiny random CLIP and Qwen3 in Hugging Face format, and an experiment on them.
 
+`python -m tests.tiny FOLDER --tokenizer DIR` makes them around a tokenizer of one's own.
+"""
+
+import argparse
 from pathlib import Path
 
 import torch
 from transformers import (
-    CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase, Qwen3Config,
+    AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase, Qwen3Config,
     Qwen3ForCausalLM,
 )  # fmt: skip
 
@@ -34,6 +38,8 @@ def make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     ))
+    with torch.no_grad():  # as after training: frozen embeddings of 0.02 could not give a sharp word
+        llm.get_input_embeddings().weight.mul_(20)
     llm.save_pretrained(folder / "qwen3")
     tokenizer.save_pretrained(folder / "qwen3")
     return folder
@@ -56,3 +62,11 @@ def settings(models: Path, data: Path | None = None) -> list[str]:
 
 
 RESAMPLER = ["projector.width=32", "projector.num_queries=4", "projector.num_heads=4"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", required=True)
+    args = parser.parse_args()
+    make_models(args.folder, AutoTokenizer.from_pretrained(args.tokenizer))

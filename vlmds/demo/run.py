@@ -98,8 +98,8 @@ def tiny_form(exp: str, output: Path) -> Path:
     projector = f"type: {experiment.projector.type}"
     if hasattr(experiment.projector, "num_queries"):
         projector += ", width: 192, num_queries: 32, num_heads: 4"
-        lines += ["stages:  # a resampler, with its attention, wants a lower rate than an MLP",
-                  "  - {name: align, train: [projector], lr: 4.0e-4, epochs: 5}",
+        lines += ["stages:  # a resampler wants a lower rate than an MLP, and more steps",
+                  "  - {name: align, train: [projector], lr: 3.0e-4, epochs: 8}",
                   "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}"]
     lines.append(f"projector: {{{projector}}}")
     path = output / f"tiny-{experiment.name}.yaml"
@@ -160,8 +160,9 @@ def _save(folder: Path, name: str, results: dict, clips: list[dict], captions: l
     table = results_table(results)
     (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     picture = folder / f"{name}.png"
-    draw_results(picture, [data / clip["video"] for clip in clips[:8]],
-                 [clip["caption"] for clip in clips[:8]], captions[:8])
+    shown = range(0, len(clips), max(1, len(clips) // 8))[:8]  # of many combinations
+    draw_results(picture, [data / clips[i]["video"] for i in shown],
+                 [clips[i]["caption"] for i in shown], [captions[i] for i in shown])
     print(f"\n{table}\n\nsaved: {folder / name}.json, .md and .png "
           f"({results['seconds']['total']:.0f} s in all)", flush=True)
 
