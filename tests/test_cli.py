@@ -52,7 +52,7 @@ def test_plan_shows_a_sample_with_its_loss_mask(tmp_path, capsys, qwen_tokenizer
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--exp", "e9"], "e9: no such experiment file; did you mean"),
+    (["--exp", "e9"], "e9: no such experiment file; packaged experiments: demo, e1"),
     (["--exp", "e7", "--set", "projector.widht=1"], "did you mean 'width'"),
     (["--exp", "e7"], "data.path: no data given; pass --data DIR"),
     (["--exp", "e7", "--data", "/nowhere"], "data.path: /nowhere does not exist"),

@@ -14,7 +14,7 @@ from transformers import (
 
 from vlmds.config import LanguageConfig, PeftSection
 from vlmds.errors import InputError
-from vlmds.models.pretrained import load_config, loading
+from vlmds.models.pretrained import load_config, load_weights, loading
 
 
 def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
@@ -47,11 +47,10 @@ def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrained
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    with loading("llm.model", llm.model):
-        model = AutoModelForCausalLM.from_pretrained(
-            llm.model, config=config, dtype=dtype, quantization_config=quantisation,
-            device_map={"": device}, attn_implementation="sdpa",
-        )
+    model = load_weights(
+        AutoModelForCausalLM, llm.model, "llm.model", config=config, dtype=dtype,
+        quantization_config=quantisation, device_map={"": device}, attn_implementation="sdpa",
+    )
     model.requires_grad_(False)
     if llm.load_in_4bit:
         _keep_4bit_weights_packed(model)

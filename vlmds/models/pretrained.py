@@ -39,6 +39,26 @@ def loading(key: str, name: str):
         raise InputError(f"{key}: cannot load {name}: {reason[:300]}") from error
 
 
+def load_weights(model_class, name: str, key: str, **options):
+    """``model_class.from_pretrained(name, **options)``, but a weight that is missing or does not have
+    the shape of config.json is an error, never a random initialisation.
+
+    Raises:
+        InputError: names ``key``, and for a wrong shape both shapes.
+    """
+    with loading(key, name):
+        model, report = model_class.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    for weight, found, expected in sorted(report["mismatched_keys"]):
+        raise InputError(f"{key}: {name}: {weight} has shape {list(found)} in the weights, but "
+                         f"{list(expected)} by its config.json; the two are of different models")
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"{key}: {name}: its weights lack {missing[0]}"
+                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    return model
+
+
 def load_config(name: str, key: str) -> PretrainedConfig:
     """The model configuration of a hub name or local folder; no weights are read.
 

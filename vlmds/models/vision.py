@@ -9,7 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from vlmds.config import VisionConfig
 from vlmds.errors import InputError
-from vlmds.models.pretrained import load_config, loading
+from vlmds.models.pretrained import load_config, load_weights, loading
 
 
 class VisionTower(nn.Module):
@@ -90,8 +90,8 @@ def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device) -> Visio
             from the model's.
     """
     config = vision_half(load_config(vision.model, "vision.model"), vision.model)
+    clip = load_weights(CLIPVisionModel, vision.model, "vision.model", config=config, dtype=dtype)
     with loading("vision.model", vision.model):
-        clip = CLIPVisionModel.from_pretrained(vision.model, config=config, dtype=dtype)
         processor = CLIPImageProcessorPil.from_pretrained(vision.model)
     size = processor.crop_size["height"]
     if size != config.image_size:
