@@ -1,33 +1,33 @@
-"""Sixteen real clips, the full Qwen vocabulary: pack, train both stages on two ranks, caption."""
+"""Sixteen real clips: pack, train both stages on two ranks, caption."""
 
 import json
 
 import pytest
-from transformers import AutoTokenizer
 
 from tests import tiny
 from tests.data.conftest import SHARED
 from tests.training.launch import metrics, train
 from vlmds.cli import main
+from vlmds.demo.pretrain import train_tokenizer
 
 pytestmark = pytest.mark.distributed  # real ranks
 
 
-def test_captions_of_real_clips_are_learnt_word_for_word(tmp_path, capsys, qwen_tokenizer_folder):
+def test_captions_of_real_clips_are_learnt_word_for_word(tmp_path, capsys):
     if not SHARED.is_dir():
         pytest.skip(f"no videos at {SHARED}")
-    models = tiny.make_models(tmp_path, AutoTokenizer.from_pretrained(qwen_tokenizer_folder))
+    rows = [json.loads(line) for line in
+            (SHARED / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    models = tiny.make_models(tmp_path, train_tokenizer([row["caption"] for row in rows]))
     shards, run = tmp_path / "shards", tmp_path / "run"
     assert main(["pack", str(SHARED / "captions.jsonl"), str(shards)]) == 0
     assert "packed 16 samples (train 16)" in capsys.readouterr().out
     train(2, "--exp", "demo", "--data", str(shards), "--output", str(run), "--set",
           *tiny.settings(models), "training.micro_batch=8", "training.global_batch=16",
           "training.checkpoint_every=1000", "peft.r=16", "data.num_workers=1",
-          "stages.0.steps=20", "stages.1.steps=120", "stages.0.lr=3e-3", "stages.1.lr=8e-3")
+          "stages.0.steps=20", "stages.1.steps=200", "stages.0.lr=3e-3", "stages.1.lr=8e-3")
     losses = [r["loss"] for r in metrics(run)]
-    assert losses[19] < losses[0] and losses[-1] < 0.2 * losses[0]
-    rows = [json.loads(line) for line in
-            (SHARED / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert losses[19] < losses[0] and losses[-1] < 0.1 * losses[0]
     assert main(["caption", "--run", str(run), "--batch-size", "8",
                  *(str(SHARED / row["video"]) for row in rows)]) == 0
     lines = capsys.readouterr().out.splitlines()
