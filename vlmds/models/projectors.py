@@ -6,6 +6,7 @@ To add a fifth: write its configuration in ``config.py`` (a ``Section`` with a `
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,9 +117,10 @@ def sinusoidal(length: int, width: int) -> Tensor:
     """Sines and cosines of geometrically spaced wavelengths, from 4 to 4 x length positions
     (after arXiv:1706.03762): float32 [length, width]."""
     half = (width + 1) // 2
-    wavelengths = 4 * float(length) ** torch.linspace(0, 1, half)
-    angles = 2 * torch.pi * torch.arange(length)[:, None] / wavelengths
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+    wavelengths = 4 * float(length) ** np.linspace(0, 1, half)
+    angles = 2 * np.pi * np.arange(length)[:, None] / wavelengths
+    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width]
+    return torch.tensor(table.tolist())  # on the default device, also where that is meta
 
 
 class CAbstractor(Resampler):
