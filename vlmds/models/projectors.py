@@ -89,7 +89,7 @@ class Resampler(Projector):
             )
         self.num_queries = config.num_queries
         # Queries and times start at the scale of the projected features. At the customary 0.02 all
-        # queries attend alike, and frames look alike, for the first thousands of steps.
+        # queries attend alike at first, and frames look alike.
         self.queries = nn.Parameter(torch.randn(config.num_queries, width))
         self.vision_proj = nn.Linear(vision_dim, width)
         self.frame_time = (
