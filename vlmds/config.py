@@ -48,6 +48,8 @@ class VisionConfig(Section):
     feature_layer: Literal[-1, -2] = -1
     frames_per_call: PositiveInt = 64
     """Frames that go through CLIP at once; bounds its activation memory."""
+    pool: PositiveInt = 1
+    """Patch features are averaged over pool x pool squares; must divide the patches of a side."""
 
 
 class LinearProjector(Section):
@@ -104,11 +106,27 @@ class PeftSection(Section):
     alpha: PositiveFloat = 32
     dropout: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[list[str], Field(min_length=1)]
+    rslora: bool = False
+    """Scale the adapter by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)."""
+
+
+class BlendPart(Section):
+    path: str
+    weight: PositiveFloat = 1.0
+    """Share of the training samples that come from here, relative to the other parts' weights."""
 
 
 class DataConfig(Section):
     path: str | None = None
-    """Folder written by ``vlmds pack``; ``--data`` sets it."""
+    """Folder or URL written by ``vlmds pack``; ``--data`` sets it."""
+    blend: Annotated[list[BlendPart], Field(min_length=1)] | None = None
+    """Several packed datasets, mixed by weight, instead of ``path``."""
+    cache_dir: str | None = None
+    """Where shards of a remote dataset are kept on this machine; null reads them remotely."""
+    cache_gb: PositiveFloat = 100.0
+    """Most that ``cache_dir`` may hold, in 10^9 bytes; the shards used longest ago go first."""
+    decode_seconds: PositiveFloat = 60.0
+    """How long the decoding of one video may take before the sample counts as unreadable."""
     num_frames: PositiveInt = 8
     prompt: str = "이 영상을 설명해주세요."
     max_caption_tokens: PositiveInt = 256
@@ -120,6 +138,12 @@ class DataConfig(Section):
     """Share of unreadable samples above which all ranks stop."""
     verify: Literal["sha256", "size"] = "sha256"
     """How shards are checked at start; sha256 reads every byte once, split over the ranks."""
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.path is not None and self.blend is not None:
+            raise ValueError("give path or blend, not both")
+        return self
 
 
 class TrainingConfig(Section):
@@ -140,12 +164,27 @@ class TrainingConfig(Section):
     keep_checkpoints: PositiveInt = 2
     timeout_minutes: PositiveFloat = 30
     """How long a collective may wait before the job is ended."""
+    max_skipped_steps: NaturalInt = 10
+    """Optimizer steps that a loss or gradient which is no number may cost before the run ends."""
 
 
 class LoggingConfig(Section):
     every: PositiveInt = 10
     tensorboard: bool = True
     wandb_project: str | None = None
+    stall_seconds: PositiveFloat = 60.0
+    """A rank that has waited this long for data says for which samples."""
+
+
+class KindFactors(Section):
+    """A factor for each kind of trainable parameter."""
+
+    projector: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1.0
+    lora_a: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1.0
+    lora_b: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1.0
+    """16 is what LoRA+ proposes for the learning rate (arXiv:2402.12354)."""
+    magnitude: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1.0
+    """DoRA's magnitude vectors."""
 
 
 class StageConfig(Section):
@@ -155,8 +194,16 @@ class StageConfig(Section):
     epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
     warmup_ratio: Fraction = 0.03
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What follows the linear warm-up. wsd: constant, then a linear decay (arXiv:2404.06395)."""
     min_lr_ratio: Fraction = 0.0
-    """Where the cosine ends, as a share of lr."""
+    """Where the decay ends, as a share of lr."""
+    decay_ratio: Fraction = 0.1
+    """Share of the steps that the decay of wsd takes."""
+    lr_factors: KindFactors = KindFactors()
+    """On lr."""
+    weight_decay_factors: KindFactors = KindFactors()
+    """On training.weight_decay."""
 
     @model_validator(mode="after")
     def _trains_something_for_some_time(self):
@@ -332,6 +379,9 @@ def _list_index(items: list, part: str, where: str, override: str) -> int:
     return int(part)
 
 
+_LISTS = {"stages": StageConfig, "blend": BlendPart}  # keys that hold lists of mappings
+
+
 def _check_keys(tree: Any, model: type[BaseModel], prefix: str, fail) -> None:
     """Refuse unknown keys with the nearest valid one. Values are left to pydantic."""
     if not isinstance(tree, dict):
@@ -353,9 +403,9 @@ def _check_keys(tree: Any, model: type[BaseModel], prefix: str, fail) -> None:
             _check_keys(value, _PROJECTORS[kind], f"{dotted}.", fail)
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             _check_keys(value, field.annotation, f"{dotted}.", fail)
-        elif key == "stages" and isinstance(value, list):
-            for number, stage in enumerate(value):
-                _check_keys(stage, StageConfig, f"{dotted}.{number}.", fail)
+        elif key in _LISTS and isinstance(value, list):
+            for number, item in enumerate(value):
+                _check_keys(item, _LISTS[key], f"{dotted}.{number}.", fail)
 
 
 def _origin(origins: dict[str, str], key: str) -> str | None:

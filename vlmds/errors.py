@@ -11,3 +11,7 @@ class InputError(Exception):
 
 class SampleError(Exception):
     """One sample cannot be read or decoded. The message is the reason, as the ledger records it."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its checkpoint is saved. Commands exit with code 3."""

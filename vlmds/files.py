@@ -7,6 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from upath import UPath
+
+
+def as_path(place: str | os.PathLike) -> Path:
+    """A ``Path``, or for a URL that fsspec knows (``s3://…``, ``memory://…``) a ``UPath``, which
+    offers the same methods."""
+    return UPath(place) if "://" in str(place) else Path(place)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:

@@ -39,6 +39,10 @@ def init_distributed(timeout_minutes: float) -> torch.device:
     if not on_cpu:
         accelerator.set_device(local_rank)
     timeout = timedelta(minutes=timeout_minutes)
+    # On CPUs DeepSpeed compiles a shared-memory op for inference_all_reduce, which training never
+    # calls. A process that is killed while it loads it leaves a lock behind on which every later
+    # start waits for ever; without the op there is neither that nor a compiler to install.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else "nccl", timeout=timeout,

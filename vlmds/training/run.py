@@ -33,7 +33,8 @@ HARMLESS = ("owner", "priority", "logging", "data.path", "data.num_workers", "da
             "data.max_bad_fraction", "vision.frames_per_call", "training.micro_batch",
             "training.gradient_accumulation", "training.global_batch",
             "training.activation_checkpointing", "training.validate_every",
-            "training.checkpoint_every", "training.keep_checkpoints", "training.timeout_minutes")
+            "training.checkpoint_every", "training.keep_checkpoints", "training.timeout_minutes",
+            "training.max_skipped_steps", "data.cache_dir", "data.cache_gb", "data.decode_seconds")
 
 
 @dataclass
