@@ -93,17 +93,19 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
                 f"but {getattr(experiment, name).model} has hidden_size {width}"
             )
     path = folder / "projector.safetensors"
-    tensors = _read(path, meta)
+    tensors = _read(path)
     _check_same(path, tensors, projector.state_dict())
+    _check_file(path, meta)
     projector.load_state_dict(tensors)
     if not meta["adapter"]:
         return
     if not isinstance(captioner.llm, PeftModel):
         captioner.llm = add_adapter(captioner.llm, experiment.peft)
     path = folder / ADAPTER
-    tensors = _read(path, meta)
+    tensors = _read(path)
     expected = get_peft_model_state_dict(captioner.llm, save_embedding_layers=False)
     _check_same(path, tensors, expected)
+    _check_file(path, meta)
     set_peft_model_state_dict(captioner.llm, tensors)
 
 
@@ -112,16 +114,19 @@ def projector_sha256(folder: Path) -> str:
     return read_artifact(folder)[0]["files"]["projector.safetensors"]
 
 
-def _read(path: Path, meta: dict) -> dict[str, Tensor]:
-    """The file's tensors; only of the file that artifact.json means."""
-    (expected,) = (sha for name, sha in meta["files"].items() if path.match(name))
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        if sha256_of(path) != expected:
-            raise InputError(f"{path}: not the file that artifact.json was written with (sha256 "
-                             "differs); restore it or train again")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _check_file(path: Path, meta: dict) -> None:
+    """Raise :class:`InputError` unless it is the file that artifact.json was written with."""
+    (expected,) = (sha256 for name, sha256 in meta["files"].items() if path.match(name))
+    if sha256_of(path) != expected:
+        raise InputError(f"{path}: its sha256 is not the one in artifact.json; restore the file, or "
+                         "train again")
 
 
 def _check_same(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
