@@ -17,8 +17,11 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("packed"))
+
+
+def make_shards(folder: Path) -> Path:
     """10 training and 3 validation clips as a frames store, in three shards."""
-    folder = tmp_path_factory.mktemp("packed")
     rows = []
     for i in range(13):
         write_video(folder / f"v{i}.mp4", frames=8 + i)
