@@ -45,5 +45,5 @@ def experiment_projector(
     """A fresh projector between these two models."""
     return build_projector(
         experiment.projector, vision.hidden_size, llm.hidden_size, experiment.data.num_frames,
-        patches_per_frame(vision),
+        patches_per_frame(vision, experiment.vision.pool),
     )
