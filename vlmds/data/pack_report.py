@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,9 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from vlmds.data.decode_child import DecodePool, Request
+from vlmds.data.decode_child import DecodePool
 from vlmds.data.index import SampleRow, ShardIndex
+from vlmds.data.stored import decode_stored, pixels_of
 from vlmds.errors import SampleError
 from vlmds.files import write
 
@@ -277,30 +277,14 @@ def _stored_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[
 
 def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[str] | SampleError]:
     """A few frames of each video, decoded by child processes with a deadline."""
-    with tempfile.TemporaryDirectory(prefix="vlmds-") as folder, DecodePool(
-            min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
-        damaged: dict[int, SampleError] = {}
-
-        def requests():
-            for number, row in enumerate(rows):
-                path = Path(folder) / f"{number}"
-                try:
-                    data = index.read(row)
-                    data.pop("json")
-                    path.write_bytes(*data.values())
-                except SampleError as error:
-                    damaged[number] = error  # the reply is only that there is no file
-                yield Request(str(path), row.start, row.end, "pixels", SHEET_FRAMES, SHEET_SIDE)
-
-        results: list[list[str] | SampleError] = []
-        for number, reply in enumerate(pool.map(requests())):
-            (Path(folder) / f"{number}").unlink(missing_ok=True)
-            if reply.reason is not None:
-                results.append(damaged.get(number, SampleError(reply.reason)))
-                continue
-            pixels = np.frombuffer(reply.members["rgb"], np.uint8)
-            frames = pixels.reshape(-1, 3, SHEET_SIDE, SHEET_SIDE).transpose(0, 2, 3, 1)
-            results.append([_data_uri(Image.fromarray(frame)) for frame in frames])
+    results: list[list[str] | SampleError] = []
+    with DecodePool(min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
+        for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES,
+                                   image_size=SHEET_SIDE):
+            frames = pixels_of(reply, SHEET_SIDE)
+            if not isinstance(frames, SampleError):
+                frames = [_data_uri(Image.fromarray(f)) for f in frames.transpose(0, 2, 3, 1)]
+            results.append(frames)
     return results
 
 
