@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlmds.config import DataConfig
 from vlmds.data import video
+from vlmds.data.features import decode_features
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.order import SampleOrder, micro_batch_positions
 from vlmds.data.prompt import SequenceBuilder
@@ -32,17 +33,19 @@ from vlmds.errors import InputError, SampleError
 class Sample:
     """One decoded sample.
 
-    frames: uint8 [F, 3, S, S]. position: the one asked for. bad: a ledger record for each sample
+    frames: uint8 [F, 3, S, S]; features: bfloat16 [F·P, width], in their place, of a features
+    store. position: the one asked for. bad: a ledger record for each sample
     that could not be read in its place.
     """
 
     key: str
     position: int
-    frames: np.ndarray
+    frames: np.ndarray | None
     captions: list[str]
     caption: str
     prompt: str | None
     bad: list[dict] = field(default_factory=list)
+    features: torch.Tensor | None = None
 
 
 class SampleReader:
@@ -54,12 +57,12 @@ class SampleReader:
         seed, window, shuffle: as :class:`SampleOrder`.
 
     Raises:
-        InputError: a frames store that was packed with another number or size of frames.
+        InputError: a frames or features store that was packed with another number or size of frames.
     """
 
     def __init__(self, index: ShardIndex, split: str, num_frames: int, image_size: int, *,
                  seed: int = 0, window: int = 16, shuffle: bool = True):
-        if index.store == "frames":
+        if index.store in ("frames", "features"):
             for name, want in (("num_frames", num_frames), ("image_size", image_size)):
                 if index.meta[name] != want:
                     raise InputError(
@@ -94,8 +97,11 @@ class SampleReader:
     def _decode(self, row: SampleRow, position: int, bad: list[dict]) -> Sample:
         members = self.index.read(row)
         meta = json.loads(members.pop("json"))
-        if self.index.store == "frames":
-            frames = _read_jpegs(members)
+        frames = features = None
+        if self.index.store == "features":
+            features = decode_features(members, self.index.meta)
+        elif self.index.store == "frames":
+            frames = read_jpegs(members)
         else:
             (data,) = members.values()
             # The decoder that packing found to be right for this file, not the one probed now.
@@ -105,7 +111,7 @@ class SampleReader:
         captions = meta["captions"]
         epoch = position // len(self.order)  # clips with several captions show each in turn
         return Sample(row.key, position, frames, captions, captions[epoch % len(captions)],
-                      meta.get("prompt"), bad)
+                      meta.get("prompt"), bad, features)
 
 
 class Positions(IterableDataset):
@@ -154,14 +160,14 @@ def evaluation_positions(count: int, batch: int, rank: int, world_size: int) -> 
 def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]:
     """What makes a micro-batch of B samples:
 
-    frames uint8 [B, F, 3, S, S]; input_ids, labels int64 [B, L], right-padded; keys; positions:
+    frames uint8 [B, F, 3, S, S] or features bfloat16 [B, F·P, width]; input_ids, labels int64 [B, L], right-padded; keys; positions:
     number of real (not padding) positions; bad: ledger records.
     """
 
     def collate(samples: list[Sample]) -> dict:
         sequences = [builder.training(s.caption, s.prompt) for s in samples]
         return {
-            "frames": torch.from_numpy(np.stack([s.frames for s in samples])),
+            **visual_inputs(samples),
             **builder.collate_training(sequences),
             "keys": [s.key for s in samples],
             "positions": sum(len(sequence.input_ids) for sequence in sequences),
@@ -169,6 +175,13 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
         }
 
     return collate
+
+
+def visual_inputs(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """{"frames": uint8 [B, F, 3, S, S]}, or {"features": bfloat16 [B, F·P, width]}."""
+    if samples[0].features is not None:
+        return {"features": torch.stack([s.features for s in samples])}
+    return {"frames": torch.from_numpy(np.stack([s.frames for s in samples]))}
 
 
 def read_batches(
@@ -208,7 +221,7 @@ def open_dataset(data: DataConfig) -> ShardIndex:
     return ShardIndex.open(data.path)
 
 
-def _read_jpegs(members: dict[str, bytes]) -> np.ndarray:
+def read_jpegs(members: dict[str, bytes]) -> np.ndarray:
     """{"0.jpg": …} -> uint8 [F, 3, S, S]."""
     frames = []
     for number in range(len(members)):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment, load_experiment
+from vlmds.data.features import check_tower
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import open_dataset
 from vlmds.errors import InputError, Stopped
@@ -75,6 +76,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
+    on_main(lambda: check_tower(dataset, experiment))
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
@@ -90,7 +92,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     if args.from_run is not None:
         on_main(lambda: inherit(args.from_run, experiment, run))
     doing("loading the models")
-    model = together(lambda: load_model(experiment, device))
+    stored = dataset.meta["vision"]["fingerprint"] if dataset.store == "features" else None
+    model = together(lambda: load_model(experiment, device, stored))
     config = args.ds_config or default_ds_config()
     run_stages(experiment, model, dataset, run, config, device, stop, start_from)
 

@@ -137,7 +137,7 @@ class StageTrainer:
         for micro, batch in enumerate(group):
             self._doing(step, "in forward and backward", batch["keys"])
             seed_micro_batch(self.experiment.training.seed, self.number, step, micro, self.rank)
-            features = self.model.tower(self._to_device(batch["frames"]))  # [B, F·P, vision width]
+            features = self.model.features(batch)  # [B, F·P, vision width]
             micro_loss = self.engine(  # summed over the micro-batch's caption tokens
                 features, self._to_device(batch["input_ids"]), self._to_device(batch["labels"]))
             # The engine averages over ranks; the loss is a sum over them.
@@ -191,7 +191,7 @@ class StageTrainer:
                 self._doing(self.progress.step, f"validating, batch {number + 1} of {rounds}")
                 batch = next(read, None)
                 if batch is not None:
-                    features = self.model.tower(self._to_device(batch["frames"]))
+                    features = self.model.features(batch)
                     total += captioner(features, self._to_device(batch["input_ids"]),
                                        self._to_device(batch["labels"]))
                     tokens += int((batch["labels"] != IGNORE).sum())
@@ -235,7 +235,7 @@ class StageTrainer:
         data = self.experiment.data
         # The stage goes into the high word, so that no two stages see the same order.
         seed = self.experiment.training.seed + (self.number << 32)
-        return SampleReader(self.dataset, split, data.num_frames, self.model.tower.image_size,
+        return SampleReader(self.dataset, split, data.num_frames, self.model.image_size,
                             seed=seed, window=data.shuffle_window, shuffle=shuffle)
 
     def _training_batches(self) -> Iterator[dict]:
@@ -368,8 +368,9 @@ def finish_stage(trainer: StageTrainer) -> None:
     doing(f"saving the artifact of {trainer.stage.name}")
     artifact = trainer.run.artifact(trainer.stage.name)
     with trainer.average.applied() if trainer.average else nullcontext():
-        on_main(lambda: save_artifact(artifact, trainer.model.captioner, trainer.experiment,
-                                      trainer.stage.name, trainer.lineage))
+        on_main(lambda: save_artifact(
+            artifact, trainer.model.captioner, trainer.experiment, trainer.stage.name,
+            {**trainer.lineage, "tower": trainer.model.tower_fingerprint()}))
     trainer.monitor.say(f"{trainer.stage.name}: finished, {artifact}")
     engine, trainer.engine, trainer.average = trainer.engine, None, None
     release(engine)
