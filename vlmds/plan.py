@@ -9,8 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vlmds.config import Experiment
-from vlmds.data.index import ShardIndex
-from vlmds.data.loader import open_dataset
+from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
 from vlmds.models.assemble import experiment_projector
@@ -100,7 +99,7 @@ def _trained(stage, captioner: Captioner) -> dict[str, int]:
 
 def _schedule(experiment: Experiment) -> str:
     training = experiment.training
-    dataset = open_dataset(experiment.data) if experiment.data.path else None
+    dataset = open_dataset(experiment.data) if experiment.data.path or experiment.data.blend else None
     batch, how = training.global_batch, "training.global_batch"
     if batch is None:
         batch = training.micro_batch * training.gradient_accumulation
@@ -122,7 +121,7 @@ def _schedule(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def _splits(dataset: ShardIndex) -> str:
+def _splits(dataset: Dataset) -> str:
     counts = ", ".join(f"{split} {dataset.count(split):,}" for split in dataset.splits)
     return f"data: {dataset.root} ({dataset.store} store; {counts})"
 

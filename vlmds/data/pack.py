@@ -301,6 +301,7 @@ def _finish(
         counts[entry["split"]] += entry["count"]
     write(out / "dataset.json", _json({
         "format": FORMAT, "version": VERSION, **described, "counts": dict(counts), "rejected": len(rejects), "index_sha256": index_sha256,
+        "index_bytes": (out / "index.parquet").stat().st_size,
         "shards": entries}))
     for leftover in out.rglob(".*.tmp"):  # of runs that were killed
         leftover.unlink()
@@ -322,7 +323,8 @@ def _write_index(path: Path, shards: list[list[dict[str, Any]]]) -> str:
     # Nothing searches by value, and statistics would swell a footer that every start reads.
     with (
         replacing(path) as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False) as writer,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False,
+                         write_page_checksum=True) as writer,
     ):
         for rows in shards:
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA), len(rows))
