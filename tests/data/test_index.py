@@ -63,13 +63,13 @@ def test_a_damaged_dataset_is_refused_at_start(dataset, break_it, message):
 
 
 def test_a_damaged_page_of_the_index_is_never_used(dataset):
-    """Opening does not read the index; reading it checks each page."""
+    """Opening checks the footer, reading a row its pages."""
     size = (dataset / "index.parquet").stat().st_size
     refused = 0
-    for at in range(40, size * 2 // 3, 97):
+    for at in range(40, size, 61):
         damage(dataset / "index.parquet", at)
-        index = ShardIndex.open(dataset)
         try:
+            index = ShardIndex.open(dataset)
             rows = [index.row("train", shard, 0) for shard in range(len(index.shards("train")))]
             assert all(row.key.startswith("v") for row in rows)
         except InputError as error:

@@ -5,6 +5,7 @@ a shard's place follows from its split and number, members are read as bytes, no
 or unpickled.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -116,8 +117,8 @@ class ShardIndex:
     def open(cls, root: str | Path, cache: ShardCache | None = None) -> "ShardIndex":
         """Open the dataset in the folder or at the URL `root`.
 
-        Reads dataset.json and looks for index.parquet, whose pages carry checksums that are
-        checked when they are read; no shard is looked at. Raises InputError.
+        Reads dataset.json and checks the footer of index.parquet, whose pages carry checksums that
+        are checked when they are read; no shard is looked at. Raises InputError.
         """
         root = as_path(root)
         path = root / "dataset.json"
@@ -141,8 +142,8 @@ class ShardIndex:
         index = root / "index.parquet"
         if not index.is_file():
             raise InputError(f"{index}: missing; run vlmds pack again")
-        if index.stat().st_size != meta["index_bytes"]:
-            raise InputError(f"{index}: damaged, its size is not the one in dataset.json; "
+        if footer_sha256(index) != meta["index_footer_sha256"]:
+            raise InputError(f"{index}: damaged, its footer is not the one in dataset.json; "
                              "run vlmds pack again")
         return cls(root, meta, cache)
 
@@ -246,6 +247,16 @@ class ShardIndex:
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
+
+
+def footer_sha256(path: Path) -> str:
+    """Of a Parquet file's footer: where its columns lie, which the pages' checksums do not cover."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(end - 8 - length, 0))
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 class _LocalFile:

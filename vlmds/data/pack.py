@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool, Reply, Request
-from vlmds.data.index import FORMAT, SCHEMA, VERSION
+from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
@@ -301,7 +301,7 @@ def _finish(
         counts[entry["split"]] += entry["count"]
     write(out / "dataset.json", _json({
         "format": FORMAT, "version": VERSION, **described, "counts": dict(counts), "rejected": len(rejects), "index_sha256": index_sha256,
-        "index_bytes": (out / "index.parquet").stat().st_size,
+        "index_footer_sha256": footer_sha256(out / "index.parquet"),
         "shards": entries}))
     for leftover in out.rglob(".*.tmp"):  # of runs that were killed
         leftover.unlink()
