@@ -52,7 +52,8 @@ def plan(args: argparse.Namespace) -> int:
     from vlmds.plan import plan
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
-    print(plan(load_experiment(args.exp, overrides)))
+    print(plan(load_experiment(args.exp, overrides), args.gpus, args.samples_per_second,
+               args.cores_per_gpu))
     return 0
 
 
@@ -95,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--exp", required=True, help="YAML file, or name of a packaged experiment")
     command.add_argument("--data", help="packed dataset, to know the steps")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    command.add_argument("--gpus", type=int, default=1, help="ranks (default: 1)")
+    command.add_argument("--samples-per-second", type=float,
+                         help="training speed of one GPU, to price the stores (default: estimated)")
+    command.add_argument("--cores-per-gpu", type=float, default=8.0,
+                         help="CPU cores that may decode for one GPU (default: 8)")
     command.set_defaults(call=plan)
     _caption_parser(commands)
     command = commands.add_parser(
