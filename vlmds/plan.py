@@ -9,8 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vlmds.config import Experiment
-from vlmds.data.index import ShardIndex
-from vlmds.data.loader import open_dataset
+from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.prices import cheapest, needs, prices
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
@@ -73,7 +72,8 @@ def plan(
                         ("--cores-per-gpu", cores_per_gpu)):
         if value is not None and value <= 0:
             raise InputError(f"{name}: {value} is not more than 0")
-    dataset = open_dataset(experiment.data) if experiment.data.path else None
+    data = experiment.data
+    dataset = open_dataset(data) if data.path or data.blend else None
     model = shapes(experiment)
     sections = [
         _heading(experiment), _parameters(experiment, model),
@@ -122,7 +122,7 @@ def _trained(stage, captioner: Captioner) -> dict[str, int]:
 
 
 def _memory(
-    experiment: Experiment, model: Shapes, gpus: int, dataset: ShardIndex | None
+    experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset | None
 ) -> str:
     """Bytes per GPU and stage, by part, and the size of a checkpoint."""
     stored = dataset is not None and dataset.store == "features"
@@ -150,13 +150,13 @@ def _memory(
 
 
 def _stores(
-    experiment: Experiment, model: Shapes, dataset: ShardIndex | None, rate: float | None,
+    experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float | None,
     cores: float,
 ) -> str:
     """What each store costs, and the cheapest that keeps the GPUs fed."""
     vision = model.tower.config
     projector = model.captioner.projector
-    found = prices(dataset, projector.num_frames, vision.image_size, projector.patches,
+    found = prices(dataset.parts if dataset else [], projector.num_frames, vision.image_size, projector.patches,
                    vision.hidden_size)
     how = "given"
     if rate is None:
@@ -184,7 +184,7 @@ def _stores(
     else:
         lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: "
                      f"{best.price.store}" + ("" if best.price.store == dataset.store else
-                     f" (vlmds pack {dataset.root} OUT --store {best.price.store})"))
+                     f" (vlmds pack {dataset.parts[0].root} OUT --store {best.price.store})"))
     return "\n".join(lines)
 
 
@@ -203,7 +203,7 @@ def _assumed_rate(experiment: Experiment, model: Shapes) -> float:
     return ASSUMED_FLOPS / operations
 
 
-def _schedule(experiment: Experiment, dataset: ShardIndex | None, gpus: int) -> str:
+def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int) -> str:
     training = experiment.training
     batch, how = training.global_batch, "training.global_batch"
     if batch is None:
@@ -226,7 +226,7 @@ def _schedule(experiment: Experiment, dataset: ShardIndex | None, gpus: int) -> 
     return "\n".join(lines)
 
 
-def _splits(dataset: ShardIndex) -> str:
+def _splits(dataset: Dataset) -> str:
     counts = ", ".join(f"{split} {dataset.count(split):,}" for split in dataset.splits)
     return f"data: {dataset.root} ({dataset.store} store; {counts})"
 

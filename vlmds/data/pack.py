@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool, Reply, Request
-from vlmds.data.index import FORMAT, SCHEMA, VERSION
+from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
@@ -301,6 +301,7 @@ def _finish(
         counts[entry["split"]] += entry["count"]
     write(out / "dataset.json", _json({
         "format": FORMAT, "version": VERSION, **described, "counts": dict(counts), "rejected": len(rejects), "index_sha256": index_sha256,
+        "index_footer_sha256": footer_sha256(out / "index.parquet"),
         "shards": entries}))
     for leftover in out.rglob(".*.tmp"):  # of runs that were killed
         leftover.unlink()
@@ -322,7 +323,8 @@ def _write_index(path: Path, shards: list[list[dict[str, Any]]]) -> str:
     # Nothing searches by value, and statistics would swell a footer that every start reads.
     with (
         replacing(path) as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False) as writer,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False,
+                         write_page_checksum=True) as writer,
     ):
         for rows in shards:
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA), len(rows))

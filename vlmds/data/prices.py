@@ -65,25 +65,26 @@ class Need:
 
 
 def prices(
-    index: ShardIndex | None, num_frames: int, image_size: int, patches: int, width: int
+    parts: Sequence[ShardIndex], num_frames: int, image_size: int, patches: int, width: int
 ) -> list[Price]:
-    """The stores that the dataset is or can be converted to; typical clips if there is no data.
+    """The stores that the data is or can be converted to; typical clips if there is no data.
 
-    num_frames, image_size: of the experiment's frames. patches, width: of its features, P vectors
+    parts: the packed datasets, all of one store. num_frames, image_size: of the experiment's frames. patches, width: of its features, P vectors
     a frame.
     """
     features = _features_price(num_frames, patches, width)
-    if index is None:
+    if not parts:
         scale = num_frames / 8
         frames = [Price(p.store, p.name, p.bytes * scale, p.seconds * scale, p.origin)
                   if p.store == "frames" else p for p in ASSUMED]
         return [*frames, features]
-    if index.store == "features":
+    store = parts[0].store
+    if store == "features":
         return [features]
-    rows = spread(index, SAMPLES)
-    if index.store == "frames":
-        return [_stored_frames_price(index, rows), features]
-    return [*_video_prices(index, rows, num_frames, image_size), features]
+    chosen = [(part, spread(part, max(1, SAMPLES // len(parts)))) for part in parts]
+    if store == "frames":
+        return [_stored_frames_price(chosen), features]
+    return [*_video_prices(chosen, num_frames, image_size), features]
 
 
 def needs(
@@ -102,47 +103,48 @@ def cheapest(found: Sequence[Need], cores: float) -> Need | None:
 
 
 def _video_prices(
-    index: ShardIndex, rows: list[SampleRow], num_frames: int, image_size: int
+    chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int
 ) -> list[Price]:
-    """Of the dataset as it is, and of the frames that it would become."""
-    sizes, seconds, frame_sizes, frame_seconds = [], [], [], []
+    """Of the data as it is, and of the frames that it would become."""
+    seconds, frame_sizes, frame_seconds = [], [], []
     begin = time.monotonic()
-    with DecodePool(1, deadline=SECONDS) as pool:
-        # The first one starts the child; it is decoded again for its time.
-        replies = decode_stored(index, [rows[0], *rows], pool, store="pixels",
-                                num_frames=num_frames, image_size=image_size)
-        next(replies)
-        for row in rows:
-            started = time.perf_counter()
-            frames = pixels_of(next(replies), image_size)
-            elapsed = time.perf_counter() - started
-            if isinstance(frames, SampleError):
-                continue
-            seconds.append(elapsed)
-            sizes.append(sum(member.size for member in row.members))
-            jpegs = _jpegs(frames)
-            frame_sizes.append(sum(map(len, jpegs.values())))
-            frame_seconds.append(_timed(lambda: read_jpegs(jpegs)))
-            if time.monotonic() - begin > SECONDS:
-                break
+    for index, rows in chosen:
+        with DecodePool(1, deadline=SECONDS) as pool:
+            # The first one starts the child; it is decoded again for its time.
+            replies = decode_stored(index, [rows[0], *rows], pool, store="pixels",
+                                    num_frames=num_frames, image_size=image_size)
+            next(replies)
+            for _ in rows:
+                started = time.perf_counter()
+                frames = pixels_of(next(replies), image_size)
+                elapsed = time.perf_counter() - started
+                if not isinstance(frames, SampleError):
+                    seconds.append(elapsed)
+                    jpegs = _jpegs(frames)
+                    frame_sizes.append(sum(map(len, jpegs.values())))
+                    frame_seconds.append(_timed(lambda: read_jpegs(jpegs)))
+                if time.monotonic() - begin > SECONDS:
+                    break
+            replies.close()
     if not seconds:
         return []
     origin = f"{len(seconds)} samples timed here"
-    return [Price("video", "video (this data)", _mean_size(index), float(np.mean(seconds)), origin),
+    return [Price("video", "video (this data)", _mean_size(chosen), float(np.mean(seconds)), origin),
             Price("frames", "frames", float(np.mean(frame_sizes)), float(np.mean(frame_seconds)),
                   origin)]
 
 
-def _stored_frames_price(index: ShardIndex, rows: list[SampleRow]) -> Price:
+def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Price:
     seconds = []
-    for row in rows:
-        try:
-            members = index.read(row)
-            del members["json"]
-            seconds.append(_timed(lambda: read_jpegs(members)))
-        except SampleError:
-            continue  # damaged since it was packed; training tells
-    return Price("frames", "frames (this data)", _mean_size(index), float(np.mean(seconds or [0.0])),
+    for index, rows in chosen:
+        for row in rows:
+            try:
+                members = index.read(row)
+                del members["json"]
+                seconds.append(_timed(lambda: read_jpegs(members)))
+            except SampleError:
+                continue  # damaged since it was packed; training tells
+    return Price("frames", "frames (this data)", _mean_size(chosen), float(np.mean(seconds or [0.0])),
                  f"{len(seconds)} samples timed here")
 
 
@@ -153,8 +155,10 @@ def _features_price(num_frames: int, patches: int, width: int) -> Price:
                  _timed(lambda: decode_features(members, meta)), "exact size, read timed here")
 
 
-def _mean_size(index: ShardIndex) -> float:
-    shards = [shard for split in index.splits for shard in index.shards(split)]
+def _mean_size(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> float:
+    """Mean bytes of a sample of all these datasets, in their shards."""
+    shards = [shard for index, _ in chosen for split in index.splits
+              for shard in index.shards(split)]
     return sum(shard.bytes for shard in shards) / sum(shard.count for shard in shards)
 
 

@@ -18,8 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment, load_experiment
 from vlmds.data.features import check_tower
-from vlmds.data.index import ShardIndex
-from vlmds.data.loader import open_dataset
+from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.errors import InputError, Stopped
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
@@ -42,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = list(args.set)
         if args.data is not None:
-            overrides.append(f"data.path={Path(args.data).absolute()}")
+            url = "://" in args.data
+            overrides.append(f"data.path={args.data if url else Path(args.data).absolute()}")
         experiment = load_experiment(args.exp, overrides)
         if args.plan:
             if is_main():
@@ -72,7 +72,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         InputError, Stopped: on every rank.
     """
     stop = StopRequest()
-    device = init_distributed(experiment.training.timeout_minutes)
+    device = init_distributed(
+        experiment.training.timeout_minutes, experiment.logging.stall_seconds)
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
@@ -103,12 +104,15 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def verify(dataset: ShardIndex, experiment: Experiment) -> None:
-    """Check this rank's share of the shards, so that damage is found before training."""
-    shards = [shard for split in dataset.splits for shard in dataset.shards(split)]
-    for shard in shards[dist.get_rank() :: dist.get_world_size()]:
-        doing(f"checking shard {shard.path}")
-        dataset.verify([shard], experiment.data.verify)
+def verify(dataset: Dataset, experiment: Experiment) -> None:
+    """Check this rank's share of the shards and indexes, so that damage is found before training."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if experiment.data.verify == "sha256":
+        for part in dataset.parts[rank::world_size]:
+            part.verify_index()
+    for part, shard in dataset.shards()[rank::world_size]:
+        doing(f"checking shard {part.root / shard.path}")
+        part.verify([shard], experiment.data.verify)
 
 
 def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
