@@ -4,17 +4,15 @@ import re
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
-from tests.training.launch import arguments, train
 from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
-from vlmds.memory import checkpoint_bytes, llm_bytes, partition_sizes, saved_bytes, stage_memory
+from vlmds.memory import llm_bytes, saved_bytes, stage_memory
 from vlmds.models.language import add_adapter, load_language_model
 from vlmds.models.vision import load_vision_tower
 from vlmds.plan import plan, shapes
@@ -194,38 +192,3 @@ def test_pooling_shows_in_the_plan(capsys):
 def test_plan_of_no_dataset_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         plan(load_experiment("e1", [f"data.path={tmp_path / 'none'}"]))
-
-
-def checkpoint_tensors(folder):
-    """{rank file: {name: elements}} of a checkpoint."""
-    found = {}
-    for path in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found[path.name] = {key: file.get_slice(key).get_shape()[0] for key in file.keys()}
-    return found
-
-
-@pytest.fixture(scope="module")
-def run(models, data, tmp_path_factory):
-    """Both stages on two ranks, under the launcher."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    train(2, *arguments(models, data / "frames", folder, "stages.0.steps=2", "stages.1.steps=2"))
-    return folder
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_real_checkpoint_has_the_planned_size(models, run, number):
-    """Bytes in all, and what ZeRO-2 gave to the first rank."""
-    experiment = load_experiment("e3", tiny.settings(models))
-    stage = experiment.stages[number]
-    captioner = shapes(experiment).captioner
-    freeze(captioner, stage)
-    (folder, *_) = sorted((run / "checkpoints").glob(f"{stage.name}-*"))
-    ranks = checkpoint_tensors(folder)
-    assert 4 * sum(sum(t.values()) for t in ranks.values()) == checkpoint_bytes(
-        experiment, captioner)
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
-        held = sum(n for key, n in ranks["rank-00000.safetensors"].items()
-                   if key.startswith(f"{kind}/"))
-        assert held == sum(partition_sizes(experiment, stage, captioner, 2))

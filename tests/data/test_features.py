@@ -177,6 +177,18 @@ def test_captioning_with_another_tower_is_refused_naming_both(models, other_clip
     assert str(models / "clip") in message and str(other_clip) in message and "\n" not in message
 
 
+def test_a_blend_needs_one_tower_but_not_one_name(stores, tmp_path):
+    pooled, plain = (ShardIndex.open(stores / name) for name in ("pooled", "features"))
+    with pytest.raises(InputError, match=r"data\.blend: .*pool 2.*pool 1"):
+        Dataset([plain, pooled], [1.0, 1.0])
+    copy = shutil.copytree(stores / "features", tmp_path / "copy")
+    meta = json.loads((copy / "dataset.json").read_text())
+    meta["vision"]["model"] = "where/another/machine/has/it"
+    (copy / "dataset.json").write_text(json.dumps(meta))
+    both = Dataset([plain, ShardIndex.open(copy)], [1.0, 1.0])
+    assert both.store == "features" and both.count("train") == 2 * plain.count("train")
+
+
 def test_another_number_of_frames_is_refused(stores):
     with pytest.raises(InputError, match="num_frames 4, but the experiment needs 8"):
         SampleReader(Dataset([ShardIndex.open(stores / "features")]), "train", 8, tiny.SIDE)
