@@ -9,6 +9,7 @@ from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
+from vlmds.data.dataset import Dataset
 from vlmds.data.features import (
     bytes_per_sample,
     check_tower,
@@ -16,7 +17,7 @@ from vlmds.data.features import (
     encode_features,
 )
 from vlmds.data.index import ShardIndex
-from vlmds.data.loader import SampleReader, read_batches, training_collate
+from vlmds.data.loader import SampleReader, Batches, training_collate
 from vlmds.data.pack import pack
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, SampleError
@@ -59,11 +60,11 @@ def experiment_on(models, *overrides):
 
 
 def batches(model, index, split="train"):
-    reader = SampleReader(index, split, tiny.FRAMES, tiny.SIDE, seed=1)
+    reader = SampleReader(Dataset([index]), split, tiny.FRAMES, tiny.SIDE, seed=1)
     collate = training_collate(SequenceBuilder(
         model.tokenizer, "무엇?", model.captioner.projector.num_tokens))
     count = len(reader)
-    return list(read_batches(reader, [range(i, min(i + 2, count)) for i in range(0, count, 2)],
+    return list(Batches(reader, [range(i, min(i + 2, count)) for i in range(0, count, 2)],
                              collate, 0))
 
 
@@ -117,12 +118,12 @@ def test_losses_on_features_equal_those_on_frames(models, stores, name, pool):
 
 def test_reader_processes_hand_features_over(models, stores):
     index = ShardIndex.open(stores / "features")
-    reader = SampleReader(index, "train", tiny.FRAMES, tiny.SIDE)
+    reader = SampleReader(Dataset([index]), "train", tiny.FRAMES, tiny.SIDE)
     model_tokens = tiny.FRAMES * 4
     collate = training_collate(SequenceBuilder(
         load_model(experiment_on(models), CPU).tokenizer, "무엇?", model_tokens))
     positions = [range(0, 2), range(2, 4)]
-    (a, b), (c, d) = (list(read_batches(reader, positions, collate, n)) for n in (0, 2))
+    (a, b), (c, d) = (list(Batches(reader, positions, collate, n)) for n in (0, 2))
     assert torch.equal(a["features"], c["features"]) and torch.equal(b["features"], d["features"])
 
 
@@ -176,9 +177,21 @@ def test_captioning_with_another_tower_is_refused_naming_both(models, other_clip
     assert str(models / "clip") in message and str(other_clip) in message and "\n" not in message
 
 
+def test_a_blend_needs_one_tower_but_not_one_name(stores, tmp_path):
+    pooled, plain = (ShardIndex.open(stores / name) for name in ("pooled", "features"))
+    with pytest.raises(InputError, match=r"data\.blend: .*pool 2.*pool 1"):
+        Dataset([plain, pooled], [1.0, 1.0])
+    copy = shutil.copytree(stores / "features", tmp_path / "copy")
+    meta = json.loads((copy / "dataset.json").read_text())
+    meta["vision"]["model"] = "where/another/machine/has/it"
+    (copy / "dataset.json").write_text(json.dumps(meta))
+    both = Dataset([plain, ShardIndex.open(copy)], [1.0, 1.0])
+    assert both.store == "features" and both.count("train") == 2 * plain.count("train")
+
+
 def test_another_number_of_frames_is_refused(stores):
     with pytest.raises(InputError, match="num_frames 4, but the experiment needs 8"):
-        SampleReader(ShardIndex.open(stores / "features"), "train", 8, tiny.SIDE)
+        SampleReader(Dataset([ShardIndex.open(stores / "features")]), "train", 8, tiny.SIDE)
 
 
 def test_dataset_json_tells_the_tower(models, stores):

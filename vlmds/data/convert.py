@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,9 @@ from vlmds.data import pack as packing
 from vlmds.data.decode_child import DecodePool, Reply
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
+from vlmds.data.loader import read_jpegs
 from vlmds.data.manifest import ManifestRow, Reject
-from vlmds.data.stored import decode_stored, pixels_of, read_stored_jpegs
+from vlmds.data.stored import decode_stored, pixels_of
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
 
@@ -113,6 +115,35 @@ def convert(
                                len(shards) - len(todo), size, time.monotonic() - begin)
 
 
+def convert_from_options(
+    source: str | Path, out: str | Path, store: str, *, vision: str | None, feature_layer: int,
+    pool: int, **options: Any,
+) -> packing.PackSummary:
+    """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
+    a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
+    from vlmds.config import VisionConfig
+    from vlmds.models.pretrained import quiet_libraries
+    from vlmds.models.vision import load_vision_tower
+
+    if store != "features":
+        for name, value, default in (("vision", vision, None), ("pool", pool, 1),
+                                     ("feature-layer", feature_layer, -1)):
+            if value != default:
+                raise InputError(f"--{name}: only --store features has a vision model")
+        return convert(source, out, store=store, **options)
+    tower = None
+    if vision is not None:
+        if pool < 1:
+            raise InputError(f"--pool: {pool} is less than 1")
+        quiet_libraries()
+        config = VisionConfig(model=vision, feature_layer=feature_layer, pool=pool)
+        cuda = torch.cuda.is_available()
+        tower = load_vision_tower(
+            config, torch.bfloat16 if cuda else torch.float32,
+            torch.device("cuda:0" if cuda else "cpu"))
+    return convert(source, out, store=store, tower=tower, tower_name=vision, **options)
+
+
 def _target(
     index: ShardIndex, store: str, num_frames: int | None, image_size: int | None, quality: int,
     tower: VisionTower | None, tower_name: str | None,
@@ -174,13 +205,40 @@ def _made(
             index, rows(), pool, store="frames", quality=target.quality, **options)
         return
     if index.store == "frames":
-        frames = read_stored_jpegs(index, rows(), workers)
+        frames = _read_jpegs(index, rows(), workers)
     else:
         frames = (pixels_of(reply, target.image_size)
                   for reply in decode_stored(index, rows(), pool, store="pixels", **options))
     for source in sources:
         yield from _encoded(
             tower, islice(frames, source.info.count), source.rows(index), target)
+
+
+def _read_jpegs(
+    index: ShardIndex, rows: Iterable[SampleRow], threads: int
+) -> Iterator[np.ndarray | SampleError]:
+    """For each sample of a frames store, in order, its frames, uint8 [F, 3, S, S], or why they
+    cannot be read. Pillow decodes outside the interpreter lock, so threads do."""
+
+    def load(members: dict[str, bytes] | SampleError) -> np.ndarray | SampleError:
+        try:
+            return members if isinstance(members, SampleError) else read_jpegs(members)
+        except SampleError as error:
+            return error
+
+    with ThreadPoolExecutor(threads) as executor:
+        ahead: deque = deque()
+        for row in rows:
+            try:
+                members = index.read(row)
+                del members["json"]
+            except SampleError as error:
+                members = error
+            ahead.append(executor.submit(load, members))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _encoded(

@@ -12,12 +12,13 @@ from pathlib import Path
 from vlmds.config import DataConfig
 from vlmds.data.blend import Blend
 from vlmds.data.cache import ShardCache
+from vlmds.data.features import check_same_tower
 from vlmds.data.index import SampleRow, ShardIndex, ShardInfo
 from vlmds.data.order import SampleOrder
 from vlmds.errors import InputError
 from vlmds.files import as_path
 
-SAME = ("store", "sampler", "resizer", "vision")  # what dataset.json of all parts must agree on
+SAME = ("store", "sampler", "resizer")  # what dataset.json of all parts must agree on
 
 
 class Dataset:
@@ -37,6 +38,8 @@ class Dataset:
                     raise InputError(
                         f"data.blend: {part.root} has {name} {part.meta.get(name)!r}, but "
                         f"{parts[0].root} has {self.meta.get(name)!r}; pack them alike")
+            if part.store == "features":
+                check_same_tower(part, parts[0])
 
     @property
     def root(self) -> str:

@@ -19,6 +19,7 @@ from vlmds.errors import InputError, SampleError
 
 if TYPE_CHECKING:
     from vlmds.config import Experiment
+    from vlmds.data.dataset import Dataset
     from vlmds.models.vision import VisionTower
 
 EXTENSION = "safetensors"
@@ -59,12 +60,23 @@ def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
             "pool": tower.pool, "patches": tower.patches, "width": tower.hidden_size}
 
 
+def check_same_tower(index: ShardIndex, other: ShardIndex) -> None:
+    """Raise InputError unless the features of both are of one tower, whatever it was called."""
+    ours, theirs = index.meta["vision"], other.meta["vision"]
+    if ours["fingerprint"] != theirs["fingerprint"]:
+        named = [f"{v['model']}, layer {v['feature_layer']}, pool {v['pool']} "
+                 f"({v['fingerprint'][:12]})" for v in (ours, theirs)]
+        raise InputError(f"data.blend: the features of {index.root} are of {named[0]}, but those "
+                         f"of {other.root} are of {named[1]}; convert them alike")
+
+
 def check_tower(
-    index: ShardIndex, experiment: Experiment, tower: VisionTower | None = None
+    index: ShardIndex | Dataset, experiment: Experiment, tower: VisionTower | None = None
 ) -> None:
     """Make sure that stored features are those of the experiment's tower; other stores pass.
 
-    The experiment's keys are compared first, without reading weights. tower: the experiment's, if
+    index: a packed dataset, or a blend, whose parts are of one tower already. The experiment's keys
+    are compared first, without reading weights. tower: the experiment's, if
     it is loaded anyway; otherwise it is loaded here, onto the CPU, for as long as it takes to hash
     its weights. Hashing what was loaded, not the files, leaves the tower's file format open.
 

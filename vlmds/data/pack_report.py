@@ -210,7 +210,7 @@ def _reject_reasons(ledger: Path) -> Counter[str]:
     return counts
 
 
-def _spread(index: ShardIndex, most: int) -> list[SampleRow]:
+def spread(index: ShardIndex, most: int) -> list[SampleRow]:
     """At most `most` samples, evenly spread over all splits and shards."""
     places = [(split, position, shard.count) for split in index.splits
               for position, shard in enumerate(index.shards(split))]
@@ -234,7 +234,7 @@ def _read_json(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
 def _caption_lengths(index: ShardIndex) -> tuple[list[int], int]:
     """Characters of each caption of at most CAPTION_ROWS samples, and the number of samples."""
     lengths, rows = [], 0
-    for row in _spread(index, CAPTION_ROWS):
+    for row in spread(index, CAPTION_ROWS):
         try:
             captions = _read_json(index, row)["captions"]
         except SampleError:
@@ -245,7 +245,7 @@ def _caption_lengths(index: ShardIndex) -> tuple[list[int], int]:
 
 
 def _contact_sheet(index: ShardIndex) -> list[Clip]:
-    rows = _spread(index, SHEET_CLIPS)
+    rows = spread(index, SHEET_CLIPS)
     pictures = _video_pictures if index.store == "video" else _stored_pictures
     clips = []
     for row, found in zip(rows, pictures(index, rows), strict=True):

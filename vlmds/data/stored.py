@@ -1,16 +1,13 @@
 """The frames of samples that are packed already, for what looks at or converts a dataset."""
 
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from vlmds.data.decode_child import DecodePool, Reply, Request
 from vlmds.data.index import SampleRow, ShardIndex
-from vlmds.data.loader import read_jpegs
 from vlmds.errors import SampleError
 
 
@@ -46,30 +43,3 @@ def pixels_of(reply: Reply, image_size: int) -> np.ndarray | SampleError:
         return SampleError(reply.reason)
     pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
     return pixels.reshape(-1, 3, image_size, image_size)
-
-
-def read_stored_jpegs(
-    index: ShardIndex, rows: Iterable[SampleRow], threads: int
-) -> Iterator[np.ndarray | SampleError]:
-    """For each sample of a frames store, in order, its frames, uint8 [F, 3, S, S], or why they
-    cannot be read. Pillow decodes outside the interpreter lock, so threads do."""
-
-    def load(members: dict[str, bytes] | SampleError) -> np.ndarray | SampleError:
-        try:
-            return members if isinstance(members, SampleError) else read_jpegs(members)
-        except SampleError as error:
-            return error
-
-    with ThreadPoolExecutor(threads) as executor:
-        ahead: deque = deque()
-        for row in rows:
-            try:
-                members = index.read(row)
-                del members["json"]
-            except SampleError as error:
-                members = error
-            ahead.append(executor.submit(load, members))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             if is_main():
                 from vlmds.plan import plan
 
-                print(plan(experiment))
+                print(plan(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
             return 0
         train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     except (InputError, Stopped) as error:
