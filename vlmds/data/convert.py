@@ -25,12 +25,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlmds.data import pack as packing
 from vlmds.data.decode_child import DecodePool, Reply
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.loader import read_jpegs
 from vlmds.data.manifest import ManifestRow, Reject
+from vlmds.data.merge import finish
+from vlmds.data.pack import PackSummary, shown
+from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_shard
 from vlmds.data.stored import decode_stored, pixels_of
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
@@ -77,7 +79,7 @@ def convert(
     workers: int | None = None,
     deadline: float = 60.0,
     progress: bool = True,
-) -> packing.PackSummary:
+) -> PackSummary:
     """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
     conversion was stopped.
 
@@ -95,7 +97,7 @@ def convert(
     sources = [_Source(position, info) for split in index.splits
                for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
-    todo = {shard.name for shard in packing._unfinished(out, shards)}
+    todo = {shard.name for shard in unfinished(out, shards, {})}
     pending = [(shard, s) for shard, s in zip(shards, sources) if shard.name in todo]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
@@ -106,19 +108,19 @@ def convert(
         made = _made(index, [source for _, source in pending], target, tower, pool, workers)
         for shard, source in pending:
             rows = [_manifest_row(index, row) for row in source.rows(index)]
-            replies = packing._shown(islice(made, source.info.count), bar)
-            packing._write_shard(out, replace(shard, rows=rows), replies)
+            replies = shown(islice(made, source.info.count), bar)
+            write_shard(out, replace(shard, rows=rows), replies)
     before = _ledger(index.root)
-    rejects, counts, size = packing._finish(out, shards, before, _described(index, target))
-    new = Counter(r.reason.split(":")[0] for r in rejects if r not in before)
-    return packing.PackSummary(counts, dict(new.most_common()), [], len(shards),
-                               len(shards) - len(todo), size, time.monotonic() - begin)
+    done = finish(out, shards, before, _described(index, target))
+    new = Counter(r.reason.split(":")[0] for r in done.rejects if r not in before)
+    return PackSummary(done.counts, dict(new.most_common()), [], len(shards),
+                       len(shards) - len(todo), done.bytes, time.monotonic() - begin)
 
 
 def convert_from_options(
     source: str | Path, out: str | Path, store: str, *, vision: str | None, feature_layer: int,
     pool: int, **options: Any,
-) -> packing.PackSummary:
+) -> PackSummary:
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig
@@ -169,12 +171,12 @@ def _target(
     else:
         wanted = {"num_frames": num_frames or 8, "image_size": wanted["image_size"] or 336}
     if store == "frames":
-        packing.PackOptions(store, quality=quality, **wanted)  # which checks them
+        PackOptions(store, quality=quality, **wanted)  # which checks them
         return Target(store, quality=quality, **wanted)
     return Target(store, vision=describe_tower(tower, tower_name), **wanted)
 
 
-def _shard(info: ShardInfo, target: Target) -> packing._Shard:
+def _shard(info: ShardInfo, target: Target) -> Shard:
     """The shard of `out` that comes of one of the source's; its rows are read when it is its turn.
 
     The model's name and folder may differ between machines: the fingerprint says which it is.
@@ -182,10 +184,10 @@ def _shard(info: ShardInfo, target: Target) -> packing._Shard:
     described = asdict(target)
     if target.vision is not None:
         described["vision"] = {k: v for k, v in target.vision.items() if k != "model"}
-    digest = hashlib.sha256(packing._json({
+    digest = hashlib.sha256(json_line({
         "version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "target": described,
         "source": info.sha256})).hexdigest()
-    return packing._Shard(info.split, info.shard, [], digest)
+    return Shard(info.split, info.shard, [], digest)
 
 
 def _made(
@@ -272,7 +274,7 @@ def _manifest_row(index: ShardIndex, row: SampleRow) -> ManifestRow:
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
     """What dataset.json says of the new store."""
     described = {**asdict(target), "sampler": SAMPLER, "resizer": RESIZER,
-                 "shard_size": index.meta["shard_size"]}
+                 "shard_size": index.meta["shard_size"], "shard_bytes": index.meta["shard_bytes"]}
     if index.store == "frames":  # an older vlmds may have chosen them otherwise
         described |= {name: index.meta[name] for name in ("sampler", "resizer")}
     if target.vision is None:

@@ -5,6 +5,7 @@ before it starts on a video. Its default action ends the process whatever it is 
 the parent is gone.
 """
 
+import hashlib
 import io
 import pickle
 import signal
@@ -67,7 +68,8 @@ def prepare(request: Request) -> Reply:
     facts = {
         "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
         "width": info.width, "height": info.height, "codec": info.codec,
-        "rotation": info.rotation, "decoder": info.decoder}
+        "rotation": info.rotation, "decoder": info.decoder,
+        "content": hashlib.sha256(data).hexdigest()}
     if request.store == "video":
         if request.verify:
             facts["decoder"] = _verified_decoder(data, info, span)
