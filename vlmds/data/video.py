@@ -79,8 +79,8 @@ def probe(source: Source) -> VideoInfo:
 
     source: a path, or the file's bytes. Raises SampleError.
     """
-    with _reading("cannot be read"), _open(source) as container:
-        stream = _video_stream(container)
+    with reading("cannot be read"), opened(source) as container:
+        stream = video_stream(container)
         name = container.format.name
         videos = len(container.streams.video)
         rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
@@ -166,7 +166,7 @@ def decode_frames(
         except SampleError:
             pass
     wanted = [int(i) for i in np.unique(indices)]
-    with _reading("cannot be decoded"):
+    with reading("cannot be decoded"):
         found = _decode_pyav(source, info, wanted)
         if len(info.keyframes) and len(found) < len(wanted):  # a seek went too far
             found = _decode_pyav(source, info, wanted, seek=False)
@@ -186,8 +186,8 @@ def all_frames(
     """
     last = info.frames - 1 if last is None else last
     expected, position = first, -1
-    with _reading("cannot be decoded"), _open(source) as container:
-        stream = _video_stream(container)
+    with reading("cannot be decoded"), opened(source) as container:
+        stream = video_stream(container)
         for frame in container.decode(stream):
             position = _index(info, frame, stream.time_base) if info.by_pts else position + 1
             if position == expected:
@@ -216,7 +216,7 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
     """Turns FFmpeg's and the system's errors into a SampleError without the file's path."""
     try:
         yield
@@ -224,13 +224,13 @@ def _reading(what: str) -> Iterator[None]:
         raise SampleError(f"{what}: {error.strerror}") from error
 
 
-def _open(source: Source) -> av.container.InputContainer:
+def opened(source: Source) -> av.container.InputContainer:
     # Titles in old code pages must not cost us the video.
     return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source),
                    metadata_errors="ignore")
 
 
-def _video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise SampleError("no video stream")
@@ -256,7 +256,7 @@ def _read_packets(container, stream) -> tuple[list[_Packet], bool, av.VideoFrame
     packets, only_idr, first = [], True, None
     for packet in container.demux(stream):
         if first is None:
-            with _reading("cannot be decoded"):
+            with reading("cannot be decoded"):
                 first = next(iter(packet.decode()), None)
         if not packet.size:
             continue
@@ -322,8 +322,8 @@ def _closed_gops(packets: list[_Packet]) -> bool:
 
 def _decoded_times(source: Source, rate: float) -> np.ndarray:
     """Display times found by decoding everything: sorted float64 [frames]."""
-    with _reading("cannot be decoded"), _open(source) as container:
-        stream = _video_stream(container)
+    with reading("cannot be decoded"), opened(source) as container:
+        stream = video_stream(container)
         times = [_seconds(frame.pts, stream.time_base) for frame in container.decode(stream)]
     if None in times or len(set(times)) < len(times):  # a raw stream: only the rate is known
         return np.arange(len(times)) / rate
@@ -335,8 +335,8 @@ def _decode_pyav(
 ) -> dict[int, np.ndarray]:
     """Decode the frames `wanted` (sorted indices) and return those found: uint8 [H, W, 3]."""
     found = {}
-    with _open(source) as container:
-        stream = _video_stream(container)
+    with opened(source) as container:
+        stream = video_stream(container)
         frames = container.decode(stream)
         position = -1  # index of the last frame decoded
         for target in wanted:
