@@ -27,7 +27,7 @@ import av.logging
 import numpy as np
 from PIL import Image
 
-from vlmds.data import video
+from vlmds.data import repair, video
 from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
@@ -79,27 +79,47 @@ class Reply:
 
 def prepare(request: Request, data: bytes) -> Reply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError."""
-    span = (request.num_frames, request.start, request.end)
     info = video.probe(data)
-    picks = video.pick(info, *span)
-    facts = {
-        "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
-        "width": info.width, "height": info.height, "codec": info.codec,
-        "rotation": info.rotation, "decoder": info.decoder}
     if request.store == "video":
-        if request.verify:
-            facts["decoder"] = _verified_decoder(data, info, span)
-        return Reply(None, facts, {_extension(request.video, info.container): data})
+        return _prepare_video(request, data, info)
 
+    span = (request.num_frames, request.start, request.end)
+    picks = video.pick(info, *span)
     # PyAV, for it reports damage that decord passes over.
     frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
     images = video.resize_frames(frames, request.image_size)
     if request.store == "pixels":
-        return Reply(None, facts, {"rgb": images.tobytes()})
-    facts["decoder"] = "pyav"
-    facts["timestamps"] = [round(float(t), 6) for t in info.pts[picks]]
+        return Reply(members={"rgb": images.tobytes()})
+    facts = _facts(info) | {
+        "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     return Reply(None, facts, {
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
+
+
+def _prepare_video(request: Request, data: bytes, info: video.VideoInfo) -> Reply:
+    """The file itself, or what `repair.mend` makes of it."""
+    span = (request.num_frames, request.start, request.end)
+    video.pick(info, *span)
+    mended = repair.mend(data, info, request.start, request.end)
+    extension = _extension(request.video, info.container)
+    facts = {}
+    if mended is not None:
+        data, info = mended.data, mended.info
+        extension = "mkv" if "matroska" in info.container else "mp4"
+        span = (request.num_frames, mended.start, mended.end)
+        # The span of the file that is kept, in place of the manifest's.
+        facts = {"repair": mended.facts, "start": mended.start, "end": mended.end}
+    facts |= _facts(info)
+    if request.verify:
+        facts["decoder"] = _verified_decoder(data, info, span)
+    return Reply(None, facts, {extension: data})
+
+
+def _facts(info: video.VideoInfo) -> dict[str, Any]:
+    return {
+        "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
+        "width": info.width, "height": info.height, "codec": info.codec,
+        "rotation": info.rotation, "decoder": info.decoder}
 
 
 def read_frames(data: bytes, request: FramesRequest) -> Reply:

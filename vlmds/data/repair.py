@@ -65,6 +65,7 @@ def mend(
     """A file of which any reader gives the frames of [start, end] (seconds; default: the video)
     that the original `data` gives; None if the original may stay.
 
+    A sound original of which a part is asked for stays too if the part cannot be had smaller.
     Raises SampleError: the original cannot be decoded, or the new file is not like it.
     """
     reason = flaw(info)
@@ -75,15 +76,19 @@ def mend(
     first, last = (int(i) for i in video.pick_frames(info.pts, np.array([begin, stop])))
     # One more frame, so that the new file does not end before the span.
     last = min(last + 1, info.frames - 1)
+    found = None
     if (first, last) != (0, info.frames - 1):
-        found = _write(data, info, first, last, begin, stop, reason or "cut")
-        if found is not None:
-            return found if reason or len(found.data) < len(data) else None
-    if reason is None:
-        return None
-    found = _write(data, info, 0, info.frames - 1, begin, stop, reason)
-    if found is None:
-        raise SampleError("cannot be repaired: the span moves")
+        try:
+            found = _write(data, info, first, last, begin, stop, reason or "cut")
+        except SampleError:
+            if reason:
+                raise
+        if not reason:
+            return found if found and len(found.data) < len(data) else None
+    if reason and found is None:
+        found = _write(data, info, 0, info.frames - 1, begin, stop, reason)
+        if found is None:
+            raise SampleError("cannot be repaired: the span moves")
     return found
 
 
@@ -92,12 +97,13 @@ def _write(
 ) -> Mended | None:
     """Frames first … last as a new file; None if [start, end] would give others in it."""
     whole = (first, last) == (0, info.frames - 1)
-    copied = _copy(data, info, first, last)
+    copied, lead = _copy(data, info, first, last)
     if copied is not None:
         try:
             found = video.probe(copied)
-            at = _position(info, found, first, last)
-            if (flaw(found) is None and len(found.keyframes) and at is not None
+            at = int(np.searchsorted(found.pts, lead - 1e-6))
+            if (flaw(found) is None and len(found.keyframes)
+                    and _same_times(info, found, first, last, at)
                     and not (whole and found.frames != info.frames)
                     and _difference(data, info, first, last, copied, found, at) == 0):
                 return _spanned(
@@ -106,8 +112,8 @@ def _write(
             pass  # encoding tells whether it is the original's fault
     encoded = _encode(data, info, first, last)
     found = video.probe(encoded)
-    at = _position(info, found, first, last)
-    if at != 0 or found.frames != last - first + 1 or flaw(found):
+    same = found.frames == last - first + 1 and _same_times(info, found, first, last, 0)
+    if not same or flaw(found):
         raise SampleError("cannot be repaired: encoding changes the times of frames")
     error = _difference(data, info, first, last, encoded, found, 0)
     psnr = 20 * np.log10(255) - 10 * np.log10(max(error, 1e-9))
@@ -116,15 +122,12 @@ def _write(
     return _spanned(Mended(encoded, found, start, end, "encode", reason, 0.0), info, first, 0)
 
 
-def _position(info: VideoInfo, found: VideoInfo, first: int, last: int) -> int | None:
-    """Index, in the new file, of the original's frame `first`; None if the frames that follow it
-    up to `last` are not at the same distances."""
-    count = last - first + 1
+def _same_times(info: VideoInfo, found: VideoInfo, first: int, last: int, at: int) -> bool:
+    """Whether the new file has frames first … last of the original from its frame `at` on, at the
+    same distances."""
     want = info.pts[first:last + 1] - info.pts[first]
-    for at in range(found.frames - count, -1, -1):
-        if np.allclose(found.pts[at:at + count] - found.pts[at], want, rtol=0, atol=1e-6):
-            return at
-    return None
+    have = found.pts[at:at + len(want)]
+    return len(have) == len(want) and np.allclose(have - have[0], want, rtol=0, atol=1e-6)
 
 
 def _spanned(new: Mended, info: VideoInfo, first: int, at: int) -> Mended | None:
@@ -139,15 +142,18 @@ def _spanned(new: Mended, info: VideoInfo, first: int, at: int) -> Mended | None
     return None
 
 
-def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> bytes | None:
-    """The packets from the keyframe before frame `first` to frame `last`, in a new container.
+def _copy(
+    data: bytes, info: VideoInfo, first: int, last: int
+) -> tuple[bytes | None, float]:
+    """The packets from the keyframe before frame `first` to frame `last`, in a new container, and
+    the time of frame `first` in it.
 
     None where packets are not frames, or the container does not take them. Packets that an edit
     list hides, or that refer to what is before the keyframe, are left out; whether the others can
     do without them is for the caller to see.
     """
     if not info.by_pts:
-        return None
+        return None, 0.0
     begin, end = info.pts[[first, last]] + info.start_time
     with video.reading("cannot be read"), video.opened(data) as container:
         stream = video.video_stream(container)
@@ -156,14 +162,14 @@ def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> bytes | None:
         times = [float(p.pts * base) for p in packets]
         keys = [i for i, p in enumerate(packets) if p.is_keyframe and times[i] <= begin + 1e-6]
         if not keys:
-            return None
+            return None, 0.0
         key = max(keys)
         stop = max(i for i, t in enumerate(times) if t <= end + 1e-6 and not packets[i].is_discard)
         kept = [p for i, p in enumerate(packets[key:stop + 1], key)
                 if not p.is_discard and times[i] >= times[key]]
         shift = packets[key].pts
         if not kept or not kept[0].is_keyframe:
-            return None
+            return None, 0.0
         buffer = io.BytesIO()
         name = "matroska" if "matroska" in info.container else "mp4"
         try:
@@ -177,8 +183,8 @@ def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> bytes | None:
                     packet.stream = copy
                     out.mux(packet)
         except (av.FFmpegError, ValueError):  # a codec or packet that it does not take
-            return None
-    return buffer.getvalue()
+            return None, 0.0
+    return buffer.getvalue(), begin - times[key]
 
 
 def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
