@@ -222,6 +222,11 @@ class FrameDecoder:
         self._deadline = deadline
         self._child: _Child | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None before it starts and after it had to be ended."""
+        return self._child.pid if self._child is not None and not self._child.closed else None
+
     def frames(
         self, data: bytes, *, num_frames: int, image_size: int, start: float | None = None,
         end: float | None = None, decoder: str = "decord",
@@ -338,6 +343,10 @@ class _Child:
         self._deadline = deadline
         self._ready = False
         self._all.add(self)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def closed(self) -> bool:
