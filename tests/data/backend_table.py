@@ -43,7 +43,7 @@ WRITTEN = {  # name: options of write_video
     "vp9.webm": {"codec": "libvpx-vp9", "cpu-used": "8", "g": "10"},
     "vp9-vfr.webm": {"codec": "libvpx-vp9", "cpu-used": "8", "times": VFR},
     "vp8.webm": {"codec": "libvpx", "auto-alt-ref": "1", "lag-in-frames": "16"},
-    "av1.mkv": {"codec": "libsvtav1", "preset": "12"},
+    "av1-svt.mkv": {"codec": "libsvtav1", "preset": "12"},
     "mpeg4-bframes.mp4": {"codec": "mpeg4", "bf": "2", "g": "10"},
     "mpeg4.avi": {"codec": "mpeg4", "bf": "2", "g": "10"},
     "mpeg2.ts": {"codec": "mpeg2video", "bf": "2", "g": "10"},
