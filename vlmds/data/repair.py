@@ -51,9 +51,9 @@ class Mended:
 def flaw(info: VideoInfo) -> str | None:
     """Why readers may disagree about the video; None if they do not."""
     if info.discarded:
-        return f"edit list hides {info.discarded} packets"
+        return f"packets hidden by an edit list: {info.discarded}"
     if info.preroll:
-        return f"{info.preroll} packets refer to what is before the first keyframe"
+        return f"packets that refer to what is before the first keyframe: {info.preroll}"
     if info.container in _STREAM_FORMATS:
         return f"{info.container} stream"
     return None
