@@ -29,6 +29,7 @@ Source = str | os.PathLike | bytes
 # (VP8 has hidden frames; AVI has no B-frame times) only decoding does.
 _PACKET_IS_FRAME = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 _SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192; a header may claim more than memory holds
 _DECORD_CODECS = {"h264", "hevc", "vp9"}
 _DECORD_PIX_FMTS = {"yuv420p", "yuvj420p"}
 
@@ -39,7 +40,8 @@ class VideoInfo:
 
     width, height: as displayed, after rotation. rotation: degrees clockwise to apply for display
     (0, 90, 180, 270). fps: frames / duration. frames: displayable ones. discarded: packets that
-    an edit list hides. decoder: "decord" or "pyav".
+    an edit list hides. preroll: packets that refer to what is before the file's first keyframe.
+    decoder: "decord" or "pyav".
     pts: float64 [frames], sorted display times in seconds from the first displayed frame, which
     the file places at `start_time`.
     by_pts: a decoded frame's time is found in pts; otherwise the k-th decoded frame has pts[k].
@@ -55,6 +57,7 @@ class VideoInfo:
     frames: int
     duration: float
     discarded: int
+    preroll: int
     container: str
     decoder: str
     pts: np.ndarray
@@ -76,22 +79,19 @@ def probe(source: Source) -> VideoInfo:
 
     source: a path, or the file's bytes. Raises SampleError.
     """
-    with _reading("cannot be read"), _open(source) as container:
-        stream = _video_stream(container)
+    with reading("cannot be read"), opened(source) as container:
+        stream = video_stream(container)
         name = container.format.name
         videos = len(container.streams.video)
         rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
-        packets, only_idr = _read_packets(container, stream)
-    with _reading("cannot be decoded"), _open(source) as container:
-        stream = _video_stream(container)
-        first = next(container.decode(stream), None)
+        codec = stream.codec_context.codec.canonical_name
+        packets, only_idr, first = _read_packets(container, stream)
         if first is None:
             raise SampleError("no frames")
-        codec = stream.codec_context.codec.canonical_name
         first_time = _seconds(first.pts, stream.time_base)
 
     hidden = sum(p.hidden for p in packets)
-    times = _packet_times(packets)
+    times, preroll = _packet_times(packets)
     by_pts = codec in _PACKET_IS_FRAME and name != "avi" and times is not None
     by_pts = by_pts and times[0] == first_time
     if not by_pts:
@@ -115,7 +115,7 @@ def probe(source: Source) -> VideoInfo:
     return VideoInfo(
         codec=codec, pix_fmt=first.format.name, width=width, height=height, rotation=rotation,
         fps=len(pts) / duration, frames=len(pts), duration=duration, discarded=hidden,
-        container=name, decoder="decord" if cleared else "pyav", pts=pts,
+        preroll=preroll, container=name, decoder="decord" if cleared else "pyav", pts=pts,
         start_time=float(times[0]), by_pts=by_pts, keyframes=np.array(keyframes) - times[0],
     )
 
@@ -166,7 +166,7 @@ def decode_frames(
         except SampleError:
             pass
     wanted = [int(i) for i in np.unique(indices)]
-    with _reading("cannot be decoded"):
+    with reading("cannot be decoded"):
         found = _decode_pyav(source, info, wanted)
         if len(info.keyframes) and len(found) < len(wanted):  # a seek went too far
             found = _decode_pyav(source, info, wanted, seek=False)
@@ -175,6 +175,27 @@ def decode_frames(
             raise SampleError(f"cannot be decoded: no frame at {info.pts[i]:.3f} s")
     frames = np.stack([found[int(i)] for i in indices])
     return np.ascontiguousarray(np.rot90(frames, -info.rotation // 90, axes=(1, 2)))
+
+
+def all_frames(
+    source: Source, info: VideoInfo, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames first … last (default: all) with their indices, by decoding from the beginning.
+
+    They are as the file stores them, not rotated. Raises SampleError if one is missing.
+    """
+    last = info.frames - 1 if last is None else last
+    expected, position = first, -1
+    with reading("cannot be decoded"), opened(source) as container:
+        stream = video_stream(container)
+        for frame in container.decode(stream):
+            position = _index(info, frame, stream.time_base) if info.by_pts else position + 1
+            if position == expected:
+                yield position, frame
+                expected += 1
+            if expected > last:
+                return
+    raise SampleError(f"cannot be decoded: no frame at {info.pts[expected]:.3f} s")
 
 
 def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
@@ -195,7 +216,7 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
     """Turns FFmpeg's and the system's errors into a SampleError without the file's path."""
     try:
         yield
@@ -203,18 +224,23 @@ def _reading(what: str) -> Iterator[None]:
         raise SampleError(f"{what}: {error.strerror}") from error
 
 
-def _open(source: Source) -> av.container.InputContainer:
+def opened(source: Source) -> av.container.InputContainer:
     # Titles in old code pages must not cost us the video.
     return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source),
                    metadata_errors="ignore")
 
 
-def _video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise SampleError("no video stream")
+    if stream.width * stream.height > MAX_PIXELS:
+        raise SampleError(f"frame too large: {stream.width} x {stream.height} pixels; the limit is "
+                          f"{MAX_PIXELS >> 20} megapixels")
     stream.thread_type = "NONE"
-    stream.codec_context.options = {"err_detect": "explode"}  # an error for damage, not a guess
+    stream.codec_context.options = {
+        "err_detect": "explode",  # an error for damage, not a guess
+        "max_pixels": str(MAX_PIXELS)}
     return stream
 
 
@@ -222,12 +248,16 @@ def _seconds(pts: int | None, time_base: Fraction) -> float | None:
     return None if pts is None else pts * time_base.numerator / time_base.denominator
 
 
-def _read_packets(container, stream) -> tuple[list[_Packet], bool]:
-    """All packets, in decoding order, and whether every keyframe resets the decoder (IDR)."""
+def _read_packets(container, stream) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
+    """All packets, in decoding order, whether every keyframe resets the decoder (IDR), and the
+    first frame."""
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
-    packets, only_idr = [], True
+    packets, only_idr, first = [], True, None
     for packet in container.demux(stream):
+        if first is None:
+            with reading("cannot be decoded"):
+                first = next(iter(packet.decode()), None)
         if not packet.size:
             continue
         if packet.is_keyframe and only_idr:
@@ -236,7 +266,7 @@ def _read_packets(container, stream) -> tuple[list[_Packet], bool]:
             _seconds(packet.pts, stream.time_base),
             _seconds(packet.duration or 0, stream.time_base),
             packet.is_keyframe, packet.is_discard))
-    return packets, only_idr
+    return packets, only_idr, first
 
 
 def _is_idr(packet: bytes, codec: str, extradata: bytes) -> bool:
@@ -262,16 +292,18 @@ def _is_idr(packet: bytes, codec: str, extradata: bytes) -> bool:
     return False
 
 
-def _packet_times(packets: list[_Packet]) -> np.ndarray | None:
-    """Sorted display times of the frames to come out; None if the packets do not tell."""
+def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray | None, int]:
+    """Sorted display times of the frames to come out, None if the packets do not tell; and the
+    number of those that cannot be shown, for they refer to what is before the first keyframe."""
     if any(p.time is None for p in packets) or not any(p.key for p in packets):
-        return None
+        return None, 0
     first_key = next(i for i, p in enumerate(packets) if p.key)
     begin = packets[first_key].time  # what is shown before it refers to frames we do not have
     times = [p.time for p in packets[first_key:] if not p.hidden and p.time >= begin]
+    preroll = sum(i < first_key or p.time < begin for i, p in enumerate(packets))
     if not times or max(Counter(times).values()) > 1:
-        return None
-    return np.sort(np.array(times, np.float64))
+        return None, preroll
+    return np.sort(np.array(times, np.float64)), preroll
 
 
 def _closed_gops(packets: list[_Packet]) -> bool:
@@ -290,8 +322,8 @@ def _closed_gops(packets: list[_Packet]) -> bool:
 
 def _decoded_times(source: Source, rate: float) -> np.ndarray:
     """Display times found by decoding everything: sorted float64 [frames]."""
-    with _reading("cannot be decoded"), _open(source) as container:
-        stream = _video_stream(container)
+    with reading("cannot be decoded"), opened(source) as container:
+        stream = video_stream(container)
         times = [_seconds(frame.pts, stream.time_base) for frame in container.decode(stream)]
     if None in times or len(set(times)) < len(times):  # a raw stream: only the rate is known
         return np.arange(len(times)) / rate
@@ -303,8 +335,8 @@ def _decode_pyav(
 ) -> dict[int, np.ndarray]:
     """Decode the frames `wanted` (sorted indices) and return those found: uint8 [H, W, 3]."""
     found = {}
-    with _open(source) as container:
-        stream = _video_stream(container)
+    with opened(source) as container:
+        stream = video_stream(container)
         frames = container.decode(stream)
         position = -1  # index of the last frame decoded
         for target in wanted:

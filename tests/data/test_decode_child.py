@@ -1,0 +1,149 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from tests.data.conftest import picture, write_video
+
+from vlmds.data import video
+from vlmds.data.decode_child import FrameDecoder
+from vlmds.errors import SampleError
+
+ASK = {"num_frames": 2, "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> bytes:
+    return write_video(tmp_path_factory.mktemp("v") / "small.mp4", frames=8).read_bytes()
+
+
+@pytest.fixture
+def decoder():
+    decoder = FrameDecoder(60.0)
+    yield decoder
+    decoder.close()
+
+
+def ended(pid: int) -> bool:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def long_video(path: Path, frames: int, every_key: bool) -> bytes:
+    """A video of very many frames, by repeating packets of a still one."""
+    packets = []
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=30, options={"g": "1" if every_key else "600"})
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        still = picture(0, 320, 240)
+        for i in range(3):
+            frame = av.VideoFrame.from_ndarray(still, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 30)
+            packets += stream.encode(frame)
+        contents = [bytes(p) for p in packets]
+        for i in range(frames):
+            packet = av.Packet(contents[min(i, 2)])
+            packet.pts = packet.dts = i
+            packet.time_base, packet.stream = Fraction(1, 30), stream
+            packet.is_keyframe = every_key or i == 0
+            out.mux(packet)
+    return path.read_bytes()
+
+
+def test_frames_are_those_of_this_process(decoder, small):
+    frames = decoder.frames(small, **ASK)
+    info = video.probe(small)
+    assert np.array_equal(frames, video.resize_frames(video.decode_frames(small, info, 2), 32))
+    assert frames.flags["WRITEABLE"]
+    span = decoder.frames(small, start=0.4, end=0.6, decoder="pyav", **ASK)
+    expected = video.decode_frames(small, info, 2, 0.4, 0.6)
+    assert np.array_equal(span, video.resize_frames(expected, 32))
+    with pytest.raises(SampleError, match="start past the end"):
+        decoder.frames(small, start=9.0, **ASK)
+
+
+def test_a_copy_and_a_fork_have_children_of_their_own(decoder, small):
+    want = decoder.frames(small, **ASK)
+    copy = pickle.loads(pickle.dumps(decoder))
+    assert copy.pid is None and np.array_equal(copy.frames(small, **ASK), want)
+    assert copy.pid != decoder.pid
+    copy.close()
+    forked = os.fork()
+    if forked == 0:
+        try:
+            own = decoder.pid is None and np.array_equal(decoder.frames(small, **ASK), want)
+        finally:
+            os._exit(0 if own else 1)
+    assert os.waitpid(forked, 0)[1] == 0
+    before = decoder.pid
+    assert np.array_equal(decoder.frames(small, **ASK), want) and decoder.pid == before
+
+
+def test_a_crash_costs_one_sample(decoder, small):
+    want = decoder.frames(small, **ASK)
+    os.kill(decoder.pid, signal.SIGSEGV)
+    with pytest.raises(SampleError, match="decoder crashed: signal 11"):
+        decoder.frames(small, **ASK)
+    assert np.array_equal(decoder.frames(small, **ASK), want)
+
+
+def test_a_long_file_is_decoded_and_one_that_takes_too_long_is_ended(tmp_path, decoder, small):
+    keys = long_video(tmp_path / "keys.mp4", 100_000, every_key=True)
+    assert decoder.frames(keys, **ASK).shape == (2, 3, 32, 32)
+    chain = long_video(tmp_path / "chain.mp4", 100_000, every_key=False)
+    hasty = FrameDecoder(1.0)
+    with pytest.raises(SampleError, match="decoder hung: stopped after 1 s"):
+        hasty.frames(chain, **ASK)
+    assert hasty.frames(small, **ASK).shape == (2, 3, 32, 32)
+    hasty.close()
+
+
+def test_a_frame_larger_than_memory_is_refused(tmp_path, decoder, small):
+    path = write_video(tmp_path / "v.webm", frames=3, codec="libvpx")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x9d\x01\x2a") + 3  # VP8's key frame header: width, height
+    data[at:at + 4] = (16000).to_bytes(2, "little") * 2
+    with pytest.raises(SampleError, match="cannot be|too large|out of memory"):
+        decoder.frames(bytes(data), **ASK)
+    assert decoder.frames(small, **ASK).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_child_ends_with_its_owner(tmp_path, small, how):
+    (tmp_path / "v.mp4").write_bytes(small)
+    code = f"""import sys, time
+from vlmds.data.decode_child import FrameDecoder
+decoder = FrameDecoder(5.0)
+decoder.frames(open({str(tmp_path / 'v.mp4')!r}, 'rb').read(), num_frames=2, image_size=32)
+print(decoder.pid, flush=True)
+time.sleep(60)"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        child = int(owner.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        owner.send_signal(how)
+        owner.wait(timeout=10)
+        assert ended(child)
+    finally:
+        owner.kill()
+        owner.wait(timeout=10)
+        owner.stdout.close()
+
+
+def test_the_child_imports_no_torch():
+    code = "import sys, vlmds.data.decode_child, decord; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
