@@ -34,11 +34,11 @@ def pack(args: argparse.Namespace) -> int:
 
         _refuse(args, "a conversion keeps shards and splits as they are", shard_size=256,
                 shard_bytes=None, val_fraction=0.0, no_verify=False, dedup=False, append=False,
-                merge=False, task_index=None, num_tasks=None, engine="local")
+                merge=False, engine="local")
         summary = convert_from_options(
             args.manifest, args.out, args.store or "frames", vision=args.vision,
             feature_layer=args.feature_layer, pool=args.pool, num_frames=args.num_frames,
-            image_size=args.image_size, **common)
+            image_size=args.image_size, task=_task(args), **common)
     else:
         from vlmds.data.pack import pack
 
@@ -53,7 +53,9 @@ def pack(args: argparse.Namespace) -> int:
             append=args.append, merge=args.merge, task=_task(args), engine=args.engine, **common)
     if not summary.finished:
         print(f"packed the {summary.shards} shards of task {args.task_index} of {args.num_tasks}; "
-              "when all tasks are done, join them: the same command with --merge")
+              "when all tasks are done, join them: vlmds pack "
+              f"{args.manifest} {args.out} with the same options, but without --task-index and "
+              "--num-tasks (--merge makes sure that nothing is left to pack)")
         return 0
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(f"packed {summary.packed:,} samples ({counts}) into {summary.shards} shards, "

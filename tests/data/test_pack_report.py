@@ -93,8 +93,10 @@ def test_the_bytes_do_not_depend_on_when_and_where(packed, tmp_path):
 def test_only_a_bounded_number_of_samples_is_opened(packed, monkeypatch):
     monkeypatch.setattr(pack_report, "CAPTION_ROWS", 2)
     monkeypatch.setattr(pack_report, "SHEET_CLIPS", 1)
+    monkeypatch.setattr(pack_report, "CAPTION_SHOWN", 10)
     page = Page(write_report(packed).read_text("utf-8"))
     assert len(page.images()) == pack_report.SHEET_FRAMES
+    assert HOSTILE[:10] + "…" in page.text and HOSTILE[:11] not in page.text
     assert "of the captions of 2 evenly spread samples out of 3" in page.text
 
 
@@ -106,7 +108,8 @@ def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
     data[530] ^= 255
     tar.write_bytes(data)
     page = Page(write_report(copy).read_text("utf-8"))
-    assert len(page.images()) == 2 * pack_report.SHEET_FRAMES and "not shown: val/000000.tar" in page.text
+    assert len(page.images()) == 2 * pack_report.SHEET_FRAMES
+    assert "not shown: val/000000.tar" in page.text
 
 
 def test_no_dataset_no_page(tmp_path):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
 
 FACTS = ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
+ROW = ("id", "captions", "source", "prompt", "start", "end")  # of a description: the manifest's
 POSSIBLE = (("video", "frames"), ("video", "features"), ("frames", "features"))
 
 
@@ -78,6 +79,7 @@ def convert(
     tower_name: str | None = None,
     workers: int | None = None,
     deadline: float = 60.0,
+    task: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> PackSummary:
     """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
@@ -85,7 +87,8 @@ def convert(
 
     num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
     336, 95); a frames store already has its own. tower, tower_name: what makes the features.
-    workers, deadline: as for packing.
+    workers, deadline: as for packing. task: (i, n) makes only the ith of n parts; when all are
+    done, a last call without it finds the shards there and makes the dataset.
 
     Samples that cannot be converted go to ledger.jsonl, with row 0, for a shard does not tell the
     manifest's; the source's own ledger stands there, too. Raises InputError for a conversion that
@@ -98,7 +101,7 @@ def convert(
                for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
     todo = {shard.name for shard in unfinished(out, shards, {})}
-    pending = [(shard, s) for shard, s in zip(shards, sources) if shard.name in todo]
+    pending = [pair for pair in list(zip(shards, sources))[_part(task)] if pair[0].name in todo]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
     with (
@@ -106,15 +109,26 @@ def convert(
         tqdm(total=total, desc=f"to {store}", unit="sample", disable=not progress) as bar,
     ):
         made = _made(index, [source for _, source in pending], target, tower, pool, workers)
-        for shard, source in pending:
-            rows = [_manifest_row(index, row) for row in source.rows(index)]
-            replies = shown(islice(made, source.info.count), bar)
-            write_shard(out, replace(shard, rows=rows), replies)
+        for shard, from_shard in pending:
+            told = [(row, _description(index, row)) for row in from_shard.rows(index)]
+            replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
+            shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
+            write_shard(out, shard, shown(replies, bar))
+    seconds = time.monotonic() - begin
+    if task is not None:
+        mine = shards[_part(task)]
+        return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0, seconds,
+                           finished=False)
     before = _ledger(index.root)
     done = finish(out, shards, before, _described(index, target))
-    new = Counter(r.reason.split(":")[0] for r in done.rejects if r not in before)
+    new = Counter(r.reason.split(":")[0] for r in set(done.rejects) - set(before))
     return PackSummary(done.counts, dict(new.most_common()), [], len(shards),
-                       len(shards) - len(todo), done.bytes, time.monotonic() - begin)
+                       len(shards) - len(todo), done.bytes, seconds)
+
+
+def _part(task: tuple[int, int] | None) -> slice:
+    """Which shards are a task's."""
+    return slice(None) if task is None else slice(task[0], None, task[1])
 
 
 def convert_from_options(
@@ -263,12 +277,24 @@ def _encoded(
                             {EXTENSION: encode_features(next(features))})
 
 
-def _manifest_row(index: ShardIndex, row: SampleRow) -> ManifestRow:
-    """The manifest's row as far as the sample's description keeps it."""
+def _description(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
+    """The sample's member "json"."""
     only = tuple(member for member in row.members if member.ext == "json")
-    described = json.loads(index.read(replace(row, members=only))["json"])
-    return ManifestRow(0, row.key, described["id"], "", described["source"], described["captions"],
-                       row.start, row.end, row.split, described.get("prompt"))
+    return json.loads(index.read(replace(row, members=only))["json"])
+
+
+def _manifest_row(row: SampleRow, told: dict[str, Any]) -> ManifestRow:
+    """The manifest's row as far as the sample's description keeps it."""
+    return ManifestRow(0, row.key, told["id"], "", told["source"], told["captions"], row.start,
+                       row.end, row.split, told.get("prompt"))
+
+
+def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterator[Reply]:
+    """The replies, with the facts that the source told of each sample: of the original video, which
+    may be another file than the one that a video store keeps."""
+    for facts, reply in zip(told, replies):
+        kept = {name: value for name, value in facts.items() if name not in ROW}
+        yield reply if reply.reason is not None else replace(reply, facts={**reply.facts, **kept})
 
 
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
