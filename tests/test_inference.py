@@ -38,7 +38,7 @@ def made(models, folder, exp="e7", *overrides):
         for name, p in model.captioner.named_parameters():
             if "lora_" in name or name.startswith("projector"):
                 p.add_(torch.randn_like(p) * 0.1)
-    save_artifact(folder, model.captioner, experiment, "finetune")
+    save_artifact(folder, model.captioner, experiment, "finetune", {})
     return model.captioner
 
 
@@ -149,7 +149,7 @@ def test_captions_of_files_and_of_what_is_no_video(models, tmp_path, capsys):
 def test_an_artifact_of_a_stage_without_adapter_makes_none(models, tmp_path):
     experiment = load_experiment("e3", tiny.settings(models))
     captioner = load_model(experiment, CPU).captioner
-    save_artifact(tmp_path / "artifact", captioner, experiment, "align")
+    save_artifact(tmp_path / "artifact", captioner, experiment, "align", {})
     fresh = load_model(experiment, CPU).captioner
     with torch.no_grad():
         fresh.projector.net[0].weight.zero_()

@@ -164,6 +164,9 @@ class TrainingConfig(Section):
     keep_checkpoints: PositiveInt = 2
     timeout_minutes: PositiveFloat = 30
     """How long a collective may wait before the job is ended."""
+    ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the trainables, which validation and the artifact then
+    use; null keeps none."""
     max_skipped_steps: NaturalInt = 10
     """Optimizer steps that a loss or gradient which is no number may cost before the run ends."""
 

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, also when the power goes."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -84,3 +85,12 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ import pytest
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
+from tests.training.launch import arguments, train
 from vlmds.data.pack import pack
 
 
@@ -27,3 +28,12 @@ def shards(tmp_path_factory) -> Path:
     pack(manifest, folder / "out", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
          shard_size=5, progress=False)
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def two_ranks(models, shards, tmp_path_factory):
+    """An undisturbed run of e3 on two ranks, under the deepspeed launcher."""
+    run = tmp_path_factory.mktemp("runs") / "two"
+    done = train(2, *arguments(models, shards, run))
+    assert "finetune step 6/6" in done.stdout
+    return run

@@ -14,13 +14,8 @@ from vlmds.config import load_experiment
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.projectors import build_projector
-from vlmds.training.engine import (
-    accumulation_steps,
-    build_engine,
-    learning_rate,
-    release,
-    set_learning_rate,
-)
+from vlmds.training.engine import accumulation_steps, build_engine, release
+from vlmds.training.optimizer import learning_rate, set_learning_rate
 from vlmds.training.ranks import init_distributed
 
 ROOT = Path(__file__).resolve().parents[2]

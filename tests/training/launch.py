@@ -1,4 +1,4 @@
-"""Start real training processes."""
+"""Start real training processes, and leave none behind."""
 
 import json
 import os
@@ -7,60 +7,89 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tests import tiny
+
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 420
+SCRIPT = ROOT / "launch" / "train.py"
+FAULTY = Path(__file__).with_name("faulty.py")
+TIMEOUT = 240
 
 
-def command(ranks: int, *arguments: str) -> list[str]:
+def arguments(models: Path, shards: Path, run: Path, *overrides: str, exp: str = "e3") -> list[str]:
+    """Arguments of launch/train.py for a packaged experiment on the tiny models."""
+    return ["--exp", exp, "--output", str(run), "--data", str(shards),
+            "--set", *tiny.settings(models), *overrides]
+
+
+def command(ranks: int, *arguments: str, script: Path = SCRIPT) -> list[str]:
     """`deepspeed --num_gpus N launch/train.py …`, or the plain script for one process."""
-    script = str(ROOT / "launch" / "train.py")
     if not ranks:
-        return [sys.executable, script, *arguments]
+        return [sys.executable, str(script), *arguments]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks),
+            "--master_port", str(free_port()), str(script), *arguments]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks),
-            "--master_port", str(port), script, *arguments]
+        return probe.getsockname()[1]
 
 
-def environment() -> dict:
+def environment(**more: str) -> dict:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path,
+            "PYTHONPATH": str(ROOT), **more}
 
 
-def train(ranks: int, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    """Run to the end; the exit code must be `expect`."""
-    done = subprocess.run(command(ranks, *arguments), env=environment(), cwd=ROOT, timeout=TIMEOUT,
-                          capture_output=True, text=True)
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
+@contextmanager
+def running(ranks: int, *arguments: str, log: Path, script: Path = SCRIPT,
+            **env: str) -> Iterator[subprocess.Popen]:
+    """A started training, whose output goes to log.out and log.err; killed at the end with all
+    its descendants."""
+    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
+        process = subprocess.Popen(
+            command(ranks, *arguments, script=script), env=environment(**env), cwd=ROOT, stdout=out,
+            stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            yield process
+        finally:
+            kill_tree(process)
+
+
+def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SCRIPT,
+          timeout: float = TIMEOUT, **env: str) -> subprocess.CompletedProcess:
+    """Run to the end; the exit code must be `expect` (None: any but 0)."""
+    run = Path(arguments[arguments.index("--output") + 1])
+    log = run.with_name(f"{run.name}-log")
+    with running(ranks, *arguments, log=log, script=script, **env) as process:
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = "hung"
+    out, err = (log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    assert code != 0 if expect is None else code == expect, f"{code}\n{out[-3000:]}{err[-5000:]}"
+    return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def train_until(ranks: int, run: Path, lines: int, act: Callable[[subprocess.Popen], None],
+                *arguments: str) -> None:
+    """Run until metrics.jsonl has that many lines, then `act`, then kill what is left."""
+    deadline = time.monotonic() + TIMEOUT
+    with running(ranks, *arguments, log=run.with_name(f"{run.name}-until")) as process:
+        while len(_lines(run)) < lines:
+            assert process.poll() is None, "training ended before its time"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        act(process)
 
 
 def train_and_kill(ranks: int, run: Path, lines: int, *arguments: str) -> None:
     """Run until metrics.jsonl has that many lines, then SIGKILL all of it."""
-    process = subprocess.Popen(command(ranks, *arguments), env=environment(), cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
-    children = _children(process.pid)
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while len(_lines(run)) < lines:
-            assert process.poll() is None, "training ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        children = _children(process.pid)
-    finally:
-        for pid in (process.pid, *children):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        process.wait()
-    for pid in children:  # they may hold files open until they are gone
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+    train_until(ranks, run, lines, lambda process: None, *arguments)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -69,18 +98,55 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in _lines(run)]
 
 
-def _lines(run: Path) -> list[str]:
-    path = run / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL a process and all its descendants, and wait until they are gone."""
+    children = descendants(process.pid)
+    for pid in (process.pid, *children):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+    deadline = time.monotonic() + 10
+    for pid in children:  # they may hold files open until they are gone
+        while _alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
-def _children(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """All descendants of a process."""
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             for child in map(int, path.read_text().split()):
-                found += [child, *_children(child)]
+                found += [child, *descendants(child)]
         except OSError:
             pass
     return found
+
+
+def ranks_of(process: subprocess.Popen, script: Path = SCRIPT) -> list[int]:
+    """Process ids of the ranks below a launcher, by rank."""
+    found = {}
+    for pid in [process.pid, *descendants(process.pid)]:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            variables = dict(v.partition(b"=")[::2] for v in
+                             Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if str(script).encode() in words and b"RANK" in variables and b"LOCAL_RANK" in variables:
+            found.setdefault(int(variables[b"RANK"]), pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _lines(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []

@@ -7,14 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.training.launch import metrics, train, train_and_kill
+from tests.training.launch import arguments, metrics, train, train_and_kill
 
 pytestmark = pytest.mark.distributed
-
-
-def arguments(models, shards, run, *overrides, exp="e3"):
-    return ["--exp", exp, "--output", str(run), "--data", str(shards),
-            "--set", *tiny.settings(models), *overrides]
 
 
 def weights(run, stage="finetune"):
@@ -30,15 +25,6 @@ def assert_same_weights(a, b, **tolerance):
             torch.testing.assert_close(a[name], b[name], **tolerance, msg=name)
         else:
             assert torch.equal(a[name], b[name]), name
-
-
-@pytest.fixture(scope="module")
-def two_ranks(models, shards, tmp_path_factory):
-    """An undisturbed run of e3 on two ranks, under the deepspeed launcher."""
-    run = tmp_path_factory.mktemp("runs") / "two"
-    done = train(2, *arguments(models, shards, run))
-    assert "finetune step 6/6" in done.stdout
-    return run
 
 
 def test_both_stages_train_and_leave_what_the_design_says(two_ranks):

@@ -1,6 +1,5 @@
 """Find and read the samples of a packed dataset by position, without scanning its shards."""
 
-import hashlib
 import json
 import os
 import zlib
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmds.errors import InputError, SampleError
+from vlmds.files import sha256_of
 
 FORMAT, VERSION = "vlmds", 1
 
@@ -223,15 +223,6 @@ class _Cache(Generic[Key, Value]):
     def __del__(self) -> None:
         for value in self._values.values():
             self._drop(value)
-
-
-def sha256_of(path: Path) -> str:
-    """The file's sha256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _pread(file: int, size: int, offset: int) -> bytes:

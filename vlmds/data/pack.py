@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool, Reply, Request
-from vlmds.data.index import FORMAT, SCHEMA, VERSION, sha256_of
+from vlmds.data.index import FORMAT, SCHEMA, VERSION
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
-from vlmds.files import replacing, write
+from vlmds.files import replacing, sha256_of, write
 
 STORES = ("video", "frames")
 

@@ -1,7 +1,8 @@
 """The artifact: what a stage leaves behind and inference loads.
 
     experiment.yaml        the resolved experiment
-    artifact.json          format version, stage, the widths the projector was trained between
+    artifact.json          format version, stage, the widths the projector was trained between,
+                           sha256 of each file, and the lineage: what it was trained from
     projector.safetensors
     adapter/               PEFT's own format; absent while no stage has trained an adapter
 
@@ -20,22 +21,29 @@ from torch import Tensor
 
 from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.errors import InputError
-from vlmds.files import new_folder
+from vlmds.files import new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
 
 FORMAT, VERSION = "vlmds-artifact", 1
 
 
-def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str) -> None:
-    """Write the artifact; it appears whole or not at all."""
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str,
+                  lineage: dict) -> None:
+    """Write the artifact; it appears whole or not at all.
+
+    Args:
+        lineage: JSON values: the hashes of what it was trained from.
+    """
     adapter = isinstance(captioner.llm, PeftModel)
     meta = {
         "format": FORMAT, "version": VERSION, "stage": stage, "adapter": adapter,
         "vision_width": captioner.projector.vision_dim, "llm_width": captioner.projector.llm_dim,
     }
     with new_folder(folder) as new:
-        (new / "artifact.json").write_text(json.dumps(meta, indent=2) + "\n")
         (new / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
         state = captioner.projector.state_dict()
         # Clones: under an engine the parameters are views of one flat buffer.
@@ -43,6 +51,9 @@ def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, st
                   new / "projector.safetensors")
         if adapter:
             captioner.llm.save_pretrained(new / "adapter", save_embedding_layers=False)
+        files = ["projector.safetensors", *([ADAPTER] if adapter else [])]
+        meta |= {"files": {name: sha256_of(new / name) for name in files}, "lineage": lineage}
+        (new / "artifact.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def is_artifact(folder: Path) -> bool:
@@ -84,16 +95,23 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
     path = folder / "projector.safetensors"
     tensors = _read(path)
     _check_same(path, tensors, projector.state_dict())
+    _check_file(path, meta)
     projector.load_state_dict(tensors)
     if not meta["adapter"]:
         return
     if not isinstance(captioner.llm, PeftModel):
         captioner.llm = add_adapter(captioner.llm, experiment.peft)
-    path = folder / "adapter" / "adapter_model.safetensors"
+    path = folder / ADAPTER
     tensors = _read(path)
     expected = get_peft_model_state_dict(captioner.llm, save_embedding_layers=False)
     _check_same(path, tensors, expected)
+    _check_file(path, meta)
     set_peft_model_state_dict(captioner.llm, tensors)
+
+
+def projector_sha256(folder: Path) -> str:
+    """What tells an artifact's projector from any other. Raises InputError."""
+    return read_artifact(folder)[0]["files"]["projector.safetensors"]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -101,6 +119,14 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _check_file(path: Path, meta: dict) -> None:
+    """Raise :class:`InputError` unless it is the file that artifact.json was written with."""
+    (expected,) = (sha256 for name, sha256 in meta["files"].items() if path.match(name))
+    if sha256_of(path) != expected:
+        raise InputError(f"{path}: its sha256 is not the one in artifact.json; restore the file, or "
+                         "train again")
 
 
 def _check_same(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

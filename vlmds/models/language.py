@@ -75,6 +75,7 @@ def lora_config(peft: PeftSection) -> LoraConfig:
         lora_dropout=peft.dropout,
         target_modules=list(peft.target_modules),
         use_dora=peft.type == "dora",
+        use_rslora=peft.rslora,
         bias="none",
     )
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Config
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from vlmds.errors import InputError
@@ -74,6 +75,21 @@ def load_config(name: str, key: str) -> PretrainedConfig:
 def published_or_loaded_config(name: str, key: str) -> PretrainedConfig:
     """As :func:`load_config`, but never asks the network for a model whose shape is known here."""
     return PUBLISHED_SHAPES.get(name) or load_config(name, key)
+
+
+def weight_files(name: str, key: str) -> list[Path]:
+    """The files that ``from_pretrained(name)`` takes the weights from, on this machine, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
+    with loading(key, name):
+        folder = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(folder.glob(pattern))
+        if files:
+            return files
+    raise InputError(f"{key}: {name} has no weights (*.safetensors) in {folder}")
 
 
 def looks_local(name: str) -> bool:

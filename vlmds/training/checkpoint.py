@@ -8,6 +8,8 @@ A tensor is named ``exp_avg/projector.net.weight/4096``: what it is, of which pa
 element on. Names instead of flat partitions make a checkpoint loadable at any world size; frozen
 weights are not in it. A folder gets its name only when all in it is on disk, so the newest folder
 that passes its checksums is the latest checkpoint: there is no pointer that could lie.
+
+This module is the format; :mod:`vlmds.training.saver` writes it without stopping the training.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmds.data.index import sha256_of
 from vlmds.errors import InputError
-from vlmds.files import publish_folder, sync_file, temporary_folder
-from vlmds.training.ranks import gather, on_main
+from vlmds.files import publish_folder, sha256_of, sync_file
+from vlmds.training.ema import WeightAverage
+from vlmds.training.ranks import on_main
 
 VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"  # there if training.ema_decay is set
 
 
 @dataclass(frozen=True)
@@ -40,55 +42,71 @@ class _Fragment:
 
     name: str
     start: int
+    group: int
     flat: nn.Parameter  # the partition of its group, fp32
     place: slice  # in flat
 
 
-def save_checkpoint(folder: Path, engine, state: dict) -> str | None:
-    """Write a checkpoint; all ranks call it.
+def fragments_to_save(engine, average: WeightAverage | None) -> dict[str, Tensor]:
+    """This rank's tensors under the names they have in a checkpoint: views, not copies."""
+    tensors = {}
+    for fragment in _fragments(engine):
+        for kind, flat in _flats(engine, fragment, average).items():
+            tensors[f"{kind}/{fragment.name}/{fragment.start}"] = flat[fragment.place]
+    return tensors
+
+
+def write_part(temporary: Path, rank: int, tensors: dict[str, Tensor]) -> dict:
+    """Write a rank's file and flush it to disk; returns its entry in checkpoint.json.
+
+    Raises:
+        OSError, SafetensorError: disk full, and the like.
+    """
+    temporary.mkdir(parents=True, exist_ok=True)
+    path = temporary / f"rank-{rank:05d}.safetensors"
+    save_file(tensors, path)
+    sync_file(path)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def publish(temporary: Path, folder: Path, state: dict, entries: list[dict]) -> None:
+    """Give the files of all ranks the name that makes them a checkpoint. Raises OSError.
 
     Args:
-        folder: its final name, on a file system that all ranks share.
-        state: JSON values, the same on every rank; ``load_checkpoint`` gives them back.
-
-    Returns:
-        None, or why it could not be written, the same on every rank; then nothing stands at
-        ``folder`` and earlier checkpoints are untouched.
+        state: JSON values that ``read_state`` gives back.
     """
-    rank = dist.get_rank()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    problem = None
-    if rank == 0:
-        try:
-            temporary_folder(folder)
-        except OSError as error:
-            problem = str(error)
-    problem = _first_problem(problem)
-    entry = None
-    if problem is None:
-        path = temporary / f"rank-{rank:05d}.safetensors"
-        try:
-            save_file(_tensors(engine), path)
-            sync_file(path)
-            entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        except (OSError, SafetensorError) as error:
-            problem = f"{path}: {error}"
-        entries = gather(entry)
-        problem = _first_problem(problem)
-    if rank == 0:
-        try:
-            if problem is None:
-                meta = {"version": VERSION, "state": state, "files": entries}
-                (temporary / "checkpoint.json").write_text(json.dumps(meta, ensure_ascii=False))
-                publish_folder(temporary, folder)
-        except OSError as error:
-            problem = str(error)
-        if problem is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return _first_problem(problem)
+    meta = {"version": VERSION, "state": state, "files": entries}
+    (temporary / "checkpoint.json").write_text(json.dumps(meta, ensure_ascii=False))
+    publish_folder(temporary, folder)
 
 
-def load_checkpoint(folder: Path, engine) -> None:
+def prune(root: Path, stage: str, keep: int) -> None:
+    """Remove a stage's checkpoints but the newest ``keep`` and the one that validated best."""
+    folders = checkpoints(root, stage)
+    losses = {}
+    for folder in folders:
+        loss = read_state(folder).get("validation_loss")
+        if loss is not None:
+            losses[folder] = loss
+    best = min(losses, key=losses.get) if losses else None
+    for folder in folders[keep:]:
+        if folder != best:
+            # First the name goes, so that no moment shows a checkpoint with files missing.
+            shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what a killed run was writing; nobody may be writing now."""
+    for folder in root.glob(".*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_name(folder: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None:
     """Put a checkpoint's weights and moments into an engine of any world size; all ranks call it.
 
     Raises:
@@ -111,10 +129,9 @@ def load_checkpoint(folder: Path, engine) -> None:
             fused = optimizer.defaults.get("fused")
             values["step"] = steps.to(fragment.flat.device) if fused else steps.clone()
             values.update({moment: torch.zeros_like(fragment.flat) for moment in MOMENTS})
-        for kind in (WEIGHT, *MOMENTS):
-            target = fragment.flat.data if kind == WEIGHT else values[kind]
+        for kind, flat in _flats(engine, fragment, average).items():
             found = pieces.get((kind, fragment.name), [])
-            if _fill(target[fragment.place], fragment.start, found):
+            if _fill(flat[fragment.place], fragment.start, found):
                 raise InputError(f"{folder}: {kind} of {fragment.name} is not wholly there; "
                                  "was the checkpoint made by another experiment?")
     engine.optimizer.update_lp_params()
@@ -173,27 +190,26 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / "checkpoint.json").read_text())["state"]
 
 
-def _tensors(engine) -> dict[str, Tensor]:
-    tensors = {}
-    for fragment in _fragments(engine):
-        values = engine.optimizer.optimizer.state[fragment.flat]
-        for kind in (WEIGHT, *MOMENTS):
-            source = fragment.flat.data if kind == WEIGHT else values[kind]
-            piece = source[fragment.place].to("cpu", copy=True)  # not a view of the partition
-            tensors[f"{kind}/{fragment.name}/{fragment.start}"] = piece
-    return tensors
+def _flats(engine, fragment: _Fragment, average: WeightAverage | None) -> dict[str, Tensor]:
+    """Kind of tensor -> the flat partition that holds it for the fragment's group."""
+    values = engine.optimizer.optimizer.state[fragment.flat]
+    flats = {WEIGHT: fragment.flat.data, **{moment: values[moment] for moment in MOMENTS}}
+    if average is not None:
+        flats[AVERAGE] = average.flats[fragment.group]
+    return flats
 
 
 def _fragments(engine) -> Iterator[_Fragment]:
     """The pieces of parameters in this rank's partitions, in the order of the parameter groups."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
     zero = engine.optimizer
-    for flat, params in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+    groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+    for group, (flat, params) in enumerate(groups):
         for param in params:
             mapping = param._hp_mapping  # None where the whole parameter is another rank's
             if mapping is not None:
                 place = mapping.hp_fragment_address
-                yield _Fragment(names[id(param)], mapping.lp_fragment_address.start, flat,
+                yield _Fragment(names[id(param)], mapping.lp_fragment_address.start, group, flat,
                                 slice(place.start, place.start + place.numel))
 
 
@@ -208,8 +224,3 @@ def _fill(target: Tensor, start: int, pieces: list[tuple[int, int, Path, str]]) 
             target[low - start : high - start].copy_(piece)
             missing -= high - low
     return missing
-
-
-def _first_problem(problem: str | None) -> str | None:
-    """The first rank's problem that has one, on every rank."""
-    return next((p for p in gather(problem) if p is not None), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 from pathlib import Path
 
 import deepspeed
@@ -15,6 +14,7 @@ from torch import nn
 
 from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
+from vlmds.training.optimizer import parameter_groups, trainable
 
 
 def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:
@@ -70,20 +70,15 @@ def build_engine(
     accumulation: int,
 ):
     """A ZeRO-2 engine around ``model``, whose trainable parameters are those with
-    ``requires_grad``: one named group each for the projector and the adapter, in that order.
+    ``requires_grad``, in the groups of :func:`parameter_groups`.
 
     Raises:
         InputError: the DeepSpeed JSON contradicts the experiment, or nothing is trainable.
     """
     training = experiment.training
-    groups = []
-    for name, module in (("projector", model.projector), ("peft", model.llm)):
-        params = [p for p in module.parameters() if p.requires_grad]
-        if params:
-            groups.append({"params": params, "name": name})
+    groups = parameter_groups(model, stage, training)
     if not groups:
         raise InputError(f"stages: {stage.name}: nothing is trainable")
-    trainable = sum(p.numel() for group in groups for p in group["params"])
     config = resolve_ds_config(ds_config, {
         "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
         "train_micro_batch_size_per_gpu": training.micro_batch,
@@ -95,38 +90,17 @@ def build_engine(
     zero = config["zero_optimization"]
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
-            zero[bucket] = trainable
+            zero[bucket] = trainable(model)
     config.setdefault("steps_per_print", 10**9)  # our own monitor prints
     optimizer = torch.optim.AdamW(
-        groups, lr=stage.lr, betas=tuple(training.betas), weight_decay=training.weight_decay,
+        groups, lr=stage.lr, betas=tuple(training.betas),
         fused=get_accelerator().device_name() == "cuda" or None,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    # In fp32 DeepSpeed does not look for gradients that are no numbers; here every dtype does, and
+    # such a step is skipped on all ranks.
+    engine.optimizer.check_grad_overflow = True
     return engine
-
-
-def learning_rate(step: int, total: int, stage: StageConfig) -> float:
-    """Linear warm-up, then a cosine to ``min_lr_ratio``: the rate of optimizer step ``step``
-    (from 0) of ``total``. A pure function, so a resumed run needs no scheduler state."""
-    warmup = round(stage.warmup_ratio * total)
-    if step < warmup:
-        return stage.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * cosine)
-
-
-def set_learning_rate(engine, lr: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-
-
-def seed_micro_batch(seed: int, stage: int, step: int, micro: int, rank: int) -> None:
-    """Seed dropout as a function of where we are, so that a resumed run needs no saved RNG."""
-    generator = torch.Generator().manual_seed(
-        hash((seed, stage, step, micro, rank)) % 2**63  # hash of ints is the same in any process
-    )
-    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def release(engine) -> None:

@@ -7,8 +7,10 @@ found before the slow part. See the README for what each argument does.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,19 +19,23 @@ from deepspeed.accelerator import get_accelerator
 from vlmds.config import Experiment, load_experiment
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import open_dataset
-from vlmds.errors import InputError
+from vlmds.errors import InputError, Stopped
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
+from vlmds.training.lineage import base_weights, inherit
+from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import init_distributed, is_main, on_main, together
 from vlmds.training.run import RunFolder, check_same_experiment, open_run
 from vlmds.training.stages import run_stages
+from vlmds.training.watch import doing, last_words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input. Other failures raise."""
+    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal with a checkpoint saved.
+    After any other failure the process ends with 1, having told what it was doing."""
     args = _parser().parse_args(arguments)
     quiet_libraries()
     try:
@@ -43,42 +49,63 @@ def main(arguments: list[str] | None = None) -> int:
 
                 print(plan(experiment))
             return 0
-        train(experiment, Path(args.output or Path("runs") / experiment.name), args.resume,
-              args.ds_config)
-    except InputError as error:
+        train(experiment, Path(args.output or Path("runs") / experiment.name), args)
+    except (InputError, Stopped) as error:
         if is_main():
             print(f"vlmds: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
+        return 2 if isinstance(error, InputError) else 3
+    except BaseException as error:
+        traceback.print_exc()
+        last_words(f"{type(error).__name__}: {error}".splitlines()[0])
+        # Taking the process groups down would wait for ranks that are not coming.
+        os._exit(1)
+    leave()
     return 0
 
 
-def train(experiment: Experiment, output: Path, resume: str, ds_config: Path | None) -> None:
+def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> None:
     """Train on all ranks that the launcher started.
 
     Raises:
-        InputError: on every rank.
+        InputError, Stopped: on every rank.
     """
+    stop = StopRequest()
     device = init_distributed(experiment.training.timeout_minutes)
+    doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
+    doing("checking the base weights")
+    origin = {
+        "data_fingerprint": dataset.fingerprint,
+        "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
+        "weights": base_weights(experiment)}
+    resume = args.resume
     start_from = None if resume in ("auto", "never") else Path(resume)
     run = on_main(lambda: open_run(
-        output, experiment, resume, fingerprint=dataset.fingerprint,
-        world_size=dist.get_world_size(), command=sys.argv))
+        output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
+        command=sys.argv))
     if start_from is not None:
         on_main(lambda: adopt(start_from, experiment, run))
+    if args.from_run is not None:
+        on_main(lambda: inherit(args.from_run, experiment, run))
+    doing("loading the models")
     model = together(lambda: load_model(experiment, device))
-    config = ds_config or default_ds_config()
-    run_stages(experiment, model, dataset, run, config, device, start_from)
+    config = args.ds_config or default_ds_config()
+    run_stages(experiment, model, dataset, run, config, device, stop, start_from)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def verify(dataset: ShardIndex, experiment: Experiment) -> None:
     """Check this rank's share of the shards, so that damage is found before training."""
     shards = [shard for split in dataset.splits for shard in dataset.shards(split)]
-    dataset.verify(shards[dist.get_rank() :: dist.get_world_size()], experiment.data.verify)
+    for shard in shards[dist.get_rank() :: dist.get_world_size()]:
+        doing(f"checking shard {shard.path}")
+        dataset.verify([shard], experiment.data.verify)
 
 
 def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
@@ -123,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", default="auto", metavar="auto|never|PATH",
         help="go on with the run in --output (auto, the default), insist on a new one (never), or "
              "start from a checkpoint folder")
+    add("--from", dest="from_run", type=Path, metavar="RUN",
+        help="take all stages but the last from another run, instead of training them")
     add("--ds-config", type=Path, help="DeepSpeed JSON (default: ds_configs/zero2.json)")
     add("--plan", action="store_true", help="print the plan and stop")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

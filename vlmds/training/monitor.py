@@ -57,7 +57,8 @@ class Monitor:
             get_accelerator().reset_peak_memory_stats()
 
     def step(self, step: int, *, loss: torch.Tensor, grad_norm: torch.Tensor | float, lr: float,
-             samples: int, positions: float, supervised: float, waited: float) -> None:
+             samples: int, positions: float, supervised: float, waited: float,
+             skipped: bool) -> None:
         """Note optimizer step ``step`` (from 0).
 
         Args:
@@ -65,22 +66,25 @@ class Monitor:
             positions: of the language model's input over all ranks, padding not counted.
             supervised: tokens with loss, over all ranks.
             waited: seconds that this rank waited for data.
+            skipped: the weights stayed as they were, for a gradient was not finite.
         """
         self._waited += waited
         self._pending.append({
             "kind": "train", "stage": self.stage, "step": step + 1, "loss": loss, "lr": lr,
             "grad_norm": grad_norm, "samples": samples, "positions": int(positions),
-            "supervised_tokens": int(supervised)})
+            "supervised_tokens": int(supervised), **({"skipped": True} if skipped else {})})
         if (step + 1) % self.every == 0 or step + 1 == self.total:
             self.flush()
 
     def flush(self) -> None:
-        """Write the pending steps; raises :class:`FloatingPointError` at a loss that is no number."""
+        """Write the pending steps."""
         records, self._pending = self._pending, []
         if not records:
             return
         for record in records:
-            record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
+            for name in ("loss", "grad_norm"):
+                value = float(record[name])
+                record[name] = value if math.isfinite(value) else None  # JSON has no NaN
         now = time.perf_counter()
         seconds = now - self._window_start
         wait = self._waited / seconds
@@ -94,11 +98,6 @@ class Monitor:
         self._write(records)
         last = records[-1]
         self._show(last)
-        for record in records:
-            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-                raise FloatingPointError(
-                    f"stage {self.stage}, step {record['step']}: loss {record['loss']}, "
-                    f"gradient norm {record['grad_norm']}; lower stages.*.lr or look at the data")
 
     def validation(self, step: int, loss: float, samples: int) -> None:
         """Note the validation loss after ``step`` optimizer steps of the stage."""
@@ -127,7 +126,7 @@ class Monitor:
             file.writelines(json.dumps(record) + "\n" for record in records)
         for record in records:
             numbers = {f"{record['kind']}/{k}": v for k, v in record.items()
-                       if k not in ("kind", "stage", "step")}
+                       if k not in ("kind", "stage", "step") and v is not None}
             x = self.steps_before + record["step"]
             if self._charts:
                 for name, value in numbers.items():
@@ -139,8 +138,9 @@ class Monitor:
         done = record["step"] - self._stage_first
         pace = (time.perf_counter() - self._stage_start) / max(done, 1)
         self.say(
-            f"{self.stage} step {record['step']}/{self.total}  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  "
+            f"{self.stage} step {record['step']}/{self.total}  "
+            f"loss {number(record['loss'], '.4f')}  "
+            f"lr {record['lr']:.2e}  grad {number(record['grad_norm'], '.2f')}  "
             f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
             f"data wait {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  "
             f"ETA {duration((self.total - record['step']) * pace)}")
@@ -152,6 +152,10 @@ def peak_memory() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return get_accelerator().max_memory_allocated()
+
+
+def number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.errors import InputError
+from vlmds.training.watch import start_watch
 
 Result = TypeVar("Result")
 _control: dist.ProcessGroup | None = None
@@ -49,6 +50,7 @@ def init_distributed(timeout_minutes: float) -> torch.device:
             auto_mpi_discovery=False, verbose=False,
         )
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
+    start_watch(timeout_minutes)
     return torch.device(accelerator.device_name(local_rank))
 
 

@@ -1,7 +1,8 @@
 """The run folder: what one run of one experiment records, and where a restart goes on.
 
     experiment.yaml   the resolved experiment
-    run.json          global batch, data fingerprint, and for each start: versions, git commit,
+    run.json          global batch, what it is trained from (data fingerprint, hashes of the base
+                      weights, how frames are sampled), and for each start: versions, git commit,
                       world size, command line
     metrics.jsonl     one line per optimizer step and per validation
     ledger.jsonl      every sample that could not be read, and when
@@ -28,8 +29,9 @@ PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes
             "decord", "av")
 
 # Keys that may differ when a run is resumed: they do not change what is learned. The size of a
-# micro-batch may, too: the global batch is the run's.
-HARMLESS = ("owner", "priority", "logging", "data.path", "data.num_workers", "data.verify",
+# micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
+# compared by fingerprints.
+HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "llm.model", "data.num_workers", "data.verify",
             "data.max_bad_fraction", "vision.frames_per_call", "training.micro_batch",
             "training.gradient_accumulation", "training.global_batch",
             "training.activation_checkpointing", "training.validate_every",
@@ -39,10 +41,30 @@ HARMLESS = ("owner", "priority", "logging", "data.path", "data.num_workers", "da
 
 @dataclass
 class RunFolder:
-    """An opened run. global_batch: samples per optimizer step, fixed at the run's first start."""
+    """An opened run. record: what run.json holds."""
 
     path: Path
-    global_batch: int
+    record: dict
+
+    @classmethod
+    def read(cls, path: Path) -> dict:
+        """The record of the run at ``path``. Raises InputError if there is none."""
+        try:
+            return json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except OSError:
+            raise InputError(f"{path}: not a run folder (no run.json in it)") from None
+        except ValueError:
+            raise InputError(f"{path / 'run.json'}: damaged; choose another --output") from None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step, fixed at the run's first start."""
+        return self.record["global_batch"]
+
+    def update(self, **values) -> None:
+        """Change the record and write it."""
+        self.record |= values
+        write(self.path / "run.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
 
     def artifact(self, stage: str) -> Path:
         return self.path / "artifacts" / stage
@@ -74,14 +96,15 @@ class RunFolder:
 
 
 def open_run(
-    path: Path, experiment: Experiment, resume: str, *, fingerprint: str, world_size: int,
+    path: Path, experiment: Experiment, resume: str, *, origin: dict, world_size: int,
     command: list[str],
 ) -> RunFolder:
     """Create a run folder, or open the one there to go on with it; one process calls it.
 
     Args:
         resume: "auto" goes on with what is there, "never" wants a new folder.
-        fingerprint: of the data.
+        origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
+            ``sampling`` and ``weights``.
 
     Raises:
         InputError: ``never``, but the folder holds a run; or the run there is of another
@@ -92,16 +115,17 @@ def open_run(
     if not record_path.is_file():
         wanted = training.global_batch or (
             training.micro_batch * training.gradient_accumulation * world_size)
-        record = {"global_batch": wanted, "data_fingerprint": fingerprint, "starts": []}
+        record = {"global_batch": wanted, **origin, "starts": []}
     elif resume == "never":
         raise InputError(f"--output {path}: holds a run already and --resume is never; "
                          "choose another folder")
     else:
-        record = _read_record(record_path)
+        record = RunFolder.read(path)
         check_same_experiment(path, experiment)
-        if record["data_fingerprint"] != fingerprint:
+        if record["data_fingerprint"] != origin["data_fingerprint"]:
             raise InputError(f"data.path: {experiment.data.path} is not the data that {path} was "
                              "started on; give that data, or another --output")
+        check_base_weights(record["weights"], origin["weights"], experiment, path)
         if training.global_batch not in (None, record["global_batch"]):
             raise InputError(f"training.global_batch: {training.global_batch}, but {path} was "
                              f"started with {record['global_batch']}; choose another --output")
@@ -110,8 +134,9 @@ def open_run(
         "world_size": world_size, "versions": versions(), "git": git_commit(),
         "host": platform.node()})
     write(path / "experiment.yaml", to_yaml(experiment))
-    write(record_path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    return RunFolder(path, record["global_batch"])
+    run = RunFolder(path, record)
+    run.update()
+    return run
 
 
 def final_artifact(path: Path) -> Path:
@@ -154,27 +179,37 @@ def git_commit() -> str | None:
         return None
 
 
-def _read_record(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: damaged; choose another --output") from None
-
-
 def check_same_experiment(path: Path, experiment: Experiment) -> None:
     """Raise :class:`InputError`, naming the keys, if the run at ``path`` is of an experiment that
     would learn something else."""
-    old = _flat(load_experiment(path / "experiment.yaml").model_dump())
-    new = _flat(experiment.model_dump())
-    changed = [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
-    ]
+    changed = differing_keys(load_experiment(path / "experiment.yaml"), experiment, but=HARMLESS)
     if changed:
         raise InputError(f"{path}: was started as another experiment ({'; '.join(changed)}); "
                          "undo the change or choose another --output")
+
+
+def check_base_weights(old: dict[str, str], new: dict[str, str], experiment: Experiment,
+                       run: Path) -> None:
+    """Raise :class:`InputError`, naming the file, unless ``run`` was started from these weights."""
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            part, file = name.split("/")
+            raise InputError(
+                f"{part}.model: {file} of {getattr(experiment, part).model} is not the one that "
+                f"{run} was trained from; restore it, or choose another --output")
+
+
+def differing_keys(old: Experiment, new: Experiment, *, only: tuple[str, ...] = ("",),
+                   but: tuple[str, ...] = ()) -> list[str]:
+    """"key old -> new" for each key that differs, under one of ``only`` and under none of ``but``;
+    a name stands for all keys below it."""
+    a, b = _flat(old.model_dump()), _flat(new.model_dump())
+
+    def under(key: str, names: tuple[str, ...]) -> bool:
+        return any(name in ("", key) or key.startswith(f"{name}.") for name in names)
+
+    return [f"{key} {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys())
+            if a.get(key) != b.get(key) and under(key, only) and not under(key, but)]
 
 
 def _flat(tree, prefix: str = "") -> dict:

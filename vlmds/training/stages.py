@@ -7,9 +7,9 @@ was stopped between two stages equals one which was not.
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,32 +28,39 @@ from vlmds.data.loader import (
     training_collate,
 )
 from vlmds.data.prompt import SequenceBuilder
-from vlmds.errors import InputError
+from vlmds.errors import InputError, Stopped
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.training import checkpoint
-from vlmds.training.engine import (
-    accumulation_steps,
-    build_engine,
-    learning_rate,
-    release,
-    seed_micro_batch,
-    set_learning_rate,
-)
+from vlmds.training.ema import WeightAverage
+from vlmds.training.engine import accumulation_steps, build_engine, release
+from vlmds.training.lineage import check_parent, stage_lineage
 from vlmds.training.monitor import Monitor
-from vlmds.training.ranks import gather, sum_over_ranks
+from vlmds.training.optimizer import learning_rate, seed_micro_batch, set_learning_rate
+from vlmds.training.preemption import StopRequest
+from vlmds.training.ranks import gather, on_main, sum_over_ranks
 from vlmds.training.run import RunFolder
+from vlmds.training.saver import Saver
+from vlmds.training.watch import doing
+
 
 @dataclass
 class Progress:
-    """Where a stage stands; a checkpoint holds it. step: optimizer steps taken. samples, bad:
-    samples read since the stage's start, and how many of them were unreadable."""
+    """Where a stage stands; a checkpoint holds it.
+
+    step: optimizer steps taken. samples, bad: samples read since the stage's start, and how many
+    of them were unreadable. skipped: steps whose loss or gradient was no number. validated: the
+    step of the last validation, and validation_loss what it gave.
+    """
 
     step: int = 0
     samples: int = 0
     bad: int = 0
+    skipped: int = 0
+    validated: int = 0
+    validation_loss: float | None = None
 
 
 class StageTrainer:
@@ -62,59 +69,73 @@ class StageTrainer:
     Args:
         number: of the stage in the schedule, from 0.
         model: tower and captioner; the captioner already has the stage's adapter and weights.
+        monitor: what it tells. stop: whether this rank was asked to stop.
     """
 
     def __init__(self, experiment: Experiment, number: int, model: Model, dataset: ShardIndex,
-                 run: RunFolder, ds_config: Path, device: torch.device):
+                 run: RunFolder, ds_config: Path, device: torch.device, monitor: Monitor,
+                 stop: StopRequest):
         self.experiment, self.stage, self.model, self.run = (
             experiment, experiment.stages[number], model, run)
-        self.number, self.device = number, device
+        self.number, self.device, self.monitor, self.stop = number, device, monitor, stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.accumulation = accumulation_steps(experiment, self.world_size, run.global_batch)
         self.dataset = dataset
         self.train_reader = self._reader("train", shuffle=True)
         self.total = stage_steps(self.stage, len(self.train_reader), run.global_batch)
-        data = experiment.data
+        data, training = experiment.data, experiment.training
         self.collate = training_collate(SequenceBuilder(
             model.tokenizer, data.prompt, model.captioner.projector.num_tokens,
             data.max_caption_tokens))
         self.engine = build_engine(
             model.captioner, experiment, self.stage, ds_config, self.accumulation)
+        self.average = (
+            WeightAverage(self.engine, training.ema_decay) if training.ema_decay else None)
+        self.saver = Saver(run.checkpoints, self.stage.name, training.keep_checkpoints, monitor.say)
+        self.lineage = stage_lineage(run, experiment, number)
         self.progress = Progress()
 
     def resume(self, folder: Path, state: dict) -> None:
-        checkpoint.load_checkpoint(folder, self.engine)
+        check_parent(self.lineage, state["lineage"], folder)
+        checkpoint.load_checkpoint(folder, self.engine, self.average)
         self.progress = Progress(**state["progress"])
+        self.monitor.say(f"{self.stage.name}: going on from {folder}")
 
-    def train(self, monitor: Monitor) -> None:
-        """All remaining steps, with validation and checkpoints on the way."""
-        settings = self.experiment.training
-        batches = iter(self._training_batches())
+    def train(self) -> None:
+        """All remaining steps, with validation and checkpoints on the way.
+
+        Raises:
+            Stopped: on all ranks, after any of them was asked to stop and a checkpoint was saved.
+        """
+        settings, progress = self.experiment.training, self.progress
         self.engine.train()
-        for step in range(self.progress.step, self.total):
+        if self._due(settings.validate_every) and progress.validated != progress.step:
+            if self.validate():  # which a stop request had cut short
+                self._stop()
+        batches = iter(self._training_batches())
+        for step in range(progress.step, self.total):
+            self._doing(step, "waiting for data")
             started = time.perf_counter()
             group = list(islice(batches, self.accumulation))
-            waited = time.perf_counter() - started
-            self.train_step(step, group, waited, monitor)
-            last = step + 1 == self.total
-            if last or (step + 1) % settings.validate_every == 0:
-                self.validate(monitor)
-            if last or (step + 1) % settings.checkpoint_every == 0:
-                monitor.flush()
-                self.save_checkpoint(monitor)
+            stop = self.train_step(step, group, time.perf_counter() - started)
+            if self._due(settings.validate_every):
+                stop = self.validate() or stop
+            if stop or self._due(settings.checkpoint_every):
+                self.save_checkpoint()
+            if stop:
+                self._stop()
+        self.saver.drain()
 
-    def train_step(self, step: int, group: list[dict], waited: float, monitor: Monitor) -> None:
+    def train_step(self, step: int, group: list[dict], waited: float) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
-        caption tokens and divided by the caption tokens of all ranks' groups."""
-        supervised = sum(int((batch["labels"] != IGNORE).sum()) for batch in group)
-        tokens, positions, bad = sum_over_ranks([
-            supervised, sum(batch["positions"] for batch in group),
-            sum(len(batch["bad"]) for batch in group)])
-        self._account_bad(step, group, int(bad))
+        caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
+        rank was asked to stop."""
+        tokens, positions, stop = self._agree(step, group)
         lr = learning_rate(step, self.total, self.stage)
         set_learning_rate(self.engine, lr)
         loss = torch.zeros((), device=self.device)
         for micro, batch in enumerate(group):
+            self._doing(step, "in forward and backward", batch["keys"])
             seed_micro_batch(self.experiment.training.seed, self.number, step, micro, self.rank)
             features = self.model.tower(self._to_device(batch["frames"]))  # [B, F·P, vision width]
             micro_loss = self.engine(  # summed over the micro-batch's caption tokens
@@ -125,46 +146,90 @@ class StageTrainer:
             loss += micro_loss.detach()
         dist.all_reduce(loss)
         self.progress.step = step + 1
-        monitor.step(
+        if self.average is not None:
+            self.average.update()
+        skipped = self.engine.optimizer.overflow  # a gradient was no number; the same on all ranks
+        self.monitor.step(
             step, loss=loss / tokens, grad_norm=self.engine.get_global_grad_norm(), lr=lr,
-            samples=self.run.global_batch, positions=positions, supervised=tokens, waited=waited)
+            samples=self.run.global_batch, positions=positions, supervised=tokens, waited=waited,
+            skipped=skipped)
+        if skipped:
+            self._account_skipped(step, group)
+        return stop
+
+    def _agree(self, step: int, group: list[dict]) -> tuple[float, float, bool]:
+        """What all ranks must know before a step: caption tokens and positions of the global
+        batch, and whether any rank was asked to stop."""
+        self._doing(step, "waiting for the other ranks to have their data",
+                    [key for batch in group for key in batch["keys"]])
+        tokens, positions, bad, stop, written = sum_over_ranks([
+            sum(int((batch["labels"] != IGNORE).sum()) for batch in group),
+            sum(batch["positions"] for batch in group),
+            sum(len(batch["bad"]) for batch in group),
+            self.stop.requested is not None, self.saver.finished])
+        if written == self.world_size:
+            self.saver.publish()
+        self._account_bad(step, group, int(bad))
+        return tokens, positions, stop > 0
 
     @torch.no_grad()
-    def validate(self, monitor: Monitor) -> None:
-        """Mean loss per caption token over the validation split; nothing if there is none."""
+    def validate(self) -> bool:
+        """Mean loss per caption token over the validation split, if there is one. Returns whether
+        any rank was asked to stop meanwhile; then there is no result."""
         if "val" not in self.dataset.splits:
-            return
+            return False
         reader = self._reader("val", shuffle=False)
-        batches = evaluation_positions(
-            len(reader), self.experiment.training.micro_batch, self.rank, self.world_size)
-        captioner = self.model.captioner.eval()
+        micro_batch, num_workers = (
+            self.experiment.training.micro_batch, self.experiment.data.num_workers)
+        batches = evaluation_positions(len(reader), micro_batch, self.rank, self.world_size)
+        rounds = math.ceil(len(reader) / (micro_batch * self.world_size))  # of the rank with most
+        read = iter(read_batches(reader, batches, self.collate, num_workers))
         total, tokens, bad = torch.zeros((), device=self.device), 0, []
-        for batch in read_batches(reader, batches, self.collate, self.experiment.data.num_workers):
-            features = self.model.tower(self._to_device(batch["frames"]))
-            total += captioner(
-                features, self._to_device(batch["input_ids"]), self._to_device(batch["labels"]))
-            tokens += int((batch["labels"] != IGNORE).sum())
-            bad += batch["bad"]
+        captioner = self.model.captioner.eval()
+        with self.average.applied() if self.average else nullcontext():
+            for number in range(rounds):
+                self._doing(self.progress.step, f"validating, batch {number + 1} of {rounds}")
+                batch = next(read, None)
+                if batch is not None:
+                    features = self.model.tower(self._to_device(batch["frames"]))
+                    total += captioner(features, self._to_device(batch["input_ids"]),
+                                       self._to_device(batch["labels"]))
+                    tokens += int((batch["labels"] != IGNORE).sum())
+                    bad += batch["bad"]
+                (stop,) = sum_over_ranks([self.stop.requested is not None])
+                if stop:
+                    break
         captioner.train()
+        if stop:
+            return True
         total, tokens, any_bad = sum_over_ranks([total.item(), tokens, len(bad)])
         if any_bad:
             self._write_ledger(bad, self.progress.step)
-        monitor.validation(self.progress.step, total / tokens, len(reader))
+        self.progress.validated, self.progress.validation_loss = self.progress.step, total / tokens
+        self.monitor.validation(self.progress.step, total / tokens, len(reader))
+        return False
 
-    def save_checkpoint(self, monitor: Monitor) -> None:
-        """Write a checkpoint; a failure to is told, and training goes on."""
-        step, root = self.progress.step, self.run.checkpoints
-        problem = checkpoint.save_checkpoint(
-            root / checkpoint.checkpoint_name(self.stage.name, step), self.engine,
-            {"stage": self.stage.name, "progress": vars(self.progress),
-             "optimizer_steps": checkpoint.optimizer_steps(self.engine)})
-        if problem:
-            monitor.say(f"WARNING: checkpoint of step {step} not saved: {problem}; "
-                        "training goes on, the earlier checkpoints stand")
-        elif self.rank == 0:
-            keep = self.experiment.training.keep_checkpoints
-            for old in checkpoint.checkpoints(root, self.stage.name)[keep:]:
-                shutil.rmtree(old)
+    def save_checkpoint(self) -> None:
+        """Start to write a checkpoint; the saver tells if that fails, and training goes on."""
+        self._doing(self.progress.step, "copying a checkpoint")
+        self.monitor.flush()
+        current = self.progress.validated == self.progress.step
+        self.saver.begin(self.engine, self.average, self.progress.step, {
+            "stage": self.stage.name, "progress": vars(self.progress).copy(),
+            "lineage": self.lineage,
+            "validation_loss": self.progress.validation_loss if current else None})
+
+    def _stop(self) -> None:
+        self.saver.drain()
+        raise Stopped(f"{self.stage.name}: stopped by a signal after step {self.progress.step} of "
+                      f"{self.total}, checkpoint saved; the same command goes on from there")
+
+    def _due(self, every: int) -> bool:
+        step = self.progress.step
+        return step > 0 and (step == self.total or step % every == 0)
+
+    def _doing(self, step: int, what: str, keys: Sequence[str] = ()) -> None:
+        doing(f"at {self.stage.name} step {min(step + 1, self.total)}, {what}", keys)
 
     def _reader(self, split: str, shuffle: bool) -> SampleReader:
         data = self.experiment.data
@@ -196,6 +261,23 @@ class StageTrainer:
                 f"{self.experiment.data.path}: {self.progress.bad} of {self.progress.samples} "
                 f"samples read could not be used, more than data.max_bad_fraction {limit} allows; "
                 f"see {self.run.path / 'ledger.jsonl'}")
+
+    def _account_skipped(self, step: int, group: list[dict]) -> None:
+        """Tell which samples cost a step; too many such steps end the run on all ranks."""
+        self.progress.skipped += 1
+        everyone = gather([key for batch in group for key in batch["keys"]])
+        keys = [key for keys in everyone for key in keys]
+        reason = "step skipped: its loss or gradient is not a finite number"
+        self._write_ledger([{"keys": keys, "reason": reason}] if self.rank == 0 else [], step + 1)
+        self.monitor.say(f"WARNING: {self.stage.name} step {step + 1} skipped: its loss or gradient "
+                         f"is not a finite number; samples: {', '.join(keys)}")
+        limit = self.experiment.training.max_skipped_steps
+        if self.progress.skipped > limit:
+            raise InputError(
+                f"stages.{self.number}: {self.progress.skipped} steps had a loss or gradient that "
+                f"is not a finite number, more than training.max_skipped_steps {limit}; lower "
+                f"stages.{self.number}.lr, or look at the samples in "
+                f"{self.run.path / 'ledger.jsonl'}")
 
     def _write_ledger(self, records: list[dict], step: int) -> None:
         everyone = gather(records)
@@ -239,56 +321,55 @@ def freeze(captioner: Captioner, stage: StageConfig) -> None:
 
 def run_stages(
     experiment: Experiment, model: Model, dataset: ShardIndex, run: RunFolder, ds_config: Path,
-    device: torch.device, start_from: Path | None = None,
+    device: torch.device, stop: StopRequest, start_from: Path | None = None,
 ) -> None:
     """All stages that are not finished.
 
     Args:
         start_from: a checkpoint folder to start its stage from, instead of the run's latest.
+
+    Raises:
+        Stopped: on all ranks, when a rank was asked to stop; a checkpoint is saved.
     """
     names = [stage.name for stage in experiment.stages]
     finished = [is_artifact(run.artifact(name)) for name in names]
     first = finished.index(False) if False in finished else len(names)
     if start_from is not None:
         first = names.index(checkpoint.read_state(start_from)["stage"])
-    monitor = None
-    samples = dataset.count("train")
-    before = 0
-    for number, stage in enumerate(experiment.stages):
-        total = stage_steps(stage, samples, run.global_batch)
-        if number >= first:
-            prepare_stage(model, experiment, number, run)
-            trainer = StageTrainer(experiment, number, model, dataset, run, ds_config, device)
-            found = checkpoint.latest_checkpoint(run.checkpoints, stage.name)
-            if start_from is not None and number == first:
-                found = start_from, checkpoint.read_state(start_from)
-            if found:
-                trainer.resume(*found)
-            if monitor is None:
-                step = trainer.progress.step
-                if dist.get_rank() == 0:
-                    run.rewind(names, number, step)
-                monitor = Monitor(run.path, experiment, dist.get_rank() == 0, before + step)
-            if found:
-                monitor.say(f"{stage.name}: going on from {found[0]}")
-            monitor.start_stage(stage.name, trainer.progress.step, total, before)
-            trainer.train(monitor)
-            finish_stage(trainer, monitor)
-            del trainer
-        before += total
-    if monitor is None:
+    if first == len(names):
         if dist.get_rank() == 0:
             print(f"vlmds: {run.path}: all stages are finished, nothing to do", flush=True)
         return
+    on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
+    found = (start_from, checkpoint.read_state(start_from)) if start_from else (
+        checkpoint.latest_checkpoint(run.checkpoints, names[first]))
+    step = found[1]["progress"]["step"] if found else 0
+    totals = [stage_steps(stage, dataset.count("train"), run.global_batch)
+              for stage in experiment.stages]
+    if dist.get_rank() == 0:
+        run.rewind(names, first, step)
+    monitor = Monitor(run.path, experiment, dist.get_rank() == 0, sum(totals[:first]) + step)
+    for number in range(first, len(names)):
+        prepare_stage(model, experiment, number, run)
+        trainer = StageTrainer(experiment, number, model, dataset, run, ds_config, device, monitor,
+                               stop)
+        if number == first and found:
+            trainer.resume(*found)
+        monitor.start_stage(
+            names[number], trainer.progress.step, totals[number], sum(totals[:number]))
+        trainer.train()
+        finish_stage(trainer)
+        del trainer
     monitor.close()
 
 
-def finish_stage(trainer: StageTrainer, monitor: Monitor) -> None:
+def finish_stage(trainer: StageTrainer) -> None:
     """Save the artifact and take the engine down."""
-    if trainer.rank == 0:
-        save_artifact(trainer.run.artifact(trainer.stage.name), trainer.model.captioner,
-                      trainer.experiment, trainer.stage.name)
-    dist.barrier()
-    monitor.say(f"{trainer.stage.name}: finished, {trainer.run.artifact(trainer.stage.name)}")
-    engine, trainer.engine = trainer.engine, None
+    doing(f"saving the artifact of {trainer.stage.name}")
+    artifact = trainer.run.artifact(trainer.stage.name)
+    with trainer.average.applied() if trainer.average else nullcontext():
+        on_main(lambda: save_artifact(artifact, trainer.model.captioner, trainer.experiment,
+                                      trainer.stage.name, trainer.lineage))
+    trainer.monitor.say(f"{trainer.stage.name}: finished, {artifact}")
+    engine, trainer.engine, trainer.average = trainer.engine, None, None
     release(engine)

@@ -1,0 +1,50 @@
+"""launch/train.py with a fault: VLMDS_TEST_FAULT is JSON {kind, rank, call}.
+
+The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
+the call-th sample that the rank reads.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+from vlmds.data.loader import SampleReader
+from vlmds.models.captioner import Captioner
+from vlmds.training.main import main
+
+FAULT = json.loads(os.environ["VLMDS_TEST_FAULT"])
+MINE = int(os.environ.get("RANK", 0)) == FAULT["rank"]
+calls = {"forward": 0, "load": 0}
+forward, load = Captioner.forward, SampleReader.load
+
+
+def faulty_forward(self, *inputs):
+    loss = forward(self, *inputs)
+    if self.training and MINE:
+        calls["forward"] += 1
+        kind = FAULT["kind"]
+        if kind == "nan" and calls["forward"] in FAULT["calls"]:
+            return loss * float("nan")
+        if calls["forward"] == FAULT.get("call"):
+            if kind == "exception":
+                raise RuntimeError("injected failure")
+            if kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "signal":
+                os.kill(os.getpid(), getattr(signal, FAULT["name"]))
+    return loss
+
+
+def faulty_load(self, position):
+    calls["load"] += 1
+    if MINE and FAULT["kind"] == "stuck" and calls["load"] == FAULT["call"]:
+        time.sleep(3600)
+    return load(self, position)
+
+
+Captioner.forward, SampleReader.load = faulty_forward, faulty_load
+
+if __name__ == "__main__":
+    sys.exit(main())

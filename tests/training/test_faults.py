@@ -1,0 +1,106 @@
+"""What goes wrong in training, on real ranks: nothing hangs, and the cause is told."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from tests.training.launch import FAULTY, arguments, metrics, train
+from tests.training.test_training import assert_same_weights, weights
+from vlmds.training import checkpoint
+
+pytestmark = pytest.mark.distributed
+
+
+def train_with_fault(ranks, args, expect, **fault):
+    return train(ranks, *args, expect=expect, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault))
+
+
+@pytest.mark.parametrize("name, rank", [("SIGTERM", 1), ("SIGUSR1", 0)])
+def test_a_signal_to_any_rank_saves_and_exits_with_3(models, shards, two_ranks, tmp_path, name, rank):
+    """In the fifth step, where no checkpoint is due; the next start goes on bit for bit."""
+    run = tmp_path / "run"
+    args = arguments(models, shards, run)
+    done = train_with_fault(2, args, 3, kind="signal", name=name, rank=rank, call=5)
+    assert "align: stopped by a signal after step" in done.stderr
+    assert "Traceback" not in done.stderr
+    train(2, *args)
+    assert metrics(run) == metrics(two_ranks)
+    assert_same_weights(weights(run), weights(two_ranks))
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(models, shards, two_ranks, tmp_path):
+    run = tmp_path / "run"
+    done = train_with_fault(2, arguments(models, shards, run), 0, kind="nan", rank=1, calls=[3])
+    assert "align step 3 skipped: its loss or gradient is not a finite number" in done.stdout
+    records = [r for r in metrics(run) if r["kind"] == "train"]
+    skipped = [r for r in records if r.get("skipped")]
+    assert [(r["stage"], r["step"], r["loss"]) for r in skipped] == [("align", 3, None)]
+    undisturbed = [r for r in metrics(two_ranks) if r["kind"] == "train"]
+    assert records[1] == undisturbed[1]
+    assert records[3]["loss"] != undisturbed[3]["loss"]  # the skipped step taught nothing
+    assert all(r["loss"] is not None for r in records if r not in skipped)
+    (line,) = (run / "ledger.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["step"] == 3 and len(record["keys"]) == 4  # the global batch
+
+
+def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
+    run = tmp_path / "run"
+    args = arguments(models, shards, run, "training.max_skipped_steps=1")
+    done = train_with_fault(2, args, 2, kind="nan", rank=0, calls=[2, 3])
+    assert "2 steps had a loss or gradient that is not a finite number" in done.stderr
+    assert "stages.0.lr" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind, told", [
+    ("exception", "vlmds: rank 1: RuntimeError: injected failure"),
+    ("kill", "rank 1 was last at align step 3, in forward and backward (v"),
+])
+def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, told):
+    done = train_with_fault(2, arguments(models, shards, tmp_path / "run"), None, kind=kind, rank=1,
+                            call=3)
+    assert told in done.stderr, done.stderr
+    assert "at align step 3, in forward and backward (v" in done.stderr  # with the samples
+
+
+def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tmp_path):
+    args = arguments(models, shards, tmp_path / "run", "training.timeout_minutes=0.2")
+    done = train_with_fault(2, args, None, kind="stuck", rank=1, call=5)
+    assert "vlmds: rank 1: no progress for 12 s" in done.stderr, done.stderr
+    assert "vlmds: rank 1: it was at align step 2, waiting for data" in done.stderr
+
+
+def test_a_full_disk_costs_checkpoints_not_the_run(models, shards, two_ranks, tmp_path):
+    """checkpoints/ on a file system of 140 kB: one fits, the next does not."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=140k", "tmpfs", str(run / "checkpoints")]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, timeout=30).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        done = train(2, *arguments(models, shards, run))
+        assert "WARNING: align-0000004 not saved" in done.stdout, done.stdout
+        assert "No space left" in done.stdout or "os error 28" in done.stdout, done.stdout
+        (left,) = (run / "checkpoints").iterdir()  # and no half of another
+        assert left.name == "align-0000002" and checkpoint.check(left) is None
+        assert metrics(run) == metrics(two_ranks)
+        assert_same_weights(weights(run), weights(two_ranks))
+    finally:
+        subprocess.run(["umount", str(run / "checkpoints")], check=True, timeout=30)
+
+
+def test_changed_base_weights_are_refused_by_name(models, shards, two_ranks, tmp_path):
+    import shutil
+
+    copy = tmp_path / "models"
+    shutil.copytree(models, copy)
+    path = copy / "qwen3" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    before = (two_ranks / "run.json").read_text()
+    done = train(0, *arguments(copy, shards, two_ranks), expect=2)
+    assert "llm.model: model.safetensors of" in done.stderr
+    assert (two_ranks / "run.json").read_text() == before

@@ -1,0 +1,47 @@
+"""An exponential moving average of the trainables, partitioned as ZeRO-2 partitions them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class WeightAverage:
+    """The average of this rank's fp32 partitions.
+
+    Args:
+        engine: its partitions are averaged; must not be rebuilt.
+        decay: share of the old average that a step keeps.
+
+    flats: fp32, one for each parameter group, of the shape of the group's partition.
+    """
+
+    def __init__(self, engine, decay: float):
+        self._zero, self.decay = engine.optimizer, decay
+        self.flats = [flat.detach().clone() for flat in self._partitions]
+
+    @property
+    def _partitions(self) -> list[torch.Tensor]:
+        return [flat.data for flat in self._zero.single_partition_of_fp32_groups]
+
+    def update(self) -> None:
+        """After an optimizer step."""
+        torch._foreach_lerp_(self.flats, self._partitions, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights meanwhile; all ranks enter and leave together."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for average, partition in zip(self.flats, self._partitions, strict=True):
+            held = average.clone()
+            average.copy_(partition)
+            partition.copy_(held)
+        self._zero.update_lp_params()

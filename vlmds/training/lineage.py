@@ -1,0 +1,109 @@
+"""What a run was trained from: the base weights, the data, the stage before.
+
+``run.json`` records it at the first start. A later start, and ``--from RUN``, compare: a projector
+means nothing to another vision tower, and an adapter nothing to another language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from vlmds.config import Experiment, load_experiment
+from vlmds.errors import InputError
+from vlmds.files import new_folder, sha256_of
+from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
+from vlmds.models.language import load_tokenizer
+from vlmds.models.pretrained import weight_files
+from vlmds.training.ranks import gather, together
+from vlmds.training.run import RunFolder, check_base_weights, differing_keys
+
+# What a projector of an earlier stage depends on: these keys, the base weights and the sampling.
+PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames",
+                  "data.prompt")
+
+
+def base_weights(experiment: Experiment) -> dict[str, str]:
+    """sha256 of every file of the pretrained models, and of the tokenizer, by what it is and its
+    name. All ranks call it and share the reading; each machine reads its own files.
+
+    Raises:
+        InputError: on every rank, if a file is missing or two machines have different ones.
+    """
+    files = together(lambda: {
+        **{f"vision/{p.name}": p for p in weight_files(experiment.vision.model, "vision.model")},
+        **{f"llm/{p.name}": p for p in weight_files(experiment.llm.model, "llm.model")}})
+    hosts = gather(platform.node())
+    here = [rank for rank, host in enumerate(hosts) if host == platform.node()]
+    share = sorted(files)[here.index(dist.get_rank()) :: len(here)]
+    mine = {name: sha256_of(files[name]) for name in share}
+    mine["llm/tokenizer"] = _tokenizer_sha256(experiment.llm.model)
+    found: dict[str, tuple[str, str]] = {}
+    for host, hashes in zip(hosts, gather(mine)):
+        for name, value in hashes.items():
+            first, expected = found.setdefault(name, (host, value))
+            if value != expected:
+                raise InputError(f"{name.split('/')[0]}.model: {host} has another {name} than "
+                                 f"{first}; give all machines the same files")
+    return {name: value for name, (_, value) in sorted(found.items())}
+
+
+def inherit(other: Path, experiment: Experiment, run: RunFolder) -> None:
+    """``--from RUN``: take all stages but the last from another run instead of training them.
+
+    Raises:
+        InputError: the other run has not finished them, or its projector was trained for another
+            projector, vision tower, language model, number of frames, prompt or sampling.
+    """
+    record = RunFolder.read(other)
+    for stage in experiment.stages[:-1]:
+        source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
+        if not is_artifact(source):
+            raise InputError(f"--from {other}: it has no finished stage {stage.name}")
+        meta, theirs = read_artifact(source)
+        keys = PROJECTOR_KEYS + (("peft",) if meta["adapter"] else ())
+        if changed := differing_keys(theirs, experiment, only=keys):
+            raise InputError(f"--from {other}: its stage {stage.name} was trained otherwise "
+                             f"({'; '.join(changed)})")
+        if record["sampling"] != run.record["sampling"]:
+            raise InputError(f"--from {other}: its frames were sampled or resized otherwise "
+                             f"({record['sampling']}, not {run.record['sampling']})")
+        check_base_weights(record["weights"], run.record["weights"], experiment, other)
+        ours = projector_sha256(source)
+        if is_artifact(target):
+            if projector_sha256(target) != ours:
+                raise InputError(f"--from {other}: {run.path} has a stage {stage.name} already, "
+                                 "and it is another one; choose another --output")
+            continue
+        with new_folder(target) as new:
+            shutil.copytree(source, new, dirs_exist_ok=True)
+        run.update(inherited={**run.record.get("inherited", {}), stage.name: {
+            "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}})
+
+
+def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
+    """What stage ``number`` of the run is trained from; its checkpoints and artifact record it."""
+    lineage = {name: run.record[name] for name in ("weights", "sampling", "data_fingerprint")}
+    if number:
+        parent = experiment.stages[number - 1].name
+        lineage["parent"] = {"stage": parent,
+                             "projector_sha256": projector_sha256(run.artifact(parent))}
+    return lineage
+
+
+def check_parent(lineage: dict, recorded: dict, where: Path) -> None:
+    """Raise :class:`InputError` if a checkpoint of a stage grew from another parent stage."""
+    if lineage.get("parent") != recorded.get("parent"):
+        parent = (lineage.get("parent") or recorded["parent"])["stage"]
+        raise InputError(f"{where}: was trained from another {parent} than the one in artifacts/ "
+                         "now; restore that artifact, or delete the checkpoints of this stage")
+
+
+def _tokenizer_sha256(name: str) -> str:
+    tokenizer = load_tokenizer(name)
+    described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(described.encode()).hexdigest()

@@ -1,0 +1,100 @@
+"""Writes checkpoints while the training goes on.
+
+``begin`` copies this rank's partitions to memory of the host and returns; a thread writes them. No
+rank waits for another: whether all ranks have written is one number more in the sum over ranks
+that every step begins with. When it says so, rank 0 gives the checkpoint its name.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vlmds.training import checkpoint
+from vlmds.training.ema import WeightAverage
+from vlmds.training.ranks import gather
+
+
+class Saver:
+    """One stage's checkpoints on this rank. All ranks call ``begin``, ``publish`` and ``drain``
+    alike.
+
+    Args:
+        root: the run's folder for checkpoints, on a file system that all ranks share.
+        keep: newest checkpoints that stay, besides the best.
+        say: told of a checkpoint that could not be written; training goes on, and the earlier
+            checkpoints stand.
+    """
+
+    def __init__(self, root: Path, stage: str, keep: int, say: Callable[[str], None]):
+        self.root, self.stage, self.keep, self._say = root, stage, keep, say
+        self.rank = dist.get_rank()
+        self._writer: threading.Thread | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def begin(self, engine, average: WeightAverage | None, step: int, state: dict) -> None:
+        """Start to write the checkpoint of optimizer step ``step``; ``state`` is JSON values, the
+        same on every rank."""
+        self.drain()
+        self._folder = self.root / checkpoint.checkpoint_name(self.stage, step)
+        self._state = {**state, "optimizer_steps": checkpoint.optimizer_steps(engine)}
+        tensors = self._copy(checkpoint.fragments_to_save(engine, average))
+        self._entry = self._problem = None
+        self._writer = threading.Thread(target=self._write, args=(tensors,), daemon=True)
+        self._writer.start()
+
+    @property
+    def finished(self) -> bool:
+        """Whether this rank has written (or failed to) what is not published yet."""
+        return self._writer is not None and not self._writer.is_alive()
+
+    def drain(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+        if self._writer is not None:
+            self._writer.join()
+            self.publish()
+
+    def publish(self) -> None:
+        """Once ``finished`` on all ranks: make the files a checkpoint, or tell why not."""
+        self._writer = None
+        results = gather((self._entry, self._problem))
+        problem = next((p for _, p in results if p is not None), None)
+        if self.rank == 0:
+            temporary = checkpoint.temporary_name(self._folder)
+            try:
+                if problem is None:
+                    checkpoint.publish(
+                        temporary, self._folder, self._state, [entry for entry, _ in results])
+            except OSError as error:
+                problem = str(error)
+            if problem is None:
+                checkpoint.prune(self.root, self.stage, self.keep)
+            else:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self._say(f"WARNING: {self._folder.name} not saved: {problem}; training goes on, "
+                          "the earlier checkpoints stand")
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """To the host: into pinned memory from a GPU, which is kept for the next time."""
+        if not any(tensor.is_cuda for tensor in tensors.values()):
+            return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._buffers[name].copy_(tensor, non_blocking=True)
+        torch.cuda.synchronize()
+        return self._buffers
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        temporary = checkpoint.temporary_name(self._folder)
+        try:
+            self._entry = checkpoint.write_part(temporary, self.rank, tensors)
+        except (OSError, SafetensorError) as error:
+            self._problem = f"{temporary.parent}: {error}"

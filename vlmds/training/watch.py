@@ -1,0 +1,86 @@
+"""No rank hangs in silence: each says what it is about to do, and somebody is always there to tell.
+
+Before whatever may take long or fail, a rank calls :func:`doing`, which notes it here and in the
+job's key-value store, where the other ranks can read it also when this one is dead. If a rank stays
+with one thing for longer than the job's timeout, a thread of its own says so and ends the process;
+launchers then end the others. If an exception ends a rank, :func:`last_words` tells what it and the
+others were doing. No clock is compared between machines.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
+MOST_RANKS = 16  # that one rank quotes
+
+_activity = "starting"
+_since = time.monotonic()
+_store: dist.Store | None = None
+
+
+def start_watch(timeout_minutes: float) -> None:
+    """Watch this rank from now on; the process group must be there."""
+    global _store
+    if dist.get_world_size() > 1:
+        _store = dist.PrefixStore("vlmds", dist.distributed_c10d._get_default_store())
+    threading.Thread(target=_watch, args=(timeout_minutes * 60,), daemon=True).start()
+    doing("starting")
+
+
+def doing(what: str, keys: Sequence[str] = ()) -> None:
+    """Say what this rank does next, and with which samples."""
+    global _activity, _since
+    _activity = f"{what} ({', '.join(keys)})" if keys else what
+    _since = time.monotonic()
+    if _store is not None:
+        try:
+            _store.set(str(dist.get_rank()), _activity)
+        except RuntimeError:  # the store's host is gone; the next collective will tell
+            pass
+
+
+def last_words(problem: str) -> None:
+    """Print on stderr what this rank was doing when ``problem`` came, and what others were."""
+    rank = os.environ.get("RANK", "0")
+    lines = [f"vlmds: rank {rank}: {problem}",
+             f"vlmds: rank {rank}: it was {_activity}, for {time.monotonic() - _since:.0f} s"]
+    # Another thread asks the store: where its host cannot be reached, no answer ever comes.
+    others: list[str] = []
+    asking = threading.Thread(target=_ask, args=(others,), daemon=True)
+    asking.start()
+    asking.join(STORE_SECONDS)
+    print("\n".join(lines + list(others)), file=sys.stderr, flush=True)
+
+
+def _ask(lines: list[str]) -> None:
+    if _store is None:
+        return
+    mine = dist.get_rank()
+    for rank in range(dist.get_world_size()):
+        try:
+            if rank == mine or not _store.check([str(rank)]):
+                continue
+            activity = _store.get(str(rank)).decode()
+        except RuntimeError:
+            lines.append("vlmds:   the other ranks cannot be asked: rank 0's host does not answer")
+            return
+        if activity != _activity:
+            lines.append(f"vlmds:   rank {rank} was last {activity}")
+        if len(lines) == MOST_RANKS:
+            return
+
+
+def _watch(seconds: float) -> None:
+    while True:
+        left = _since + seconds - time.monotonic()
+        if left <= 0:
+            last_words(f"no progress for {seconds:.0f} s (training.timeout_minutes); ending the job")
+            os._exit(1)
+        time.sleep(min(left + 0.05, 1.0))
