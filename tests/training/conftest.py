@@ -17,17 +17,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    """10 training and 3 validation clips as a frames store, in three shards."""
-    folder = tmp_path_factory.mktemp("packed")
-    rows = []
-    for i in range(13):
-        write_video(folder / f"v{i}.mp4", frames=8 + i)
-        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다." + " 네." * (i % 3),
-                     "split": "val" if i >= 10 else "train"})
-    manifest = write_manifest(folder / "manifest.jsonl", rows)
-    pack(manifest, folder / "out", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
-         shard_size=5, progress=False)
-    return folder / "out"
+    return make_shards(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +27,17 @@ def two_ranks(models, shards, tmp_path_factory):
     done = train(2, *arguments(models, shards, run))
     assert "finetune step 6/6" in done.stdout
     return run
+
+
+def make_shards(folder: Path) -> Path:
+    """10 training and 3 validation clips as a frames store, in three shards."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for i in range(13):
+        write_video(folder / f"v{i}.mp4", frames=8 + i)
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다." + " 네." * (i % 3),
+                     "split": "val" if i >= 10 else "train"})
+    manifest = write_manifest(folder / "manifest.jsonl", rows)
+    pack(manifest, folder / "out", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
+         shard_size=5, progress=False)
+    return folder / "out"
