@@ -72,3 +72,30 @@ def test_training_refuses_bad_input_in_one_line(arguments, message, capsys, monk
 def test_caption_needs_a_run(run, capsys, tmp_path):
     assert main(["caption", "--run", str(tmp_path / run), "x.mp4"]) == 2
     assert "neither a run folder nor an artifact" in capsys.readouterr().err
+
+
+def test_pack_converts_a_packed_dataset(tmp_path, capsys):
+    models = tiny.make_models(tmp_path / "models")
+    write_video(tmp_path / "a.mp4")
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
+    video, frames, features = (str(tmp_path / n) for n in ("video", "frames", "features"))
+    assert main(["pack", str(manifest), video]) == 0
+    assert main(["pack", video, frames, "--store", "frames", "--num-frames", "4",
+                 "--image-size", str(tiny.SIDE)]) == 0
+    assert main(["pack", frames, features, "--store", "features", "--vision",
+                 str(models / "clip"), "--pool", "2", "--feature-layer", "-2"]) == 0
+    assert capsys.readouterr().out.count("packed 1 samples (train 1)") == 3
+    meta = json.loads((tmp_path / "features" / "dataset.json").read_text())
+    assert (meta["vision"]["pool"], meta["vision"]["feature_layer"]) == (2, -2)
+    for arguments, message in (
+        ([features, frames], "cannot become a frames store"),
+        ([video, features, "--store", "features"], "--vision: "),
+        ([video, frames, "--val-fraction", "0.5"], "--val-fraction: a conversion keeps"),
+        ([video, frames, "--pool", "2"], "--pool: only --store features"),
+        ([video, features, "--store", "features", "--vision", "x", "--pool", "0"], "--pool: 0"),
+        ([str(manifest), features, "--store", "features"], "features"),
+        ([str(manifest), video, "--vision", "x"], "--vision: features are made from a packed"),
+    ):
+        assert main(["pack", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error, error

@@ -25,13 +25,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def pack(args: argparse.Namespace) -> int:
-    from vlmds.data.pack import pack
+    from vlmds.files import as_path
 
-    summary = pack(
-        args.manifest, args.out, store=args.store, num_frames=args.num_frames,
-        image_size=args.image_size, quality=args.quality, shard_size=args.shard_size,
-        val_fraction=args.val_fraction, verify=not args.no_verify, workers=args.workers,
-        deadline=args.deadline, progress=sys.stderr.isatty())
+    common = dict(quality=args.quality, workers=args.workers, deadline=args.deadline,
+                  progress=sys.stderr.isatty())
+    if (as_path(args.manifest) / "dataset.json").is_file():
+        from vlmds.data.convert import convert_from_options  # which brings in PyTorch
+
+        _refuse(args, "a conversion keeps shards and splits as they are",
+                shard_size=256, val_fraction=0.0, no_verify=False)
+        summary = convert_from_options(
+            args.manifest, args.out, args.store or "frames", vision=args.vision,
+            feature_layer=args.feature_layer, pool=args.pool, num_frames=args.num_frames,
+            image_size=args.image_size, **common)
+    else:
+        from vlmds.data.pack import pack
+
+        _refuse(args, "features are made from a packed dataset: pack the videos first, then "
+                "vlmds pack OUT OUT2 --store features", vision=None, feature_layer=-1, pool=1)
+        summary = pack(
+            args.manifest, args.out, store=args.store or "video",
+            num_frames=8 if args.num_frames is None else args.num_frames,
+            image_size=336 if args.image_size is None else args.image_size,
+            shard_size=args.shard_size, val_fraction=args.val_fraction,
+            verify=not args.no_verify, **common)
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(f"packed {summary.packed:,} samples ({counts}) into {summary.shards} shards, "
           f"{summary.bytes / 1e6:,.1f} MB, in {summary.seconds:.1f} s: {args.out}")
@@ -47,12 +64,20 @@ def pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(args: argparse.Namespace, why: str, **defaults) -> None:
+    """Raise InputError if one of these options was given another value than its default."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise InputError(f"--{name.replace('_', '-')}: {why}")
+
+
 def plan(args: argparse.Namespace) -> int:
     from vlmds.config import load_experiment
     from vlmds.plan import plan
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
-    print(plan(load_experiment(args.exp, overrides)))
+    print(plan(load_experiment(args.exp, overrides), args.gpus, args.samples_per_second,
+               args.cores_per_gpu))
     return 0
 
 
@@ -78,6 +103,15 @@ def caption(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from vlmds.config import load_experiment
+    from vlmds.doctor import examine
+
+    overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
+    return examine(load_experiment(args.exp, overrides), args.output, seconds=args.seconds,
+                   samples=args.samples, wanted=args.samples_per_second)
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -95,8 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--exp", required=True, help="YAML file, or name of a packaged experiment")
     command.add_argument("--data", help="packed dataset, to know the steps")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    command.add_argument("--gpus", type=int, default=1, help="ranks (default: 1)")
+    command.add_argument("--samples-per-second", type=float,
+                         help="training speed of one GPU, to price the stores (default: estimated)")
+    command.add_argument("--cores-per-gpu", type=float, default=8.0,
+                         help="CPU cores that may decode for one GPU (default: 8)")
     command.set_defaults(call=plan)
     _caption_parser(commands)
+    _doctor_parser(commands)
     command = commands.add_parser(
         "demo", help="everything on tiny models and videos made here, on a CPU")
     command.add_argument("--exp", default="demo",
@@ -107,14 +147,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pack_parser(commands) -> None:
-    command = commands.add_parser("pack", help="videos and captions -> shards with an index")
+    command = commands.add_parser(
+        "pack", help="videos and captions -> shards with an index; or one store -> another")
     add = command.add_argument
-    add("manifest", type=Path, help="CSV, TSV, JSONL or Parquet with columns video and caption")
+    add("manifest", help="CSV, TSV, JSONL or Parquet with columns video and caption; or a packed "
+        "dataset, to convert it to another store")
     add("out", type=Path, help="folder for the shards")
-    add("--store", default="video", choices=("video", "frames"),
-        help="keep the videos' bytes, or decoded frames as JPEGs (default: video)")
-    add("--num-frames", type=int, default=8, help="of the frames store (default: 8)")
-    add("--image-size", type=int, default=336, help="of the frames store (default: 336)")
+    add("--store", choices=("video", "frames", "features"),
+        help="keep the videos' bytes, decoded frames as JPEGs, or (of a packed dataset) the vision "
+        "model's features (default: video; of a packed dataset: frames)")
+    add("--num-frames", type=int, help="of the frames or features store (default: 8)")
+    add("--image-size", type=int, help="of the frames store (default: 336)")
+    add("--vision", metavar="MODEL", help="of the features store: hub name or folder of a CLIP")
+    add("--feature-layer", type=int, default=-1, choices=(-1, -2),
+        help="of the features store: vision.feature_layer (default: -1)")
+    add("--pool", type=int, default=1, help="of the features store: vision.pool (default: 1)")
     add("--quality", type=int, default=95, help="JPEG quality of the frames store (default: 95)")
     add("--shard-size", type=int, default=256, help="rows per shard (default: 256)")
     add("--val-fraction", type=float, default=0.0,
@@ -123,6 +170,22 @@ def _pack_parser(commands) -> None:
     add("--workers", type=int, help="decoding processes (default: one per core)")
     add("--deadline", type=float, default=60.0, help="seconds a video may take (default: 60)")
     command.set_defaults(call=pack)
+
+
+def _doctor_parser(commands) -> None:
+    command = commands.add_parser(
+        "doctor", help="is this machine, or under a launcher this cluster, ready to train")
+    add = command.add_argument
+    add("--exp", default="e8", help="experiment to be ready for (default: e8, the largest)")
+    add("--data", help="packed dataset to look at")
+    add("--output", type=Path, default=Path("runs"), help="where runs will be (default: ./runs)")
+    add("--samples-per-second", type=float, metavar="X",
+        help="that the training is to reach over all ranks; decoding is held against it")
+    add("--samples", type=int, default=64, help="to read on each node (default: 64)")
+    add("--seconds", type=float, default=30.0, help="that one check may take (default: 30)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    command.set_defaults(call=doctor)
 
 
 def _caption_parser(commands) -> None:

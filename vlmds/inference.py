@@ -13,7 +13,7 @@ from vlmds.config import Experiment, load_experiment
 from vlmds.data.decode_child import decode_videos
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import SampleError
-from vlmds.models.artifact import load_artifact
+from vlmds.models.artifact import check_tower, load_artifact
 from vlmds.models.assemble import Model, load_model
 
 
@@ -48,6 +48,7 @@ class VideoCaptioner:
         experiment = load_experiment(artifact / "experiment.yaml", overrides)
         model = load_model(experiment, target)
         load_artifact(artifact, model.captioner)
+        check_tower(artifact, experiment, model.tower)
         model.captioner.to(target)
         return cls(experiment, model, target)
 
@@ -64,7 +65,7 @@ class VideoCaptioner:
             workers: decoding processes (default: one per core).
         """
         decoded = decode_videos(
-            videos, self.experiment.data.num_frames, self.model.tower.image_size,
+            videos, self.experiment.data.num_frames, self.model.image_size,
             workers=workers or len(os.sched_getaffinity(0)))
         for batch in _batched(decoded, batch_size):
             frames = [item for item in batch if not isinstance(item, SampleError)]
@@ -80,7 +81,7 @@ class VideoCaptioner:
         max_new_tokens: int = 128,
     ) -> list[str]:
         """Captions of one batch: frames uint8 [B, F, 3, S, S], a prompt (or None) for each."""
-        features = self.model.tower(torch.from_numpy(frames).to(self.device))
+        features = self.model.features({"frames": torch.from_numpy(frames)})
         batch = self.builder.collate_generation(prompts)
         ids = self.model.captioner.generate(
             features, batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device),

@@ -9,10 +9,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vlmds.config import Experiment
-from vlmds.data.index import ShardIndex
-from vlmds.data.loader import open_dataset
+from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.prices import cheapest, needs, prices
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
+from vlmds.memory import TEXT_POSITIONS, checkpoint_bytes, stage_memory
 from vlmds.models.assemble import experiment_projector
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter, load_tokenizer
@@ -20,6 +21,10 @@ from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.vision import vision_half
 from vlmds.training.stages import freeze, stage_steps
 
+CORES_PER_GPU = 8.0
+ASSUMED_FLOPS = 200e12
+"""Useful operations a second on one GPU: two thirds of an A100's peak in bfloat16. Rather too many
+than too few, so that the cores named here are enough."""
 EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
 
 
@@ -45,18 +50,36 @@ def shapes(experiment: Experiment) -> Shapes:
         llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
         captioner = Captioner(experiment_projector(experiment, vision, language), llm)
         captioner.llm = add_adapter(llm, experiment.peft)
-        return Shapes(CLIPVisionModel(vision), captioner)
+        return Shapes(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))
 
 
-def plan(experiment: Experiment) -> str:
-    """The report: parameters, visual tokens, steps per stage, one sample with its loss mask.
+def plan(
+    experiment: Experiment, gpus: int = 1, samples_per_second: float | None = None,
+    cores_per_gpu: float = CORES_PER_GPU,
+) -> str:
+    """The report: parameters, visual tokens, memory, steps per stage, what each store costs, one
+    sample with its loss mask.
+
+    Args:
+        gpus: number of ranks.
+        samples_per_second: training speed of one GPU, if it is known.
+        cores_per_gpu: CPU cores that may decode for one GPU.
 
     Raises:
         InputError: see :func:`shapes`; or data.path is given and holds no dataset.
     """
+    for name, value in (("--gpus", gpus), ("--samples-per-second", samples_per_second),
+                        ("--cores-per-gpu", cores_per_gpu)):
+        if value is not None and value <= 0:
+            raise InputError(f"{name}: {value} is not more than 0")
+    data = experiment.data
+    dataset = open_dataset(data) if data.path or data.blend else None
     model = shapes(experiment)
-    sections = [_heading(experiment), _parameters(experiment, model),
-                _schedule(experiment), _sample(experiment, model.captioner.projector.num_tokens)]
+    sections = [
+        _heading(experiment), _parameters(experiment, model),
+        _memory(experiment, model, gpus, dataset), _schedule(experiment, dataset, gpus),
+        _stores(experiment, model, dataset, samples_per_second, cores_per_gpu),
+        _sample(experiment, model.captioner.projector.num_tokens)]
     return "\n\n".join(sections)
 
 
@@ -98,14 +121,95 @@ def _trained(stage, captioner: Captioner) -> dict[str, int]:
     }
 
 
-def _schedule(experiment: Experiment) -> str:
+def _memory(
+    experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset | None
+) -> str:
+    """Bytes per GPU and stage, by part, and the size of a checkpoint."""
+    stored = dataset is not None and dataset.store == "features"
+    columns, checkpoints = [], []
+    for stage in experiment.stages:
+        freeze(model.captioner, stage)
+        columns.append(stage_memory(
+            experiment, stage, model.captioner, None if stored else model.tower, gpus))
+        checkpoints.append(checkpoint_bytes(experiment, model.captioner))
     training = experiment.training
-    dataset = open_dataset(experiment.data) if experiment.data.path else None
+    recompute = "with" if training.activation_checkpointing else "without"
+    ranks = "1 GPU" if gpus == 1 else f"each of {gpus} GPUs"
+    lines = [f"{f'memory of {ranks}, GB':<28}" + "".join(
+        f"{s.name:>12}" for s in experiment.stages)]
+    for part in columns[0]:
+        lines.append(f"{part:<28}" + "".join(f"{column[part] / 1e9:>12.2f}" for column in columns))
+    lines.append(f"{'sum':<28}" + "".join(f"{sum(c.values()) / 1e9:>12.2f}" for c in columns))
+    lines.append(f"{'checkpoint on disk':<28}" + "".join(f"{c / 1e9:>12.2f}" for c in checkpoints))
+    lines.append(
+        f"assumes ZeRO-2, micro-batch {training.micro_batch}, {recompute} activation checkpointing, "
+        f"captions of {experiment.data.max_caption_tokens} tokens;")
+    lines.append("activations, logits and CLIP forward are estimates; CUDA's context, NCCL and "
+                 "fragmentation come on top")
+    return "\n".join(lines)
+
+
+def _stores(
+    experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float | None,
+    cores: float,
+) -> str:
+    """What each store costs, and the cheapest that keeps the GPUs fed."""
+    vision = model.tower.config
+    projector = model.captioner.projector
+    found = prices(dataset.parts if dataset else [], projector.num_frames, vision.image_size, projector.patches,
+                   vision.hidden_size)
+    how = "given"
+    if rate is None:
+        rate, how = _assumed_rate(experiment, model), (
+            f"assumed: {ASSUMED_FLOPS / 1e12:.0f}e12 useful operations a second on each; "
+            "give --samples-per-second when it is known")
+    samples = sum(map(dataset.count, dataset.splits)) if dataset else None
+    rows = needs(found, rate, samples)
+    of = f"{samples:,} samples" if dataset else "per 10,000 samples"
+    lines = [
+        f"stores at {rate:.3g} samples/s per GPU ({how})",
+        f"{'store':<22}{'MB a sample':>12}{'GB, ' + of:>26}{'core-ms a sample':>18}"
+        f"{'cores a GPU':>13}{'MB/s a GPU':>12}  figures"]
+    for need in rows:
+        total = need.total if need.total is not None else 10_000 * need.price.bytes
+        lines.append(
+            f"{need.price.name:<22}{need.price.bytes / 1e6:>12.3f}{total / 1e9:>26,.2f}"
+            f"{1e3 * need.price.seconds:>18.2f}{need.cores:>13.2f}{need.read / 1e6:>12.1f}"
+            f"  {need.price.origin}")
+    best = cheapest(rows, cores)
+    if dataset is None:
+        lines.append("which store your data needs depends on it: pass --data DIR")
+    elif best is None:
+        lines.append(f"no store keeps a GPU fed with {cores:g} cores for each")
+    else:
+        lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: "
+                     f"{best.price.store}" + ("" if best.price.store == dataset.store else
+                     f" (vlmds pack {dataset.parts[0].root} OUT --store {best.price.store})"))
+    return "\n".join(lines)
+
+
+def _assumed_rate(experiment: Experiment, model: Shapes) -> float:
+    """Samples a second that one GPU would train, from operations alone: two for each weight of the
+    language model and position in the forward pass, as many for the gradient of its input (its
+    weights are frozen), and again for recomputation; two for each of CLIP's weights and patches."""
+    llm = model.captioner.llm
+    embedding = llm.get_input_embeddings().weight.numel()
+    weights = _count(llm) - embedding * (1 if llm.config.tie_word_embeddings else 2)
+    passes = 3 if experiment.training.activation_checkpointing else 2
+    projector = model.captioner.projector
+    positions = projector.num_tokens + TEXT_POSITIONS
+    frames = projector.num_frames * (model.tower.config.image_size // model.tower.config.patch_size)**2
+    operations = 2 * passes * weights * positions + 2 * _count(model.tower) * frames
+    return ASSUMED_FLOPS / operations
+
+
+def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int) -> str:
+    training = experiment.training
     batch, how = training.global_batch, "training.global_batch"
     if batch is None:
-        batch = training.micro_batch * training.gradient_accumulation
+        batch = training.micro_batch * training.gradient_accumulation * gpus
         how = (f"micro_batch {training.micro_batch} x gradient_accumulation "
-               f"{training.gradient_accumulation}, on one GPU")
+               f"{training.gradient_accumulation} x {gpus} GPU{'s' if gpus > 1 else ''}")
     lines = [f"global batch: {batch} ({how})"]
     for stage in experiment.stages:
         length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
@@ -122,7 +226,7 @@ def _schedule(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def _splits(dataset: ShardIndex) -> str:
+def _splits(dataset: Dataset) -> str:
     counts = ", ".join(f"{split} {dataset.count(split):,}" for split in dataset.splits)
     return f"data: {dataset.root} ({dataset.store} store; {counts})"
 

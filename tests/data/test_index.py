@@ -58,8 +58,25 @@ def damage(path, at=600):
 def test_a_damaged_dataset_is_refused_at_start(dataset, break_it, message):
     break_it(dataset)
     with pytest.raises(InputError, match=message) as error:
-        ShardIndex.open(dataset)
+        ShardIndex.open(dataset).verify_index()
     assert str(dataset) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_page_of_the_index_is_never_used(dataset):
+    """Opening checks the footer, reading a row its pages."""
+    size = (dataset / "index.parquet").stat().st_size
+    refused = 0
+    for at in range(40, size, 61):
+        damage(dataset / "index.parquet", at)
+        try:
+            index = ShardIndex.open(dataset)
+            rows = [index.row("train", shard, 0) for shard in range(len(index.shards("train")))]
+            assert all(row.key.startswith("v") for row in rows)
+        except InputError as error:
+            refused += 1
+            assert "index.parquet: damaged" in str(error)
+        damage(dataset / "index.parquet", at)
+    assert refused > 0
 
 
 def test_damaged_shards_are_named(dataset):

@@ -1,5 +1,12 @@
 import json
+import multiprocessing
+import os
+import pickle
 import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import write_manifest, write_video
+from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import (
+    Batches,
     SampleReader,
     TrainingPositions,
     evaluation_positions,
-    read_batches,
     training_collate,
 )
+from vlmds.data.order import SampleOrder
 from vlmds.data.pack import pack
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.demo.pretrain import train_tokenizer
@@ -44,29 +53,75 @@ def dataset(request, source, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def frames_store(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    pack(source, out, store="frames", num_frames=FRAMES, image_size=SIDE, shard_size=4,
+         progress=False)
+    return ShardIndex.open(out)
+
+
+@pytest.fixture(scope="module")
 def collate():
     return training_collate(SequenceBuilder(train_tokenizer(["0번"], 600), "무엇?", 3))
 
 
-def reader(dataset, **options):
-    return SampleReader(dataset, "train", FRAMES, SIDE, **options)
+def reader(index, **options):
+    return SampleReader(Dataset([index]), "train", FRAMES, SIDE, **options)
 
 
-@settings(max_examples=60, deadline=None)
-@given(world=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 4]),
-       first=st.integers(0, 5), steps=st.integers(1, 4))
-def test_every_split_of_the_work_reads_the_same_global_batches(world, micro, first, steps):
-    batch = 16
+def global_batches(reader, collate, world, micro, workers, steps=(0, 3), batch=8):
+    """Keys of each optimizer step's global batch, in order of position, as `world` ranks read it."""
     accumulation = batch // (world * micro)
+    parts = {}
+    for rank in range(world):
+        positions = TrainingPositions(*steps, accumulation, rank, global_batch=batch,
+                                      micro_batch=micro, world_size=world)
+        for number, found in enumerate(Batches(reader, positions, collate, workers)):
+            step, turn = divmod(number, accumulation)
+            parts[step, turn, rank] = found["keys"]
+    return [sum((parts[step, turn, rank] for turn in range(accumulation) for rank in range(world)),
+                []) for step in range(steps[1] - steps[0])]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_global_batches_are_the_same_for_any_world_size_and_workers(
+    frames_store, collate, workers
+):
+    source = reader(frames_store, seed=5, window=2)
+    expected = [[source.load(p).key for p in range(step * 8, step * 8 + 8)] for step in range(3)]
+    for world, micro in [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)]:
+        if workers and (world, micro) not in [(1, 2), (2, 4), (4, 2), (8, 1)]:
+            continue  # starting processes takes most of the time
+        assert global_batches(source, collate, world, micro, workers) == expected, (world, micro)
+    assert global_batches(source, collate, 2, 2, workers, steps=(1, 3)) == expected[1:]  # resumed
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.integers(1, 5),
+       world=st.sampled_from([1, 2, 4, 8]), micro=st.sampled_from([1, 2, 4]),
+       factor=st.integers(1, 3), seed=st.integers(0, 2**34), first=st.integers(0, 5),
+       steps=st.integers(1, 4))
+def test_every_split_of_the_work_reads_the_same_positions_and_each_sample_once(
+    counts, window, world, micro, factor, seed, first, steps
+):
+    """Whatever the shards, world size, micro-batch and the step that a run goes on from."""
+    batch = world * micro * factor
     seen = {step: [] for step in range(first, first + steps)}
     for rank in range(world):
-        positions = TrainingPositions(first, first + steps, accumulation, rank, global_batch=batch,
+        positions = TrainingPositions(first, first + steps, factor, rank, global_batch=batch,
                                       micro_batch=micro, world_size=world)
-        assert len(positions) == steps * accumulation
+        assert len(positions) == steps * factor  # equal steps on every rank
         for number, part in enumerate(positions):
-            seen[first + number // accumulation] += part
+            assert len(part) == micro
+            seen[first + number // factor] += part
     for step, found in seen.items():
         assert sorted(found) == list(range(step * batch, (step + 1) * batch))
+    order = SampleOrder(counts, seed, window)
+    for epoch in (0, 1):
+        places = [order.locate(epoch * sum(counts) + p) for p in range(sum(counts))]
+        assert sorted(places) == [(s, i) for s, count in enumerate(counts) for i in range(count)]
+    p = first * batch  # any position at once, from a fresh object, as a resumed run asks for it
+    assert SampleOrder(counts, seed, window).locate(p) == order.locate(p)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -80,7 +135,7 @@ def test_batches_come_in_order_whatever_the_workers(dataset, collate, workers):
     positions = [range(i, i + 2) for i in range(0, 22, 2)]  # two epochs
     source = reader(dataset, seed=3, window=2)
     expected = [source.load(p) for p in range(22)]
-    batches = list(read_batches(source, positions, collate, workers))
+    batches = list(Batches(source, positions, collate, workers))
     assert [k for b in batches for k in b["keys"]] == [s.key for s in expected]
     assert sorted(s.key for s in expected[:11]) == sorted(s.key for s in expected[11:])
     frames = torch.cat([b["frames"] for b in batches])
@@ -110,7 +165,7 @@ def test_a_damaged_sample_is_replaced_and_told(dataset, collate, tmp_path):
     shutil.copytree(dataset.root, tmp_path / "copy")
     copy = ShardIndex.open(tmp_path / "copy")
     source = reader(copy)
-    row = copy.row("train", *source.order.locate(5))
+    row = source.order.row(source.dataset, "train", 5)
     with (tmp_path / "copy" / f"train/{row.shard:06d}.tar").open("r+b") as file:
         file.seek(row.members[0].offset + 100)
         file.write(b"damage")
@@ -119,7 +174,7 @@ def test_a_damaged_sample_is_replaced_and_told(dataset, collate, tmp_path):
     assert record["key"] == row.key != sample.key and record["position"] == 5
     assert "crc32" in record["reason"]
     assert sample.key == reader(dataset).load((5 + 7919) % 11).key  # replaced by position
-    (batch,) = read_batches(source, [range(4, 7)], collate, 0)
+    (batch,) = Batches(source, [range(4, 7)], collate, 0)
     assert batch["bad"] == [record] and len(batch["keys"]) == 3
 
 
@@ -137,9 +192,9 @@ def test_frames_of_another_size_or_number_are_refused(source, tmp_path):
          progress=False)
     index = ShardIndex.open(tmp_path / "out")
     with pytest.raises(InputError, match=r"num_frames 4, but the experiment needs 8"):
-        SampleReader(index, "train", 8, SIDE)
+        SampleReader(Dataset([index]), "train", 8, SIDE)
     with pytest.raises(InputError, match=r"image_size 28, but the experiment needs 336"):
-        SampleReader(index, "train", FRAMES, 336)
+        SampleReader(Dataset([index]), "train", FRAMES, 336)
 
 
 def test_the_prompt_of_a_sample_is_used(tmp_path, collate):
@@ -148,6 +203,103 @@ def test_the_prompt_of_a_sample_is_used(tmp_path, collate):
         {"video": "a.mp4", "caption": "가", "prompt": "누구?"}, {"video": "a.mp4", "id": "b",
                                                               "caption": "가"}])
     pack(manifest, tmp_path / "out", progress=False)
-    source = SampleReader(ShardIndex.open(tmp_path / "out"), "train", FRAMES, SIDE, shuffle=False)
+    source = reader(ShardIndex.open(tmp_path / "out"), shuffle=False)
     assert [source.load(p).prompt for p in (0, 1)] == ["누구?", None]
     assert json.dumps(source.load(0).captions, ensure_ascii=False) == '["가"]'
+
+
+def test_what_cannot_be_read_at_all_travels_as_a_failure(dataset, collate, tmp_path):
+    shutil.copytree(dataset.root, tmp_path / "copy")
+    source = reader(ShardIndex.open(tmp_path / "copy"))
+    for tar in (tmp_path / "copy").rglob("*.tar"):
+        tar.unlink()
+    for workers in (0, 1):
+        (batch,) = Batches(source, [range(2)], collate, workers)
+        assert "16 samples in a row" in batch["failure"] and ".tar" in batch["failure"]
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut in a header", "cut in a member", "flipped",
+                                    "replaced"])
+def test_a_shard_damaged_during_the_run_is_replaced_and_named(dataset, collate, tmp_path, damage):
+    """Another shard stands in; the ledger names shard, key and what is wrong."""
+    shutil.copytree(dataset.root, tmp_path / "copy")
+    source = reader(ShardIndex.open(tmp_path / "copy"))
+    row = source.order.row(source.dataset, "train", 0)
+    tar = tmp_path / "copy" / f"train/{row.shard:06d}.tar"
+    data = tar.read_bytes()
+    tar.unlink()  # also where an old file is still open
+    first = row.members[0]
+    if damage == "cut in a header":
+        tar.write_bytes(data[: first.offset - 100])
+    elif damage == "cut in a member":
+        tar.write_bytes(data[: first.offset + first.size // 2])
+    elif damage == "flipped":
+        at = first.offset + first.size // 2
+        tar.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+    elif damage == "replaced":
+        other = next(p for p in sorted((tmp_path / "copy").rglob("*.tar")))
+        tar.write_bytes(other.read_bytes())
+    sample = source.load(0)
+    assert {record["shard"] for record in sample.bad} == {row.shard}
+    assert sample.bad[0]["key"] == row.key and f"train/{row.shard:06d}.tar" in sample.bad[0]["reason"]
+    assert sample.key != row.key
+
+
+def test_shards_from_elsewhere_are_never_executed_nor_written(dataset, tmp_path):
+    """Members with pickles' extensions are bytes like any other; paths that lead out are refused."""
+    shutil.copytree(dataset.root, tmp_path / "copy")
+    path = tmp_path / "copy" / "dataset.json"
+    meta = json.loads(path.read_text())
+    for evil in ("../../x/000000.tar", "/etc/passwd"):
+        entry = {**meta["shards"][0], "path": evil}
+        path.write_text(json.dumps({**meta, "shards": [entry, *meta["shards"][1:]]}))
+        with pytest.raises(InputError, match="is not one that vlmds writes"):
+            ShardIndex.open(tmp_path / "copy")
+    path.write_text(json.dumps({**meta, "shards": [{**meta["shards"][0], "split": "../x",
+                                                    "path": "../x/000000.tar"}]}))
+    with pytest.raises(InputError, match="is not one that vlmds writes"):
+        ShardIndex.open(tmp_path / "copy")
+    path.write_text(json.dumps(meta))
+    source = reader(ShardIndex.open(tmp_path / "copy"))
+    row = source.order.row(source.dataset, "train", 0)
+    index = source.dataset.parts[0]
+    evil = tuple(replace(member, ext="pyd" if member.ext != "json" else "json")
+                 for member in row.members)
+    opened = []
+    before = set(tmp_path.rglob("*"))
+    unpickle, pickle.loads = pickle.loads, lambda *a, **k: opened.append(a)
+    try:
+        members = index.read(replace(row, members=evil))
+    finally:
+        pickle.loads = unpickle
+    assert set(members) == {"json", "pyd"} and not opened
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_what_a_reader_holds_is_told_while_it_is_stuck(frames_store, collate, tmp_path):
+    """A reader process at a FIFO that nobody writes to; then it is killed, as for lack of memory."""
+    shutil.copytree(frames_store.root, tmp_path / "copy")
+    index = ShardIndex.open(tmp_path / "copy")
+    source = reader(index)
+    row = source.order.row(source.dataset, "train", 0)
+    tar = tmp_path / "copy" / f"train/{row.shard:06d}.tar"
+    tar.unlink()
+    os.mkfifo(tar)
+    batches = Batches(source, [range(2)], collate, 1)
+    reading = iter(batches)
+    seen = []
+
+    def kill():
+        deadline = time.monotonic() + 60
+        while not batches.holding() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append(batches.holding())
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RuntimeError, match=f"reader process died.*has had sample {row.key} "):
+        next(reading)
+    killer.join()
+    assert seen[0].startswith(f"reader 0 has had sample {row.key} (position 0) for ")

@@ -30,9 +30,10 @@ def test_clip_drops_the_class_token():
         clip = CLIPVisionModel(CLIP)
         assert clip(torch.empty(1, 3, 336, 336)).last_hidden_state.shape == (1, 577, 1024)
     with torch.device("meta"):
-        tower = VisionTower(clip, [0.5] * 3, [0.5] * 3)
         frames = torch.empty(2, 8, 3, 336, 336, dtype=torch.uint8)
-        assert tower(frames).shape == (2, 8 * 576, 1024)
+        for pool, patches in ((1, 576), (2, 144), (3, 64)):
+            tower = VisionTower(clip, [0.5] * 3, [0.5] * 3, pool=pool)
+            assert tower(frames).shape == (2, 8 * patches, 1024)
 
 
 @pytest.mark.parametrize(

@@ -20,18 +20,8 @@ def shards(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("packed"))
 
 
-@pytest.fixture(scope="session")
-def two_ranks(models, shards, tmp_path_factory):
-    """An undisturbed run of e3 on two ranks, under the deepspeed launcher."""
-    run = tmp_path_factory.mktemp("runs") / "two"
-    done = train(2, *arguments(models, shards, run))
-    assert "finetune step 6/6" in done.stdout
-    return run
-
-
 def make_shards(folder: Path) -> Path:
     """10 training and 3 validation clips as a frames store, in three shards."""
-    folder.mkdir(exist_ok=True)
     rows = []
     for i in range(13):
         write_video(folder / f"v{i}.mp4", frames=8 + i)
@@ -41,3 +31,12 @@ def make_shards(folder: Path) -> Path:
     pack(manifest, folder / "out", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
          shard_size=5, progress=False)
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def two_ranks(models, shards, tmp_path_factory):
+    """An undisturbed run of e3 on two ranks, under the deepspeed launcher."""
+    run = tmp_path_factory.mktemp("runs") / "two"
+    done = train(2, *arguments(models, shards, run))
+    assert "finetune step 6/6" in done.stdout
+    return run

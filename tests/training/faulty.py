@@ -1,7 +1,7 @@
 """launch/train.py with a fault: VLMDS_TEST_FAULT is JSON {kind, rank, call}.
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
-the call-th sample that the rank reads.
+the call-th sample that the rank reads; when it does, the time goes into the file "note".
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from vlmds.data.loader import SampleReader
 from vlmds.models.captioner import Captioner
@@ -20,26 +21,36 @@ calls = {"forward": 0, "load": 0}
 forward, load = Captioner.forward, SampleReader.load
 
 
+def strike():
+    if "note" in FAULT:
+        Path(FAULT["note"]).write_text(str(time.time()))
+
+
 def faulty_forward(self, *inputs):
     loss = forward(self, *inputs)
     if self.training and MINE:
         calls["forward"] += 1
         kind = FAULT["kind"]
         if kind == "nan" and calls["forward"] in FAULT["calls"]:
+            strike()
             return loss * float("nan")
-        if calls["forward"] == FAULT.get("call"):
+        if kind != "stuck" and calls["forward"] == FAULT.get("call"):
+            strike()
             if kind == "exception":
                 raise RuntimeError("injected failure")
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "signal":
                 os.kill(os.getpid(), getattr(signal, FAULT["name"]))
+            if kind == "delete":
+                os.remove(FAULT["path"])
     return loss
 
 
 def faulty_load(self, position):
     calls["load"] += 1
     if MINE and FAULT["kind"] == "stuck" and calls["load"] == FAULT["call"]:
+        strike()
         time.sleep(3600)
     return load(self, position)
 

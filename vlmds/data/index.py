@@ -1,7 +1,14 @@
-"""Find and read the samples of a packed dataset by position, without scanning its shards."""
+"""Find and read the samples of a packed dataset by position, without scanning its shards.
 
+The dataset may lie on another machine (any URL that fsspec knows). What it says is not trusted:
+a shard's place follows from its split and number, members are read as bytes, nothing is extracted
+or unpickled.
+"""
+
+import hashlib
 import json
 import os
+import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
@@ -12,8 +19,9 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmds.data.cache import ShardCache
 from vlmds.errors import InputError, SampleError
-from vlmds.files import sha256_of
+from vlmds.files import as_path, sha256_of
 
 FORMAT, VERSION = "vlmds", 1
 
@@ -86,13 +94,15 @@ class SampleRow:
 class ShardIndex:
     """A packed dataset. Can be pickled, and used after a fork.
 
-    root: its folder. meta: dataset.json. store: "video", "frames" or "features".
-    fingerprint: changes with any byte of any sample. splits: names, sorted.
+    root: its folder or URL. meta: dataset.json. store: "video", "frames" or "features".
+    fingerprint: changes with any byte of any sample. splits: names, sorted. cache: where shards of
+    a remote dataset are kept on this machine, if anywhere.
     """
 
-    def __init__(self, root: Path, meta: dict[str, Any]):
+    def __init__(self, root: Path, meta: dict[str, Any], cache: ShardCache | None = None):
         self.root = root
         self.meta = meta
+        self.cache = cache
         self.store: str = meta["store"]
         self.fingerprint: str = meta["index_sha256"]
         self._shards: dict[str, list[ShardInfo]] = {}
@@ -104,17 +114,19 @@ class ShardIndex:
         self._open_caches()
 
     @classmethod
-    def open(cls, root: str | Path) -> "ShardIndex":
-        """Open the dataset in folder `root`.
+    def open(cls, root: str | Path, cache: ShardCache | None = None) -> "ShardIndex":
+        """Open the dataset in the folder or at the URL `root`.
 
-        Reads dataset.json and checks index.parquet against it, but no shard. Raises InputError.
+        Reads dataset.json and checks the footer of index.parquet, whose pages carry checksums that
+        are checked when they are read; no shard is looked at. Raises InputError.
         """
-        root = Path(root)
+        root = as_path(root)
         path = root / "dataset.json"
         try:
             meta = json.loads(path.read_bytes())
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; make a dataset with vlmds pack") from None
+            raise InputError(f"{path}: {error.strerror or error}; make a dataset with vlmds pack"
+                             ) from None
         except ValueError:
             raise InputError(f"{path}: damaged; run vlmds pack again") from None
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
@@ -122,13 +134,18 @@ class ShardIndex:
         if meta.get("version") != VERSION:
             raise InputError(f"{path}: format version {meta.get('version')}, but this vlmds reads "
                              f"version {VERSION}; pack the dataset again")
+        for entry in meta["shards"]:
+            if (not re.fullmatch(r"[0-9A-Za-z_-]+", entry["split"])
+                    or entry["path"] != f"{entry['split']}/{entry['shard']:06d}.tar"):
+                raise InputError(f"{path}: shard path {entry['path']!r} is not one that vlmds "
+                                 "writes; do not use this dataset")
         index = root / "index.parquet"
         if not index.is_file():
             raise InputError(f"{index}: missing; run vlmds pack again")
-        if sha256_of(index) != meta["index_sha256"]:
-            raise InputError(f"{index}: damaged, its sha256 is not the one in dataset.json; "
+        if footer_sha256(index) != meta["index_footer_sha256"]:
+            raise InputError(f"{index}: damaged, its footer is not the one in dataset.json; "
                              "run vlmds pack again")
-        return cls(root, meta)
+        return cls(root, meta, cache)
 
     def shards(self, split: str) -> list[ShardInfo]:
         """The split's shards in order. Raises InputError if there is no such split."""
@@ -141,7 +158,10 @@ class ShardIndex:
         return sum(shard.count for shard in self.shards(split))
 
     def row(self, split: str, shard_pos: int, i: int) -> SampleRow:
-        """Sample `i` of the split's shard at `shard_pos` (a position in `shards(split)`)."""
+        """Sample `i` of the split's shard at `shard_pos` (a position in `shards(split)`).
+
+        Raises InputError if that part of the index is damaged.
+        """
         if not 0 <= i < self.shards(split)[shard_pos].count:
             raise IndexError(f"{split}: shard {shard_pos} has no sample {i}")
         table = self._tables.get(self._first_group[split] + shard_pos)
@@ -159,15 +179,22 @@ class ShardIndex:
         for member in row.members:
             where = f"{path}: {row.key}.{member.ext}"
             try:
-                data = _pread(self._files.get(path), member.size, member.offset)
+                data = self._files.get((row.split, row.shard))(member.offset, member.size)
             except OSError as error:
-                raise SampleError(f"{where}: {error.strerror}") from error
+                raise SampleError(f"{where}: {error.strerror or error}") from error
             if len(data) != member.size:
                 raise SampleError(f"{where}: the shard ends before it")
             if zlib.crc32(data) != member.crc32:
                 raise SampleError(f"{where}: damaged, its crc32 is not the index's")
             members[member.ext] = data
         return members
+
+    def verify_index(self) -> None:
+        """Read all of index.parquet and check its sha256. Raises InputError."""
+        index = self.root / "index.parquet"
+        if sha256_of(index) != self.fingerprint:
+            raise InputError(f"{index}: damaged, its sha256 is not the one in dataset.json; "
+                             "run vlmds pack again")
 
     def verify(self, shards: Iterable[ShardInfo], level: str = "size") -> None:
         """Check shards by "size", or by "sha256" (which reads them). Raises InputError."""
@@ -187,26 +214,91 @@ class ShardIndex:
 
     def _open_caches(self) -> None:
         self._index: pq.ParquetFile | None = None
+        self._by_number: dict[tuple[str, int], ShardInfo] | None = None
         self._tables = _Cache(self._read_group, lambda table: None)
-        self._files = _Cache(lambda path: os.open(self.root / path, os.O_RDONLY), os.close)
+        self._files = _Cache(self._open_shard, lambda read: read.close())
 
     def _read_group(self, group: int) -> pa.Table:
-        if self._index is None:
-            self._index = pq.ParquetFile(self.root / "index.parquet")
-        return self._index.read_row_group(group, use_threads=False)
+        path = self.root / "index.parquet"
+        try:
+            if self._index is None:
+                source = path.open("rb") if hasattr(path, "fs") else path
+                self._index = pq.ParquetFile(source, page_checksum_verification=True)
+            return self._index.read_row_group(group, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); "
+                             "run vlmds pack again") from None
 
-    def __getstate__(self) -> tuple[Path, dict[str, Any]]:
-        return self.root, self.meta
+    def _open_shard(self, number: tuple[str, int]) -> "_LocalFile | _RemoteFile":
+        path = self.root / f"{number[0]}/{number[1]:06d}.tar"
+        if not hasattr(path, "fs"):
+            return _LocalFile(path)
+        if self.cache is not None:
+            if self._by_number is None:
+                self._by_number = {(s.split, s.shard): s for ss in self._shards.values() for s in ss}
+            shard = self._by_number[number]
+            local = self.cache.fetch(path, shard.sha256, shard.bytes)
+            if local is not None:
+                return _LocalFile(local)
+        return _RemoteFile(path)
 
-    def __setstate__(self, state: tuple[Path, dict[str, Any]]) -> None:
+    def __getstate__(self) -> tuple:
+        return self.root, self.meta, self.cache
+
+    def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
 
 
-class _Cache(Generic[Key, Value]):
-    """The values last used, made on demand.
+def footer_sha256(path: Path) -> str:
+    """Of a Parquet file's footer: where its columns lie, which the pages' checksums do not cover."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(end - 8 - length, 0))
+        return hashlib.sha256(file.read()).hexdigest()
 
-    A fork shares open files with its parent, which is safe: pread moves no file position.
-    """
+
+class _LocalFile:
+    """Reads parts of a file. Open, it can be read also when its name is gone. A fork shares it
+    with its parent, which is safe: pread moves no file position."""
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __call__(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, or fewer at the file's end. One pread gives at most 2 GiB."""
+        parts = []
+        while size and (part := os.pread(self._file, size, offset)):
+            parts.append(part)
+            size -= len(part)
+            offset += len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class _RemoteFile:
+    """Reads parts of a file by ranged requests."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __call__(self, offset: int, size: int) -> bytes:
+        try:
+            return self._path.fs.cat_file(self._path.path, start=offset, end=offset + size)
+        except OSError:
+            raise
+        except Exception as error:  # each protocol's driver has its own
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        pass
+
+
+class _Cache(Generic[Key, Value]):
+    """The values last used, made on demand."""
 
     def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None]):
         self._make, self._drop = make, drop
@@ -223,13 +315,3 @@ class _Cache(Generic[Key, Value]):
     def __del__(self) -> None:
         for value in self._values.values():
             self._drop(value)
-
-
-def _pread(file: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`, or fewer at the file's end. One pread gives at most 2 GiB."""
-    parts = []
-    while size and (part := os.pread(file, size, offset)):
-        parts.append(part)
-        size -= len(part)
-        offset += len(part)
-    return b"".join(parts)

@@ -1,18 +1,19 @@
 """From positions to micro-batches: read by index, decode, tokenise, in reader processes.
 
-The pipeline is webdataset's (source, map, batched, WebLoader); its source is not a scan of tars but
-the positions that this rank owns. How a batch travels: ``Positions`` says which samples,
+The pipeline is webdataset's (source, map, WebLoader); its source is not a scan of tars but the
+batches of positions that this rank owns. How a batch travels: ``Positions`` says which samples,
 ``SampleReader.load`` reads and decodes one, ``collate`` stacks them, the training process gets a
-dict of tensors.
+dict of tensors. What cannot be read at all travels as data, too ("failure"), so that all ranks
+learn of it and none is left waiting.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlmds.config import DataConfig
 from vlmds.data import video
+from vlmds.data.dataset import Dataset, DatasetOrder
+from vlmds.data.features import decode_features
 from vlmds.data.index import SampleRow, ShardIndex
-from vlmds.data.order import SampleOrder, micro_batch_positions
+from vlmds.data.order import micro_batch_positions
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, SampleError
 
@@ -32,47 +34,54 @@ from vlmds.errors import InputError, SampleError
 class Sample:
     """One decoded sample.
 
-    frames: uint8 [F, 3, S, S]. position: the one asked for. bad: a ledger record for each sample
-    that could not be read in its place.
+    frames: uint8 [F, 3, S, S]; features: bfloat16 [F·P, width], in their place, of a features
+    store. position: the one asked for. bad: a ledger record for each sample that could not be read
+    in its place.
     """
 
     key: str
     position: int
-    frames: np.ndarray
+    frames: np.ndarray | None
     captions: list[str]
     caption: str
     prompt: str | None
     bad: list[dict] = field(default_factory=list)
+    features: torch.Tensor | None = None
 
 
 class SampleReader:
     """Reads and decodes the sample at a position of the stream. Can be pickled.
 
     Args:
-        index: the packed dataset; split: which part of it.
+        dataset: what is packed; split: which part of it.
         num_frames, image_size: frames per clip and their side in pixels.
-        seed, window, shuffle: as :class:`SampleOrder`.
+        seed, window, shuffle: as :class:`DatasetOrder`.
 
     Raises:
-        InputError: a frames store that was packed with another number or size of frames.
+        InputError: a frames or features store that was packed with another number or size of frames.
     """
 
-    def __init__(self, index: ShardIndex, split: str, num_frames: int, image_size: int, *,
+    def __init__(self, dataset: Dataset, split: str, num_frames: int, image_size: int, *,
                  seed: int = 0, window: int = 16, shuffle: bool = True):
-        if index.store == "frames":
+        for index in dataset.parts:
+            if index.store == "video":
+                continue
             for name, want in (("num_frames", num_frames), ("image_size", image_size)):
                 if index.meta[name] != want:
                     raise InputError(
                         f"{index.root}: packed with {name} {index.meta[name]}, but the experiment "
                         f"needs {want}; pack again or change the experiment"
                     )
-        self.index, self.split = index, split
+        self.dataset, self.split = dataset, split
         self.num_frames, self.image_size = num_frames, image_size
-        counts = [shard.count for shard in index.shards(split)]
-        self.order = SampleOrder(counts, seed, window, shuffle)
+        self.order = DatasetOrder(dataset, split, seed, window, shuffle)
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def key(self, position: int) -> str:
+        """The key of the sample at a position."""
+        return self.order.row(self.dataset, self.split, position).key
 
     def load(self, position: int) -> Sample:
         """The sample at ``position``, or the next of its replacements that can be read.
@@ -81,36 +90,49 @@ class SampleReader:
             SampleError: none of the replacements can be read either.
         """
         bad: list[dict] = []
-        for candidate in self.order.replacements(position):
-            row = self.index.row(self.split, *self.order.locate(candidate))
+        place = self.order.place(position)
+        index = self.dataset.parts[place.part]
+        for candidate in self.order.candidates(place):
+            row = index.row(self.split, *candidate)
             try:
-                return self._decode(row, position, bad)
+                return self._decode(index, row, position, place.epoch, bad)
             except SampleError as error:
                 bad.append({"position": position, "key": row.key, "split": row.split,
                             "shard": row.shard, "reason": str(error)})
-        raise SampleError(f"position {position}: {len(bad)} samples in a row cannot be read, "
-                          f"the last: {bad[-1]['reason']}")
+        raise SampleError(f"{index.root}: position {position}: {len(bad)} samples in a row cannot be "
+                          f"read, the last: {bad[-1]['key']}: {bad[-1]['reason']}")
 
-    def _decode(self, row: SampleRow, position: int, bad: list[dict]) -> Sample:
-        members = self.index.read(row)
-        meta = json.loads(members.pop("json"))
-        if self.index.store == "frames":
-            frames = _read_jpegs(members)
+    def _decode(
+        self, index: ShardIndex, row: SampleRow, position: int, epoch: int, bad: list[dict]
+    ) -> Sample:
+        members = index.read(row)
+        try:
+            meta = json.loads(members.pop("json"))
+            captions = meta["captions"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise SampleError(f"its description cannot be read: {type(error).__name__}") from None
+        frames = features = None
+        if index.store == "features":
+            features = decode_features(members, index.meta)
+        elif index.store == "frames":
+            frames = read_jpegs(members)
         else:
-            (data,) = members.values()
-            # The decoder that packing found to be right for this file, not the one probed now.
-            info = replace(video.probe(data), decoder=row.decoder)
-            decoded = video.decode_frames(data, info, self.num_frames, row.start, row.end)
-            frames = video.resize_frames(decoded, self.image_size)
-        captions = meta["captions"]
-        epoch = position // len(self.order)  # clips with several captions show each in turn
+            frames = self._decode_video(row, members)
+        # Clips with several captions show each in turn.
         return Sample(row.key, position, frames, captions, captions[epoch % len(captions)],
-                      meta.get("prompt"), bad)
+                      meta.get("prompt"), bad, features)
+
+    def _decode_video(self, row: SampleRow, members: dict[str, bytes]) -> np.ndarray:
+        (data,) = members.values()
+        # The decoder that packing found to be right for this file, not the one probed now.
+        info = replace(video.probe(data), decoder=row.decoder)
+        decoded = video.decode_frames(data, info, self.num_frames, row.start, row.end)
+        return video.resize_frames(decoded, self.image_size)
 
 
 class Positions(IterableDataset):
-    """The positions of this reader process: whole batches, dealt out in turn, so that the
-    DataLoader, which asks its workers in turn, gives them back in order.
+    """The batches of this reader process, dealt out in turn, so that the DataLoader, which asks its
+    workers in turn, gives them back in order.
 
     Args:
         batches: one sequence of positions per batch, in order.
@@ -119,11 +141,67 @@ class Positions(IterableDataset):
     def __init__(self, batches: Sequence[Sequence[int]]):
         self.batches = batches
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Sequence[int]]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in range(first, len(self.batches), stride):
-            yield from self.batches[number]
+            yield self.batches[number]
+
+
+class Batches:
+    """Collated batches in the order of `batches` (positions), read ahead by `num_workers`
+    processes; 0 reads in this one. May be iterated once.
+
+    A batch that cannot be had is a dict with "failure": why; the caller must not go on then.
+    """
+
+    def __init__(self, reader: SampleReader, batches: Sequence[Sequence[int]],
+                 collate: Callable[[list[Sample]], dict], num_workers: int):
+        self._reader, self._batches, self._collate = reader, batches, collate
+        self._workers = min(num_workers, len(batches))
+        # What each reader process holds: position, or -1, and since when (ns of the clock that all
+        # processes of a machine share). Shared memory, so that this process can tell.
+        self._desks = torch.full((max(self._workers, 1), 2), -1, dtype=torch.int64).share_memory_()
+
+    def __iter__(self) -> Iterator[dict]:
+        if not len(self._batches):
+            return
+        pipeline = wds.DataPipeline(Positions(self._batches), wds.map(self._load))
+        loader = wds.WebLoader(
+            pipeline, batch_size=None, num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None,
+        )
+        try:
+            yield from loader
+        except RuntimeError as error:  # a worker's own exceptions come as they are
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a reader process died ({' '.join(str(error).split())[:200]}; if it was killed, "
+                f"look for a lack of memory); {self.holding() or 'it held no sample'}") from error
+
+    def holding(self) -> str:
+        """What the reader processes are at, the one that has taken longest first."""
+        now = time.monotonic_ns()
+        busy = sorted((since, number, position) for number, (position, since)
+                      in enumerate(self._desks.tolist()) if position >= 0)
+        return "; ".join(
+            f"reader {number} has had sample {self._reader.key(position)} (position {position}) "
+            f"for {(now - since) / 1e9:.0f} s" for since, number, position in busy[:4])
+
+    def _load(self, positions: Sequence[int]) -> dict:
+        worker = get_worker_info()
+        desk = self._desks[worker.id if worker else 0]
+        samples = []
+        try:
+            for position in positions:
+                desk[1], desk[0] = time.monotonic_ns(), position
+                samples.append(self._reader.load(position))
+        except (SampleError, InputError) as error:
+            return {"failure": str(error)}
+        finally:
+            desk[0] = -1
+        return self._collate(samples)
 
 
 class TrainingPositions(Sequence):
@@ -154,14 +232,15 @@ def evaluation_positions(count: int, batch: int, rank: int, world_size: int) -> 
 def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]:
     """What makes a micro-batch of B samples:
 
-    frames uint8 [B, F, 3, S, S]; input_ids, labels int64 [B, L], right-padded; keys; positions:
-    number of real (not padding) positions; bad: ledger records.
+    frames uint8 [B, F, 3, S, S] or features bfloat16 [B, F·P, width]; input_ids, labels int64
+    [B, L], right-padded; keys; positions: number of real (not padding) positions; bad: ledger
+    records.
     """
 
     def collate(samples: list[Sample]) -> dict:
         sequences = [builder.training(s.caption, s.prompt) for s in samples]
         return {
-            "frames": torch.from_numpy(np.stack([s.frames for s in samples])),
+            **visual_inputs(samples),
             **builder.collate_training(sequences),
             "keys": [s.key for s in samples],
             "positions": sum(len(sequence.input_ids) for sequence in sequences),
@@ -171,44 +250,14 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
     return collate
 
 
-def read_batches(
-    reader: SampleReader, batches: Sequence[Sequence[int]],
-    collate: Callable[[list[Sample]], dict], num_workers: int,
-) -> Iterable[dict]:
-    """Collated batches in the order of `batches` (positions), read ahead by `num_workers`
-    processes; 0 reads in this one. All batches but the last must have the same size.
-
-    Raises:
-        SampleError: see :meth:`SampleReader.load`.
-    """
-    if not len(batches):
-        return []
-    pipeline = wds.DataPipeline(
-        Positions(batches),
-        wds.map(reader.load),
-        wds.batched(len(batches[0]), collation_fn=collate, partial=True),
-    )
-    workers = min(num_workers, len(batches))
-    return wds.WebLoader(
-        pipeline, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-    )
+def visual_inputs(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """{"frames": uint8 [B, F, 3, S, S]}, or {"features": bfloat16 [B, F·P, width]}."""
+    if samples[0].features is not None:
+        return {"features": torch.stack([s.features for s in samples])}
+    return {"frames": torch.from_numpy(np.stack([s.frames for s in samples]))}
 
 
-def open_dataset(data: DataConfig) -> ShardIndex:
-    """The dataset that the experiment names.
-
-    Raises:
-        InputError: no path given, no such folder, or a damaged index.
-    """
-    if data.path is None:
-        raise InputError("data.path: no data given; pass --data DIR, a folder made by vlmds pack")
-    if not Path(data.path).is_dir():
-        raise InputError(f"data.path: {data.path} does not exist; make it with vlmds pack")
-    return ShardIndex.open(data.path)
-
-
-def _read_jpegs(members: dict[str, bytes]) -> np.ndarray:
+def read_jpegs(members: dict[str, bytes]) -> np.ndarray:
     """{"0.jpg": …} -> uint8 [F, 3, S, S]."""
     frames = []
     for number in range(len(members)):

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool, Reply, Request
-from vlmds.data.index import FORMAT, SCHEMA, VERSION
+from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
@@ -124,7 +124,7 @@ def pack(
         for shard in todo:
             _write_shard(out, shard, replies)
 
-    rejects, counts, size = _finish(out, shards, table.rejects, options)
+    rejects, counts, size = _finish(out, shards, table.rejects, _described(options))
     return PackSummary(
         counts, dict(Counter(r.reason.split(":")[0] for r in rejects).most_common()),
         table.ignored_columns, len(shards), len(shards) - len(todo), size,
@@ -273,10 +273,11 @@ class _TarWriter:
 
 
 def _finish(
-    out: Path, shards: list[_Shard], unusable: list[Reject], options: PackOptions
+    out: Path, shards: list[_Shard], unusable: list[Reject], described: dict[str, Any]
 ) -> tuple[list[Reject], dict[str, int], int]:
     """Write ledger, index and dataset.json from the markers.
 
+    described: what dataset.json says of the store, beside counts and hashes.
     Returns all rejects, samples per split, and bytes of all shards.
     """
     markers = [_read_marker(out / f"{shard.name}.json") for shard in shards]
@@ -298,17 +299,23 @@ def _finish(
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry["split"]] += entry["count"]
-    frames = options.store == "frames"
     write(out / "dataset.json", _json({
-        "format": FORMAT, "version": VERSION, "store": options.store, "sampler": SAMPLER,
-        "resizer": RESIZER, "num_frames": options.num_frames if frames else None,
-        "image_size": options.image_size if frames else None,
-        "quality": options.quality if frames else None, "shard_size": options.shard_size,
-        "counts": dict(counts), "rejected": len(rejects), "index_sha256": index_sha256,
+        "format": FORMAT, "version": VERSION, **described, "counts": dict(counts), "rejected": len(rejects), "index_sha256": index_sha256,
+        "index_footer_sha256": footer_sha256(out / "index.parquet"),
         "shards": entries}))
     for leftover in out.rglob(".*.tmp"):  # of runs that were killed
         leftover.unlink()
     return rejects, dict(counts), sum(entry["bytes"] for entry in entries)
+
+
+def _described(options: PackOptions) -> dict[str, Any]:
+    """What dataset.json says of the store."""
+    frames = options.store == "frames"
+    return {
+        "store": options.store, "sampler": SAMPLER, "resizer": RESIZER,
+        "num_frames": options.num_frames if frames else None,
+        "image_size": options.image_size if frames else None,
+        "quality": options.quality if frames else None, "shard_size": options.shard_size}
 
 
 def _write_index(path: Path, shards: list[list[dict[str, Any]]]) -> str:
@@ -316,7 +323,8 @@ def _write_index(path: Path, shards: list[list[dict[str, Any]]]) -> str:
     # Nothing searches by value, and statistics would swell a footer that every start reads.
     with (
         replacing(path) as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False) as writer,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False,
+                         write_page_checksum=True) as writer,
     ):
         for rows in shards:
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA), len(rows))

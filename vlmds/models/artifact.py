@@ -24,6 +24,7 @@ from vlmds.errors import InputError
 from vlmds.files import new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
+from vlmds.models.vision import VisionTower
 
 FORMAT, VERSION = "vlmds-artifact", 1
 
@@ -75,6 +76,18 @@ def read_artifact(folder: Path) -> tuple[dict, Experiment]:
         raise InputError(f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
                          f"vlmds reads {FORMAT} version {VERSION}")
     return meta, load_experiment(folder / "experiment.yaml")
+
+
+def check_tower(folder: Path, experiment: Experiment, tower: VisionTower) -> None:
+    """Raise :class:`InputError`, naming both, unless the artifact was trained on the features of
+    this tower. experiment: the one in use, which may name another ``vision.model``."""
+    meta, trained = read_artifact(folder)
+    recorded = meta["lineage"].get("tower")
+    if recorded not in (None, tower.fingerprint()):
+        raise InputError(
+            f"{folder}: was trained on features of vision.model {trained.vision.model} "
+            f"({recorded[:12]}), but {experiment.vision.model} is another tower "
+            f"({tower.fingerprint()[:12]})")
 
 
 def load_artifact(folder: Path, captioner: Captioner) -> None:

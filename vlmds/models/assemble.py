@@ -5,38 +5,65 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from vlmds.config import Experiment
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import check_vocabulary, load_language_model, load_tokenizer
+from vlmds.models.pretrained import load_config
 from vlmds.models.projectors import Projector, build_projector
-from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame
+from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame, vision_half
 
 
 @dataclass
 class Model:
-    """tower: frozen, outside the engine. captioner: projector and LLM, what the engine holds."""
+    """tower: frozen, outside the engine; None where the data holds its features. captioner:
+    projector and LLM, what the engine holds. image_size: side of the tower's frames in pixels.
+    stored_tower: see :func:`load_model`."""
 
-    tower: VisionTower
+    tower: VisionTower | None
     captioner: Captioner
     tokenizer: PreTrainedTokenizerBase
+    image_size: int
+    stored_tower: str | None = None
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """A batch's patch features [B, F·P, vision width], on the model's device and in its dtype:
+        those of the store, if the batch has "features", else its "frames" through the tower."""
+        weight = next(self.captioner.projector.parameters())
+        if "features" in batch:
+            return batch["features"].to(weight.device, weight.dtype, non_blocking=True)
+        return self.tower(batch["frames"].to(weight.device, non_blocking=True))
+
+    def tower_fingerprint(self) -> str:
+        """Of the tower that the captioner sees through, loaded or not."""
+        return self.stored_tower or self.tower.fingerprint()
 
 
-def load_model(experiment: Experiment, device: torch.device) -> Model:
+def load_model(
+    experiment: Experiment, device: torch.device, stored_tower: str | None = None
+) -> Model:
     """The pretrained parts of the experiment and a fresh projector, without an adapter.
+
+    Args:
+        stored_tower: fingerprint of the tower whose features the data holds, which the caller has
+            checked (:func:`vlmds.data.features.check_tower`); then no tower is loaded.
 
     Raises:
         InputError: a part cannot be loaded, or parts do not fit each other.
     """
     dtype = getattr(torch, experiment.llm.dtype)
     tokenizer = load_tokenizer(experiment.llm.model)
-    tower = load_vision_tower(experiment.vision, dtype, device)
+    name = experiment.vision.model
+    vision = vision_half(load_config(name, "vision.model"), name)
+    tower = None if stored_tower else load_vision_tower(experiment.vision, dtype, device)
     llm = load_language_model(experiment.llm, device)
     check_vocabulary(llm, tokenizer, experiment.llm.model)
     torch.manual_seed(experiment.training.seed)  # every rank draws the same projector
-    projector = experiment_projector(experiment, tower.clip.config, llm.config)
-    return Model(tower, Captioner(projector.to(device, dtype), llm), tokenizer)
+    projector = experiment_projector(experiment, vision, llm.config)
+    return Model(tower, Captioner(projector.to(device, dtype), llm), tokenizer, vision.image_size,
+                 stored_tower)
 
 
 def experiment_projector(
@@ -45,5 +72,5 @@ def experiment_projector(
     """A fresh projector between these two models."""
     return build_projector(
         experiment.projector, vision.hidden_size, llm.hidden_size, experiment.data.num_frames,
-        patches_per_frame(vision),
+        patches_per_frame(vision, experiment.vision.pool),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PretrainedConfig
@@ -21,13 +24,22 @@ class VisionTower(nn.Module):
         feature_layer: -1 for the last layer's patch tokens (before CLIP's final LayerNorm, which
             only ever sees the class token), -2 for the layer below.
         frames_per_call: most frames in one forward pass.
+        pool: patch features are averaged over pool x pool squares of the patch grid, which leaves
+            the LLM 1 / pool² of the visual tokens.
+
+    Raises:
+        InputError: ``pool`` does not divide the patches of a side.
     """
 
-    def __init__(self, clip: CLIPVisionModel, mean, std, feature_layer=-1, frames_per_call=64):
+    def __init__(self, clip: CLIPVisionModel, mean, std, feature_layer=-1, frames_per_call=64,
+                 pool=1):
         super().__init__()
+        self.patches = patches_per_frame(clip.config, pool)
+        """Feature vectors per frame, P."""
         self.clip = clip.eval().requires_grad_(False)
-        self.feature_layer = feature_layer
+        self.feature_layer, self.pool = feature_layer, pool
         self.frames_per_call = frames_per_call
+        self._fingerprint: str | None = None
         device = clip.device
         self.register_buffer("mean", torch.tensor(mean, device=device).view(3, 1, 1), False)
         self.register_buffer("std", torch.tensor(std, device=device).view(3, 1, 1), False)
@@ -40,17 +52,37 @@ class VisionTower(nn.Module):
     def image_size(self) -> int:
         return self.clip.config.image_size
 
-    @property
-    def patches(self) -> int:
-        """Patch tokens per frame."""
-        return patches_per_frame(self.clip.config)
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Sha256 of all that decides the features of given frames: weights, shape, feature layer,
+        pooling and normalisation. Weights count as bfloat16, the precision in which features are
+        stored, so that a tower has one fingerprint whatever dtype it is loaded in. Computed once.
+        """
+        if self._fingerprint is None:
+            config = self.clip.config
+            described = {
+                "shape": [config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+                          config.num_attention_heads, config.image_size, config.patch_size],
+                "activation": config.hidden_act, "epsilon": config.layer_norm_eps,
+                "feature_layer": self.feature_layer, "pool": self.pool,
+                "mean": [round(x, 6) for x in self.mean.flatten().tolist()],
+                "std": [round(x, 6) for x in self.std.flatten().tolist()],
+            }
+            digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+            for name, weight in sorted(self.clip.state_dict().items()):
+                digest.update(name.encode())
+                bits = weight.to(torch.bfloat16).contiguous().view(torch.int16)
+                digest.update(bits.cpu().numpy())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def train(self, mode: bool = True):
         return super().train(False)  # frozen: no caller can switch it to training mode
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """uint8 frames [B, F, 3, S, S] -> patch features [B, F*P, hidden_size], frame by frame."""
+        """uint8 frames [B, F, 3, S, S] -> patch features [B, F*P, hidden_size], frame by frame,
+        in CLIP's dtype; P is ``patches``, pooled."""
         batch, num_frames = frames.shape[:2]
         features = [self._encode(chunk) for chunk in frames.flatten(0, 1).split(self.frames_per_call)]
         return torch.cat(features).reshape(batch, num_frames * self.patches, self.hidden_size)
@@ -63,11 +95,25 @@ class VisionTower(nn.Module):
             hidden = self.clip(pixels).last_hidden_state
         else:
             hidden = self.clip(pixels, output_hidden_states=True).hidden_states[self.feature_layer]
-        return hidden[:, 1:]  # drop the class token
+        patches = hidden[:, 1:]  # drop the class token
+        if self.pool == 1:
+            return patches
+        side = self.image_size // self.clip.config.patch_size // self.pool
+        squares = patches.unflatten(1, (side, self.pool, side, self.pool))
+        return squares.mean((2, 4)).flatten(1, 2)
 
 
-def patches_per_frame(config: CLIPVisionConfig) -> int:
-    return (config.image_size // config.patch_size) ** 2
+def patches_per_frame(config: CLIPVisionConfig, pool: int = 1) -> int:
+    """Feature vectors per frame after pooling.
+
+    Raises:
+        InputError: ``pool`` does not divide the patches of a side.
+    """
+    side = config.image_size // config.patch_size
+    if side % pool:
+        raise InputError(f"vision.pool: {pool} does not divide {side}, the patches of a side; "
+                         f"use one of {', '.join(str(n) for n in range(1, side + 1) if side % n == 0)}")
+    return (side // pool) ** 2
 
 
 def vision_half(config: PretrainedConfig, name: str) -> CLIPVisionConfig:
@@ -101,5 +147,5 @@ def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device) -> Visio
         )
     return VisionTower(
         clip.to(device), processor.image_mean, processor.image_std, vision.feature_layer,
-        vision.frames_per_call,
+        vision.frames_per_call, vision.pool,
     )

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment, load_experiment
-from vlmds.data.index import ShardIndex
-from vlmds.data.loader import open_dataset
+from vlmds.data.features import check_tower
+from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.errors import InputError, Stopped
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
@@ -41,13 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = list(args.set)
         if args.data is not None:
-            overrides.append(f"data.path={Path(args.data).absolute()}")
+            url = "://" in args.data
+            overrides.append(f"data.path={args.data if url else Path(args.data).absolute()}")
         experiment = load_experiment(args.exp, overrides)
         if args.plan:
             if is_main():
                 from vlmds.plan import plan
 
-                print(plan(experiment))
+                print(plan(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
             return 0
         train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     except (InputError, Stopped) as error:
@@ -71,10 +72,12 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         InputError, Stopped: on every rank.
     """
     stop = StopRequest()
-    device = init_distributed(experiment.training.timeout_minutes)
+    device = init_distributed(
+        experiment.training.timeout_minutes, experiment.logging.stall_seconds)
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
+    on_main(lambda: check_tower(dataset, experiment))
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
@@ -90,7 +93,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     if args.from_run is not None:
         on_main(lambda: inherit(args.from_run, experiment, run))
     doing("loading the models")
-    model = together(lambda: load_model(experiment, device))
+    stored = dataset.meta["vision"]["fingerprint"] if dataset.store == "features" else None
+    model = together(lambda: load_model(experiment, device, stored))
     config = args.ds_config or default_ds_config()
     run_stages(experiment, model, dataset, run, config, device, stop, start_from)
 
@@ -100,12 +104,15 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def verify(dataset: ShardIndex, experiment: Experiment) -> None:
-    """Check this rank's share of the shards, so that damage is found before training."""
-    shards = [shard for split in dataset.splits for shard in dataset.shards(split)]
-    for shard in shards[dist.get_rank() :: dist.get_world_size()]:
-        doing(f"checking shard {shard.path}")
-        dataset.verify([shard], experiment.data.verify)
+def verify(dataset: Dataset, experiment: Experiment) -> None:
+    """Check this rank's share of the shards and indexes, so that damage is found before training."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if experiment.data.verify == "sha256":
+        for part in dataset.parts[rank::world_size]:
+            part.verify_index()
+    for part, shard in dataset.shards()[rank::world_size]:
+        doing(f"checking shard {part.root / shard.path}")
+        part.verify([shard], experiment.data.verify)
 
 
 def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:

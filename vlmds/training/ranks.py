@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 _control: dist.ProcessGroup | None = None
 
 
-def init_distributed(timeout_minutes: float) -> torch.device:
+def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0) -> torch.device:
     """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
     and return this rank's device, which is set before any weight is loaded."""
     global _control
@@ -50,7 +50,7 @@ def init_distributed(timeout_minutes: float) -> torch.device:
             auto_mpi_discovery=False, verbose=False,
         )
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
-    start_watch(timeout_minutes)
+    start_watch(timeout_minutes, stall_seconds)
     return torch.device(accelerator.device_name(local_rank))
 
 

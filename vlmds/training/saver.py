@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vlmds.training import checkpoint
@@ -96,5 +95,5 @@ class Saver:
         temporary = checkpoint.temporary_name(self._folder)
         try:
             self._entry = checkpoint.write_part(temporary, self.rank, tensors)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, all ranks must be told that there is no file
             self._problem = f"{temporary.parent}: {error}"

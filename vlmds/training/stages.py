@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from peft import PeftModel
 
 from vlmds.config import Experiment, StageConfig
-from vlmds.data.index import ShardIndex
+from vlmds.data.dataset import Dataset
 from vlmds.data.loader import (
+    Batches,
     SampleReader,
     TrainingPositions,
     evaluation_positions,
-    read_batches,
     training_collate,
 )
 from vlmds.data.prompt import SequenceBuilder
@@ -72,7 +72,7 @@ class StageTrainer:
         monitor: what it tells. stop: whether this rank was asked to stop.
     """
 
-    def __init__(self, experiment: Experiment, number: int, model: Model, dataset: ShardIndex,
+    def __init__(self, experiment: Experiment, number: int, model: Model, dataset: Dataset,
                  run: RunFolder, ds_config: Path, device: torch.device, monitor: Monitor,
                  stop: StopRequest):
         self.experiment, self.stage, self.model, self.run = (
@@ -112,11 +112,12 @@ class StageTrainer:
         if self._due(settings.validate_every) and progress.validated != progress.step:
             if self.validate():  # which a stop request had cut short
                 self._stop()
-        batches = iter(self._training_batches())
+        batches = self._training_batches()
+        reading = iter(batches)
         for step in range(progress.step, self.total):
-            self._doing(step, "waiting for data")
+            self._doing(step, "waiting for data", explain=batches.holding)
             started = time.perf_counter()
-            group = list(islice(batches, self.accumulation))
+            group = list(islice(reading, self.accumulation))
             stop = self.train_step(step, group, time.perf_counter() - started)
             if self._due(settings.validate_every):
                 stop = self.validate() or stop
@@ -137,7 +138,7 @@ class StageTrainer:
         for micro, batch in enumerate(group):
             self._doing(step, "in forward and backward", batch["keys"])
             seed_micro_batch(self.experiment.training.seed, self.number, step, micro, self.rank)
-            features = self.model.tower(self._to_device(batch["frames"]))  # [B, F·P, vision width]
+            features = self.model.features(batch)  # [B, F·P, vision width]
             micro_loss = self.engine(  # summed over the micro-batch's caption tokens
                 features, self._to_device(batch["input_ids"]), self._to_device(batch["labels"]))
             # The engine averages over ranks; the loss is a sum over them.
@@ -159,18 +160,31 @@ class StageTrainer:
 
     def _agree(self, step: int, group: list[dict]) -> tuple[float, float, bool]:
         """What all ranks must know before a step: caption tokens and positions of the global
-        batch, and whether any rank was asked to stop."""
+        batch, and whether any rank was asked to stop.
+
+        Raises:
+            InputError: on all ranks, if any has no data or too many samples were unreadable.
+        """
         self._doing(step, "waiting for the other ranks to have their data",
-                    [key for batch in group for key in batch["keys"]])
-        tokens, positions, bad, stop, written = sum_over_ranks([
-            sum(int((batch["labels"] != IGNORE).sum()) for batch in group),
-            sum(batch["positions"] for batch in group),
-            sum(len(batch["bad"]) for batch in group),
-            self.stop.requested is not None, self.saver.finished])
+                    [key for batch in group for key in batch.get("keys", ())])
+        failures = [batch["failure"] for batch in group if "failure" in batch]
+        whole = [] if failures else group
+        tokens, positions, bad, stop, written, failed = sum_over_ranks([
+            sum(int((batch["labels"] != IGNORE).sum()) for batch in whole),
+            sum(batch["positions"] for batch in whole),
+            sum(len(batch["bad"]) for batch in whole),
+            self.stop.requested is not None, self.saver.finished, bool(failures)])
         if written == self.world_size:
             self.saver.publish()
+        self._raise_failures(failed, failures)
         self._account_bad(step, group, int(bad))
         return tokens, positions, stop > 0
+
+    def _raise_failures(self, failed: float, mine: list[str]) -> None:
+        """Raise InputError on all ranks if ``failed``, the sum over ranks, is not 0."""
+        if failed:
+            first = next(problem for problems in gather(mine) for problem in problems)
+            raise InputError(first)
 
     @torch.no_grad()
     def validate(self) -> bool:
@@ -183,20 +197,25 @@ class StageTrainer:
             self.experiment.training.micro_batch, self.experiment.data.num_workers)
         batches = evaluation_positions(len(reader), micro_batch, self.rank, self.world_size)
         rounds = math.ceil(len(reader) / (micro_batch * self.world_size))  # of the rank with most
-        read = iter(read_batches(reader, batches, self.collate, num_workers))
+        batches = Batches(reader, batches, self.collate, num_workers)
+        reading = iter(batches)
         total, tokens, bad = torch.zeros((), device=self.device), 0, []
         captioner = self.model.captioner.eval()
         with self.average.applied() if self.average else nullcontext():
             for number in range(rounds):
-                self._doing(self.progress.step, f"validating, batch {number + 1} of {rounds}")
-                batch = next(read, None)
-                if batch is not None:
-                    features = self.model.tower(self._to_device(batch["frames"]))
+                self._doing(self.progress.step, f"validating, batch {number + 1} of {rounds}",
+                            explain=batches.holding)
+                batch = next(reading, {})
+                failures = [batch["failure"]] if "failure" in batch else []
+                if "labels" in batch:
+                    features = self.model.features(batch)
                     total += captioner(features, self._to_device(batch["input_ids"]),
                                        self._to_device(batch["labels"]))
                     tokens += int((batch["labels"] != IGNORE).sum())
                     bad += batch["bad"]
-                (stop,) = sum_over_ranks([self.stop.requested is not None])
+                stop, failed = sum_over_ranks(
+                    [self.stop.requested is not None, bool(failures)])
+                self._raise_failures(failed, failures)
                 if stop:
                     break
         captioner.train()
@@ -228,23 +247,24 @@ class StageTrainer:
         step = self.progress.step
         return step > 0 and (step == self.total or step % every == 0)
 
-    def _doing(self, step: int, what: str, keys: Sequence[str] = ()) -> None:
-        doing(f"at {self.stage.name} step {min(step + 1, self.total)}, {what}", keys)
+    def _doing(self, step: int, what: str, keys: Sequence[str] = (),
+               explain: Callable[[], str] | None = None) -> None:
+        doing(f"at {self.stage.name} step {min(step + 1, self.total)}, {what}", keys, explain)
 
     def _reader(self, split: str, shuffle: bool) -> SampleReader:
         data = self.experiment.data
         # The stage goes into the high word, so that no two stages see the same order.
         seed = self.experiment.training.seed + (self.number << 32)
-        return SampleReader(self.dataset, split, data.num_frames, self.model.tower.image_size,
+        return SampleReader(self.dataset, split, data.num_frames, self.model.image_size,
                             seed=seed, window=data.shuffle_window, shuffle=shuffle)
 
-    def _training_batches(self) -> Iterator[dict]:
+    def _training_batches(self) -> Batches:
         micro_batch = self.experiment.training.micro_batch
         positions = TrainingPositions(
             self.progress.step, self.total, self.accumulation, self.rank,
             global_batch=self.run.global_batch, micro_batch=micro_batch,
             world_size=self.world_size)
-        return read_batches(
+        return Batches(
             self.train_reader, positions, self.collate, self.experiment.data.num_workers)
 
     def _account_bad(self, step: int, group: list[dict], bad: int) -> None:
@@ -320,7 +340,7 @@ def freeze(captioner: Captioner, stage: StageConfig) -> None:
 
 
 def run_stages(
-    experiment: Experiment, model: Model, dataset: ShardIndex, run: RunFolder, ds_config: Path,
+    experiment: Experiment, model: Model, dataset: Dataset, run: RunFolder, ds_config: Path,
     device: torch.device, stop: StopRequest, start_from: Path | None = None,
 ) -> None:
     """All stages that are not finished.
@@ -368,8 +388,9 @@ def finish_stage(trainer: StageTrainer) -> None:
     doing(f"saving the artifact of {trainer.stage.name}")
     artifact = trainer.run.artifact(trainer.stage.name)
     with trainer.average.applied() if trainer.average else nullcontext():
-        on_main(lambda: save_artifact(artifact, trainer.model.captioner, trainer.experiment,
-                                      trainer.stage.name, trainer.lineage))
+        on_main(lambda: save_artifact(
+            artifact, trainer.model.captioner, trainer.experiment, trainer.stage.name,
+            {**trainer.lineage, "tower": trainer.model.tower_fingerprint()}))
     trainer.monitor.say(f"{trainer.stage.name}: finished, {artifact}")
     engine, trainer.engine, trainer.average = trainer.engine, None, None
     release(engine)

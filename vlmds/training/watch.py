@@ -3,7 +3,8 @@
 Before whatever may take long or fail, a rank calls :func:`doing`, which notes it here and in the
 job's key-value store, where the other ranks can read it also when this one is dead. If a rank stays
 with one thing for longer than the job's timeout, a thread of its own says so and ends the process;
-launchers then end the others. If an exception ends a rank, :func:`last_words` tells what it and the
+launchers then end the others. Long before that, from ``logging.stall_seconds`` on, it tells what it
+is waiting for. If an exception ends a rank, :func:`last_words` tells what it and the
 others were doing. No clock is compared between machines.
 """
 
@@ -13,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -22,23 +23,28 @@ MOST_RANKS = 16  # that one rank quotes
 
 _activity = "starting"
 _since = time.monotonic()
+_explain: Callable[[], str] | None = None
 _store: dist.Store | None = None
 
 
-def start_watch(timeout_minutes: float) -> None:
+def start_watch(timeout_minutes: float, stall_seconds: float) -> None:
     """Watch this rank from now on; the process group must be there."""
     global _store
     if dist.get_world_size() > 1:
         _store = dist.PrefixStore("vlmds", dist.distributed_c10d._get_default_store())
-    threading.Thread(target=_watch, args=(timeout_minutes * 60,), daemon=True).start()
+    threading.Thread(target=_watch, args=(timeout_minutes * 60, stall_seconds), daemon=True).start()
     doing("starting")
 
 
-def doing(what: str, keys: Sequence[str] = ()) -> None:
-    """Say what this rank does next, and with which samples."""
-    global _activity, _since
+def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None = None) -> None:
+    """Say what this rank does next, and with which samples.
+
+    Args:
+        explain: asked for more when it takes long; called from another thread.
+    """
+    global _activity, _since, _explain
     _activity = f"{what} ({', '.join(keys)})" if keys else what
-    _since = time.monotonic()
+    _since, _explain = time.monotonic(), explain
     if _store is not None:
         try:
             _store.set(str(dist.get_rank()), _activity)
@@ -50,7 +56,7 @@ def last_words(problem: str) -> None:
     """Print on stderr what this rank was doing when ``problem`` came, and what others were."""
     rank = os.environ.get("RANK", "0")
     lines = [f"vlmds: rank {rank}: {problem}",
-             f"vlmds: rank {rank}: it was {_activity}, for {time.monotonic() - _since:.0f} s"]
+             f"vlmds: rank {rank}: it was {_described()}"]
     # Another thread asks the store: where its host cannot be reached, no answer ever comes.
     others: list[str] = []
     asking = threading.Thread(target=_ask, args=(others,), daemon=True)
@@ -77,10 +83,29 @@ def _ask(lines: list[str]) -> None:
             return
 
 
-def _watch(seconds: float) -> None:
+def _described() -> str:
+    """What this rank is doing, for how long, and what holds it up."""
+    activity, since, explain = _activity, _since, _explain
+    text = f"{activity}, for {time.monotonic() - since:.0f} s"
+    try:
+        more = explain() if explain is not None else ""
+    except Exception as error:  # the index may be what fails
+        more = f"no more is known: {error}"
+    return f"{text}; {more}" if more else text
+
+
+def _watch(timeout: float, stall: float) -> None:
+    told, due = 0.0, stall
     while True:
-        left = _since + seconds - time.monotonic()
-        if left <= 0:
-            last_words(f"no progress for {seconds:.0f} s (training.timeout_minutes); ending the job")
+        since = _since
+        if since != told:
+            told, due = since, stall
+        waited = time.monotonic() - since
+        if waited >= timeout:
+            last_words(f"no progress for {timeout:.0f} s (training.timeout_minutes); ending the job")
             os._exit(1)
-        time.sleep(min(left + 0.05, 1.0))
+        if waited >= due and _explain is not None:
+            print(f"vlmds: rank {os.environ.get('RANK', '0')}: still {_described()}",
+                  file=sys.stderr, flush=True)
+            due *= 2
+        time.sleep(min(max(timeout - waited, 0) + 0.05, 1.0))

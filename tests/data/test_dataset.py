@@ -1,0 +1,178 @@
+"""Blends, remote datasets and their cache."""
+
+import os
+from multiprocessing import get_context
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.conftest import write_manifest, write_video
+from vlmds.config import BlendPart, DataConfig
+from vlmds.data.blend import BLOCK, Blend, shares
+from vlmds.data.cache import ShardCache
+from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
+from vlmds.data.index import ShardIndex
+from vlmds.data.loader import SampleReader
+from vlmds.data.pack import pack
+from vlmds.errors import InputError, SampleError
+from vlmds.files import as_path
+
+
+def packed(folder: Path, name: str, count: int, val: int = 0) -> Path:
+    rows = []
+    folder = folder / name
+    folder.mkdir()
+    for i in range(count):
+        write_video(folder / f"{name}{i}.mp4", frames=6 + i)
+        rows.append({"video": f"{name}{i}.mp4", "caption": f"{i}번",
+                     "split": "val" if i < val else "train"})
+    pack(write_manifest(folder / "m.jsonl", rows), folder / "out", store="frames", num_frames=2,
+         image_size=28, shard_size=3, progress=False)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return packed(folder, "a", 8, val=2), packed(folder, "b", 5, val=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), seed=st.integers(0, 2**40))
+def test_a_blend_is_exact_over_a_block_and_near_it_anywhere(weights, seed):
+    counts = shares(weights)
+    assert counts.sum() == BLOCK and counts.min() >= 1
+    exact = np.asarray(weights) / np.sum(weights) * BLOCK
+    assert np.abs(counts - exact).max() <= len(weights)
+    blend = Blend(weights, seed)
+    start = BLOCK - 300
+    located = [blend.locate(p) for p in range(start, BLOCK + 300)]
+    assert located == [Blend(weights, seed).locate(p) for p in range(start, BLOCK + 300)]
+    for part, share in enumerate(counts):
+        places = [place for found, place in located if found == part]
+        assert places == list(range(places[0], places[0] + len(places))) if places else True
+        assert abs(len(places) - 600 * share / BLOCK) <= 3
+
+
+def test_a_blend_reads_each_part_once_before_any_twice(two):
+    a, b = map(ShardIndex.open, two)
+    dataset = Dataset([a, b], [3.0, 1.0])
+    assert dataset.count("train") == 6 + 4 and dataset.count("val") == 3
+    order = DatasetOrder(dataset, "train", seed=7)
+    places = [order.place(p) for p in range(4 * 10)]
+    rows = [order.row(dataset, "train", p) for p in range(4 * 10)]
+    assert sum(place.part == 0 for place in places) == pytest.approx(30, abs=2)
+    for part, size in ((0, 6), (1, 4)):
+        keys = [row.key for row, place in zip(rows, places) if place.part == part]
+        assert all(key.startswith("ab"[part]) for key in keys)
+        for epoch in range(len(keys) // size):
+            assert len(set(keys[epoch * size:(epoch + 1) * size])) == size
+        assert places[[p.part for p in places].index(part)].epoch == 0
+    val = DatasetOrder(dataset, "val", shuffle=False)
+    assert [val.row(dataset, "val", p).key for p in range(3)] == ["a0", "a1", "b0"]
+    reader = SampleReader(dataset, "train", 2, 28, seed=7)
+    assert [reader.load(p).key for p in range(10)] == [row.key for row in rows[:10]]
+    assert Dataset([a, b], [3.0, 1.0]).fingerprint == dataset.fingerprint
+    assert len({Dataset([a, b], [1.0, 1.0]).fingerprint, dataset.fingerprint, a.fingerprint}) == 3
+
+
+def test_parts_that_do_not_fit_are_refused(two, tmp_path):
+    write_video(tmp_path / "v.mp4")
+    pack(write_manifest(tmp_path / "m.jsonl", [{"video": "v.mp4", "caption": "가"}]),
+         tmp_path / "video", progress=False)
+    parts = [BlendPart(path=str(two[0])), BlendPart(path=str(tmp_path / "video"))]
+    with pytest.raises(InputError, match="data.blend: .*store 'video', but .* has 'frames'"):
+        open_dataset(DataConfig(blend=parts))
+    with pytest.raises(InputError, match=r"data.blend.1.path: .*gone does not exist"):
+        open_dataset(DataConfig(blend=[parts[0], BlendPart(path=str(tmp_path / "gone"))]))
+
+
+@pytest.fixture
+def remote(two):
+    """Dataset a at a URL."""
+    fs = fsspec.filesystem("memory")
+    for path in two[0].rglob("*"):
+        if path.is_file():
+            fs.pipe(f"/bucket/{path.relative_to(two[0])}", path.read_bytes())
+    yield "memory://bucket"
+    fs.rm("/bucket", recursive=True)
+
+
+def all_frames(root, cache=None):
+    index = ShardIndex.open(root, cache)
+    index.verify_index()
+    index.verify(index.shards("train"), "sha256")
+    reader = SampleReader(Dataset([index]), "train", 2, 28)
+    return [reader.load(p).frames for p in range(len(reader))]
+
+
+def test_a_remote_dataset_reads_like_a_local_one(two, remote, tmp_path):
+    expected = all_frames(two[0])
+    for cache in (None, ShardCache(tmp_path / "cache", 1e9)):
+        assert np.array_equal(all_frames(remote, cache), expected)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+    assert all_frames(two[0].as_uri())[0].shape == expected[0].shape  # file://
+
+
+def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(remote, tmp_path):
+    index = ShardIndex.open(remote)
+    first, second = index.shards("train")
+    third = index.shards("val")[0]
+    cache = ShardCache(tmp_path / "cache", first.bytes + second.bytes)
+
+    def fetch(shard):
+        return cache.fetch(as_path(f"{remote}/{shard.path}"), shard.sha256, shard.bytes)
+
+    paths = [fetch(first), fetch(second)]
+    os.utime(paths[0], (1, 1))
+    os.utime(paths[1], (2, 2))
+    fetch(first)  # now used last
+    held = ShardIndex.open(remote, cache)
+    assert fetch(third).is_file() and paths[0].is_file() and not paths[1].is_file()
+    assert sum(p.stat().st_size for p in (tmp_path / "cache").glob("*.tar")) <= cache.limit
+    assert held.read(held.row("train", 1, 0))  # fetched again
+
+
+def test_a_shard_that_arrives_damaged_is_not_kept(remote, tmp_path):
+    fs = fsspec.filesystem("memory")
+    index = ShardIndex.open(remote, ShardCache(tmp_path / "cache", 1e9))
+    shard = index.shards("train")[0]
+    data = bytearray(fs.cat(f"/bucket/{shard.path}"))
+    data[700] ^= 1
+    fs.pipe(f"/bucket/{shard.path}", bytes(data))
+    with pytest.raises(SampleError, match="its sha256 is not the one in dataset.json"):
+        index.read(index.row("train", 0, 0))
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
+
+
+def test_a_cache_that_cannot_be_written_costs_speed_only(two, remote, tmp_path, capsys):
+    expected = all_frames(two[0])
+    assert np.array_equal(all_frames(remote, ShardCache(tmp_path / "small", 100)), expected)
+    assert capsys.readouterr().err.count("larger than data.cache_gb allows") == 1
+
+
+def _fetch_in_a_process(root, folder, queue):
+    index = ShardIndex.open(root, ShardCache(folder, 1e9))
+    queue.put([index.read(index.row("train", shard, 0))["json"] for shard in (0, 1)])
+
+
+def test_many_processes_may_share_a_cache(two, tmp_path):
+    context = get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_fetch_in_a_process,
+                               args=(two[0].as_uri(), tmp_path / "cache", queue))
+               for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    try:
+        results = [queue.get(timeout=120) for _ in workers]
+    finally:
+        for worker in workers:
+            worker.join(10)
+            worker.kill()
+    assert results[0] == results[1] == results[2]
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2

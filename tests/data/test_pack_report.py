@@ -1,0 +1,141 @@
+import base64
+import io
+import json
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tests.data.conftest import write_manifest, write_video
+
+from vlmds.data import pack_report
+from vlmds.data.pack import pack
+from vlmds.data.pack_report import categories, histogram, write_report
+from vlmds.errors import InputError
+
+HOSTILE = '</p><script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def images(self) -> list[Image.Image]:
+        found = [a["src"] for tag, a in self.tags if tag == "img"]
+        return [Image.open(io.BytesIO(base64.b64decode(src.split(",")[1]))) for src in found]
+
+
+@pytest.fixture(scope="module", params=["video", "frames"])
+def packed(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(3):
+        write_video(folder / f"v{i}.mp4", frames=12, fps=(5, 10, 10)[i], width=64 + 32 * (i == 2))
+    rows = [{"video": "v0.mp4", "caption": HOSTILE}, {"video": "v1.mp4", "caption": ["가나", "다"]},
+            {"video": "v2.mp4", "caption": "라", "split": "val", "start": 0.5},
+            {"video": "none.mp4", "caption": "마"}, {"video": "v2.mp4", "id": "x", "caption": ""}]
+    out = folder / "out"
+    pack(write_manifest(folder / "m.jsonl", rows), out, store=request.param, num_frames=6,
+         image_size=32, shard_size=2, progress=False)
+    return out
+
+
+def test_the_page_tells_counts_rejects_and_captions(packed):
+    page = Page(write_report(packed).read_text("utf-8"))
+    text = re.sub(r"\s+", " ", page.text)
+    for part in ("3 samples", "4 captions", "2 rejected rows", "file not found 1",
+                 "empty caption 1", "h264 3", "64 × 48 2", "96 × 48 1", HOSTILE, "val / v2",
+                 f"median 1.5, from 1 to {len(HOSTILE)};"):
+        assert part in text, part
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(packed):
+    text = write_report(packed).read_text("utf-8")
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a"}
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") or name == "href" for name in attributes), tag
+        assert attributes.get("src", "data:").startswith("data:image/jpeg;base64,") or tag != "img"
+    assert "://" not in text and "url(" not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_sheet_shows_the_frames(packed):
+    page = Page(write_report(packed).read_text("utf-8"))
+    images = page.images()
+    assert len(images) == 3 * pack_report.SHEET_FRAMES
+    assert {image.size for image in images} == {(pack_report.SHEET_SIDE,) * 2}
+    first, last = np.asarray(images[0], int), np.asarray(images[3], int)
+    # The square in the upper left corner tells the frame's number times 4.
+    assert 0 <= first[10:40, 10:40].mean() < last[10:40, 10:40].mean() <= 48
+
+
+def test_the_bytes_do_not_depend_on_when_and_where(packed, tmp_path):
+    before = write_report(packed).read_bytes()
+    shutil.copytree(packed, tmp_path / "elsewhere")
+    assert write_report(tmp_path / "elsewhere").read_bytes() == before
+
+
+def test_only_a_bounded_number_of_samples_is_opened(packed, monkeypatch):
+    monkeypatch.setattr(pack_report, "CAPTION_ROWS", 2)
+    monkeypatch.setattr(pack_report, "SHEET_CLIPS", 1)
+    page = Page(write_report(packed).read_text("utf-8"))
+    assert len(page.images()) == pack_report.SHEET_FRAMES
+    assert "of the captions of 2 evenly spread samples out of 3" in page.text
+
+
+def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    tar = copy / "val/000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[530] ^= 255
+    tar.write_bytes(data)
+    page = Page(write_report(copy).read_text("utf-8"))
+    assert len(page.images()) == 2 * pack_report.SHEET_FRAMES and "not shown: val/000000.tar" in page.text
+
+
+def test_no_dataset_no_page(tmp_path):
+    with pytest.raises(InputError, match="dataset.json"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.floats(0, 1e6) | st.integers(0, 400).map(float), min_size=1),
+       st.booleans())
+def test_a_histogram_loses_no_value(values, whole):
+    if whole:
+        values = [float(round(v)) for v in values]
+    chart = histogram("x", np.array(values), whole)
+    assert sum(bar.count for bar in chart.bars) == len(values)
+    assert 1 <= len(chart.bars) <= pack_report.MOST_BINS
+    assert max(bar.share for bar in chart.bars) == 1
+
+
+def test_histogram_limits():
+    assert [(b.label, b.count) for b in histogram("x", np.array([3.0, 3, 5]), True).bars] == [
+        ("3", 2), ("4", 0), ("5", 1)]
+    bars = histogram("x", np.array([0.0] * 500 + [240.0] * 500 + [9000.0])).bars
+    assert bars[0].label == "0 – 10" and bars[0].count == 500
+    assert bars[-1].label == "230 and more" and bars[-1].count == 501
+
+
+def test_categories_sum_up_the_rest():
+    counts = Counter({f"{i:02d}": 20 - i for i in range(20)})
+    bars = categories("x", counts).bars
+    assert [b.label for b in bars[:2]] == ["00", "01"]
+    assert bars[-1].label == "8 others" and bars[-1].count == sum(20 - i for i in range(12, 20))

@@ -1,0 +1,194 @@
+"""The plan's figures against real models, engines' checkpoints and datasets."""
+
+import re
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.data.conftest import write_manifest, write_video
+from vlmds.cli import main
+from vlmds.config import load_experiment
+from vlmds.data.convert import convert
+from vlmds.data.pack import pack
+from vlmds.errors import InputError
+from vlmds.memory import llm_bytes, saved_bytes, stage_memory
+from vlmds.models.language import add_adapter, load_language_model
+from vlmds.models.vision import load_vision_tower
+from vlmds.plan import plan, shapes
+from vlmds.training.stages import freeze
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny.make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def data(models, tmp_path_factory):
+    """A dataset in its three stores."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for i in range(5):
+        write_video(folder / f"v{i}.mp4", frames=9 + i)
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다."})
+    pack(write_manifest(folder / "m.jsonl", rows), folder / "video", progress=False)
+    convert(folder / "video", folder / "frames", store="frames", num_frames=tiny.FRAMES,
+            image_size=tiny.SIDE, progress=False)
+    vision = load_experiment("e1", tiny.settings(models)).vision
+    convert(folder / "frames", folder / "features", store="features", progress=False,
+            tower=load_vision_tower(vision, torch.float32, CPU), tower_name="clip")
+    return folder
+
+
+def parts(experiment, number, world_size=1, tower=True):
+    model = shapes(experiment)
+    stage = experiment.stages[number]
+    freeze(model.captioner, stage)
+    return stage_memory(experiment, stage, model.captioner, model.tower if tower else None,
+                        world_size)
+
+
+@pytest.mark.parametrize("exp", ["e3", "e8"])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_llm_bytes_are_those_of_the_loaded_model(models, exp, four_bit):
+    experiment = load_experiment(exp, [
+        *tiny.settings(models), *(tiny.RESAMPLER if exp == "e8" else []),
+        "llm.dtype=bfloat16", f"llm.load_in_4bit={str(four_bit).lower()}"])
+    llm = add_adapter(load_language_model(experiment.llm, CPU), experiment.peft)
+    real = 0
+    for name, parameter in llm.named_parameters():
+        if "lora_" in name:
+            continue
+        real += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            nested = state.state2
+            tensors = [state.absmax, state.code, state.offset, nested.absmax, nested.code]
+            real += sum(tensor.nbytes for tensor in tensors)
+    assert real == llm_bytes(experiment, shapes(experiment).captioner.llm)
+
+
+def test_what_a_stage_trains_and_keeps(models):
+    """fp32: the trainables whole, and on each of two ranks half of their copies and moments."""
+    experiment = load_experiment("e3", tiny.settings(models))
+    projector = 48 * 64 + 64 + 64 * 64 + 64
+    adapter = 2 * 4 * sum([64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64])
+    align, finetune = (parts(experiment, number, world_size=2) for number in (0, 1))
+    assert (align["trainables"], finetune["trainables"]) == (
+        4 * projector, 4 * (projector + adapter))
+    assert (align["fp32 copies"], align["Adam moments"]) == (2 * projector, 4 * projector)
+    assert finetune["Adam moments"] == 4 * (projector + adapter)
+    assert finetune["gradient buckets"] == 8 * (projector + adapter)
+    assert finetune["activations"] > align["activations"]  # the adapter's own
+    assert "weight average" not in align and "one unpacked weight" not in align
+    averaged = parts(load_experiment("e3", [
+        *tiny.settings(models), "training.ema_decay=0.99"]), 0, world_size=2)
+    assert averaged["weight average"] == 2 * projector
+
+
+def test_more_ranks_share_the_optimizer_and_nothing_else():
+    experiment = load_experiment("e7")
+    one, eight = parts(experiment, 1), parts(experiment, 1, world_size=8)
+    for part in one:
+        if part in ("fp32 copies", "Adam moments", "gradients"):
+            assert eight[part] == pytest.approx(one[part] / 8, rel=1e-6)
+        else:
+            assert eight[part] == one[part], part
+
+
+def test_activations_follow_checkpointing_length_and_batch(models):
+    def activations(exp, *overrides):
+        return parts(load_experiment(exp, overrides), 1)["activations"]
+
+    full = activations("e3", "training.activation_checkpointing=false")
+    assert full > 10 * activations("e3")
+    assert activations("e3") > 2 * activations("e3", "vision.pool=2")
+    assert activations("e3", "training.micro_batch=4") == pytest.approx(
+        2 * activations("e3"), rel=0.01)
+
+
+def test_saved_bytes_are_what_autograd_keeps():
+    weight = torch.nn.Parameter(torch.ones(8, 4))
+    x = torch.ones(16, 4, requires_grad=True)
+    # exp keeps its result, the product keeps its input (the same storage) and the weight.
+    assert saved_bytes(lambda: x.exp() @ weight.T, own=[weight]) == 16 * 4 * 4
+    assert saved_bytes(lambda: x.exp() @ weight.T, own=[]) == 16 * 4 * 4 + 8 * 4 * 4
+
+
+def test_stored_features_need_no_tower():
+    experiment = load_experiment("e1")
+    with_tower, without = parts(experiment, 0), parts(experiment, 0, tower=False)
+    assert with_tower["CLIP weights"] == 2 * 303_507_456
+    assert without["CLIP weights"] == without["CLIP forward"] == 0
+
+
+def test_full_size_parts():
+    """The figures of DESIGN: LoRA's 43,646,976 and MLP's 20,979,712 parameters."""
+    found = parts(load_experiment("e3"), 1, world_size=4)
+    trained = 43_646_976 + 20_979_712
+    assert found["trainables"] == 2 * trained and found["Adam moments"] == 2 * trained
+    # 36 layers of seven Linears in NF4, embeddings, output and norms in bfloat16.
+    assert found["LLM weights"] == pytest.approx(
+        2 * 2 * 151_936 * 4096 + 6_945_767_424 * (0.5 + 1 / 64 + 4 / 64 / 256), rel=1e-3)
+
+
+def test_plan_prices_every_store_of_typical_clips(capsys):
+    assert main(["plan", "--exp", "e1", "--samples-per-second", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "stores at 10 samples/s per GPU (given)" in printed
+    rows = {line.split("  ")[0]: line for line in printed.splitlines()}
+    assert "typical, not measured here" in rows["video, 360p, 10 s"]
+    assert re.search(r"180\.00 +1\.80 ", rows["video, 360p, 10 s"])
+    assert re.search(r"2700\.00 +27\.00 ", rows["video, 1080p, 30 s"])
+    assert "9.437" in rows["features"] and "exact" in rows["features"]
+    assert "pass --data DIR" in printed and "checkpoint on disk" in printed
+
+
+def test_plan_says_what_it_assumes(capsys):
+    assert main(["plan", "--exp", "e7", "--gpus", "4"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("assumed: 200e12 useful operations a second", "memory of each of 4 GPUs",
+                 "with activation checkpointing", "are estimates", "global batch: 32"):
+        assert part in printed, part
+
+
+@pytest.mark.parametrize("store", ["video", "frames", "features"])
+def test_plan_names_the_cheapest_store_of_the_data(models, data, store, capsys):
+    settings = tiny.settings(models)
+    assert main(["plan", "--exp", "e1", "--data", str(data / store), "--samples-per-second", "1",
+                 "--set", *settings]) == 0
+    printed = capsys.readouterr().out
+    names = {"video": ["video (this data)", "frames", "features"],
+             "frames": ["frames (this data)", "features"], "features": ["features"]}[store]
+    rows = {line.split("  ")[0] for line in printed.splitlines()}
+    assert rows >= set(names)
+    assert "cheapest that keeps the GPUs fed with 8 cores for each: " in printed
+    assert f"data: {data / store} ({store} store; train 5)" in printed
+
+
+def test_a_rate_that_no_store_can_serve_is_told(models, data):
+    experiment = load_experiment("e1", tiny.settings(models, data / "frames"))
+    assert "no store keeps a GPU fed with 0.001 cores" in plan(
+        experiment, samples_per_second=1e9, cores_per_gpu=0.001)
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--samples-per-second", "--cores-per-gpu"])
+def test_numbers_must_be_positive(option, capsys):
+    assert main(["plan", "--exp", "e1", option, "0"]) == 2
+    assert f"{option}: 0" in capsys.readouterr().err
+
+
+def test_pooling_shows_in_the_plan(capsys):
+    assert main(["plan", "--exp", "e1", "--set", "vision.pool=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "visual tokens per clip: 1,152 " in printed and "2.359" in printed
+    assert main(["plan", "--exp", "e1", "--set", "vision.pool=5"]) == 2
+    assert "vision.pool: 5 does not divide 24" in capsys.readouterr().err
+
+
+def test_plan_of_no_dataset_is_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        plan(load_experiment("e1", [f"data.path={tmp_path / 'none'}"]))

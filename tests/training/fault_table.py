@@ -1,0 +1,169 @@
+"""Bring on each fault, see what happens, and print the table of README's section on reliability.
+
+    python -m tests.training.fault_table
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.training import conftest
+from tests.training.launch import (
+    FAULTY, SCRIPT, arguments, environment, free_port, metrics, train, train_and_kill,
+)  # fmt: skip
+from vlmds.training import checkpoint
+
+
+class Table:
+    """One row a fault. Each method named ``fault_…`` brings one on and returns what was seen."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.models = conftest.tiny.make_models(folder / "models")
+        self.shards = conftest.make_shards(folder)
+        self.calm = self.run("calm")
+        train(2, *self.arguments(self.calm))
+
+    def run(self, name: str) -> Path:
+        return self.folder / name
+
+    def arguments(self, run: Path, *overrides: str, shards: Path | None = None) -> list[str]:
+        return arguments(self.models, shards or self.shards, run, *overrides)
+
+    def strike(self, name: str, expect: int | None, *overrides: str, shards=None, **fault) -> str:
+        """Train with a fault; what it said last, and seconds from the fault to the exit."""
+        run = self.run(name)
+        struck = self.folder / f"{name}-struck"
+        done = train(2, *self.arguments(run, *overrides, shards=shards), expect=expect,
+                     script=FAULTY, VLMDS_TEST_FAULT=json.dumps({**fault, "note": str(struck)}))
+        seconds = time.time() - float(struck.read_text())
+        said = [line for line in (done.stdout + done.stderr).splitlines()
+                if "vlmds: " in line and not any(w in line for w in ("samples/s", "finished,"))]
+        same = self.same_after_restart(run) if expect in (3, None) else ""
+        return f"exit {done.returncode}, {seconds:.1f} s{same}\n    " + "\n    ".join(said[-4:])
+
+    def same_after_restart(self, run: Path) -> str:
+        train(2, *self.arguments(run))
+        return ("; the next start ended bit-identical to an undisturbed run"
+                if metrics(run) == metrics(self.calm) else "; the next start DIFFERS")
+
+    def fault_rank_killed(self):
+        return self.strike("kill", None, kind="kill", rank=1, call=9)
+
+    def fault_exception_on_a_rank(self):
+        return self.strike("exception", None, kind="exception", rank=1, call=9)
+
+    def fault_rank_stuck_in_data_timeout_12_s(self):
+        return self.strike("stuck", None, "training.timeout_minutes=0.2", kind="stuck", rank=1,
+                           call=9)
+
+    def fault_sigterm(self):
+        return self.strike("sigterm", 3, kind="signal", name="SIGTERM", rank=1, call=9)
+
+    def fault_nan_in_one_step(self):
+        return self.strike("nan", 0, kind="nan", rank=1, calls=[3])
+
+    def fault_nan_in_more_steps_than_allowed(self):
+        return self.strike("nans", 2, "training.max_skipped_steps=1", kind="nan", rank=1,
+                           calls=[3, 4])
+
+    def fault_shard_deleted_during_the_run(self):
+        shards = self.folder / "shards-gone"
+        shutil.copytree(self.shards, shards)
+        return self.strike("gone", 2, "data.max_bad_fraction=0.1", shards=shards, kind="delete",
+                           rank=0, call=3, path=str(shards / "train" / "000000.tar"))
+
+    def fault_disk_full(self):
+        run = self.run("full")
+        (run / "checkpoints").mkdir(parents=True)
+        place = str(run / "checkpoints")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=140k", "tmpfs", place], check=True)
+        try:
+            done = train(2, *self.arguments(run))
+            left = [checkpoint.check(p) or "whole" for p in (run / "checkpoints").iterdir()]
+        finally:
+            subprocess.run(["umount", place], check=True)
+        said = next(line for line in done.stdout.splitlines() if "not saved" in line)
+        return f"exit 0, checkpoints left: {left}\n    {said}"
+
+    def fault_checkpoint_bit_flipped(self):
+        return self._damaged("flipped", lambda folder: self._flip(folder / "rank-00000.safetensors"))
+
+    def fault_checkpoint_json_truncated(self):
+        def cut(folder: Path):
+            path = folder / "checkpoint.json"
+            path.write_bytes(path.read_bytes()[:40])
+
+        return self._damaged("cut", cut)
+
+    def fault_world_size_that_does_not_divide_the_global_batch(self):
+        run = self.run("three")
+        done = train(3, *self.arguments(run), expect=2)
+        return f"exit 2\n    {self._line(done)}"
+
+    def fault_base_weights_changed(self):
+        models = self.folder / "other"
+        shutil.copytree(self.models, models)
+        self._flip(models / "qwen3" / "model.safetensors")
+        done = train(2, *arguments(models, self.shards, self.calm), expect=2)
+        return f"exit 2\n    {self._line(done)}"
+
+    def fault_clock_of_one_rank_a_day_behind(self):
+        if shutil.which("faketime") is None:
+            return "not tried: needs faketime (Debian)"
+        wrapper = self.folder / "wrong_clock.sh"
+        wrapper.write_text('#!/bin/sh\nif [ "$RANK" = 1 ]; then exec faketime "-1 day" "$@"; fi\n'
+                           'exec "$@"\n')
+        wrapper.chmod(0o755)
+        run = self.run("clock")
+        port = free_port()
+        done = subprocess.run(
+            ["torchrun", "--nproc_per_node=2", f"--master_port={port}", "--no-python", str(wrapper),
+             "python", str(SCRIPT), *self.arguments(run)], env=environment(),
+            capture_output=True, text=True, timeout=300)
+        same = metrics(run) == metrics(self.calm)
+        return f"exit {done.returncode}, same metrics as an undisturbed run: {same}"
+
+    def _damaged(self, name: str, damage: Callable[[Path], None]) -> str:
+        run = self.run(name)
+        train_and_kill(2, run, 12, *self.arguments(run))
+        newest = checkpoint.checkpoints(run / "checkpoints", "finetune")[0]
+        damage(newest)
+        done = train(2, *self.arguments(run))
+        said = next(line for line in done.stdout.splitlines() if "passed over" in line)
+        same = metrics(run) == metrics(self.calm)
+        return f"exit 0, bit-identical to an undisturbed run: {same}\n    {said}"
+
+    @staticmethod
+    def _flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+
+    @staticmethod
+    def _line(done) -> str:
+        return next(line for line in done.stderr.splitlines() if line.startswith("vlmds: "))
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    table = Table(folder)
+    for name in [name for name in dir(Table) if name.startswith("fault_")]:
+        began = time.monotonic()
+        try:
+            seen = getattr(table, name)()
+        except (AssertionError, StopIteration) as error:
+            seen = f"NOT AS EXPECTED: {error}"
+        took = time.monotonic() - began
+        print(f"{name[6:].replace('_', ' ')} ({took:.0f} s in all): {seen}", flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

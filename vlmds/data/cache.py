@@ -1,0 +1,92 @@
+"""Shards of a remote dataset, kept on this machine for the next epoch and the next run.
+
+Any number of processes may share a cache folder. A shard is downloaded by one of them while the
+others that want it wait; it appears under its name when it is whole and its sha256 is right. When
+the limit is reached, the shards that were opened longest ago go; whoever still has one open can
+read it to the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmds.files import sha256_of
+
+BLOCK = 8 << 20  # bytes of a download at once
+
+
+class ShardCache:
+    """A folder for at most ``limit`` bytes of shards. Can be pickled."""
+
+    def __init__(self, folder: str | Path, limit: float):
+        self.folder, self.limit = Path(folder), int(limit)
+        self._told = False
+
+    def fetch(self, source: Path, sha256: str, size: int) -> Path | None:
+        """The shard at ``source`` (a UPath) as a local file, downloaded if need be; None if it
+        cannot be kept here (disk full, larger than the limit), which is told once.
+
+        Raises:
+            OSError: the source cannot be read, or is not what ``sha256`` says.
+        """
+        path = self.folder / f"{sha256}.tar"  # by content: two datasets may share a folder
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if size > self.limit:
+                raise OSError(errno.ENOSPC, f"a shard of {size:,} bytes is larger than "
+                                            "data.cache_gb allows")
+            with self._locked(f"{sha256}.lock"):
+                if not path.is_file():
+                    self._make_room(size)
+                    self._download(source, path, sha256)
+                os.utime(path)  # used last now
+            return path
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            if not self._told:
+                print(f"vlmds: {self.folder}: {error.strerror}; shards are read remotely",
+                      file=sys.stderr, flush=True)
+                self._told = True
+            return None
+
+    def _download(self, source: Path, path: Path, sha256: str) -> None:
+        temporary = path.with_suffix(".tmp")  # one process at a time: the lock is held
+        try:
+            with source.open("rb") as remote, temporary.open("wb") as local:
+                while block := remote.read(BLOCK):
+                    local.write(block)
+            if sha256_of(temporary) != sha256:
+                raise OSError(errno.EIO, "its sha256 is not the one in dataset.json")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_room(self, size: int) -> None:
+        with self._locked("room.lock"):
+            kept = []
+            for file in self.folder.glob("*.tar"):
+                try:
+                    found = file.stat()
+                except FileNotFoundError:
+                    continue
+                kept.append((found.st_mtime, found.st_size, file))
+            total = sum(bytes_ for _, bytes_, _ in kept)
+            for _, bytes_, file in sorted(kept):
+                if total + size <= self.limit:
+                    break
+                file.unlink(missing_ok=True)
+                total -= bytes_
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold a lock that the kernel releases when its holder dies."""
+        with (self.folder / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,156 @@
+"""What an experiment reads: one packed dataset, or several blended by weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from vlmds.config import DataConfig
+from vlmds.data.blend import Blend
+from vlmds.data.cache import ShardCache
+from vlmds.data.features import check_same_tower
+from vlmds.data.index import SampleRow, ShardIndex, ShardInfo
+from vlmds.data.order import SampleOrder
+from vlmds.errors import InputError
+from vlmds.files import as_path
+
+SAME = ("store", "sampler", "resizer")  # what dataset.json of all parts must agree on
+
+
+class Dataset:
+    """One or several packed datasets behind one interface. Can be pickled.
+
+    parts: the packed datasets. weights: theirs in training, None for a single one.
+    fingerprint: changes with any byte of any sample, and with the weights.
+    """
+
+    def __init__(self, parts: list[ShardIndex], weights: list[float] | None = None):
+        self.parts, self.weights = parts, weights
+        self.splits = sorted({split for part in parts for split in part.splits})
+        self.meta = parts[0].meta
+        for part in parts[1:]:
+            for name in SAME:
+                if part.meta.get(name) != self.meta.get(name):
+                    raise InputError(
+                        f"data.blend: {part.root} has {name} {part.meta.get(name)!r}, but "
+                        f"{parts[0].root} has {self.meta.get(name)!r}; pack them alike")
+            if part.store == "features":
+                check_same_tower(part, parts[0])
+
+    @property
+    def root(self) -> str:
+        return " + ".join(str(part.root) for part in self.parts)
+
+    @property
+    def store(self) -> str:
+        return self.parts[0].store
+
+    @property
+    def fingerprint(self) -> str:
+        if self.weights is None:
+            return self.parts[0].fingerprint
+        described = [[part.fingerprint, weight] for part, weight in zip(self.parts, self.weights)]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def having(self, split: str) -> list[int]:
+        """Numbers of the parts that have the split. Raises InputError if none has."""
+        found = [i for i, part in enumerate(self.parts) if split in part.splits]
+        if not found:
+            raise InputError(f"{self.root}: no split {split!r}; it has {', '.join(self.splits)}")
+        return found
+
+    def count(self, split: str) -> int:
+        """Number of samples in the split, over all parts."""
+        return sum(self.parts[i].count(split) for i in self.having(split))
+
+    def shards(self) -> list[tuple[ShardIndex, ShardInfo]]:
+        """All shards of all parts and splits."""
+        return [(part, shard) for part in self.parts for split in part.splits
+                for shard in part.shards(split)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a position's sample lies. part: number of the packed dataset; position: in the part's
+    own stream; epoch: of that stream."""
+
+    part: int
+    position: int
+    epoch: int
+
+
+class DatasetOrder:
+    """Which sample of a split stands at which position; see :mod:`vlmds.data.order`, and for
+    several parts :mod:`vlmds.data.blend`. An epoch of a blend is as many positions as all parts
+    have samples; each part goes through epochs of its own, at its weight's pace.
+
+    Args:
+        shuffle: false gives the stored order, part after part, for validation.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, seed: int = 0, window: int = 16,
+                 shuffle: bool = True):
+        self.numbers = dataset.having(split)
+        self.orders = [
+            # The part goes into the high bits, above the stage, so that no two parts are alike.
+            SampleOrder([shard.count for shard in dataset.parts[i].shards(split)],
+                        seed + (i << 40), window, shuffle)
+            for i in self.numbers]
+        self.ends = list(accumulate(len(order) for order in self.orders))
+        self.blend = None
+        if shuffle and len(self.orders) > 1:
+            self.blend = Blend([dataset.weights[i] for i in self.numbers], seed)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def place(self, position: int) -> Place:
+        if self.blend is not None:
+            part, position = self.blend.locate(position)
+        elif len(self.orders) == 1:
+            part = 0
+        else:
+            position %= len(self)
+            part = next(i for i, end in enumerate(self.ends) if position < end)
+            position -= self.ends[part] - len(self.orders[part])
+        return Place(self.numbers[part], position, position // len(self.orders[part]))
+
+    def candidates(self, place: Place) -> Iterator[tuple[int, int]]:
+        """(shard, index in it) of the sample at the place, then of its replacements, which are of
+        the same part."""
+        order = self.orders[self.numbers.index(place.part)]
+        return map(order.locate, order.replacements(place.position))
+
+    def row(self, dataset: Dataset, split: str, position: int) -> SampleRow:
+        """The index row of the sample at a position."""
+        place = self.place(position)
+        return dataset.parts[place.part].row(split, *next(self.candidates(place)))
+
+
+def open_dataset(data: DataConfig) -> Dataset:
+    """The dataset, or the blend, that the experiment names.
+
+    Raises:
+        InputError: none named, no such folder, a damaged index, or parts that do not fit.
+    """
+    cache = ShardCache(data.cache_dir, data.cache_gb * 1e9) if data.cache_dir else None
+    if data.blend is not None:
+        parts = [_open(part.path, f"data.blend.{i}.path", cache)
+                 for i, part in enumerate(data.blend)]
+        return Dataset(parts, [part.weight for part in data.blend])
+    if data.path is None:
+        raise InputError("data.path: no data given; pass --data DIR, a folder made by vlmds pack")
+    return Dataset([_open(data.path, "data.path", cache)])
+
+
+def _open(path: str, key: str, cache: ShardCache | None) -> ShardIndex:
+    place = as_path(path)
+    if isinstance(place, Path) and not hasattr(place, "fs") and not place.is_dir():
+        raise InputError(f"{key}: {path} does not exist; make it with vlmds pack")
+    return ShardIndex.open(place, cache)
+
+

@@ -1,0 +1,103 @@
+"""The features store: the frozen tower's patch features of every sample, computed once.
+
+A sample's member `key.safetensors` holds one tensor, "features": bfloat16 [F·P, width], the F
+frames one after another, P feature vectors each. dataset.json says under "vision" which tower made
+them; features of another tower, layer or pooling are refused, for a projector cannot tell.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from vlmds.data.index import ShardIndex
+from vlmds.errors import InputError, SampleError
+
+if TYPE_CHECKING:
+    from vlmds.config import Experiment
+    from vlmds.data.dataset import Dataset
+    from vlmds.models.vision import VisionTower
+
+EXTENSION = "safetensors"
+TENSOR = "features"
+
+
+def encode_features(features: Tensor) -> bytes:
+    """[F·P, width], any float dtype, as a member of a shard."""
+    return save({TENSOR: features.to("cpu", torch.bfloat16).contiguous()})
+
+
+def decode_features(members: dict[str, bytes], meta: dict[str, Any]) -> Tensor:
+    """A sample's features, bfloat16 [F·P, width].
+
+    members: the sample's, {extension: bytes}. meta: dataset.json. Raises SampleError if they are
+    not of the shape that dataset.json promises.
+    """
+    try:
+        features = load(members[EXTENSION])[TENSOR]
+    except (KeyError, SafetensorError) as error:
+        raise SampleError(f"features cannot be read: {error}") from error
+    vision = meta["vision"]
+    shape = (meta["num_frames"] * vision["patches"], vision["width"])
+    if features.dtype != torch.bfloat16 or tuple(features.shape) != shape:
+        raise SampleError(f"features are {features.dtype} {list(features.shape)}, not "
+                          f"torch.bfloat16 {list(shape)}")
+    return features
+
+
+def bytes_per_sample(num_frames: int, patches: int, width: int) -> int:
+    """Bytes of a sample's features (two a number), without the file's header."""
+    return 2 * num_frames * patches * width
+
+
+def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
+    """What dataset.json records under "vision". model: as the user named it."""
+    return {"model": model, "fingerprint": tower.fingerprint(), "feature_layer": tower.feature_layer,
+            "pool": tower.pool, "patches": tower.patches, "width": tower.hidden_size}
+
+
+def check_same_tower(index: ShardIndex, other: ShardIndex) -> None:
+    """Raise InputError unless the features of both are of one tower, whatever it was called."""
+    ours, theirs = index.meta["vision"], other.meta["vision"]
+    if ours["fingerprint"] != theirs["fingerprint"]:
+        named = [f"{v['model']}, layer {v['feature_layer']}, pool {v['pool']} "
+                 f"({v['fingerprint'][:12]})" for v in (ours, theirs)]
+        raise InputError(f"data.blend: the features of {index.root} are of {named[0]}, but those "
+                         f"of {other.root} are of {named[1]}; convert them alike")
+
+
+def check_tower(
+    index: ShardIndex | Dataset, experiment: Experiment, tower: VisionTower | None = None
+) -> None:
+    """Make sure that stored features are those of the experiment's tower; other stores pass.
+
+    index: a packed dataset, or a blend, whose parts are of one tower already. The experiment's keys
+    are compared first, without reading weights. tower: the experiment's, if
+    it is loaded anyway; otherwise it is loaded here, onto the CPU, for as long as it takes to hash
+    its weights. Hashing what was loaded, not the files, leaves the tower's file format open.
+
+    Raises InputError naming both towers.
+    """
+    if index.store != "features":
+        return
+    vision, recorded = experiment.vision, index.meta["vision"]
+    for name in ("feature_layer", "pool"):
+        if recorded[name] != getattr(vision, name):
+            raise InputError(
+                f"{index.root}: its features were made with vision.{name} {recorded[name]}, but "
+                f"the experiment has {getattr(vision, name)}; make them again with vlmds pack "
+                f"--store features --{name.replace('_', '-')} {getattr(vision, name)}, or change "
+                "the experiment")
+    if tower is None:
+        from vlmds.models.vision import load_vision_tower
+
+        tower = load_vision_tower(vision, torch.bfloat16, torch.device("cpu"))
+    if tower.fingerprint() != recorded["fingerprint"]:
+        raise InputError(
+            f"{index.root}: its features are of the tower {recorded['model']} "
+            f"({recorded['fingerprint'][:12]}), but vision.model {vision.model} is another one "
+            f"({tower.fingerprint()[:12]}); make them again with it, or give that tower")
