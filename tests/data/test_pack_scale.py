@@ -1,0 +1,191 @@
+"""Packing shared by processes, machines and starts: the result is the same to the byte."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.data.conftest import write_manifest, write_video
+from tests.data.pack_kills import contents, pack_with_kills
+from vlmds.cli import main
+from vlmds.data.index import ShardIndex
+from vlmds.data.pack import pack
+from vlmds.errors import InputError
+
+SMALL = dict(shard_size=2, progress=False, workers=1)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Nine clips, two of them the same; one row whose video is missing, one without a caption."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for i in range(8):
+        write_video(folder / f"v{i}.mp4", frames=8 + i)
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번", "split": "val" if i > 5 else "train"})
+    shutil.copy(folder / "v1.mp4", folder / "again.mp4")
+    rows.insert(3, {"video": "again.mp4", "caption": "다시", "split": "train"})
+    rows += [{"video": "gone.mp4", "caption": "없음", "split": "train"},
+             {"video": "v2.mp4", "id": "silent", "caption": ""}]
+    write_manifest(folder / "manifest.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clean(videos, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("clean") / "out"
+    pack(videos / "manifest.jsonl", out, **SMALL)
+    return contents(out)
+
+
+def test_tasks_and_merge_make_what_one_run_makes(videos, clean, tmp_path):
+    for task in (2, 0):
+        summary = pack(videos / "manifest.jsonl", tmp_path, task=(task, 3), **SMALL)
+        assert not summary.finished and not (tmp_path / "dataset.json").exists()
+    with pytest.raises(InputError, match=r"2 of 5 shards are not packed yet \(train/000001"):
+        pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
+    pack(videos / "manifest.jsonl", tmp_path, task=(1, 3), **SMALL)
+    summary = pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
+    assert summary.kept_shards == summary.shards == 5
+    assert contents(tmp_path) == clean
+
+
+@pytest.mark.parametrize("options, told", [
+    (["--task-index", "3", "--num-tasks", "3"], "--task-index 3 --num-tasks 3"),
+    (["--task-index", "0"], "--task-index 0 --num-tasks None"),
+    (["--merge", "--task-index", "0", "--num-tasks", "2"], "--merge"),
+    (["--shard-bytes", "many"], "--shard-bytes many"),
+    (["--append"], "dataset.json: not there"),
+])
+def test_options_that_make_no_sense_are_refused(videos, tmp_path, options, told, capsys):
+    assert main(["pack", str(videos / "manifest.jsonl"), str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_new_rows_are_appended_and_nothing_else_is_read(videos, clean, tmp_path):
+    """In two steps, against one: same samples; the old videos are gone when the new come."""
+    folder = shutil.copytree(videos, tmp_path / "in")
+    lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "manifest.jsonl").write_text("".join(lines[:5] + lines[-2:]), encoding="utf-8")
+    out = tmp_path / "out"
+    pack(folder / "manifest.jsonl", out, **SMALL)
+    before = contents(out)
+    (folder / "manifest.jsonl").write_text("".join(lines), encoding="utf-8")
+    for i in range(4):
+        (folder / f"v{i}.mp4").unlink()
+    with pytest.raises(InputError, match="was packed with shard_size 2, not 3"):
+        pack(folder / "manifest.jsonl", out, append=True, **{**SMALL, "shard_size": 3})
+    for _ in range(2):  # the second time there is nothing new
+        summary = pack(folder / "manifest.jsonl", out, append=True, **SMALL)
+        after = contents(out)
+        assert all(after[name] == data for name, data in before.items()
+                   if name.endswith(".tar") or "/0" in name)
+        before = after
+    assert summary.counts == {"train": 7, "val": 2}
+    keys = {row.key for row in rows(out)}
+    assert keys == {"v0", "v1", "v2", "again", "v3", "v4", "v5", "v6", "v7"}
+    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    assert sorted(r["reason"].split(":")[0] for r in ledger) == ["empty caption", "file not found"]
+    ShardIndex.open(out).verify_index()
+
+
+def rows(out):
+    index = ShardIndex.open(out)
+    return [index.row(split, position, i) for split in index.splits
+            for position, shard in enumerate(index.shards(split)) for i in range(shard.count)]
+
+
+def test_the_same_content_is_told_and_dropped_on_request(videos, tmp_path, capsys):
+    arguments = ["pack", str(videos / "manifest.jsonl")]
+    assert main([*arguments, str(tmp_path / "a"), "--no-report"]) == 0
+    assert "1 groups of samples have the same content" in capsys.readouterr().out
+    assert (tmp_path / "a" / "duplicates.jsonl").read_text() == '["v1", "again"]\n'
+    assert main([*arguments, str(tmp_path / "b"), "--dedup", "--no-report"]) == 0
+    assert "duplicate content" in capsys.readouterr().out
+    assert {row.key for row in rows(tmp_path / "a")} - {row.key for row in rows(tmp_path / "b")} == {
+        "again"}
+    (record,) = [r for r in map(json.loads, (tmp_path / "b/ledger.jsonl").read_text().splitlines())
+                 if "duplicate" in r["reason"]]
+    assert record["id"] == "again" and record["reason"].endswith("the same as 'v1'")
+    for task in (0, 1):
+        pack(videos / "manifest.jsonl", tmp_path / "c", task=(task, 2), dedup=True, workers=1,
+             progress=False)
+    pack(videos / "manifest.jsonl", tmp_path / "c", merge=True, dedup=True, progress=False)
+    assert contents(tmp_path / "c") == contents(tmp_path / "b")
+
+
+def test_shards_are_cut_by_bytes_too(videos, tmp_path):
+    limit = 4_500
+    pack(videos / "manifest.jsonl", tmp_path / "out", shard_bytes=limit, **{**SMALL, "shard_size": 4})
+    index = ShardIndex.open(tmp_path / "out")
+    sizes = {p.stem: p.stat().st_size for p in videos.glob("*.mp4")}
+    groups = {}
+    for row in rows(tmp_path / "out"):
+        groups.setdefault((row.split, row.shard), []).append(sizes[row.key])
+    assert len(groups) > 3
+    assert all(len(group) <= 4 and (sum(group) <= limit or len(group) == 1)
+               for group in groups.values())
+    assert index.count("train") == 7
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_in_and_out_may_be_urls(videos, clean, tmp_path, scheme):
+    if scheme == "memory":
+        fs = fsspec.filesystem("memory")
+        for path in videos.iterdir():
+            fs.pipe(f"/in/{path.name}", path.read_bytes())
+        # Decoding processes cannot see this process's memory: the videos lie on disk.
+        source, out = str(videos / "manifest.jsonl"), "memory://out"
+    else:
+        source, out = (videos / "manifest.jsonl").as_uri(), (tmp_path / "out").as_uri()
+    try:
+        pack(source, out, **SMALL)
+        assert pack(source, out, **SMALL).kept_shards == 5
+        index = ShardIndex.open(out)
+        index.verify_index()
+        index.verify(index.shards("train"), "sha256")
+        if scheme == "memory":
+            found = {path.removeprefix("/out/"): fs.cat(path) for path in fs.find("/out")}
+        else:
+            found = contents(tmp_path / "out")
+        assert {k: v for k, v in found.items() if not k.endswith("ledger.jsonl")} == {
+            k: v for k, v in clean.items() if not k.endswith("ledger.jsonl")}
+    finally:
+        if scheme == "memory":
+            for place in ("/in", "/out"):
+                if fs.exists(place):
+                    fs.rm(place, recursive=True)
+
+
+def test_killed_at_random_and_started_again(videos, clean, tmp_path):
+    """tests/data/pack_kills.py does it with more clips, more kills, two tasks at once and Ray."""
+    killed = pack_with_kills(videos / "manifest.jsonl", tmp_path / "out", SMALL, kills=5, seed=0,
+                             seconds=1.0)
+    assert killed >= 1
+    assert contents(tmp_path / "out") == clean
+
+
+def test_a_ray_cluster_packs_the_same_also_when_a_worker_is_killed(videos, clean, tmp_path):
+    pytest.importorskip("ray")
+    out = tmp_path / "out"
+    run = subprocess.Popen(
+        [sys.executable, "-m", "tests.data.pack_ray", str(videos / "manifest.jsonl"), str(out),
+         json.dumps(SMALL)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
+    try:
+        output, _ = run.communicate(timeout=150)
+    finally:
+        try:
+            os.killpg(run.pid, signal.SIGKILL)  # whatever of Ray is left
+        except ProcessLookupError:
+            pass
+    assert run.returncode == 0, output
+    assert "killed the worker" in output
+    assert contents(out) == clean
