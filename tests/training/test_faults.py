@@ -66,10 +66,13 @@ def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_p
 
 
 def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tmp_path):
-    args = arguments(models, shards, tmp_path / "run", "training.timeout_minutes=0.2")
+    args = arguments(models, shards, tmp_path / "run", "training.timeout_minutes=0.2",
+                     "logging.stall_seconds=2")
     done = train_with_fault(2, args, None, kind="stuck", rank=1, call=5)
+    assert "vlmds: rank 1: still at align step 3, waiting for data" in done.stderr, done.stderr
     assert "vlmds: rank 1: no progress for 12 s" in done.stderr, done.stderr
-    assert "vlmds: rank 1: it was at align step 2, waiting for data" in done.stderr
+    said = next(line for line in done.stderr.splitlines() if "rank 1: it was at align" in line)
+    assert "step 3, waiting for data" in said and "reader 0 has had sample v" in said, said
 
 
 def test_a_full_disk_costs_checkpoints_not_the_run(models, shards, two_ranks, tmp_path):
