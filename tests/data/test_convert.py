@@ -75,7 +75,6 @@ def described(index):
             for i in range(shard.count):
                 row = index.row(split, position, i)
                 told = json.loads(index.read(row)["json"])
-                told.pop("timestamps", None)
                 found.append((shard.shard, replace(row, members=(), decoder=""), told))
     return found
 

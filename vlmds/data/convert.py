@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
 
 FACTS = ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
+ROW = ("id", "captions", "source", "prompt", "start", "end")  # of a description: the manifest's
 POSSIBLE = (("video", "frames"), ("video", "features"), ("frames", "features"))
 
 
@@ -105,9 +106,12 @@ def convert(
     ):
         made = _made(index, [source for _, source in pending], target, tower, pool, workers)
         for shard, source in pending:
-            rows = [_manifest_row(index, row) for row in source.rows(index)]
-            replies = packing._shown(islice(made, source.info.count), bar)
-            packing._write_shard(out, replace(shard, rows=rows), replies)
+            rows = list(source.rows(index))
+            told = [_description(index, row) for row in rows]
+            replies = _with_facts(islice(made, source.info.count), told)
+            manifest_rows = [_manifest_row(row, t) for row, t in zip(rows, told)]
+            packing._write_shard(
+                out, replace(shard, rows=manifest_rows), packing._shown(replies, bar))
     before = _ledger(index.root)
     rejects, counts, size = packing._finish(out, shards, before, _described(index, target))
     new = Counter(r.reason.split(":")[0] for r in rejects if r not in before)
@@ -261,12 +265,24 @@ def _encoded(
                             {EXTENSION: encode_features(next(features))})
 
 
-def _manifest_row(index: ShardIndex, row: SampleRow) -> ManifestRow:
-    """The manifest's row as far as the sample's description keeps it."""
+def _description(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
+    """The sample's member "json"."""
     only = tuple(member for member in row.members if member.ext == "json")
-    described = json.loads(index.read(replace(row, members=only))["json"])
-    return ManifestRow(0, row.key, described["id"], "", described["source"], described["captions"],
-                       row.start, row.end, row.split, described.get("prompt"))
+    return json.loads(index.read(replace(row, members=only))["json"])
+
+
+def _manifest_row(row: SampleRow, told: dict[str, Any]) -> ManifestRow:
+    """The manifest's row as far as the sample's description keeps it."""
+    return ManifestRow(0, row.key, told["id"], "", told["source"], told["captions"], row.start,
+                       row.end, row.split, told.get("prompt"))
+
+
+def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterator[Reply]:
+    """The replies, with what the source told of each sample and the conversion does not find out
+    anew, such as the frames' timestamps."""
+    for facts, reply in zip(told, replies):
+        kept = {name: value for name, value in facts.items() if name not in ROW}
+        yield reply if reply.reason is not None else replace(reply, facts={**kept, **reply.facts})
 
 
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
