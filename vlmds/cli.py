@@ -37,12 +37,18 @@ def pack(args: argparse.Namespace) -> int:
         summary = convert_from_options(
             args.manifest, args.out, args.store or "frames", vision=args.vision,
             feature_layer=args.feature_layer, pool=args.pool, num_frames=args.num_frames,
-            image_size=args.image_size, **common)
+            image_size=args.image_size, task_index=args.task_index, num_tasks=args.num_tasks,
+            **common)
+        if summary is None:
+            print(f"the shards of task {args.task_index} are there; when all {args.num_tasks} tasks "
+                  "are done, the same command without --task-index and --num-tasks writes the index")
+            return 0
     else:
         from vlmds.data.pack import pack
 
         _refuse(args, "features are made from a packed dataset: pack the videos first, then "
                 "vlmds pack OUT OUT2 --store features", vision=None, feature_layer=-1, pool=1)
+        _refuse(args, "only a conversion can be split over tasks", task_index=0, num_tasks=1)
         summary = pack(
             args.manifest, args.out, store=args.store or "video",
             num_frames=8 if args.num_frames is None else args.num_frames,
@@ -152,6 +158,9 @@ def _pack_parser(commands) -> None:
     add("--feature-layer", type=int, default=-1, choices=(-1, -2),
         help="of the features store: vision.feature_layer (default: -1)")
     add("--pool", type=int, default=1, help="of the features store: vision.pool (default: 1)")
+    add("--task-index", type=int, default=0, help="of --num-tasks, from 0 (conversions)")
+    add("--num-tasks", type=int, default=1,
+        help="processes or machines that share a conversion (default: 1)")
     add("--quality", type=int, default=95, help="JPEG quality of the frames store (default: 95)")
     add("--shard-size", type=int, default=256, help="rows per shard (default: 256)")
     add("--val-fraction", type=float, default=0.0,

@@ -18,7 +18,7 @@ from vlmds.models.assemble import experiment_projector
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter, load_tokenizer
 from vlmds.models.pretrained import published_or_loaded_config
-from vlmds.models.vision import vision_half
+from vlmds.models.vision import patches_per_frame, vision_half
 from vlmds.training.stages import freeze, stage_steps
 
 CORES_PER_GPU = 8.0
@@ -156,8 +156,8 @@ def _stores(
     """What each store costs, and the cheapest that keeps the GPUs fed."""
     vision = model.tower.config
     projector = model.captioner.projector
-    found = prices(dataset.parts if dataset else [], projector.num_frames, vision.image_size, projector.patches,
-                   vision.hidden_size)
+    found = prices(dataset.parts if dataset else [], projector.num_frames, vision.image_size,
+                   projector.patches, vision.hidden_size)
     how = "given"
     if rate is None:
         rate, how = _assumed_rate(experiment, model), (
@@ -198,8 +198,8 @@ def _assumed_rate(experiment: Experiment, model: Shapes) -> float:
     passes = 3 if experiment.training.activation_checkpointing else 2
     projector = model.captioner.projector
     positions = projector.num_tokens + TEXT_POSITIONS
-    frames = projector.num_frames * (model.tower.config.image_size // model.tower.config.patch_size)**2
-    operations = 2 * passes * weights * positions + 2 * _count(model.tower) * frames
+    patches = projector.num_frames * patches_per_frame(model.tower.config)
+    operations = 2 * passes * weights * positions + 2 * _count(model.tower) * patches
     return ASSUMED_FLOPS / operations
 
 

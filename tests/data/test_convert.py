@@ -117,6 +117,21 @@ def test_the_same_bytes_whatever_the_workers_and_the_start(sources, tower, tmp_p
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_tasks_share_a_conversion(sources, tower, tmp_path):
+    to_features(sources / "frames", tmp_path / "one", tower)
+    for task in (1, 0, 2):
+        assert to_features(sources / "frames", tmp_path / "out", tower, task_index=task,
+                           num_tasks=3) is None
+        assert not (tmp_path / "out/dataset.json").exists()
+        if task == 1:  # of shards train 0, 2, 3 and val 0, the second
+            assert [p.name for p in (tmp_path / "out").rglob("*.json")] == ["000002.json"]
+    summary = to_features(sources / "frames", tmp_path / "out", tower)
+    assert summary.kept_shards == summary.shards == 4
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    with pytest.raises(InputError, match="--task-index: 3 is not in 0 … 2"):
+        to_features(sources / "frames", tmp_path / "out", tower, task_index=3, num_tasks=3)
+
+
 def test_a_killed_conversion_goes_on(sources, tmp_path):
     out, reached = tmp_path / "out", tmp_path / "reached"
     code = (

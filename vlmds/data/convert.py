@@ -77,27 +77,34 @@ def convert(
     tower_name: str | None = None,
     workers: int | None = None,
     deadline: float = 60.0,
+    task_index: int = 0,
+    num_tasks: int = 1,
     progress: bool = True,
-) -> packing.PackSummary:
+) -> packing.PackSummary | None:
     """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
     conversion was stopped.
 
     num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
     336, 95); a frames store already has its own. tower, tower_name: what makes the features.
-    workers, deadline: as for packing.
+    workers, deadline: as for packing. num_tasks: of several tasks, each makes the shards whose
+    place, modulo num_tasks, is its task_index, and returns None; when all are done, a last call
+    without them finds the shards there and writes the index.
 
     Samples that cannot be converted go to ledger.jsonl, with row 0, for a shard does not tell the
     manifest's; the source's own ledger stands there, too. Raises InputError for a conversion that
     is not possible, a damaged source, or an `out` that holds something else.
     """
     begin = time.monotonic()
+    if not 0 <= task_index < num_tasks:
+        raise InputError(f"--task-index: {task_index} is not in 0 … {num_tasks - 1}")
     index, out = ShardIndex.open(source), Path(out)
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
     sources = [_Source(position, info) for split in index.splits
                for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
     todo = {shard.name for shard in packing._unfinished(out, shards)}
-    pending = [(shard, s) for shard, s in zip(shards, sources) if shard.name in todo]
+    pending = [(shard, s) for place, (shard, s) in enumerate(zip(shards, sources))
+               if shard.name in todo and place % num_tasks == task_index]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
     with (
@@ -105,16 +112,16 @@ def convert(
         tqdm(total=total, desc=f"to {store}", unit="sample", disable=not progress) as bar,
     ):
         made = _made(index, [source for _, source in pending], target, tower, pool, workers)
-        for shard, source in pending:
-            rows = list(source.rows(index))
-            told = [_description(index, row) for row in rows]
-            replies = _with_facts(islice(made, source.info.count), told)
-            manifest_rows = [_manifest_row(row, t) for row, t in zip(rows, told)]
-            packing._write_shard(
-                out, replace(shard, rows=manifest_rows), packing._shown(replies, bar))
+        for shard, from_shard in pending:
+            told = [(row, _description(index, row)) for row in from_shard.rows(index)]
+            replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
+            shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
+            packing._write_shard(out, shard, packing._shown(replies, bar))
+    if num_tasks > 1:
+        return None
     before = _ledger(index.root)
     rejects, counts, size = packing._finish(out, shards, before, _described(index, target))
-    new = Counter(r.reason.split(":")[0] for r in rejects if r not in before)
+    new = Counter(r.reason.split(":")[0] for r in set(rejects) - set(before))
     return packing.PackSummary(counts, dict(new.most_common()), [], len(shards),
                                len(shards) - len(todo), size, time.monotonic() - begin)
 
@@ -122,7 +129,7 @@ def convert(
 def convert_from_options(
     source: str | Path, out: str | Path, store: str, *, vision: str | None, feature_layer: int,
     pool: int, **options: Any,
-) -> packing.PackSummary:
+) -> packing.PackSummary | None:
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig

@@ -300,7 +300,8 @@ def _finish(
     for entry in entries:
         counts[entry["split"]] += entry["count"]
     write(out / "dataset.json", _json({
-        "format": FORMAT, "version": VERSION, **described, "counts": dict(counts), "rejected": len(rejects), "index_sha256": index_sha256,
+        "format": FORMAT, "version": VERSION, **described, "counts": dict(counts),
+        "rejected": len(rejects), "index_sha256": index_sha256,
         "index_footer_sha256": footer_sha256(out / "index.parquet"),
         "shards": entries}))
     for leftover in out.rglob(".*.tmp"):  # of runs that were killed

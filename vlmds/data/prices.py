@@ -69,8 +69,8 @@ def prices(
 ) -> list[Price]:
     """The stores that the data is or can be converted to; typical clips if there is no data.
 
-    parts: the packed datasets, all of one store. num_frames, image_size: of the experiment's frames. patches, width: of its features, P vectors
-    a frame.
+    parts: the packed datasets, all of one store. num_frames, image_size: of the experiment's
+    frames. patches, width: of its features, P vectors a frame.
     """
     features = _features_price(num_frames, patches, width)
     if not parts:
