@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from vlmds.data import video
+from vlmds.data.repair import repair
 from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
@@ -85,9 +86,7 @@ def prepare(request: Request) -> Reply:
         "width": info.width, "height": info.height, "codec": info.codec,
         "rotation": info.rotation, "decoder": info.decoder}
     if request.store == "video":
-        if request.verify:
-            facts["decoder"] = _verified_decoder(data, info, span)
-        return Reply(None, facts, {_extension(request.video, info.container): data})
+        return _stored_video(request, data, info, facts)
 
     # PyAV, for it reports damage that decord passes over.
     frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
@@ -98,6 +97,24 @@ def prepare(request: Request) -> Reply:
     facts["timestamps"] = [round(float(t), 6) for t in info.pts[picks]]
     return Reply(None, facts, {
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
+
+
+def _stored_video(
+    request: Request, data: bytes, info: video.VideoInfo, facts: dict[str, Any]
+) -> Reply:
+    """The member of a video store. Only its decoder and span are those of what is stored; the
+    other facts stay the original's."""
+    stored = repair(data, info, request.num_frames, request.start, request.end)
+    span = (request.num_frames, stored.start, stored.end)
+    decoder = stored.info.decoder
+    if request.verify:
+        decoder = _verified_decoder(stored.data, stored.info, span)
+    facts |= {"decoder": decoder, "start": stored.start, "end": stored.end}
+    name = request.video
+    if stored.record:
+        facts["repair"] = stored.record
+        name = ""  # its extension may be wrong now
+    return Reply(None, facts, {_extension(name, stored.info.container): stored.data})
 
 
 def decode(request: FramesRequest, data: bytes) -> Reply:
