@@ -2,10 +2,12 @@
 
 Neither FFmpeg nor decord can be interrupted from Python, so each child asks the kernel for SIGALRM
 before it starts on a video. Its default action ends the process whatever it is doing, even when
-the parent is gone.
+the parent is gone. Between videos a child ends as soon as its parent has: it watches the parent's
+process, for a fork of the parent may hold the connection open.
 """
 
 import io
+import os
 import pickle
 import signal
 import socket
@@ -22,10 +24,14 @@ import numpy as np
 from PIL import Image
 
 from vlmds.data import video
+from vlmds.data.repair import repair
 from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
+START_SECONDS = 120.0  # a child imports its libraries, at worst from a slow network disk
+# A scheduler signals all processes of a job, and the parent still needs its children then.
+IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,17 @@ class Request:
     image_size: int
     quality: int = 95
     verify: bool = True
+
+
+@dataclass(frozen=True)
+class FramesRequest:
+    """Frames of a packed video, the bytes of which follow; see `FrameDecoder.frames`."""
+
+    num_frames: int
+    image_size: int
+    start: float | None
+    end: float | None
+    decoder: str
 
 
 @dataclass(frozen=True)
@@ -69,9 +86,7 @@ def prepare(request: Request) -> Reply:
         "width": info.width, "height": info.height, "codec": info.codec,
         "rotation": info.rotation, "decoder": info.decoder}
     if request.store == "video":
-        if request.verify:
-            facts["decoder"] = _verified_decoder(data, info, span)
-        return Reply(None, facts, {_extension(request.video, info.container): data})
+        return _stored_video(request, data, info, facts)
 
     # PyAV, for it reports damage that decord passes over.
     frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
@@ -82,6 +97,31 @@ def prepare(request: Request) -> Reply:
     facts["timestamps"] = [round(float(t), 6) for t in info.pts[picks]]
     return Reply(None, facts, {
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
+
+
+def _stored_video(
+    request: Request, data: bytes, info: video.VideoInfo, facts: dict[str, Any]
+) -> Reply:
+    """The member of a video store. Only its decoder and span are those of what is stored; the
+    other facts stay the original's."""
+    stored = repair(data, info, request.num_frames, request.start, request.end)
+    span = (request.num_frames, stored.start, stored.end)
+    decoder = stored.info.decoder
+    if request.verify:
+        decoder = _verified_decoder(stored.data, stored.info, span)
+    facts |= {"decoder": decoder, "start": stored.start, "end": stored.end}
+    name = request.video
+    if stored.record:
+        facts["repair"] = stored.record
+        name = ""  # its extension may be wrong now
+    return Reply(None, facts, {_extension(name, stored.info.container): stored.data})
+
+
+def decode(request: FramesRequest, data: bytes) -> Reply:
+    """The request's frames as a member "rgb". Raises SampleError."""
+    info = replace(video.probe(data), decoder=request.decoder)
+    frames = video.decode_frames(data, info, request.num_frames, request.start, request.end)
+    return Reply(members={"rgb": video.resize_frames(frames, request.image_size).tobytes()})
 
 
 def _verified_decoder(data: bytes, info: video.VideoInfo, span: tuple) -> str:
@@ -161,6 +201,62 @@ def decode_videos(
                 yield pixels.reshape(num_frames, 3, image_size, image_size)
 
 
+class FrameDecoder:
+    """Decodes packed videos in a child process of its own, one at a time.
+
+    The child starts with the first video and again after one that hung or crashed. Can be pickled,
+    and used after a fork: each process has its own child. Not for several threads at once.
+
+    deadline: seconds that a video may take.
+    """
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
+        self._child: _Child | None = None
+
+    def frames(
+        self, data: bytes, *, num_frames: int, image_size: int, start: float | None,
+        end: float | None, decoder: str,
+    ) -> np.ndarray:
+        """The frames sampled from [start, end]: uint8 [num_frames, 3, image_size, image_size].
+
+        data: the video file. start, end: seconds, None for the video's own. decoder: "pyav" or
+        "decord", as packing found. Raises SampleError: damaged, hung, crashed.
+        """
+        child = self._running_child()
+        try:
+            child.send(FramesRequest(num_frames, image_size, start, end, decoder), data)
+            reply = child.receive()
+        except (EOFError, OSError):
+            self._child = None
+            raise SampleError(child.last_words()) from None
+        except BaseException:  # interrupted: its reply must not become the next video's
+            self.close()
+            raise
+        if reply.reason is not None:
+            raise SampleError(reply.reason)
+        pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
+        return pixels.reshape(num_frames, 3, image_size, image_size)
+
+    def close(self) -> None:
+        """End the child; the next video starts another."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def _running_child(self) -> "_Child":
+        if self._child is None or not self._child.is_usable():
+            self.close()
+            self._child = _Child(self.deadline)
+        return self._child
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"deadline": self.deadline, "_child": None}
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class DecodePool:
     """`lanes` child processes, each busy with one video at a time. Use as a context manager."""
 
@@ -211,13 +307,7 @@ class DecodePool:
             reply = child.receive()
         except (EOFError, OSError):
             self._vacant += 1
-            code = child.reap()
-            if not child.ready:
-                raise RuntimeError(f"the decoding process did not start (exit code {code})")
-            if code == -signal.SIGALRM:
-                return Reply(f"decoder hung: stopped after {self._deadline:g} s")
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            return Reply(f"decoder crashed: {how}")
+            return Reply(child.last_words())
         self._idle.append(child)
         return reply
 
@@ -233,68 +323,117 @@ class _Child:
     """The parent's end of one child process."""
 
     def __init__(self, deadline: float):
+        self._deadline = deadline
+        self._owner = os.getpid()
         ours, theirs = socket.socketpair()
-        with theirs:
-            # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(deadline)],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+        # Blocked, such a signal waits until the child has come to ignore it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+        try:
+            with theirs:
+                # A session of its own: Ctrl-C reaches the parent alone, which ends its children.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(theirs.fileno()), str(deadline),
+                     str(self._owner)],
+                    pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.connection = Connection(ours.detach())
-        self.ready = False
+        self._ready = False
 
-    def send(self, request: Request) -> None:
+    def is_usable(self) -> bool:
+        """Whether it runs, and for this process."""
+        return self._owner == os.getpid() and self._process.poll() is None
+
+    def send(self, request: Request | FramesRequest, data: bytes | None = None) -> None:
         try:
             self.connection.send(request)
+            if data is not None:
+                self._await_start()  # or sending could block for good
+                self.connection.send_bytes(data)
         except OSError:
             pass  # it died meanwhile; receive() tells
 
     def receive(self) -> Reply:
-        """Raises EOFError or OSError if the child is dead."""
-        if not self.ready:
-            self.connection.recv_bytes()
-            self.ready = True
+        """Raises EOFError or OSError if the child is dead, or does not answer in time."""
+        self._await_start()
+        self._await(self._deadline + 10.0)  # its alarm comes first, unless it is stopped
         reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
         return Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
 
-    def reap(self) -> int:
-        """The exit code of a child that closed its end of the connection."""
+    def _await_start(self) -> None:
+        if not self._ready:
+            self._await(START_SECONDS)
+            self.connection.recv_bytes()
+            self._ready = True
+
+    def _await(self, seconds: float) -> None:
+        if not self.connection.poll(seconds):
+            self._process.kill()
+            raise EOFError
+
+    def last_words(self) -> str:
+        """Why a child that closed its end of the connection has ended."""
         try:
             self._process.wait(timeout=5.0)  # the socket closes a moment before the process ends
         except subprocess.TimeoutExpired:
             pass
-        return self.kill()
+        code = self.kill()
+        if not self._ready:
+            raise RuntimeError(f"the decoding process did not start (exit code {code})")
+        if code == -signal.SIGALRM:
+            return f"decoder hung: stopped after {self._deadline:g} s"
+        return f"decoder crashed: {f'signal {-code}' if code < 0 else f'exit code {code}'}"
 
     def kill(self) -> int:
-        """End the process, unless it has ended, and return its exit code."""
+        """End the process, unless it has ended, and return its exit code. In a fork of its owner:
+        forget it."""
         self.connection.close()
+        if self._owner != os.getpid():
+            self._process.returncode = 0  # not ours to wait for
         self._process.kill()
         return self._process.wait()
 
 
-def main(descriptor: int, deadline: float) -> None:
-    """The child: answer requests until the parent closes the connection."""
+def main(descriptor: int, deadline: float, parent: int) -> None:
+    """The child: answer requests until the parent ends or closes the connection."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     import decord  # before the first deadline starts
 
     av.logging.set_level(av.logging.PANIC)  # what matters becomes a reason
     decord.logging.set_level(decord.logging.QUIET)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have ignored it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     connection = Connection(descriptor)
-    connection.send_bytes(b"ready")
-    while True:
-        try:
+    parent_end = os.pidfd_open(parent)
+    if os.getppid() != parent:
+        return
+    try:
+        connection.send_bytes(b"ready")
+        while parent_end not in wait([connection, parent_end]):
             request = connection.recv()
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_REAL, deadline)
-        try:
-            reply = prepare(request)
-        except SampleError as error:
-            reply = Reply(str(error))
-        signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may take its time to receive
-        connection.send_bytes(pickle.dumps((reply.reason, reply.facts, list(reply.members))))
-        for member in reply.members.values():
-            connection.send_bytes(member)
+            data = connection.recv_bytes() if isinstance(request, FramesRequest) else None
+            signal.setitimer(signal.ITIMER_REAL, deadline)
+            reply = _answer(request, data)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may take its time to receive
+            connection.send_bytes(pickle.dumps((reply.reason, reply.facts, list(reply.members))))
+            for member in reply.members.values():
+                connection.send_bytes(member)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone
+
+
+def _answer(request: Request | FramesRequest, data: bytes | None) -> Reply:
+    try:
+        return prepare(request) if data is None else decode(request, data)
+    except SampleError as error:
+        return Reply(str(error))
+    except MemoryError:
+        return Reply("cannot be decoded: out of memory")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    from vlmds.data import decode_child  # requests are instances of its classes, not of __main__'s
+
+    decode_child.main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

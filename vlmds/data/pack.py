@@ -233,14 +233,16 @@ def _write_sample(
     facts = dict(reply.facts)
     decoder = facts.pop("decoder")  # this machine's choice, not a property of the video
     timestamps = facts.pop("timestamps", None)
-    optional = {"prompt": row.prompt, "start": row.start, "end": row.end, "timestamps": timestamps}
+    # In a video store the span is that of the file as stored.
+    span = {"start": facts.pop("start", row.start), "end": facts.pop("end", row.end)}
+    optional = {"prompt": row.prompt, **span, "timestamps": timestamps}
     described = {"id": row.id, "captions": row.captions, "source": row.source, **facts,
                  **{name: value for name, value in optional.items() if value is not None}}
     contents = {**reply.members, "json": _json(described)}
     members = [writer.add(f"{row.key}.{ext}", ext, contents[ext]) for ext in sorted(contents)]
     return {"split": shard.split, "shard": shard.number, "key": row.key, "members": members,
             "num_captions": len(row.captions), **facts, "decoder": decoder,
-            "start": row.start, "end": row.end, "status": "ok"}
+            **span, "status": "ok"}
 
 
 class _TarWriter:

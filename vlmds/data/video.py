@@ -23,6 +23,10 @@ from vlmds.errors import SampleError
 SAMPLER = "centre-of-equal-spans"
 RESIZER = "pil-bicubic-shortest-edge-centre-crop"
 
+# The largest frame decoded: 8K video is 35 million pixels, a 360° one 67. A few bytes can declare
+# any size, and each pixel of it costs memory and time.
+MAX_PIXELS = 8192 * 8192
+
 Source = str | os.PathLike | bytes
 
 # Codecs of which a packet is a displayed frame, so that packets tell the display times. Elsewhere
@@ -39,7 +43,8 @@ class VideoInfo:
 
     width, height: as displayed, after rotation. rotation: degrees clockwise to apply for display
     (0, 90, 180, 270). fps: frames / duration. frames: displayable ones. discarded: packets that
-    an edit list hides. decoder: "decord" or "pyav".
+    an edit list hides. preroll: packets whose frames cannot be shown, for they come before the
+    first keyframe. decoder: "decord" or "pyav".
     pts: float64 [frames], sorted display times in seconds from the first displayed frame, which
     the file places at `start_time`.
     by_pts: a decoded frame's time is found in pts; otherwise the k-th decoded frame has pts[k].
@@ -55,6 +60,7 @@ class VideoInfo:
     frames: int
     duration: float
     discarded: int
+    preroll: int
     container: str
     decoder: str
     pts: np.ndarray
@@ -72,22 +78,20 @@ class _Packet:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Read every packet of the video and decode its first frame (milliseconds, for most files).
+    """Read every packet of the video once and decode its first frame.
 
-    source: a path, or the file's bytes. Raises SampleError.
+    source: a path, or the file's bytes. Takes milliseconds for most files; where packets do not
+    tell the display times, decodes all of it. Raises SampleError.
     """
-    with _reading("cannot be read"), _open(source) as container:
-        stream = _video_stream(container)
+    with _reading("cannot be read"), open_video(source) as container:
+        stream = video_stream(container)
         name = container.format.name
+        codec = stream.codec_context.codec.canonical_name
         videos = len(container.streams.video)
         rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
-        packets, only_idr = _read_packets(container, stream)
-    with _reading("cannot be decoded"), _open(source) as container:
-        stream = _video_stream(container)
-        first = next(container.decode(stream), None)
+        packets, only_idr, first = _read_packets(container, stream)
         if first is None:
             raise SampleError("no frames")
-        codec = stream.codec_context.codec.canonical_name
         first_time = _seconds(first.pts, stream.time_base)
 
     hidden = sum(p.hidden for p in packets)
@@ -110,12 +114,13 @@ def probe(source: Source) -> VideoInfo:
         width, height = height, width
     cleared = (
         closed and videos == 1 and rotation == 0 and not first.interlaced_frame
+        and first.width % 2 == first.height % 2 == 0  # decord errs at the edge of an odd picture
         and codec in _DECORD_CODECS and first.format.name in _DECORD_PIX_FMTS
     )
     return VideoInfo(
         codec=codec, pix_fmt=first.format.name, width=width, height=height, rotation=rotation,
         fps=len(pts) / duration, frames=len(pts), duration=duration, discarded=hidden,
-        container=name, decoder="decord" if cleared else "pyav", pts=pts,
+        preroll=_preroll(packets), container=name, decoder="decord" if cleared else "pyav", pts=pts,
         start_time=float(times[0]), by_pts=by_pts, keyframes=np.array(keyframes) - times[0],
     )
 
@@ -203,18 +208,25 @@ def _reading(what: str) -> Iterator[None]:
         raise SampleError(f"{what}: {error.strerror}") from error
 
 
-def _open(source: Source) -> av.container.InputContainer:
+def open_video(source: Source) -> av.container.InputContainer:
+    """Raises av.FFmpegError or OSError."""
     # Titles in old code pages must not cost us the video.
     return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source),
                    metadata_errors="ignore")
 
 
-def _video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+    """The stream that is meant to be seen, set to report damage. Raises SampleError."""
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise SampleError("no video stream")
     stream.thread_type = "NONE"
-    stream.codec_context.options = {"err_detect": "explode"}  # an error for damage, not a guess
+    context = stream.codec_context
+    if context.width * context.height > MAX_PIXELS:
+        raise SampleError(f"frames too large: {context.width} × {context.height} is over the limit "
+                          f"of {MAX_PIXELS:,} pixels")
+    # An error for damage, not a guess; and the stream may be larger than its container says.
+    context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
     return stream
 
 
@@ -222,12 +234,18 @@ def _seconds(pts: int | None, time_base: Fraction) -> float | None:
     return None if pts is None else pts * time_base.numerator / time_base.denominator
 
 
-def _read_packets(container, stream) -> tuple[list[_Packet], bool]:
-    """All packets, in decoding order, and whether every keyframe resets the decoder (IDR)."""
+def _read_packets(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream
+) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
+    """All packets, in decoding order; whether every keyframe resets the decoder (IDR); the first
+    frame."""
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
-    packets, only_idr = [], True
+    packets, only_idr, first = [], True, None
     for packet in container.demux(stream):
+        if first is None:
+            with _reading("cannot be decoded"):
+                first = next(iter(packet.decode()), None)
         if not packet.size:
             continue
         if packet.is_keyframe and only_idr:
@@ -236,7 +254,7 @@ def _read_packets(container, stream) -> tuple[list[_Packet], bool]:
             _seconds(packet.pts, stream.time_base),
             _seconds(packet.duration or 0, stream.time_base),
             packet.is_keyframe, packet.is_discard))
-    return packets, only_idr
+    return packets, only_idr, first
 
 
 def _is_idr(packet: bytes, codec: str, extradata: bytes) -> bool:
@@ -274,6 +292,15 @@ def _packet_times(packets: list[_Packet]) -> np.ndarray | None:
     return np.sort(np.array(times, np.float64))
 
 
+def _preroll(packets: list[_Packet]) -> int:
+    """Packets that come, or would be shown, before the first keyframe."""
+    first_key = next((i for i, p in enumerate(packets) if p.key), len(packets))
+    later = packets[first_key:]
+    begin = later[0].time if later else None
+    early = [p for p in later if None not in (p.time, begin) and p.time < begin]
+    return first_key + sum(not p.hidden for p in early)
+
+
 def _closed_gops(packets: list[_Packet]) -> bool:
     """Whether the first packet is a keyframe and each keyframe parts the frames in two."""
     latest, key = -np.inf, np.inf
@@ -290,8 +317,8 @@ def _closed_gops(packets: list[_Packet]) -> bool:
 
 def _decoded_times(source: Source, rate: float) -> np.ndarray:
     """Display times found by decoding everything: sorted float64 [frames]."""
-    with _reading("cannot be decoded"), _open(source) as container:
-        stream = _video_stream(container)
+    with _reading("cannot be decoded"), open_video(source) as container:
+        stream = video_stream(container)
         times = [_seconds(frame.pts, stream.time_base) for frame in container.decode(stream)]
     if None in times or len(set(times)) < len(times):  # a raw stream: only the rate is known
         return np.arange(len(times)) / rate
@@ -303,8 +330,8 @@ def _decode_pyav(
 ) -> dict[int, np.ndarray]:
     """Decode the frames `wanted` (sorted indices) and return those found: uint8 [H, W, 3]."""
     found = {}
-    with _open(source) as container:
-        stream = _video_stream(container)
+    with open_video(source) as container:
+        stream = video_stream(container)
         frames = container.decode(stream)
         position = -1  # index of the last frame decoded
         for target in wanted:
@@ -318,8 +345,42 @@ def _decode_pyav(
                 if position >= target:
                     break
             if position == target:
-                found[target] = frame.to_ndarray(format="rgb24")
+                found[target] = _rgb(frame, info)
     return found
+
+
+def iterate(
+    source: Source, info: VideoInfo, first: int, last: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(index, frame) of the frames first … last, in order, as the file stores them.
+
+    Raises SampleError for damage, or if one is missing.
+    """
+    expected = first
+    with _reading("cannot be decoded"), open_video(source) as container:
+        stream = video_stream(container)
+        before = np.searchsorted(info.keyframes, info.pts[first], side="right") - 1
+        if before > 0:
+            seconds = info.keyframes[before] + info.start_time
+            container.seek(round(seconds / stream.time_base), stream=stream)
+        index = -1
+        for frame in container.decode(stream):
+            index = _index(info, frame, stream.time_base) if info.by_pts else index + 1
+            if index == expected:
+                yield index, frame
+                expected += 1
+            if index >= last:
+                break
+    if expected <= last:
+        raise SampleError(f"cannot be decoded: no frame at {info.pts[expected]:.3f} s")
+
+
+def _rgb(frame: av.VideoFrame, info: VideoInfo) -> np.ndarray:
+    """uint8 [H, W, 3], as stored. Raises SampleError if its size is not the first frame's."""
+    stored = (info.width, info.height) if info.rotation % 180 == 0 else (info.height, info.width)
+    if (frame.width, frame.height) != stored:
+        raise SampleError(f"cannot be decoded: its frame size changes at {frame.time or 0:.3f} s")
+    return frame.to_ndarray(format="rgb24")
 
 
 def _index(info: VideoInfo, frame: av.VideoFrame, time_base: Fraction) -> int:
