@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -30,7 +32,7 @@ def contents(folder, pattern="*"):
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """Seven clips, one of them twice with a span, one that is no video and leaves its shard empty."""
+    """Six clips, and two rows without a video, which leave a shard empty."""
     folder = tmp_path_factory.mktemp("clips")
     rows = []
     for i in range(6):
@@ -42,7 +44,7 @@ def manifest(tmp_path_factory):
     (folder / "bad.mp4").write_bytes(b"no video")
     rows.insert(2, {"video": "bad.mp4", "caption": "없음", "split": "train"})
     rows.insert(3, {"video": "none.mp4", "caption": "없음", "split": "train"})
-    rows.append({"video": "v3.mp4", "id": "한글 이름", "start": 0.3, "end": 0.9, "caption": "구간"})
+    rows.append({"video": "v3.mp4", "id": "한글 이름", "caption": "다시"})
     return write_manifest(folder / "m.jsonl", rows)
 
 
@@ -86,6 +88,25 @@ def test_frames_made_of_a_video_store_are_those_packed_from_the_manifest(sources
     for name in ("index.parquet", "ledger.jsonl", "dataset.json"):
         assert (tmp_path / "out" / name).read_bytes() == (sources / "frames" / name).read_bytes()
     assert summary.counts == {"train": 6, "val": 1} and summary.rejected == {}
+
+
+def test_frames_of_a_span_are_those_of_the_stored_file(manifest, tmp_path):
+    """A video store may hold another file than the manifest names: its span alone, encoded anew."""
+    (manifest.parent / "spans.jsonl").write_text(json.dumps(
+        {"video": "v3.mp4", "start": 0.3, "end": 0.9, "caption": "구간"}) + "\n")
+    for store in ("video", "frames"):
+        pack(manifest.parent / "spans.jsonl", tmp_path / store, store=store, progress=False,
+             **FRAMES)
+    convert(tmp_path / "video", tmp_path / "out", store="frames", progress=False, **FRAMES)
+    made, packed = (ShardIndex.open(tmp_path / name) for name in ("out", "frames"))
+    a, b = (index.read(index.row("train", 0, 0)) for index in (made, packed))
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"json"}:
+        ours, theirs = (np.asarray(Image.open(io.BytesIO(m[name])), int) for m in (a, b))
+        assert np.abs(ours - theirs).mean() < 8, name
+    told = json.loads(ShardIndex.open(tmp_path / "video").read(
+        ShardIndex.open(tmp_path / "video").row("train", 0, 0))["json"])
+    assert {**json.loads(a["json"]), "timestamps": None} == {**told, "timestamps": None}
 
 
 @pytest.mark.parametrize("source", ["video", "frames"])

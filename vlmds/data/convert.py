@@ -285,11 +285,11 @@ def _manifest_row(row: SampleRow, told: dict[str, Any]) -> ManifestRow:
 
 
 def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterator[Reply]:
-    """The replies, with what the source told of each sample and the conversion does not find out
-    anew, such as the frames' timestamps."""
+    """The replies, with the facts that the source told of each sample: of the original video, which
+    may be another file than the one that a video store keeps."""
     for facts, reply in zip(told, replies):
         kept = {name: value for name, value in facts.items() if name not in ROW}
-        yield reply if reply.reason is not None else replace(reply, facts={**kept, **reply.facts})
+        yield reply if reply.reason is not None else replace(reply, facts={**reply.facts, **kept})
 
 
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
