@@ -119,6 +119,7 @@ def test_a_features_store_keeps_samples_order_and_captions(sources, tower, tmp_p
         0, 2, 3]
     row = new.row("train", 0, 0)
     assert [m.ext for m in row.members] == ["json", "safetensors"]
+    assert "<b>features</b>" in (tmp_path / "out/pack_report.html").read_text("utf-8")
     assert (tmp_path / "out/ledger.jsonl").read_bytes() == (
         sources / source / "ledger.jsonl").read_bytes()
 

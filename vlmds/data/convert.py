@@ -31,6 +31,7 @@ from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.loader import read_jpegs
 from vlmds.data.manifest import ManifestRow, Reject
+from vlmds.data.pack_report import write_report
 from vlmds.data.stored import decode_stored, pixels_of
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
@@ -121,6 +122,7 @@ def convert(
         return None
     before = _ledger(index.root)
     rejects, counts, size = packing._finish(out, shards, before, _described(index, target))
+    write_report(out)
     new = Counter(r.reason.split(":")[0] for r in set(rejects) - set(before))
     return packing.PackSummary(counts, dict(new.most_common()), [], len(shards),
                                len(shards) - len(todo), size, time.monotonic() - begin)
