@@ -12,7 +12,14 @@ from vlmds.config import load_experiment
 from vlmds.data.convert import convert
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
-from vlmds.memory import llm_bytes, saved_bytes, stage_memory
+from vlmds.memory import (
+    TEXT_POSITIONS,
+    layer_activations,
+    llm_bytes,
+    saved_bytes,
+    stage_memory,
+)
+from vlmds.models.assemble import load_model
 from vlmds.models.language import add_adapter, load_language_model
 from vlmds.models.vision import load_vision_tower
 from vlmds.plan import plan, shapes
@@ -87,6 +94,29 @@ def test_what_a_stage_trains_and_keeps(models):
     averaged = parts(load_experiment("e3", [
         *tiny.settings(models), "training.ema_decay=0.99"]), 0, world_size=2)
     assert averaged["weight average"] == 2 * projector
+
+
+@pytest.mark.parametrize("exp", ["e3", "e4"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp, number):
+    experiment = load_experiment(exp, [*tiny.settings(models), "peft.dropout=0.05"])
+    stage = experiment.stages[number]
+    planned = shapes(experiment).captioner
+    freeze(planned, stage)
+    captioner = load_model(experiment, CPU).captioner
+    if "peft" in stage.train:
+        captioner.llm = add_adapter(captioner.llm, experiment.peft)
+    freeze(captioner, stage)
+    captioner.train()
+    base = captioner.llm.get_base_model() if "peft" in stage.train else captioner.llm
+    length = captioner.projector.num_tokens + TEXT_POSITIONS
+    hidden = torch.randn(2, length, 64, requires_grad=True)
+    rotation = base.model.rotary_emb(hidden, torch.arange(length)[None])
+    layer = base.model.layers[0]
+    real = saved_bytes(
+        lambda: layer(hidden, attention_mask=None, position_embeddings=rotation),
+        own=[*layer.parameters(), *rotation])
+    assert layer_activations(experiment, stage, planned) == pytest.approx(real, rel=0.02)
 
 
 def test_more_ranks_share_the_optimizer_and_nothing_else():

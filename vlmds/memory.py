@@ -41,7 +41,7 @@ def stage_memory(
     # The adapter is on `captioner` in every stage here; one that does not train it has none.
     frozen_projector = sum(
         p.numel() for p in captioner.projector.parameters() if not p.requires_grad)
-    layer, layers = _layer_activations(experiment, stage, captioner), _layers(captioner)
+    layer, layers = layer_activations(experiment, stage, captioner), _layers(captioner)
     positions = training.micro_batch * _length(captioner)
     hidden = positions * captioner.projector.llm_dim * size
     kept = layers * layer if not training.activation_checkpointing else layers * hidden + layer
@@ -135,7 +135,7 @@ def _attention(module, query, key, value, attention_mask, **options):
 AttentionInterface.register("vlmds_shapes", _attention)
 
 
-def _layer_activations(experiment: Experiment, stage: StageConfig, captioner: Captioner) -> int:
+def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Captioner) -> int:
     """What one layer of the language model keeps for one micro-batch."""
     decoder = captioner.llm.get_base_model().model
     dtype = getattr(torch, experiment.llm.dtype)

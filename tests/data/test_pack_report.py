@@ -93,8 +93,10 @@ def test_the_bytes_do_not_depend_on_when_and_where(packed, tmp_path):
 def test_only_a_bounded_number_of_samples_is_opened(packed, monkeypatch):
     monkeypatch.setattr(pack_report, "CAPTION_ROWS", 2)
     monkeypatch.setattr(pack_report, "SHEET_CLIPS", 1)
+    monkeypatch.setattr(pack_report, "CAPTION_SHOWN", 10)
     page = Page(write_report(packed).read_text("utf-8"))
     assert len(page.images()) == pack_report.SHEET_FRAMES
+    assert HOSTILE[:10] + "…" in page.text and HOSTILE[:11] not in page.text
     assert "of the captions of 2 evenly spread samples out of 3" in page.text
 
 

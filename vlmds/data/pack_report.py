@@ -31,6 +31,7 @@ from vlmds.files import write
 
 NAME = "pack_report.html"
 CAPTION_ROWS = 2000  # samples whose captions are read
+CAPTION_SHOWN = 500  # characters
 SHEET_CLIPS = 24
 SHEET_FRAMES = 4
 SHEET_SIDE = 112  # pixels
@@ -251,6 +252,8 @@ def _contact_sheet(index: ShardIndex) -> list[Clip]:
     for row, found in zip(rows, pictures(index, rows), strict=True):
         try:
             caption = _read_json(index, row)["captions"][0]
+            if len(caption) > CAPTION_SHOWN:
+                caption = caption[:CAPTION_SHOWN] + "…"
         except SampleError as error:
             caption, found = "", error
         problem = str(found) if isinstance(found, SampleError) else ""
