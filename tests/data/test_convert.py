@@ -11,13 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from PIL import Image
+from safetensors.torch import load
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
 from vlmds.data.index import ShardIndex
+from vlmds.data.loader import read_jpegs
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
 from vlmds.models.vision import load_vision_tower
@@ -122,6 +125,22 @@ def test_a_features_store_keeps_samples_order_and_captions(sources, tower, tmp_p
     assert "<b>features</b>" in (tmp_path / "out/pack_report.html").read_text("utf-8")
     assert (tmp_path / "out/ledger.jsonl").read_bytes() == (
         sources / source / "ledger.jsonl").read_bytes()
+
+
+def test_a_features_store_is_plain_webdataset_and_safetensors(sources, tower, tmp_path):
+    to_features(sources / "frames", tmp_path / "out", tower)
+    index = ShardIndex.open(tmp_path / "out")
+    path = tmp_path / "out" / index.shards("train")[0].path
+    samples = list(wds.WebDataset(str(path), shardshuffle=False))
+    assert [s["__key__"] for s in samples] == ["v0", "v1"]
+    frames = ShardIndex.open(sources / "frames")
+    for i, sample in enumerate(samples):
+        (name, features), = load(sample["safetensors"]).items()
+        members = frames.read(frames.row("train", 0, i))
+        members.pop("json")
+        pixels = torch.from_numpy(read_jpegs(members))[None]
+        assert name == "features" and features.shape == (tiny.FRAMES * 4, 48)
+        torch.testing.assert_close(features, tower(pixels)[0].to(torch.bfloat16))
 
 
 def test_the_same_bytes_whatever_the_workers_and_the_start(sources, tower, tmp_path):
