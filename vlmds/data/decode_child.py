@@ -29,6 +29,7 @@ from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
+GRACE = 10.0  # seconds past the deadline in which a child's alarm ends it, unless it is stopped
 START_SECONDS = 120.0  # a child imports its libraries, at worst from a slow network disk
 # A scheduler signals all processes of a job, and the parent still needs its children then.
 IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
@@ -340,6 +341,7 @@ class _Child:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.connection = Connection(ours.detach())
         self._ready = False
+        self._overdue = False
 
     def is_usable(self) -> bool:
         """Whether it runs, and for this process."""
@@ -357,7 +359,7 @@ class _Child:
     def receive(self) -> Reply:
         """Raises EOFError or OSError if the child is dead, or does not answer in time."""
         self._await_start()
-        self._await(self._deadline + 10.0)  # its alarm comes first, unless it is stopped
+        self._await(self._deadline + GRACE)
         reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
         return Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
 
@@ -369,6 +371,7 @@ class _Child:
 
     def _await(self, seconds: float) -> None:
         if not self.connection.poll(seconds):
+            self._overdue = True
             self._process.kill()
             raise EOFError
 
@@ -381,7 +384,7 @@ class _Child:
         code = self.kill()
         if not self._ready:
             raise RuntimeError(f"the decoding process did not start (exit code {code})")
-        if code == -signal.SIGALRM:
+        if self._overdue or code == -signal.SIGALRM:
             return f"decoder hung: stopped after {self._deadline:g} s"
         return f"decoder crashed: {f'signal {-code}' if code < 0 else f'exit code {code}'}"
 

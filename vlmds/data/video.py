@@ -83,6 +83,14 @@ def probe(source: Source) -> VideoInfo:
     source: a path, or the file's bytes. Takes milliseconds for most files; where packets do not
     tell the display times, decodes all of it. Raises SampleError.
     """
+    try:
+        return _probe(source)
+    except SampleError:
+        _refuse_large(source)  # of the limit FFmpeg says no more than "invalid"
+        raise
+
+
+def _probe(source: Source) -> VideoInfo:
     with _reading("cannot be read"), open_video(source) as container:
         stream = video_stream(container)
         name = container.format.name
@@ -199,6 +207,19 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
+def _refuse_large(source: Source) -> None:
+    """Raises SampleError if the video declares frames over the limit. Decodes nothing."""
+    try:
+        with av.open(_file(source), options={"skip_frame": "all"}) as container:
+            stream = container.streams.best("video")
+            width, height = (stream.width, stream.height) if stream else (0, 0)
+    except (av.FFmpegError, OSError, UnicodeDecodeError):
+        return
+    if width * height > MAX_PIXELS:
+        raise SampleError(
+            f"frames too large: {width} × {height} is over the limit of {MAX_PIXELS:,} pixels")
+
+
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
     """Turns FFmpeg's and the system's errors into a SampleError without the file's path."""
@@ -210,9 +231,12 @@ def _reading(what: str) -> Iterator[None]:
 
 def open_video(source: Source) -> av.container.InputContainer:
     """Raises av.FFmpegError or OSError."""
-    # Titles in old code pages must not cost us the video.
-    return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source),
-                   metadata_errors="ignore")
+    # Opening may decode a frame too. Titles in old code pages must not cost us the video.
+    return av.open(_file(source), options={"max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore")
+
+
+def _file(source: Source) -> io.BytesIO | str:
+    return io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
@@ -221,12 +245,8 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise SampleError("no video stream")
     stream.thread_type = "NONE"
-    context = stream.codec_context
-    if context.width * context.height > MAX_PIXELS:
-        raise SampleError(f"frames too large: {context.width} × {context.height} is over the limit "
-                          f"of {MAX_PIXELS:,} pixels")
-    # An error for damage, not a guess; and the stream may be larger than its container says.
-    context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    # An error for damage, not a guess.
+    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
     return stream
 
 
@@ -397,8 +417,7 @@ def decode_decord(source: Source, info: VideoInfo, indices: np.ndarray) -> np.nd
     import decord
 
     try:
-        reader = decord.VideoReader(
-            io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1)
+        reader = decord.VideoReader(_file(source), num_threads=1)
         frames = reader.get_batch([int(i) for i in indices]).asnumpy()
         count = len(reader)
     except (decord.DECORDError, RuntimeError, OSError) as error:
