@@ -178,12 +178,12 @@ def test_a_killed_conversion_goes_on(sources, tmp_path):
     code = (
         "import sys, time, pathlib\n"
         "from vlmds.data import convert\n"
-        "real = convert.packing._write_shard\n"
+        "real = convert.write_shard\n"
         "def slow(out, shard, replies):\n"
         "    if shard.name == 'train/000002':\n"
         "        pathlib.Path(sys.argv[3]).touch(); time.sleep(600)\n"
         "    real(out, shard, replies)\n"
-        "convert.packing._write_shard = slow\n"
+        "convert.write_shard = slow\n"
         "convert.convert(sys.argv[1], sys.argv[2], store='frames', progress=False, "
         f"num_frames={tiny.FRAMES}, image_size={tiny.SIDE})\n")
     process = subprocess.Popen(

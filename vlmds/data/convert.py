@@ -25,12 +25,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlmds.data import pack as packing
 from vlmds.data.decode_child import DecodePool, Reply
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.loader import read_jpegs
 from vlmds.data.manifest import ManifestRow, Reject
+from vlmds.data.pack import PackOptions, PackSummary
+from vlmds.data.pack import _finish as finish
+from vlmds.data.pack import _json as json_line
+from vlmds.data.pack import _Shard as Shard
+from vlmds.data.pack import _shown as shown
+from vlmds.data.pack import _unfinished as unfinished
+from vlmds.data.pack import _write_shard as write_shard
 from vlmds.data.pack_report import write_report
 from vlmds.data.stored import decode_stored, pixels_of
 from vlmds.data.video import RESIZER, SAMPLER
@@ -81,7 +87,7 @@ def convert(
     task_index: int = 0,
     num_tasks: int = 1,
     progress: bool = True,
-) -> packing.PackSummary | None:
+) -> PackSummary | None:
     """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
     conversion was stopped.
 
@@ -103,7 +109,7 @@ def convert(
     sources = [_Source(position, info) for split in index.splits
                for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
-    todo = {shard.name for shard in packing._unfinished(out, shards)}
+    todo = {shard.name for shard in unfinished(out, shards)}
     pending = [(shard, s) for place, (shard, s) in enumerate(zip(shards, sources))
                if shard.name in todo and place % num_tasks == task_index]
     total = sum(source.info.count for _, source in pending)
@@ -117,21 +123,21 @@ def convert(
             told = [(row, _description(index, row)) for row in from_shard.rows(index)]
             replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
             shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
-            packing._write_shard(out, shard, packing._shown(replies, bar))
+            write_shard(out, shard, shown(replies, bar))
     if num_tasks > 1:
         return None
     before = _ledger(index.root)
-    rejects, counts, size = packing._finish(out, shards, before, _described(index, target))
+    rejects, counts, size = finish(out, shards, before, _described(index, target))
     write_report(out)
     new = Counter(r.reason.split(":")[0] for r in set(rejects) - set(before))
-    return packing.PackSummary(counts, dict(new.most_common()), [], len(shards),
+    return PackSummary(counts, dict(new.most_common()), [], len(shards),
                                len(shards) - len(todo), size, time.monotonic() - begin)
 
 
 def convert_from_options(
     source: str | Path, out: str | Path, store: str, *, vision: str | None, feature_layer: int,
     pool: int, **options: Any,
-) -> packing.PackSummary | None:
+) -> PackSummary | None:
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig
@@ -182,12 +188,12 @@ def _target(
     else:
         wanted = {"num_frames": num_frames or 8, "image_size": wanted["image_size"] or 336}
     if store == "frames":
-        packing.PackOptions(store, quality=quality, **wanted)  # which checks them
+        PackOptions(store, quality=quality, **wanted)  # which checks them
         return Target(store, quality=quality, **wanted)
     return Target(store, vision=describe_tower(tower, tower_name), **wanted)
 
 
-def _shard(info: ShardInfo, target: Target) -> packing._Shard:
+def _shard(info: ShardInfo, target: Target) -> Shard:
     """The shard of `out` that comes of one of the source's; its rows are read when it is its turn.
 
     The model's name and folder may differ between machines: the fingerprint says which it is.
@@ -195,10 +201,10 @@ def _shard(info: ShardInfo, target: Target) -> packing._Shard:
     described = asdict(target)
     if target.vision is not None:
         described["vision"] = {k: v for k, v in target.vision.items() if k != "model"}
-    digest = hashlib.sha256(packing._json({
+    digest = hashlib.sha256(json_line({
         "version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "target": described,
         "source": info.sha256})).hexdigest()
-    return packing._Shard(info.split, info.shard, [], digest)
+    return Shard(info.split, info.shard, [], digest)
 
 
 def _made(
