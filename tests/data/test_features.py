@@ -107,12 +107,13 @@ def test_losses_on_features_equal_those_on_frames(models, stores, name, pool):
         assert torch.equal(a["input_ids"], b["input_ids"])
         features = model.features(a)
         assert b["features"].dtype == torch.bfloat16
-        assert torch.equal(features.to(torch.bfloat16), b["features"])
+        # Other batch sizes may round differently, by one step of bfloat16 at most.
+        torch.testing.assert_close(b["features"].float(), features, rtol=2**-7, atol=1e-4)
+        assert not torch.equal(b["features"].float(), features)
         labels, ids = a["labels"], a["input_ids"]
         tokens = (labels != IGNORE).sum()
         exact = model.captioner(features, ids, labels) / tokens
         stored = blind.captioner(blind.features(b), ids, labels) / tokens
-        assert stored != exact  # rounded, but hardly
         torch.testing.assert_close(stored, exact, rtol=2e-3, atol=2e-3)
 
 
