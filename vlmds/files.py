@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +21,20 @@ def as_path(place: str | os.PathLike) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name whole and on disk, or (after an error) not at all."""
+    """A file that appears under its name whole and on disk, or (after an error) not at all.
+
+    At a URL the file is made on this machine and then uploaded; object stores show an upload when
+    it is complete.
+    """
+    if hasattr(path, "fs"):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.fs.put_file(file.name, path.path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}~{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -32,6 +45,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def temporary_owner(path: Path) -> tuple[bool, str]:
+    """Whether a temporary file of :func:`replacing` is of this machine, and its writer's process
+    id."""
+    rest, _, pid = path.name.removesuffix(".tmp").rpartition("~")
+    return rest.endswith(f".{platform.node()}"), pid
 
 
 def write(path: Path, data: bytes | str) -> None:

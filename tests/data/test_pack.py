@@ -1,4 +1,5 @@
 import json
+import platform
 import os
 import shutil
 import signal
@@ -55,7 +56,7 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_folder(tmp_path, v
     found = contents(tmp_path / "a")
     assert found == contents(tmp_path / "b")
     assert sorted(found) == [
-        "dataset.json", "index.parquet", "ledger.jsonl", *(
+        "dataset.json", "duplicates.jsonl", "index.parquet", "ledger.jsonl", *(
             f"train/{i:06d}.{ext}" for i in range(3) for ext in ("json", "tar")),
         "val/000000.json", "val/000000.tar"]
     assert summary.counts == {"train": 6, "val": 1} and summary.packed == 7
@@ -195,7 +196,8 @@ def test_missing_shards_are_packed_again_and_the_others_kept(tmp_path, videos):
     (out / "train/000001.tar").unlink()
     with (out / "train/000002.tar").open("ab") as file:
         file.write(b"x")
-    (out / "train/.000001.tar.123.tmp").write_bytes(b"left by a killed run")
+    dead = f"{platform.node()}~999999999.tmp"
+    (out / f"train/.000001.tar.{dead}").write_bytes(b"left by a killed run")
     kept = (out / "train/000000.tar").stat()
     assert again().kept_shards == 1
     assert contents(out) == clean

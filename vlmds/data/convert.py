@@ -30,14 +30,9 @@ from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.loader import read_jpegs
 from vlmds.data.manifest import ManifestRow, Reject
-from vlmds.data.pack import PackOptions, PackSummary
-from vlmds.data.pack import _finish as finish
-from vlmds.data.pack import _json as json_line
-from vlmds.data.pack import _Shard as Shard
-from vlmds.data.pack import _shown as shown
-from vlmds.data.pack import _unfinished as unfinished
-from vlmds.data.pack import _write_shard as write_shard
-from vlmds.data.pack_report import write_report
+from vlmds.data.merge import finish
+from vlmds.data.pack import PackSummary, shown
+from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_shard
 from vlmds.data.stored import decode_stored, pixels_of
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
@@ -84,34 +79,36 @@ def convert(
     tower_name: str | None = None,
     workers: int | None = None,
     deadline: float = 60.0,
-    task_index: int = 0,
-    num_tasks: int = 1,
+    task: tuple[int, int] | None = None,
+    merge: bool = False,
     progress: bool = True,
-) -> PackSummary | None:
+) -> PackSummary:
     """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
     conversion was stopped.
 
     num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
     336, 95); a frames store already has its own. tower, tower_name: what makes the features.
-    workers, deadline: as for packing. num_tasks: of several tasks, each makes the shards whose
-    place, modulo num_tasks, is its task_index, and returns None; when all are done, a last call
-    without them finds the shards there and writes the index.
+    workers, deadline: as for packing. task: (i, n) makes every nth shard from the ith on, and no
+    index; when all tasks are done, a last call without it finds the shards there and writes it.
+    merge: convert nothing, and raise InputError if a task's shard is missing.
 
     Samples that cannot be converted go to ledger.jsonl, with row 0, for a shard does not tell the
     manifest's; the source's own ledger stands there, too. Raises InputError for a conversion that
     is not possible, a damaged source, or an `out` that holds something else.
     """
     begin = time.monotonic()
-    if not 0 <= task_index < num_tasks:
-        raise InputError(f"--task-index: {task_index} is not in 0 … {num_tasks - 1}")
     index, out = ShardIndex.open(source), Path(out)
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
     sources = [_Source(position, info) for split in index.splits
                for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
-    todo = {shard.name for shard in unfinished(out, shards)}
-    pending = [(shard, s) for place, (shard, s) in enumerate(zip(shards, sources))
-               if shard.name in todo and place % num_tasks == task_index]
+    todo = {shard.name for shard in unfinished(out, shards, {})}
+    if merge and todo:
+        raise InputError(f"--merge: {out}: {len(todo)} of {len(shards)} shards are not there yet, "
+                         f"{min(todo)} among them; run the tasks that make them")
+    first, stride = task or (0, 1)
+    mine = list(zip(shards, sources))[first::stride]
+    pending = [(shard, s) for shard, s in mine if shard.name in todo]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
     with (
@@ -124,20 +121,20 @@ def convert(
             replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
             shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
             write_shard(out, shard, shown(replies, bar))
-    if num_tasks > 1:
-        return None
+    if task is not None:
+        return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0,
+                           time.monotonic() - begin, finished=False)
     before = _ledger(index.root)
-    rejects, counts, size = finish(out, shards, before, _described(index, target))
-    write_report(out)
-    new = Counter(r.reason.split(":")[0] for r in set(rejects) - set(before))
-    return PackSummary(counts, dict(new.most_common()), [], len(shards),
-                               len(shards) - len(todo), size, time.monotonic() - begin)
+    done = finish(out, shards, before, _described(index, target))
+    new = Counter(r.reason.split(":")[0] for r in set(done.rejects) - set(before))
+    return PackSummary(done.counts, dict(new.most_common()), [], len(shards),
+                       len(shards) - len(todo), done.bytes, time.monotonic() - begin)
 
 
 def convert_from_options(
     source: str | Path, out: str | Path, store: str, *, vision: str | None, feature_layer: int,
     pool: int, **options: Any,
-) -> PackSummary | None:
+) -> PackSummary:
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig
@@ -303,7 +300,7 @@ def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterato
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
     """What dataset.json says of the new store."""
     described = {**asdict(target), "sampler": SAMPLER, "resizer": RESIZER,
-                 "shard_size": index.meta["shard_size"]}
+                 "shard_size": index.meta["shard_size"], "shard_bytes": index.meta["shard_bytes"]}
     if index.store == "frames":  # an older vlmds may have chosen them otherwise
         described |= {name: index.meta[name] for name in ("sampler", "resizer")}
     if target.vision is None:

@@ -6,6 +6,7 @@ the parent is gone. Between videos a child ends as soon as its parent has: it wa
 process, for a fork of the parent may hold the connection open.
 """
 
+import hashlib
 import io
 import os
 import pickle
@@ -85,7 +86,8 @@ def prepare(request: Request) -> Reply:
     facts = {
         "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
         "width": info.width, "height": info.height, "codec": info.codec,
-        "rotation": info.rotation, "decoder": info.decoder}
+        "rotation": info.rotation, "decoder": info.decoder,
+        "content": hashlib.sha256(data).hexdigest()}
     if request.store == "video":
         return _stored_video(request, data, info, facts)
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlmds.errors import InputError
+from vlmds.files import as_path
 
 COLUMNS = ("video", "caption", "id", "start", "end", "split", "prompt")
 MAX_KEY = 80  # characters; with the longest member extension a ustar name still fits in 99
@@ -71,7 +72,7 @@ def read_manifest(path: str | Path, val_fraction: float = 0.0) -> Manifest:
 
     Raises InputError if the file cannot be read or lacks the column `video` or `caption`.
     """
-    path = Path(path)
+    path = as_path(path)
     if not 0.0 <= val_fraction < 1.0:
         raise InputError(f"val_fraction: {val_fraction} is not in [0, 1)")
     columns, records = _read_table(path)
@@ -79,7 +80,7 @@ def read_manifest(path: str | Path, val_fraction: float = 0.0) -> Manifest:
         if name not in columns:
             raise InputError(f"{path}: no column {name!r}; it has {', '.join(columns) or 'none'}")
 
-    folder = path.resolve().parent
+    folder = path.parent if hasattr(path, "fs") else path.resolve().parent
     ids = _Ids({str(r["id"]) for r in records if not _is_missing(r.get("id"))})
     rows, rejects = [], []
     for number, record in enumerate(records, 1):
@@ -139,7 +140,8 @@ def _read_parquet(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(path).read()
+        with path.open("rb") as file:
+            table = pq.ParquetFile(file).read()
     except pa.ArrowException as error:
         raise InputError(f"{path}: not a Parquet file: {error}".splitlines()[0]) from None
     return table.column_names, table.to_pylist()

@@ -1,0 +1,147 @@
+"""From finished shards to a dataset: ledger, index and dataset.json, made from the markers alone."""
+
+import json
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
+from vlmds.data.manifest import Reject
+from vlmds.data.shards import MARKERS, Shard, json_line, read_marker
+from vlmds.errors import InputError
+from vlmds.files import replacing, sha256_of, temporary_owner, write
+
+DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an earlier packing left in a folder, which --append goes on from.
+
+    planned: for each split, how many shard numbers are taken. keys: of all samples. rejects: the
+    ledger. described: what dataset.json says of the store.
+    """
+
+    planned: dict[str, int]
+    keys: set[str]
+    rejects: list[Reject]
+    described: dict[str, Any]
+
+    @classmethod
+    def read(cls, out: Path) -> "Base":
+        """Raises InputError if there is no finished dataset."""
+        path = out / "dataset.json"
+        try:
+            meta = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"{path}: not there; --append goes on from a finished packing") from None
+        with (out / "index.parquet").open("rb") as file:
+            keys = set(pq.read_table(file, columns=["key"]).column("key").to_pylist())
+        with (out / "ledger.jsonl").open(encoding="utf-8") as file:
+            rejects = [Reject(**json.loads(line)) for line in file]
+        return cls(meta["planned"], keys, rejects, meta)
+
+    def shards(self, out: Path) -> list[Shard]:
+        """Its shards, by name only."""
+        names = ((path.parent.name, int(path.stem)) for path in out.glob(MARKERS))
+        return [Shard(split, number, [], "") for split, number in names
+                if number < self.planned.get(split, 0)]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `finish` wrote. rejects: the whole ledger. counts: samples per split. bytes: of all
+    shards. duplicates: groups of keys whose content is the same."""
+
+    rejects: list[Reject]
+    counts: dict[str, int]
+    bytes: int
+    duplicates: list[list[str]]
+
+
+def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]
+           ) -> Finished:
+    """Write ledger, index, duplicates.jsonl and dataset.json from the shards' markers.
+
+    shards: all of the dataset, each finished. unusable: rejects of rows that are in no shard.
+    described: what dataset.json says of the store, beside counts and hashes.
+    Raises InputError if no shard has a sample.
+    """
+    rejects, entries = list(unusable), []
+    content: dict[tuple, list[str]] = defaultdict(list)
+    planned: Counter[str] = Counter()
+    shards = sorted(shards, key=lambda shard: (shard.split, shard.number))
+
+    def groups() -> Iterator[list[dict[str, Any]]]:
+        for shard in shards:
+            marker = read_marker(out / f"{shard.name}.json")
+            planned[shard.split] = max(planned[shard.split], shard.number + 1)
+            rejects.extend(Reject(**reject) for reject in marker["rejects"])
+            if not marker["count"]:
+                continue
+            entries.append({
+                "split": shard.split, "shard": shard.number, "path": f"{shard.name}.tar",
+                "count": marker["count"], "bytes": marker["bytes"], "sha256": marker["sha256"]})
+            for row in marker["rows"]:
+                if row.get("content"):
+                    content[row["content"], row["start"], row["end"]].append(row["key"])
+            yield marker["rows"]
+
+    index = out / "index.parquet"
+    _write_index(index, groups())
+    rejects.sort(key=lambda reject: reject.row)
+    write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
+    if not entries:
+        index.unlink()
+        for shard in shards:  # so that the next run tries again
+            (out / f"{shard.name}.json").unlink()
+        reasons = Counter(reject.reason for reject in rejects).most_common(1)
+        cause = f"most common reason: {reasons[0][0]}" if reasons else "the manifest is empty"
+        raise InputError(f"{out}: nothing was packed; {cause}; see {out / 'ledger.jsonl'}")
+
+    duplicates = [keys for keys in content.values() if len(keys) > 1]
+    write(out / "duplicates.jsonl", b"".join(json_line(keys) for keys in duplicates))
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        counts[entry["split"]] += entry["count"]
+    write(out / "dataset.json", json_line({
+        "format": FORMAT, "version": VERSION, **described, "counts": dict(counts),
+        "rejected": len(rejects), "planned": dict(planned), "index_sha256": sha256_of(index),
+        "index_footer_sha256": footer_sha256(index), "shards": entries}))
+    remove_leftovers(out)
+    return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove temporary files of writers that are dead: of this machine those whose process is
+    gone, of others those a day old. A live writer's file stays."""
+    if hasattr(out, "fs"):
+        return  # `replacing` leaves none at a URL
+    for path in out.rglob(".*.tmp"):
+        ours, pid = temporary_owner(path)
+        try:
+            dead = (not Path(f"/proc/{pid}").exists() if ours
+                    else time.time() - path.stat().st_mtime > DAY)
+            if dead:
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+def _write_index(path: Path, shards: Iterable[list[dict[str, Any]]]) -> None:
+    """Write one row group per shard."""
+    # Nothing searches by value, and statistics would swell a footer that every start reads.
+    with (
+        replacing(path) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False,
+                         write_page_checksum=True) as writer,
+    ):
+        for rows in shards:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA), len(rows))
