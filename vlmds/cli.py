@@ -34,12 +34,11 @@ def pack(args: argparse.Namespace) -> int:
 
         _refuse(args, "a conversion keeps shards and splits as they are", shard_size=256,
                 shard_bytes=None, val_fraction=0.0, no_verify=False, dedup=False, append=False,
-                engine="local")
+                merge=False, engine="local")
         summary = convert_from_options(
             args.manifest, args.out, args.store or "frames", vision=args.vision,
             feature_layer=args.feature_layer, pool=args.pool, num_frames=args.num_frames,
-            image_size=args.image_size, task=_task(args), merge=args.merge,
-            **common)
+            image_size=args.image_size, task=_task(args), **common)
     else:
         from vlmds.data.pack import pack
 
@@ -54,7 +53,9 @@ def pack(args: argparse.Namespace) -> int:
             append=args.append, merge=args.merge, task=_task(args), engine=args.engine, **common)
     if not summary.finished:
         print(f"packed the {summary.shards} shards of task {args.task_index} of {args.num_tasks}; "
-              "when all tasks are done, join them: the same command with --merge")
+              "when all tasks are done, join them: vlmds pack "
+              f"{args.manifest} {args.out} with the same options, but without --task-index and "
+              "--num-tasks (--merge makes sure that nothing is left to pack)")
         return 0
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(f"packed {summary.packed:,} samples ({counts}) into {summary.shards} shards, "
@@ -139,6 +140,15 @@ def caption(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from vlmds.config import load_experiment
+    from vlmds.doctor import examine
+
+    overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
+    return examine(load_experiment(args.exp, overrides), args.output, seconds=args.seconds,
+                   samples=args.samples, wanted=args.samples_per_second)
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -163,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="CPU cores that may decode for one GPU (default: 8)")
     command.set_defaults(call=plan)
     _caption_parser(commands)
+    _doctor_parser(commands)
     command = commands.add_parser(
         "demo", help="everything on tiny models and videos made here, on a CPU")
     command.add_argument("--exp", default="demo",
@@ -207,6 +218,22 @@ def _pack_parser(commands) -> None:
     add("--workers", type=int, help="decoding processes (default: one per core)")
     add("--deadline", type=float, default=60.0, help="seconds a video may take (default: 60)")
     command.set_defaults(call=pack)
+
+
+def _doctor_parser(commands) -> None:
+    command = commands.add_parser(
+        "doctor", help="is this machine, or under a launcher this cluster, ready to train")
+    add = command.add_argument
+    add("--exp", default="e8", help="experiment to be ready for (default: e8, the largest)")
+    add("--data", help="packed dataset to look at")
+    add("--output", type=Path, default=Path("runs"), help="where runs will be (default: ./runs)")
+    add("--samples-per-second", type=float, metavar="X",
+        help="that the training is to reach over all ranks; decoding is held against it")
+    add("--samples", type=int, default=64, help="to read on each node (default: 64)")
+    add("--seconds", type=float, default=30.0, help="that one check may take (default: 30)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    command.set_defaults(call=doctor)
 
 
 def _caption_parser(commands) -> None:

@@ -22,6 +22,7 @@ from vlmds.data.convert import convert
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import read_jpegs
 from vlmds.data.pack import pack
+from vlmds.data.pack_report import write_report
 from vlmds.errors import InputError
 from vlmds.models.vision import load_vision_tower
 
@@ -122,6 +123,7 @@ def test_a_features_store_keeps_samples_order_and_captions(sources, tower, tmp_p
         0, 2, 3]
     row = new.row("train", 0, 0)
     assert [m.ext for m in row.members] == ["json", "safetensors"]
+    assert "<b>features</b>" in write_report(tmp_path / "out").read_text("utf-8")
     assert (tmp_path / "out/ledger.jsonl").read_bytes() == (
         sources / source / "ledger.jsonl").read_bytes()
 
@@ -160,15 +162,12 @@ def test_the_same_bytes_whatever_the_workers_and_the_start(sources, tower, tmp_p
 def test_tasks_share_a_conversion(sources, tower, tmp_path):
     to_features(sources / "frames", tmp_path / "one", tower)
     for task in (1, 0, 2):
-        assert not to_features(
-            sources / "frames", tmp_path / "out", tower, task=(task, 3)).finished
+        part = to_features(sources / "frames", tmp_path / "out", tower, task=(task, 3))
+        assert not part.finished
         assert not (tmp_path / "out/dataset.json").exists()
         if task == 1:  # of shards train 0, 2, 3 and val 0, the second
             assert [p.name for p in (tmp_path / "out").rglob("*.json")] == ["000002.json"]
-        if task == 1:
-            with pytest.raises(InputError, match="--merge: .* shards are not there yet"):
-                to_features(sources / "frames", tmp_path / "out", tower, merge=True)
-    summary = to_features(sources / "frames", tmp_path / "out", tower, merge=True)
+    summary = to_features(sources / "frames", tmp_path / "out", tower)
     assert summary.kept_shards == summary.shards == 4
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 

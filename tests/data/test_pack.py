@@ -28,13 +28,15 @@ def contents(folder: Path) -> dict[str, bytes]:
             for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def children() -> dict[int, int]:
-    """Process ids of running decoding processes, and their parents'."""
+def children(*parents: int) -> dict[int, int]:
+    """Process ids of decoding processes of this process, or of `parents`, and their parents'."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if b"vlmds.data.decode_child" in (stat.parent / "cmdline").read_bytes():
-                found[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+                parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+                if parent in (os.getpid(), *parents):
+                    found[int(stat.parent.name)] = parent
         except OSError:
             pass  # it has ended
     return found
@@ -256,10 +258,12 @@ pack({str(folder / 'manifest.jsonl')!r}, {str(out)!r}, workers=1, deadline=3.0, 
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     writer = os.open(folder / "v5.mp4", os.O_WRONLY)  # waits until v5 is read
     assert eventually((out / "train/000001.json").exists)
-    assert run.pid in children().values()
+    decoding = children(run.pid)
+    assert decoding
     run.send_signal(how)
     run.wait()
-    assert eventually(lambda: not children())  # after a SIGKILL, at the deadline
+    # After a SIGKILL, at the deadline.
+    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in decoding))
     os.close(writer)
     assert (out / "train/000001.json").exists() and not (out / "train/000002.json").exists()
 

@@ -80,7 +80,6 @@ def convert(
     workers: int | None = None,
     deadline: float = 60.0,
     task: tuple[int, int] | None = None,
-    merge: bool = False,
     progress: bool = True,
 ) -> PackSummary:
     """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
@@ -88,9 +87,8 @@ def convert(
 
     num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
     336, 95); a frames store already has its own. tower, tower_name: what makes the features.
-    workers, deadline: as for packing. task: (i, n) makes every nth shard from the ith on, and no
-    index; when all tasks are done, a last call without it finds the shards there and writes it.
-    merge: convert nothing, and raise InputError if a task's shard is missing.
+    workers, deadline: as for packing. task: (i, n) makes only the ith of n parts; when all are
+    done, a last call without it finds the shards there and makes the dataset.
 
     Samples that cannot be converted go to ledger.jsonl, with row 0, for a shard does not tell the
     manifest's; the source's own ledger stands there, too. Raises InputError for a conversion that
@@ -103,12 +101,7 @@ def convert(
                for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
     todo = {shard.name for shard in unfinished(out, shards, {})}
-    if merge and todo:
-        raise InputError(f"--merge: {out}: {len(todo)} of {len(shards)} shards are not there yet, "
-                         f"{min(todo)} among them; run the tasks that make them")
-    first, stride = task or (0, 1)
-    mine = list(zip(shards, sources))[first::stride]
-    pending = [(shard, s) for shard, s in mine if shard.name in todo]
+    pending = [pair for pair in list(zip(shards, sources))[_part(task)] if pair[0].name in todo]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
     with (
@@ -121,14 +114,21 @@ def convert(
             replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
             shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
             write_shard(out, shard, shown(replies, bar))
+    seconds = time.monotonic() - begin
     if task is not None:
-        return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0,
-                           time.monotonic() - begin, finished=False)
+        mine = shards[_part(task)]
+        return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0, seconds,
+                           finished=False)
     before = _ledger(index.root)
     done = finish(out, shards, before, _described(index, target))
     new = Counter(r.reason.split(":")[0] for r in set(done.rejects) - set(before))
     return PackSummary(done.counts, dict(new.most_common()), [], len(shards),
-                       len(shards) - len(todo), done.bytes, time.monotonic() - begin)
+                       len(shards) - len(todo), done.bytes, seconds)
+
+
+def _part(task: tuple[int, int] | None) -> slice:
+    """Which shards are a task's."""
+    return slice(None) if task is None else slice(task[0], None, task[1])
 
 
 def convert_from_options(

@@ -2,18 +2,22 @@
 
 Neither FFmpeg nor decord can be interrupted from Python, so each child asks the kernel for SIGALRM
 before it starts on a video. Its default action ends the process whatever it is doing, even when
-the parent is gone. Between videos a child ends as soon as its parent has: it watches the parent's
-process, for a fork of the parent may hold the connection open.
+the parent is gone; an idle child sees the end of its socket and exits. A limit on its memory makes
+a video bomb an error of the child and not the end of the machine.
+
+`DecodePool` has several children (packing, captioning), `FrameDecoder` one (a training reader).
 """
 
 import hashlib
 import io
 import os
 import pickle
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
@@ -24,16 +28,13 @@ import av.logging
 import numpy as np
 from PIL import Image
 
-from vlmds.data import video
-from vlmds.data.repair import repair
+from vlmds.data import repair, video
 from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
-GRACE = 10.0  # seconds past the deadline in which a child's alarm ends it, unless it is stopped
-START_SECONDS = 120.0  # a child imports its libraries, at worst from a slow network disk
-# A scheduler signals all processes of a job, and the parent still needs its children then.
-IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+MEMORY = 6 << 30  # bytes of address space for a child, besides its video
+GRACE = 30.0  # seconds past the deadline after which the parent itself ends a child
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True)
 class FramesRequest:
-    """Frames of a packed video, the bytes of which follow; see `FrameDecoder.frames`."""
+    """Frames of a video whose bytes follow; see `FrameDecoder.frames`."""
 
     num_frames: int
     image_size: int
@@ -77,52 +78,59 @@ class Reply:
         return sum(len(member) for member in self.members.values())
 
 
-def prepare(request: Request) -> Reply:
-    """Probe the video and make its members. Raises SampleError."""
-    span = (request.num_frames, request.start, request.end)
-    data = _read(request.video)
+def prepare(request: Request, data: bytes) -> Reply:
+    """Probe the video (a file's bytes) and make its members. Raises SampleError."""
     info = video.probe(data)
-    picks = video.pick(info, *span)
-    facts = {
-        "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
-        "width": info.width, "height": info.height, "codec": info.codec,
-        "rotation": info.rotation, "decoder": info.decoder,
-        "content": hashlib.sha256(data).hexdigest()}
+    content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
-        return _stored_video(request, data, info, facts)
+        reply = _prepare_video(request, data, info)
+        reply.facts["content"] = content
+        return reply
 
+    span = (request.num_frames, request.start, request.end)
+    picks = video.pick(info, *span)
     # PyAV, for it reports damage that decord passes over.
     frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
     images = video.resize_frames(frames, request.image_size)
     if request.store == "pixels":
-        return Reply(None, facts, {"rgb": images.tobytes()})
-    facts["decoder"] = "pyav"
-    facts["timestamps"] = [round(float(t), 6) for t in info.pts[picks]]
+        return Reply(members={"rgb": images.tobytes()})
+    facts = _facts(info) | {"content": content} | {
+        "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     return Reply(None, facts, {
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
 
 
-def _stored_video(
-    request: Request, data: bytes, info: video.VideoInfo, facts: dict[str, Any]
-) -> Reply:
-    """The member of a video store. Only its decoder and span are those of what is stored; the
-    other facts stay the original's."""
-    stored = repair(data, info, request.num_frames, request.start, request.end)
-    span = (request.num_frames, stored.start, stored.end)
-    decoder = stored.info.decoder
+def _prepare_video(request: Request, data: bytes, info: video.VideoInfo) -> Reply:
+    """The file itself, or what `repair.mend` makes of it."""
+    span = (request.num_frames, request.start, request.end)
+    video.pick(info, *span)
+    mended = repair.mend(data, info, request.start, request.end)
+    extension = _extension(request.video, info.container)
+    facts = {}
+    if mended is not None:
+        data, info = mended.data, mended.info
+        extension = "mkv" if "matroska" in info.container else "mp4"
+        span = (request.num_frames, mended.start, mended.end)
+        # The span of the file that is kept, in place of the manifest's.
+        facts = {"repair": mended.facts, "start": mended.start, "end": mended.end}
+    facts |= _facts(info)
     if request.verify:
-        decoder = _verified_decoder(stored.data, stored.info, span)
-    facts |= {"decoder": decoder, "start": stored.start, "end": stored.end}
-    name = request.video
-    if stored.record:
-        facts["repair"] = stored.record
-        name = ""  # its extension may be wrong now
-    return Reply(None, facts, {_extension(name, stored.info.container): stored.data})
+        facts["decoder"] = _verified_decoder(data, info, span)
+    return Reply(None, facts, {extension: data})
 
 
-def decode(request: FramesRequest, data: bytes) -> Reply:
-    """The request's frames as a member "rgb". Raises SampleError."""
-    info = replace(video.probe(data), decoder=request.decoder)
+def _facts(info: video.VideoInfo) -> dict[str, Any]:
+    return {
+        "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
+        "width": info.width, "height": info.height, "codec": info.codec,
+        "rotation": info.rotation, "decoder": info.decoder}
+
+
+def read_frames(data: bytes, request: FramesRequest) -> Reply:
+    """The frames of a packed video. Raises SampleError."""
+    info = video.probe(data)
+    if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
+        info = replace(info, decoder="pyav")
     frames = video.decode_frames(data, info, request.num_frames, request.start, request.end)
     return Reply(members={"rgb": video.resize_frames(frames, request.image_size).tobytes()})
 
@@ -205,59 +213,53 @@ def decode_videos(
 
 
 class FrameDecoder:
-    """Decodes packed videos in a child process of its own, one at a time.
+    """Decodes videos in one child process, for one thread of its owner.
 
-    The child starts with the first video and again after one that hung or crashed. Can be pickled,
-    and used after a fork: each process has its own child. Not for several threads at once.
+    The child starts with the first video, and again after it had to be ended. Can be pickled, and
+    used after a fork: each process has a child of its own, which ends with it.
 
-    deadline: seconds that a video may take.
+    Args:
+        deadline: seconds that a video may take.
     """
 
     def __init__(self, deadline: float):
-        self.deadline = deadline
+        self._deadline = deadline
         self._child: _Child | None = None
 
-    def frames(
-        self, data: bytes, *, num_frames: int, image_size: int, start: float | None,
-        end: float | None, decoder: str,
-    ) -> np.ndarray:
-        """The frames sampled from [start, end]: uint8 [num_frames, 3, image_size, image_size].
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None before it starts and after it had to be ended."""
+        return self._child.pid if self._child is not None and not self._child.closed else None
 
-        data: the video file. start, end: seconds, None for the video's own. decoder: "pyav" or
-        "decord", as packing found. Raises SampleError: damaged, hung, crashed.
+    def frames(
+        self, data: bytes, *, num_frames: int, image_size: int, start: float | None = None,
+        end: float | None = None, decoder: str = "decord",
+    ) -> np.ndarray:
+        """The frames that stand for [start, end] (seconds; default: the video), resized.
+
+        data: a video file's bytes. decoder: "pyav", or "decord" to use it where the probe clears
+        the file. Returns uint8 [num_frames, 3, image_size, image_size]. Raises SampleError: it
+        cannot be decoded, or its decoder hung, crashed or ran out of memory.
         """
-        child = self._running_child()
-        try:
-            child.send(FramesRequest(num_frames, image_size, start, end, decoder), data)
-            reply = child.receive()
-        except (EOFError, OSError):
+        if self._child is None or self._child.closed:  # closed: it is that of the forking process
+            self._child = _Child(self._deadline)
+        self._child.send(FramesRequest(num_frames, image_size, start, end, decoder), data)
+        reply = self._child.reply()
+        if not self._child.alive:
             self._child = None
-            raise SampleError(child.last_words()) from None
-        except BaseException:  # interrupted: its reply must not become the next video's
-            self.close()
-            raise
         if reply.reason is not None:
             raise SampleError(reply.reason)
         pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
         return pixels.reshape(num_frames, 3, image_size, image_size)
 
     def close(self) -> None:
-        """End the child; the next video starts another."""
+        """End the child process, if there is one."""
         if self._child is not None:
             self._child.kill()
             self._child = None
 
-    def _running_child(self) -> "_Child":
-        if self._child is None or not self._child.is_usable():
-            self.close()
-            self._child = _Child(self.deadline)
-        return self._child
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"deadline": self.deadline, "_child": None}
-
-    def __del__(self) -> None:
-        self.close()
+        return {"_deadline": self._deadline, "_child": None}
 
 
 class DecodePool:
@@ -306,12 +308,11 @@ class DecodePool:
         child.send(request)
 
     def _finish(self, child: "_Child") -> Reply:
-        try:
-            reply = child.receive()
-        except (EOFError, OSError):
+        reply = child.reply()
+        if child.alive:
+            self._idle.append(child)
+        else:
             self._vacant += 1
-            return Reply(child.last_words())
-        self._idle.append(child)
         return reply
 
     def __enter__(self) -> "DecodePool":
@@ -323,122 +324,152 @@ class DecodePool:
 
 
 class _Child:
-    """The parent's end of one child process."""
+    """The parent's end of one child process.
+
+    closed: killed, or (after a fork) left to the process that started it.
+    alive: whether it may be sent another request.
+    """
+
+    _all: "weakref.WeakSet[_Child]" = weakref.WeakSet()
 
     def __init__(self, deadline: float):
-        self._deadline = deadline
-        self._owner = os.getpid()
         ours, theirs = socket.socketpair()
-        # Blocked, such a signal waits until the child has come to ignore it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
-        try:
-            with theirs:
-                # A session of its own: Ctrl-C reaches the parent alone, which ends its children.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(theirs.fileno()), str(deadline),
-                     str(self._owner)],
-                    pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        command = (f"from vlmds.data.decode_child import main; "
+                   f"main({theirs.fileno()}, {float(deadline)})")
+        with theirs:
+            # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", command],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
         self.connection = Connection(ours.detach())
+        self.alive = True
+        self._owner = os.getpid()
+        self._deadline = deadline
         self._ready = False
-        self._overdue = False
+        self._all.add(self)
 
-    def is_usable(self) -> bool:
-        """Whether it runs, and for this process."""
-        return self._owner == os.getpid() and self._process.poll() is None
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
-    def send(self, request: Request | FramesRequest, data: bytes | None = None) -> None:
+    @property
+    def closed(self) -> bool:
+        return self.connection.closed
+
+    def send(self, request: "Request | FramesRequest", data: bytes | None = None) -> None:
+        """Send a request; data: the video's bytes, for a FramesRequest."""
         try:
             self.connection.send(request)
             if data is not None:
-                self._await_start()  # or sending could block for good
                 self.connection.send_bytes(data)
         except OSError:
-            pass  # it died meanwhile; receive() tells
+            pass  # it died meanwhile; reply() tells
 
-    def receive(self) -> Reply:
-        """Raises EOFError or OSError if the child is dead, or does not answer in time."""
-        self._await_start()
-        self._await(self._deadline + GRACE)
-        reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
-        return Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
-
-    def _await_start(self) -> None:
-        if not self._ready:
-            self._await(START_SECONDS)
-            self.connection.recv_bytes()
-            self._ready = True
-
-    def _await(self, seconds: float) -> None:
-        if not self.connection.poll(seconds):
-            self._overdue = True
-            self._process.kill()
-            raise EOFError
-
-    def last_words(self) -> str:
-        """Why a child that closed its end of the connection has ended."""
+    def reply(self) -> Reply:
+        """Wait for the answer to the request. A dead child's is the reason."""
         try:
-            self._process.wait(timeout=5.0)  # the socket closes a moment before the process ends
-        except subprocess.TimeoutExpired:
-            pass
-        code = self.kill()
+            if not self._ready:
+                self.connection.recv_bytes()
+                self._ready = True
+            # The child's own alarm comes first, but where the kernel keeps a process from dying
+            # (a stuck network drive) only this ends the wait.
+            if not self.connection.poll(self._deadline + GRACE):
+                return self._dead(-signal.SIGALRM)
+            reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
+            return Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
+        except (EOFError, OSError):
+            try:
+                code = self._process.wait(timeout=5.0)  # the socket closes a moment before
+            except subprocess.TimeoutExpired:
+                code = -signal.SIGKILL
+            return self._dead(code)
+
+    def _dead(self, code: int) -> Reply:
+        self.kill()
         if not self._ready:
             raise RuntimeError(f"the decoding process did not start (exit code {code})")
-        if self._overdue or code == -signal.SIGALRM:
-            return f"decoder hung: stopped after {self._deadline:g} s"
-        return f"decoder crashed: {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+        if code == -signal.SIGALRM:
+            return Reply(f"decoder hung: stopped after {self._deadline:g} s")
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return Reply(f"decoder crashed: {how}")
 
-    def kill(self) -> int:
-        """End the process, unless it has ended, and return its exit code. In a fork of its owner:
-        forget it."""
+    def kill(self) -> None:
+        """End the process, unless it has ended."""
+        self.alive = False
+        if self.closed:
+            return
         self.connection.close()
-        if self._owner != os.getpid():
-            self._process.returncode = 0  # not ours to wait for
         self._process.kill()
-        return self._process.wait()
+        try:
+            self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            pass  # the kernel ends it when it can
+
+    def __del__(self):
+        if os.getpid() == getattr(self, "_owner", None):
+            self.kill()
+
+    @classmethod
+    def _forked(cls) -> None:
+        """A forked process must not keep a copy of the sockets, or the children that are not its
+        own would not see the end of their parent."""
+        for child in list(cls._all):
+            child.connection.close()
+            child._process.returncode = 0  # not a child of this process: nothing to wait for
 
 
-def main(descriptor: int, deadline: float, parent: int) -> None:
-    """The child: answer requests until the parent ends or closes the connection."""
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+os.register_at_fork(after_in_child=_Child._forked)
+
+
+def main(descriptor: int, deadline: float) -> None:
+    """The child: answer requests until the parent closes the connection."""
     import decord  # before the first deadline starts
 
     av.logging.set_level(av.logging.PANIC)  # what matters becomes a reason
     decord.logging.set_level(decord.logging.QUIET)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have ignored it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     connection = Connection(descriptor)
-    parent_end = os.pidfd_open(parent)
-    if os.getppid() != parent:
-        return
     try:
         connection.send_bytes(b"ready")
-        while parent_end not in wait([connection, parent_end]):
+        while True:
             request = connection.recv()
             data = connection.recv_bytes() if isinstance(request, FramesRequest) else None
             signal.setitimer(signal.ITIMER_REAL, deadline)
             reply = _answer(request, data)
+            del data
             signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may take its time to receive
             connection.send_bytes(pickle.dumps((reply.reason, reply.facts, list(reply.members))))
             for member in reply.members.values():
                 connection.send_bytes(member)
+            del reply
+            _limit_memory(None)  # the next request is read without one
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
+        return
 
 
-def _answer(request: Request | FramesRequest, data: bytes | None) -> Reply:
+def _answer(request: "Request | FramesRequest", data: bytes | None) -> Reply:
     try:
-        return prepare(request) if data is None else decode(request, data)
+        if isinstance(request, Request):
+            data = _read(request.video)
+            _limit_memory(MEMORY + 3 * len(data))  # a mended copy, and its writing
+            return prepare(request, data)
+        _limit_memory(MEMORY + len(data))
+        return read_frames(data, request)
     except SampleError as error:
         return Reply(str(error))
     except MemoryError:
-        return Reply("cannot be decoded: out of memory")
+        return Reply(f"out of memory: decoding needs more than {MEMORY >> 30} GiB")
 
 
-if __name__ == "__main__":
-    from vlmds.data import decode_child  # requests are instances of its classes, not of __main__'s
-
-    decode_child.main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+def _limit_memory(size: int | None) -> None:
+    """Limit this process to `size` more bytes of address space than it has now; None: no limit
+    but that with which it was started."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = hard
+    if size is not None:
+        with open("/proc/self/statm", "rb") as file:
+            soft = int(file.read().split()[0]) * resource.getpagesize() + size
+        if hard != resource.RLIM_INFINITY:
+            soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -13,7 +13,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlmds.data import video
 from vlmds.data.dataset import Dataset, DatasetOrder
+from vlmds.data.decode_child import FrameDecoder
 from vlmds.data.features import decode_features
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.order import micro_batch_positions
@@ -56,13 +56,15 @@ class SampleReader:
         dataset: what is packed; split: which part of it.
         num_frames, image_size: frames per clip and their side in pixels.
         seed, window, shuffle: as :class:`DatasetOrder`.
+        decode_seconds: how long the decoding of one video may take.
 
     Raises:
         InputError: a frames or features store that was packed with another number or size of frames.
     """
 
     def __init__(self, dataset: Dataset, split: str, num_frames: int, image_size: int, *,
-                 seed: int = 0, window: int = 16, shuffle: bool = True):
+                 seed: int = 0, window: int = 16, shuffle: bool = True,
+                 decode_seconds: float = 60.0):
         for index in dataset.parts:
             if index.store == "video":
                 continue
@@ -75,6 +77,7 @@ class SampleReader:
         self.dataset, self.split = dataset, split
         self.num_frames, self.image_size = num_frames, image_size
         self.order = DatasetOrder(dataset, split, seed, window, shuffle)
+        self._decoder = FrameDecoder(decode_seconds)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -125,9 +128,9 @@ class SampleReader:
     def _decode_video(self, row: SampleRow, members: dict[str, bytes]) -> np.ndarray:
         (data,) = members.values()
         # The decoder that packing found to be right for this file, not the one probed now.
-        info = replace(video.probe(data), decoder=row.decoder)
-        decoded = video.decode_frames(data, info, self.num_frames, row.start, row.end)
-        return video.resize_frames(decoded, self.image_size)
+        return self._decoder.frames(
+            data, num_frames=self.num_frames, image_size=self.image_size, start=row.start,
+            end=row.end, decoder=row.decoder)
 
 
 class Positions(IterableDataset):

@@ -91,7 +91,7 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
                 "count": marker["count"], "bytes": marker["bytes"], "sha256": marker["sha256"]})
             for row in marker["rows"]:
                 if row.get("content"):
-                    content[row["content"], row["start"], row["end"]].append(row["key"])
+                    content[tuple(row["content"])].append(row["key"])
             yield marker["rows"]
 
     index = out / "index.parquet"

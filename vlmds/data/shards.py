@@ -187,16 +187,17 @@ def _write_sample(
     content = facts.pop("content", None)
     decoder = facts.pop("decoder")  # this machine's choice, not a property of the video
     timestamps = facts.pop("timestamps", None)
-    # In a video store the span is that of the file as stored.
-    span = {"start": facts.pop("start", row.start), "end": facts.pop("end", row.end)}
-    optional = {"prompt": row.prompt, **span, "timestamps": timestamps}
+    # A file that was cut has a span of its own.
+    start, end = facts.pop("start", row.start), facts.pop("end", row.end)
+    optional = {"prompt": row.prompt, "start": start, "end": end, "timestamps": timestamps}
     described = {"id": row.id, "captions": row.captions, "source": row.source, **facts,
                  **{name: value for name, value in optional.items() if value is not None}}
     contents = {**reply.members, "json": json_line(described)}
     members = [writer.add(f"{row.key}.{ext}", ext, contents[ext]) for ext in sorted(contents)]
     return {"split": shard.split, "shard": shard.number, "key": row.key, "members": members,
             "num_captions": len(row.captions), **facts, "decoder": decoder,
-            **span, "status": "ok", "content": content}
+            "start": start, "end": end, "status": "ok",
+            "content": content and [content, row.start, row.end]}
 
 
 def _has_size(path: Path, size: int) -> bool:

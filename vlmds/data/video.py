@@ -23,16 +23,13 @@ from vlmds.errors import SampleError
 SAMPLER = "centre-of-equal-spans"
 RESIZER = "pil-bicubic-shortest-edge-centre-crop"
 
-# The largest frame decoded: 8K video is 35 million pixels, a 360° one 67. A few bytes can declare
-# any size, and each pixel of it costs memory and time.
-MAX_PIXELS = 8192 * 8192
-
 Source = str | os.PathLike | bytes
 
 # Codecs of which a packet is a displayed frame, so that packets tell the display times. Elsewhere
 # (VP8 has hidden frames; AVI has no B-frame times) only decoding does.
 _PACKET_IS_FRAME = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 _SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192; a header may claim more than memory holds
 _DECORD_CODECS = {"h264", "hevc", "vp9"}
 _DECORD_PIX_FMTS = {"yuv420p", "yuvj420p"}
 
@@ -43,8 +40,8 @@ class VideoInfo:
 
     width, height: as displayed, after rotation. rotation: degrees clockwise to apply for display
     (0, 90, 180, 270). fps: frames / duration. frames: displayable ones. discarded: packets that
-    an edit list hides. preroll: packets whose frames cannot be shown, for they come before the
-    first keyframe. decoder: "decord" or "pyav".
+    an edit list hides. preroll: packets that refer to what is before the file's first keyframe.
+    decoder: "decord" or "pyav".
     pts: float64 [frames], sorted display times in seconds from the first displayed frame, which
     the file places at `start_time`.
     by_pts: a decoded frame's time is found in pts; otherwise the k-th decoded frame has pts[k].
@@ -78,32 +75,23 @@ class _Packet:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Read every packet of the video once and decode its first frame.
+    """Read every packet of the video and decode its first frame (milliseconds, for most files).
 
-    source: a path, or the file's bytes. Takes milliseconds for most files; where packets do not
-    tell the display times, decodes all of it. Raises SampleError.
+    source: a path, or the file's bytes. Raises SampleError.
     """
-    try:
-        return _probe(source)
-    except SampleError:
-        _refuse_large(source)  # of the limit FFmpeg says no more than "invalid"
-        raise
-
-
-def _probe(source: Source) -> VideoInfo:
-    with _reading("cannot be read"), open_video(source) as container:
+    with reading("cannot be read"), opened(source) as container:
         stream = video_stream(container)
         name = container.format.name
-        codec = stream.codec_context.codec.canonical_name
         videos = len(container.streams.video)
         rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
+        codec = stream.codec_context.codec.canonical_name
         packets, only_idr, first = _read_packets(container, stream)
         if first is None:
             raise SampleError("no frames")
         first_time = _seconds(first.pts, stream.time_base)
 
     hidden = sum(p.hidden for p in packets)
-    times = _packet_times(packets)
+    times, preroll = _packet_times(packets)
     by_pts = codec in _PACKET_IS_FRAME and name != "avi" and times is not None
     by_pts = by_pts and times[0] == first_time
     if not by_pts:
@@ -122,13 +110,12 @@ def _probe(source: Source) -> VideoInfo:
         width, height = height, width
     cleared = (
         closed and videos == 1 and rotation == 0 and not first.interlaced_frame
-        and first.width % 2 == first.height % 2 == 0  # decord errs at the edge of an odd picture
         and codec in _DECORD_CODECS and first.format.name in _DECORD_PIX_FMTS
     )
     return VideoInfo(
         codec=codec, pix_fmt=first.format.name, width=width, height=height, rotation=rotation,
         fps=len(pts) / duration, frames=len(pts), duration=duration, discarded=hidden,
-        preroll=_preroll(packets), container=name, decoder="decord" if cleared else "pyav", pts=pts,
+        preroll=preroll, container=name, decoder="decord" if cleared else "pyav", pts=pts,
         start_time=float(times[0]), by_pts=by_pts, keyframes=np.array(keyframes) - times[0],
     )
 
@@ -179,7 +166,7 @@ def decode_frames(
         except SampleError:
             pass
     wanted = [int(i) for i in np.unique(indices)]
-    with _reading("cannot be decoded"):
+    with reading("cannot be decoded"):
         found = _decode_pyav(source, info, wanted)
         if len(info.keyframes) and len(found) < len(wanted):  # a seek went too far
             found = _decode_pyav(source, info, wanted, seek=False)
@@ -188,6 +175,27 @@ def decode_frames(
             raise SampleError(f"cannot be decoded: no frame at {info.pts[i]:.3f} s")
     frames = np.stack([found[int(i)] for i in indices])
     return np.ascontiguousarray(np.rot90(frames, -info.rotation // 90, axes=(1, 2)))
+
+
+def all_frames(
+    source: Source, info: VideoInfo, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames first … last (default: all) with their indices, by decoding from the beginning.
+
+    They are as the file stores them, not rotated. Raises SampleError if one is missing.
+    """
+    last = info.frames - 1 if last is None else last
+    expected, position = first, -1
+    with reading("cannot be decoded"), opened(source) as container:
+        stream = video_stream(container)
+        for frame in container.decode(stream):
+            position = _index(info, frame, stream.time_base) if info.by_pts else position + 1
+            if position == expected:
+                yield position, frame
+                expected += 1
+            if expected > last:
+                return
+    raise SampleError(f"cannot be decoded: no frame at {info.pts[expected]:.3f} s")
 
 
 def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
@@ -207,21 +215,8 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def _refuse_large(source: Source) -> None:
-    """Raises SampleError if the video declares frames over the limit. Decodes nothing."""
-    try:
-        with av.open(_file(source), options={"skip_frame": "all"}) as container:
-            stream = container.streams.best("video")
-            width, height = (stream.width, stream.height) if stream else (0, 0)
-    except (av.FFmpegError, OSError, UnicodeDecodeError):
-        return
-    if width * height > MAX_PIXELS:
-        raise SampleError(
-            f"frames too large: {width} × {height} is over the limit of {MAX_PIXELS:,} pixels")
-
-
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
     """Turns FFmpeg's and the system's errors into a SampleError without the file's path."""
     try:
         yield
@@ -229,24 +224,23 @@ def _reading(what: str) -> Iterator[None]:
         raise SampleError(f"{what}: {error.strerror}") from error
 
 
-def open_video(source: Source) -> av.container.InputContainer:
-    """Raises av.FFmpegError or OSError."""
-    # Opening may decode a frame too. Titles in old code pages must not cost us the video.
-    return av.open(_file(source), options={"max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore")
-
-
-def _file(source: Source) -> io.BytesIO | str:
-    return io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+def opened(source: Source) -> av.container.InputContainer:
+    # Titles in old code pages must not cost us the video.
+    return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source),
+                   metadata_errors="ignore")
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
-    """The stream that is meant to be seen, set to report damage. Raises SampleError."""
     stream = container.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise SampleError("no video stream")
+    if stream.width * stream.height > MAX_PIXELS:
+        raise SampleError(f"frame too large: {stream.width} x {stream.height} pixels; the limit is "
+                          f"{MAX_PIXELS >> 20} megapixels")
     stream.thread_type = "NONE"
-    # An error for damage, not a guess.
-    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    stream.codec_context.options = {
+        "err_detect": "explode",  # an error for damage, not a guess
+        "max_pixels": str(MAX_PIXELS)}
     return stream
 
 
@@ -254,17 +248,15 @@ def _seconds(pts: int | None, time_base: Fraction) -> float | None:
     return None if pts is None else pts * time_base.numerator / time_base.denominator
 
 
-def _read_packets(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream
-) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
-    """All packets, in decoding order; whether every keyframe resets the decoder (IDR); the first
-    frame."""
+def _read_packets(container, stream) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
+    """All packets, in decoding order, whether every keyframe resets the decoder (IDR), and the
+    first frame."""
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
     packets, only_idr, first = [], True, None
     for packet in container.demux(stream):
         if first is None:
-            with _reading("cannot be decoded"):
+            with reading("cannot be decoded"):
                 first = next(iter(packet.decode()), None)
         if not packet.size:
             continue
@@ -300,25 +292,18 @@ def _is_idr(packet: bytes, codec: str, extradata: bytes) -> bool:
     return False
 
 
-def _packet_times(packets: list[_Packet]) -> np.ndarray | None:
-    """Sorted display times of the frames to come out; None if the packets do not tell."""
+def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray | None, int]:
+    """Sorted display times of the frames to come out, None if the packets do not tell; and the
+    number of those that cannot be shown, for they refer to what is before the first keyframe."""
     if any(p.time is None for p in packets) or not any(p.key for p in packets):
-        return None
+        return None, 0
     first_key = next(i for i, p in enumerate(packets) if p.key)
     begin = packets[first_key].time  # what is shown before it refers to frames we do not have
     times = [p.time for p in packets[first_key:] if not p.hidden and p.time >= begin]
+    preroll = sum(i < first_key or p.time < begin for i, p in enumerate(packets))
     if not times or max(Counter(times).values()) > 1:
-        return None
-    return np.sort(np.array(times, np.float64))
-
-
-def _preroll(packets: list[_Packet]) -> int:
-    """Packets that come, or would be shown, before the first keyframe."""
-    first_key = next((i for i, p in enumerate(packets) if p.key), len(packets))
-    later = packets[first_key:]
-    begin = later[0].time if later else None
-    early = [p for p in later if None not in (p.time, begin) and p.time < begin]
-    return first_key + sum(not p.hidden for p in early)
+        return None, preroll
+    return np.sort(np.array(times, np.float64)), preroll
 
 
 def _closed_gops(packets: list[_Packet]) -> bool:
@@ -337,7 +322,7 @@ def _closed_gops(packets: list[_Packet]) -> bool:
 
 def _decoded_times(source: Source, rate: float) -> np.ndarray:
     """Display times found by decoding everything: sorted float64 [frames]."""
-    with _reading("cannot be decoded"), open_video(source) as container:
+    with reading("cannot be decoded"), opened(source) as container:
         stream = video_stream(container)
         times = [_seconds(frame.pts, stream.time_base) for frame in container.decode(stream)]
     if None in times or len(set(times)) < len(times):  # a raw stream: only the rate is known
@@ -350,7 +335,7 @@ def _decode_pyav(
 ) -> dict[int, np.ndarray]:
     """Decode the frames `wanted` (sorted indices) and return those found: uint8 [H, W, 3]."""
     found = {}
-    with open_video(source) as container:
+    with opened(source) as container:
         stream = video_stream(container)
         frames = container.decode(stream)
         position = -1  # index of the last frame decoded
@@ -365,42 +350,8 @@ def _decode_pyav(
                 if position >= target:
                     break
             if position == target:
-                found[target] = _rgb(frame, info)
+                found[target] = frame.to_ndarray(format="rgb24")
     return found
-
-
-def iterate(
-    source: Source, info: VideoInfo, first: int, last: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(index, frame) of the frames first … last, in order, as the file stores them.
-
-    Raises SampleError for damage, or if one is missing.
-    """
-    expected = first
-    with _reading("cannot be decoded"), open_video(source) as container:
-        stream = video_stream(container)
-        before = np.searchsorted(info.keyframes, info.pts[first], side="right") - 1
-        if before > 0:
-            seconds = info.keyframes[before] + info.start_time
-            container.seek(round(seconds / stream.time_base), stream=stream)
-        index = -1
-        for frame in container.decode(stream):
-            index = _index(info, frame, stream.time_base) if info.by_pts else index + 1
-            if index == expected:
-                yield index, frame
-                expected += 1
-            if index >= last:
-                break
-    if expected <= last:
-        raise SampleError(f"cannot be decoded: no frame at {info.pts[expected]:.3f} s")
-
-
-def _rgb(frame: av.VideoFrame, info: VideoInfo) -> np.ndarray:
-    """uint8 [H, W, 3], as stored. Raises SampleError if its size is not the first frame's."""
-    stored = (info.width, info.height) if info.rotation % 180 == 0 else (info.height, info.width)
-    if (frame.width, frame.height) != stored:
-        raise SampleError(f"cannot be decoded: its frame size changes at {frame.time or 0:.3f} s")
-    return frame.to_ndarray(format="rgb24")
 
 
 def _index(info: VideoInfo, frame: av.VideoFrame, time_base: Fraction) -> int:
@@ -417,7 +368,8 @@ def decode_decord(source: Source, info: VideoInfo, indices: np.ndarray) -> np.nd
     import decord
 
     try:
-        reader = decord.VideoReader(_file(source), num_threads=1)
+        reader = decord.VideoReader(
+            io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1)
         frames = reader.get_batch([int(i) for i in indices]).asnumpy()
         count = len(reader)
     except (decord.DECORDError, RuntimeError, OSError) as error:

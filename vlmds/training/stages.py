@@ -256,7 +256,8 @@ class StageTrainer:
         # The stage goes into the high word, so that no two stages see the same order.
         seed = self.experiment.training.seed + (self.number << 32)
         return SampleReader(self.dataset, split, data.num_frames, self.model.image_size,
-                            seed=seed, window=data.shuffle_window, shuffle=shuffle)
+                            seed=seed, window=data.shuffle_window, shuffle=shuffle,
+                            decode_seconds=data.decode_seconds)
 
     def _training_batches(self) -> Batches:
         micro_batch = self.experiment.training.micro_batch

@@ -1,0 +1,48 @@
+"""torchrun that keeps the ranks' exit code: python launch/torchrun.py [torchrun's options] launch/train.py …
+
+torchrun itself turns every failure into exit code 1, so that a scheduler cannot tell a run which was
+stopped and saved its checkpoint (3) from bad input (2). SIGTERM and SIGUSR1 go on to the ranks of
+this node, which finish their step and save; the exit code is then 3 if every one of them said 3.
+"""
+
+import signal
+import sys
+from multiprocessing import active_children
+
+import psutil
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+STOPPED = 3
+KEPT = (2, STOPPED)
+
+
+def stop_ranks(signum: int, frame) -> None:
+    """Pass the signal on, wait for the ranks, exit. There is no deadline here: whoever sent the
+    signal has one, and a checkpoint may take minutes."""
+    for again in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(again, signal.SIG_IGN)
+    helpers = {child.pid for child in active_children()}
+    ranks = [p for p in psutil.Process().children() if p.pid not in helpers]
+    print(f"launch/torchrun.py: {signal.Signals(signum).name}: {len(ranks)} ranks finish their step "
+          "and save", file=sys.stderr, flush=True)
+    for rank in ranks:
+        rank.send_signal(signum)
+    codes = {rank.wait() for rank in ranks}
+    sys.exit(STOPPED if codes == {STOPPED} else 0 if codes == {0} else 1)
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, stop_ranks)
+    signal.signal(signal.SIGUSR1, stop_ranks)
+    try:
+        run.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr, flush=True)
+        code = error.get_first_failure()[1].exitcode
+        return code if code in KEPT else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+from tests.training.conftest import models, shards, two_ranks  # noqa: F401

@@ -1,0 +1,238 @@
+"""Two machines on one: network namespaces joined by a link that can be cut.
+
+`python -m tests.distributed.namespaces FOLDER` (as root) trains across them, cuts the link in both
+stages, once by taking an interface down and once by dropping every packet without a word, starts
+again, and compares with a run whose link was never cut. Addresses exist in the namespaces only.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.training.conftest import make_shards
+from tests.training.launch import ROOT, SCRIPT, arguments, environment, metrics
+
+ADDRESSES = ("10.87.65.1", "10.87.65.2")
+TIMEOUT_MINUTES = 0.2
+LAUNCHERS = ("torchrun", "deepspeed")
+START_SECONDS = 120  # until a run has taken the wanted steps
+GRACE_SECONDS = 60  # from the run's own timeout to the end of the last process
+
+
+class Unavailable(Exception):
+    """Namespaces cannot be made here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Node:
+    namespace: str
+    interface: str
+    address: str
+    rank: int
+
+    def run(self, *words: str) -> None:
+        ip("netns", "exec", self.namespace, *words)
+
+
+def ip(*words: str) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
+    if done.returncode:
+        raise Unavailable(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Node, Node]]:
+    """The nodes, joined; at the end every process in them is killed and they are gone.
+
+    Raises:
+        Unavailable: not root, no iproute2, or a kernel that does not allow it.
+    """
+    if os.geteuid():
+        raise Unavailable("needs root")
+    nodes = tuple(Node(f"vlmds{os.getpid()}n{rank}", f"veth{rank}", ADDRESSES[rank], rank)
+                  for rank in (0, 1))
+    try:
+        for node in nodes:
+            ip("netns", "add", node.namespace)
+        first, second = nodes
+        ip("-n", first.namespace, "link", "add", first.interface, "type", "veth",
+           "peer", "name", second.interface, "netns", second.namespace)
+        for node in nodes:
+            ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", node.interface)
+            for interface in ("lo", node.interface):
+                ip("-n", node.namespace, "link", "set", interface, "up")
+        yield nodes
+    except FileNotFoundError as error:
+        raise Unavailable(f"no {error.filename}") from None
+    finally:
+        for node in nodes:
+            with ExitStack() as stack:
+                stack.callback(subprocess.run, ["ip", "netns", "del", node.namespace], timeout=20,
+                               stderr=subprocess.DEVNULL)
+                kill_all(node)
+
+
+def kill_all(node: Node) -> None:
+    """SIGKILL whatever runs in the namespace, launchers and ranks alike."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        listed = subprocess.run(["ip", "netns", "pids", node.namespace], capture_output=True,
+                                text=True, timeout=20)
+        if not listed.stdout.split():
+            return
+        for pid in map(int, listed.stdout.split()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.05)
+
+
+def cut_by_interface(nodes: tuple[Node, Node]) -> None:
+    ip("-n", nodes[1].namespace, "link", "set", nodes[1].interface, "down")
+
+
+def mend_interface(nodes: tuple[Node, Node]) -> None:
+    ip("-n", nodes[1].namespace, "link", "set", nodes[1].interface, "up")
+
+
+def cut_silently(nodes: tuple[Node, Node]) -> None:
+    """Frames go to a hardware address that nobody has: links stay up, no error comes back."""
+    for node, other in (nodes, nodes[::-1]):
+        ip("-n", node.namespace, "neigh", "replace", other.address, "lladdr", "02:00:00:00:00:99",
+           "nud", "permanent", "dev", node.interface)
+
+
+def mend_silence(nodes: tuple[Node, Node]) -> None:
+    for node, other in (nodes, nodes[::-1]):
+        ip("-n", node.namespace, "neigh", "del", other.address, "dev", node.interface)
+
+
+CUTS = {  # name: (lines of metrics before it, cut, mend)
+    "interface of node 1 down": (8, cut_by_interface, mend_interface),
+    "every packet dropped silently": (30, cut_silently, mend_silence),
+}
+
+
+def launch_command(node: Node, launcher: str, hostfile: Path, port: int) -> list[str]:
+    """One rank on each of two nodes."""
+    if launcher == "torchrun":
+        return [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2",
+                "--nproc_per_node", "1", "--node_rank", str(node.rank), "--master_addr",
+                ADDRESSES[0], "--master_port", str(port), str(SCRIPT)]
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    return [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile),
+            "--no_ssh", "--node_rank", str(node.rank), "--master_addr", ADDRESSES[0],
+            "--master_port", str(port), str(SCRIPT)]
+
+
+@contextmanager
+def launched(nodes: tuple[Node, Node], launcher: str, log: Path, port: int, train: list[str]
+             ) -> Iterator[list[subprocess.Popen]]:
+    """The launcher on each node, with its output in {log}-{rank}.log; all killed at the end."""
+    with ExitStack() as stack:
+        processes = []
+        for node in nodes:
+            stack.callback(kill_all, node)
+            out = stack.enter_context(Path(f"{log}-{node.rank}.log").open("w"))
+            command = launch_command(node, launcher, log.with_suffix(".hosts"), port)
+            processes.append(subprocess.Popen(
+                ["ip", "netns", "exec", node.namespace, *command, *train], cwd=ROOT, stdout=out,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=environment(GLOO_SOCKET_IFNAME=node.interface)))
+        yield processes
+
+
+def codes(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
+
+
+def until_lines(run: Path, lines: int, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while len(metrics(run)) < lines:
+        if any(process.poll() is not None for process in processes):
+            raise RuntimeError("the run ended before the link could be cut; see its logs")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no {lines} lines of metrics within {START_SECONDS} s")
+        time.sleep(0.002)
+
+
+def last_words(log: Path) -> list[str]:
+    """What both sides said of their end."""
+    return [f"  node {rank}: {line}" for rank in (0, 1)
+            for line in Path(f"{log}-{rank}.log").read_text().splitlines()
+            if line.startswith(("vlmds: rank", "vlmds:   "))]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    files = sorted(path.relative_to(a) for path in (a / "artifacts").rglob("*.safetensors"))
+    return bool(files) and all(
+        (x := load_file(a / file)).keys() == (y := load_file(b / file)).keys()
+        and all(torch.equal(x[name], y[name]) for name in x) for file in files)
+
+
+def scenario(folder: Path, models: Path, shards: Path, launcher: str = "torchrun",
+             cuts: tuple[str, ...] = tuple(CUTS)) -> None:
+    """The whole story, printed; an AssertionError or a TimeoutExpired where it goes wrong.
+
+    Raises:
+        Unavailable: see :func:`two_nodes`.
+    """
+    settings = (f"training.timeout_minutes={TIMEOUT_MINUTES}", "stages.0.steps=20",
+                "stages.1.steps=20", "training.validate_every=10", "training.checkpoint_every=5")
+    whole, cut = folder / "whole", folder / "cut"
+    with two_nodes() as nodes:
+        print(f"{launcher} on {' and '.join(f'{n.namespace} ({n.address})' for n in nodes)}, "
+            f"training.timeout_minutes={TIMEOUT_MINUTES}")
+        with launched(nodes, launcher, folder / "whole", 29501,
+                      arguments(models, shards, whole, *settings)) as processes:
+            assert codes(processes, START_SECONDS) == [0, 0], last_words(folder / "whole")
+        print(f"undisturbed: exit codes 0 and 0, {len(metrics(whole))} lines of metrics")
+        for number, what in enumerate(cuts):
+            lines, sever, mend = CUTS[what]
+            log = folder / f"cut{number}"
+            with launched(nodes, launcher, log, 29502 + number,
+                          arguments(models, shards, cut, *settings)) as processes:
+                until_lines(cut, lines, processes)
+                sever(nodes)
+                began = time.monotonic()
+                ends = codes(processes, TIMEOUT_MINUTES * 60 + GRACE_SECONDS)
+                taken = time.monotonic() - began
+            said = last_words(log)
+            print(f"{what}, after {len(metrics(cut))} lines: exit codes {ends[0]} and {ends[1]} "
+                f"after {taken:.1f} s\n" + "\n".join(said))
+            assert all(ends), "a side ended as if nothing had happened"
+            for rank in (0, 1):
+                assert any(line.startswith(f"  node {rank}: vlmds: rank {rank}: ") for line in said)
+            mend(nodes)
+        with launched(nodes, launcher, folder / "last", 29504,
+                      arguments(models, shards, cut, *settings)) as processes:
+            assert codes(processes, START_SECONDS) == [0, 0], last_words(folder / "last")
+    assert metrics(cut) == metrics(whole)
+    assert same_weights(cut, whole)
+    print("link mended, started again: exit codes 0 and 0; metrics and weights equal the "
+          "undisturbed run's, bit for bit")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="torchrun")
+    args = parser.parse_args()
+
+    args.folder.mkdir(parents=True)
+    scenario(args.folder, tiny.make_models(args.folder / "models"), make_shards(args.folder / "data"),
+             args.launcher)

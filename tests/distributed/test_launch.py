@@ -1,0 +1,85 @@
+"""Launchers, and what they make of ranks and links that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.distributed import namespaces
+from tests.training.launch import (
+    ROOT, SCRIPT, TIMEOUT, arguments, environment, free_port, kill_tree, metrics, ranks_of,
+)  # fmt: skip
+from tests.training.test_training import assert_same_weights, weights
+
+pytestmark = pytest.mark.distributed
+
+
+def launch(tmp_path, *words, torchrun=("-m", "torch.distributed.run")):
+    """torchrun on two ranks, with its output in tmp_path/log."""
+    with (tmp_path / "log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, *torchrun, "--nproc_per_node", "2", "--master_port", str(free_port()),
+             *words], env=environment(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait(process, tmp_path, expect):
+    code = process.wait(TIMEOUT)
+    assert code == expect, f"{code}\n{(tmp_path / 'log').read_text()[-5000:]}"
+
+
+def until(condition, process):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_torchrun_starts_again_after_a_rank_was_killed(models, shards, two_ranks, tmp_path):
+    """Within one torchrun; the last checkpoint before the kill is of step 4."""
+    run = tmp_path / "run"
+    process = launch(tmp_path, "--max-restarts", "1", str(SCRIPT), *arguments(models, shards, run))
+    try:
+        until(lambda: len(metrics(run)) >= 5, process)
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        wait(process, tmp_path, 0)
+    finally:
+        kill_tree(process)
+    assert "going on from" in (tmp_path / "log").read_text()
+    assert metrics(run) == metrics(two_ranks)
+    assert_same_weights(weights(run), weights(two_ranks))
+
+
+RANK = """
+import os, signal, sys, time
+signal.signal(signal.{name}, lambda *_: (time.sleep(0.5), sys.exit(3)))
+open(f"{{sys.argv[1]}}/up-{{os.environ['RANK']}}", "w").close()
+time.sleep({sleep}); sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize(("name", "expect"), [("SIGTERM", 3), ("SIGUSR1", 3), (None, 2)])
+def test_the_exit_code_of_the_ranks_is_kept(tmp_path, name, expect):
+    """Stopped ranks are waited for, and not started again although restarts are left."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(name=name or "SIGTERM", sleep=TIMEOUT if name else 0, code=2))
+    restarts = ["--max-restarts", "3"] if name else []
+    process = launch(tmp_path, *restarts, str(script), str(tmp_path),
+                     torchrun=(str(ROOT / "launch" / "torchrun.py"),))
+    try:
+        if name:
+            until(lambda: len(list(tmp_path.glob("up-*"))) == 2, process)
+            os.kill(process.pid, signal.Signals[name])
+        wait(process, tmp_path, expect)
+    finally:
+        kill_tree(process)
+
+
+def test_a_link_cut_silently_ends_both_sides_and_the_run_goes_on(models, shards, tmp_path):
+    try:
+        namespaces.scenario(tmp_path, models, shards, cuts=("every packet dropped silently",))
+    except namespaces.Unavailable as problem:
+        pytest.skip(f"no network namespaces here: {problem}")
