@@ -34,11 +34,11 @@ def pack(args: argparse.Namespace) -> int:
 
         _refuse(args, "a conversion keeps shards and splits as they are", shard_size=256,
                 shard_bytes=None, val_fraction=0.0, no_verify=False, dedup=False, append=False,
-                merge=False, engine="local")
+                engine="local")
         summary = convert_from_options(
             args.manifest, args.out, args.store or "frames", vision=args.vision,
             feature_layer=args.feature_layer, pool=args.pool, num_frames=args.num_frames,
-            image_size=args.image_size, task=_task(args), **common)
+            image_size=args.image_size, task=_task(args), merge=args.merge, **common)
     else:
         from vlmds.data.pack import pack
 

@@ -80,6 +80,7 @@ def convert(
     workers: int | None = None,
     deadline: float = 60.0,
     task: tuple[int, int] | None = None,
+    merge: bool = False,
     progress: bool = True,
 ) -> PackSummary:
     """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
@@ -88,7 +89,8 @@ def convert(
     num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
     336, 95); a frames store already has its own. tower, tower_name: what makes the features.
     workers, deadline: as for packing. task: (i, n) makes only the ith of n parts; when all are
-    done, a last call without it finds the shards there and makes the dataset.
+    done, a last call without it finds the shards there and makes the dataset. merge: convert
+    nothing; a shard that is not there is an InputError.
 
     Samples that cannot be converted go to ledger.jsonl, with row 0, for a shard does not tell the
     manifest's; the source's own ledger stands there, too. Raises InputError for a conversion that
@@ -101,6 +103,9 @@ def convert(
                for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
     todo = {shard.name for shard in unfinished(out, shards, {})}
+    if merge and todo:
+        raise InputError(f"--merge: {out}: {len(todo)} of {len(shards)} shards are not there yet, "
+                         f"{min(todo)} among them; run the tasks that make them")
     pending = [pair for pair in list(zip(shards, sources))[_part(task)] if pair[0].name in todo]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
