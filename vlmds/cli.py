@@ -71,6 +71,8 @@ def pack(args: argparse.Namespace) -> int:
               f"{args.out / 'ledger.jsonl'} with its reason:")
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")
+    if summary.known:
+        print(f"{summary.known:,} rows have ids that were packed or rejected before, and were left")
     if summary.duplicates:
         print(f"{summary.duplicates:,} groups of samples have the same content, see "
               f"{args.out / 'duplicates.jsonl'}; --dedup leaves all but the first out")
@@ -149,6 +151,22 @@ def doctor(args: argparse.Namespace) -> int:
                    samples=args.samples, wanted=args.samples_per_second)
 
 
+def bench(args: argparse.Namespace) -> int:
+    if args.what == "scale":
+        from vlmds.bench.scale import bench_scale
+
+        bench_scale(args.output)
+    elif args.what == "checkpoint":
+        from vlmds.bench.checkpoint import bench_checkpoint
+
+        bench_checkpoint(args.output)
+    else:
+        from vlmds.bench.data import bench_data
+
+        bench_data(args.output, args.manifest, args.clips)
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -174,6 +192,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(call=plan)
     _caption_parser(commands)
     _doctor_parser(commands)
+    command = commands.add_parser("bench", help="throughput and memory, against named baselines")
+    command.add_argument("what", choices=("data", "scale", "checkpoint"),
+                         help="packing and loading; a dataset that grows; what saving costs")
+    command.add_argument("--manifest", type=Path, help="of data: these videos instead of made ones")
+    command.add_argument("--clips", type=int, default=16, help="of data: how many to make")
+    command.add_argument("--output", type=Path, default=Path("bench"), help="default: ./bench")
+    command.set_defaults(call=bench)
     command = commands.add_parser(
         "demo", help="everything on tiny models and videos made here, on a CPU")
     command.add_argument("--exp", default="demo",

@@ -88,7 +88,7 @@ def test_new_rows_are_appended_and_nothing_else_is_read(videos, clean, tmp_path)
         assert all(after[name] == data for name, data in before.items()
                    if name.endswith(".tar") or "/0" in name)
         before = after
-    assert summary.counts == {"train": 7, "val": 2}
+    assert summary.counts == {"train": 7, "val": 2} and summary.known == 10
     keys = {row.key for row in rows(out)}
     assert keys == {"v0", "v1", "v2", "again", "v3", "v4", "v5", "v6", "v7"}
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]

@@ -29,7 +29,8 @@ ENGINES = ("local", "ray")
 @dataclass(frozen=True)
 class PackSummary:
     """What `pack` did. rejected: rows by the fixed phrase their reason starts with. duplicates:
-    groups of samples with the same content. finished: false for one task of several."""
+    groups of samples with the same content. known: rows that --append found packed or rejected
+    already. finished: false for one task of several."""
 
     counts: dict[str, int]
     rejected: dict[str, int]
@@ -39,6 +40,7 @@ class PackSummary:
     bytes: int
     seconds: float
     duplicates: int = 0
+    known: int = 0
     finished: bool = True
 
     @property
@@ -49,13 +51,15 @@ class PackSummary:
 @dataclass(frozen=True)
 class Work:
     """What there is to do. shards: all that the manifest makes; todo: those not finished yet.
-    unusable: rows that are in no shard. base: what is there already, to append to."""
+    unusable: rows that are in no shard. base: what is there already, to append to; known: rows
+    that it has."""
 
     shards: list[Shard]
     todo: list[Shard]
     unusable: list[Reject]
     ignored_columns: list[str]
     base: Base | None
+    known: int
 
 
 def pack(
@@ -108,7 +112,8 @@ def pack(
     reasons = Counter(reject.reason.split(":")[0] for reject in done.rejects)
     return PackSummary(
         done.counts, dict(reasons.most_common()), work.ignored_columns, len(work.shards),
-        len(work.shards) - len(todo), done.bytes, time.monotonic() - begin, len(done.duplicates))
+        len(work.shards) - len(todo), done.bytes, time.monotonic() - begin, len(done.duplicates),
+        work.known)
 
 
 def pack_here(
@@ -155,6 +160,7 @@ def _plan(
     table = read_manifest(manifest, val_fraction)
     rows, unusable = table.rows, list(table.rejects)
     base = Base.read(out) if append else None
+    usable = len(rows)
     if base is not None:
         _check_same_options(out, base, options)
         seen = {(r.id, r.video, r.reason) for r in base.rejects}
@@ -162,13 +168,14 @@ def _plan(
         rows = [row for row in rows if row.key not in base.keys and row.id not in rejected]
         unusable = [r for r in unusable if (r.id, r.video, r.reason) not in seen]
         unusable += [r for r in base.rejects if r.shard is None]
+    known = usable - len(rows)
     sizes = _Sizes() if dedup or options.shard_bytes else None
     if dedup:
         rows, dropped = _without_duplicates(rows, sizes)
         unusable += dropped
     shards = _shards(rows, options, sizes, base.planned if base else {})
     todo = unfinished(out, shards, base.planned if base else {})
-    return Work(shards, todo, unusable, table.ignored_columns, base)
+    return Work(shards, todo, unusable, table.ignored_columns, base, known)
 
 
 def _finish(out: Path, work: Work, options: PackOptions) -> Finished:

@@ -62,6 +62,10 @@ def _collect(ray, pending: dict, bar: tqdm) -> None:
     shard = pending.pop(done)
     try:
         ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
     except ray.exceptions.RayError as error:
         raise InputError(f"--engine ray: shard {shard.name} could not be packed: "
                          f"{' '.join(str(error).split())[-300:]}; start again to go on") from error

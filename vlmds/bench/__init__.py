@@ -1,0 +1,1 @@
+"""`vlmds bench …`: claims of speed and memory, as ratios against a named baseline in one run."""
