@@ -428,6 +428,9 @@ def main(descriptor: int, deadline: float) -> None:
     av.logging.set_level(av.logging.PANIC)  # what matters becomes a reason
     decord.logging.set_level(decord.logging.QUIET)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have ignored it
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        # Schedulers signal all processes of a job; this one ends when its parent does.
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     connection = Connection(descriptor)
     try:
