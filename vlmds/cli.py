@@ -78,6 +78,25 @@ def caption(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
+    from vlmds.evaluation.evaluate import evaluate_run, evaluation_table, read_evaluation
+    from vlmds.training.ranks import is_main
+
+    try:
+        folder = evaluate_run(
+            args.run, data=args.data, split=args.split, output=args.output, clips=args.clips,
+            batch_size=args.batch_size, num_beams=args.beams, max_new_tokens=args.max_new_tokens,
+            device=args.device, overrides=args.set, again=args.again)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if is_main():
+        print(f"{evaluation_table(read_evaluation(folder)[0])}\nsaved: {folder}")
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -89,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlmds", description="Train and compare video-captioning models. "
         "Training itself: deepspeed launch/train.py --exp e7.yaml --data DIR")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _pack_parser(commands)
     command = commands.add_parser("plan", help="what an experiment will be; needs no weights")
@@ -97,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     command.set_defaults(call=plan)
     _caption_parser(commands)
+    _evaluate_parser(commands)
     command = commands.add_parser(
         "demo", help="everything on tiny models and videos made here, on a CPU")
     command.add_argument("--exp", default="demo",
@@ -139,6 +160,27 @@ def _caption_parser(commands) -> None:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override where the models lie, such as llm.model=/models/Qwen3-8B")
     command.set_defaults(call=caption)
+
+
+def _evaluate_parser(commands) -> None:
+    command = commands.add_parser(
+        "evaluate", help="captions of a packed dataset, scored",
+        description="Over many GPUs: torchrun --nproc-per-node 8 -m vlmds.cli evaluate … "
+        "Start it again after a stop: it goes on.")
+    add = command.add_argument
+    add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
+    add("--data", help="packed dataset (default: the run's own)")
+    add("--split", help="default: val, or the only one")
+    add("--output", type=Path, help="default: RUN/evaluation/SPLIT")
+    add("--clips", type=int, help="evaluate so many, evenly spaced (default: all)")
+    add("--beams", type=int, default=1, help="beam search (default: 1, greedy)")
+    add("--max-new-tokens", type=int, default=128)
+    add("--batch-size", type=int, default=8, help="clips at once (default: 8)")
+    add("--again", action="store_true", help="evaluate anew what is finished already")
+    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    command.set_defaults(call=evaluate)
 
 
 if __name__ == "__main__":
