@@ -165,7 +165,7 @@ def _caption_parser(commands) -> None:
 def _evaluate_parser(commands) -> None:
     command = commands.add_parser(
         "evaluate", help="captions of a packed dataset, scored",
-        description="Over many GPUs: torchrun --nproc-per-node 8 -m vlmds.cli evaluate … "
+        description="Over many GPUs: torchrun --nproc-per-node 8 -m -- vlmds.cli evaluate … "
         "Start it again after a stop: it goes on.")
     add = command.add_argument
     add("--run", type=Path, required=True, help="run folder, or one of its artifacts")

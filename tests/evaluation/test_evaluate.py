@@ -154,8 +154,8 @@ def test_other_settings_start_anew(run, tmp_path):
 def test_two_ranks_equal_one(result, run, tmp_path):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "-m", "vlmds.cli", "evaluate", "--run", str(run), "--output", str(tmp_path / "val"),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--",
+               "vlmds.cli", "evaluate", "--run", str(run), "--output", str(tmp_path / "val"),
                "--max-new-tokens", "8", "--batch-size", "2"]
     process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -146,7 +146,8 @@ def evaluate_subset(
         scorer = ClipScorer(experiment, model, device, texts, swap_videos(texts),
                             batch_size=batch_size, max_new_tokens=max_new_tokens)
         rank, world = _world()
-        mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
+            mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
         records = [r for part in _gather(mine) for r in part]
         result, predictions = summarise_records(records, texts, scorer)
     finally:
