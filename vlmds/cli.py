@@ -97,6 +97,28 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def compare(args: argparse.Namespace) -> int:
+    from vlmds.evaluation.compare import compare, load_run
+    from vlmds.evaluation.report import to_csv, to_latex, write_report
+    from vlmds.files import write
+
+    runs = [load_run(path, args.evaluation) for path in args.runs]
+    found = compare(runs, args.metric)
+    size = write_report(args.output, runs, found)
+    for path, text in ((args.csv, to_csv), (args.latex, to_latex)):
+        if path:
+            write(path, text(found))
+    for warning in found["warnings"]:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    verdict, other = found["verdict"], found["verdict"]["runner_up"]
+    line = f"best: {verdict['best']}, {found['metric']} {verdict['value']:.2f}"
+    if other:
+        line += (f"; {other['gap']:.2f} more than {other['name']}, Holm-corrected p "
+                 f"{other['p_holm']:.4f}; not told apart: {', '.join(verdict['tied'])}")
+    print(f"{line}\nsaved: {args.output} ({size / 1e6:.1f} MB)")
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -118,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(call=plan)
     _caption_parser(commands)
     _evaluate_parser(commands)
+    command = commands.add_parser("compare", help="which experiment wins: one HTML page")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    command.add_argument("-o", "--output", type=Path, default=Path("report.html"))
+    command.add_argument("--evaluation", help="folder under RUN/evaluation (default: val)")
+    command.add_argument("--metric", help="that decides (default: cider_d@morpheme)")
+    command.add_argument("--csv", type=Path, help="also write the table here")
+    command.add_argument("--latex", type=Path, help="also write the table here")
+    command.set_defaults(call=compare)
     command = commands.add_parser(
         "demo", help="everything on tiny models and videos made here, on a CPU")
     command.add_argument("--exp", default="demo",

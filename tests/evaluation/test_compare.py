@@ -104,7 +104,12 @@ def test_runs_of_several_seeds_are_one_experiment(models, shards, tmp_path):
     (group,) = group_runs([load_run(path) for path in paths])
     assert len(group.runs) == 2
     row = compare(group.runs)["table"][0]
-    assert row["seeds"] == 2 and row["metrics"]["chrf++@char"]["seed_sd"] > 0
+    assert row["seeds"] == 2
+    one, two = (json.loads((path / "evaluation" / "val" / "metrics.json").read_text())["metrics"]
+                for path in paths)
+    name = "chrf++@char"
+    assert row["metrics"][name]["seed_sd"] == pytest.approx(
+        abs(one[name]["value"] - two[name]["value"]) / 2**0.5, abs=1e-4)
 
 
 def table_of(values):

@@ -24,7 +24,7 @@ from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.evaluation.metrics import (
     aggregate, characters, interval, resampled_means, score_captions,
 )  # fmt: skip
-from vlmds.training.run import _flat as flat_settings
+from vlmds.training.run import flat_settings
 
 RESAMPLES = 10_000  # 28 pairs need p-values well below 0.05 / 28
 PROJECTORS = ("linear", "mlp", "cabstractor", "perceiver")
@@ -78,6 +78,7 @@ def load_run(path: Path, evaluation: str | None = None) -> Run:
     if name not in found:
         raise InputError(f"{path}: choose an evaluation with --evaluation: {', '.join(found)}")
     metrics, predictions = read_evaluation(root / name)
+    metrics["folder"] = name
     experiment = load_experiment(path / "experiment.yaml")
     records = _read_metrics(path / "metrics.jsonl")
     last = experiment.stages[-1].name

@@ -164,8 +164,8 @@ def _read_record(path: Path) -> dict:
 def check_same_experiment(path: Path, experiment: Experiment) -> None:
     """Raise :class:`InputError`, naming the keys, if the run at ``path`` is of an experiment that
     would learn something else."""
-    old = _flat(load_experiment(path / "experiment.yaml").model_dump())
-    new = _flat(experiment.model_dump())
+    old = flat_settings(load_experiment(path / "experiment.yaml").model_dump())
+    new = flat_settings(experiment.model_dump())
     changed = [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -177,7 +177,7 @@ def check_same_experiment(path: Path, experiment: Experiment) -> None:
                          "undo the change or choose another --output")
 
 
-def _flat(tree, prefix: str = "") -> dict:
+def flat_settings(tree, prefix: str = "") -> dict:
     """Nested mappings and lists of mappings -> dotted keys."""
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         tree = {str(number): item for number, item in enumerate(tree)}
@@ -185,5 +185,5 @@ def _flat(tree, prefix: str = "") -> dict:
         return {prefix: tree}
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+        flat |= flat_settings(value, f"{prefix}.{key}" if prefix else key)
     return flat
