@@ -119,6 +119,41 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(args: argparse.Namespace, size=None) -> int:
+    """0 if all are done, 2 if one refused its input, 3 if a signal stopped one, else 1."""
+    from vlmds import sweep as module
+    from vlmds.errors import InputError
+
+    exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
+    data, output, options, environment = args.data, args.output, (), {}
+    if args.demo:
+        from vlmds.demo.run import RANKS, Size, prepare_demo, tiny_form
+
+        root = (output or Path("demo")).absolute()
+        root.mkdir(parents=True, exist_ok=True)
+        prepare_demo(root, size or Size(), {})
+        exps = [str(tiny_form(exp.lower(), root)) for exp in exps]
+        data, output, options = str(root / "shards"), root / "runs", ("--max-new-tokens", "32")
+        environment = module.cpu_environment(RANKS)
+        args.launcher = args.launcher or f"deepspeed --num_gpus {RANKS}"
+    if data is None:
+        raise InputError("--data: no data given; pass a folder made by vlmds pack")
+    output, launcher = output or Path("runs"), args.launcher or "deepspeed"
+    jobs = module.plan_jobs(exps, output, seeds=args.seeds, share_stage1=args.share_stage1,
+                            overrides=tuple(args.set))
+    if args.emit:
+        print(module.slurm_script(jobs, data, launcher), end="")
+        return 0
+    try:
+        code = module.run_jobs(jobs, data, launcher, options, environment)
+    finally:
+        print(module.status_table(jobs), flush=True)
+    evaluated = [str(job.run) for job in jobs if job.evaluated]
+    if evaluated and code != module.STOPPED:
+        main(["compare", *evaluated, "-o", str(output / "report.html")])
+    return code
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -140,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(call=plan)
     _caption_parser(commands)
     _evaluate_parser(commands)
+    _sweep_parser(commands)
     command = commands.add_parser("compare", help="which experiment wins: one HTML page")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     command.add_argument("-o", "--output", type=Path, default=Path("report.html"))
@@ -211,6 +247,25 @@ def _evaluate_parser(commands) -> None:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override where the models lie, such as llm.model=/models/Qwen3-8B")
     command.set_defaults(call=evaluate)
+
+
+def _sweep_parser(commands) -> None:
+    command = commands.add_parser("sweep", help="train, evaluate and compare several experiments")
+    add = command.add_argument
+    add("exps", nargs="*", metavar="EXP", help="names such as E1, or YAML files")
+    add("--all", action="store_true", help="E1 to E8")
+    add("--owner", help="the experiments of this owner")
+    add("--data", help="packed dataset")
+    add("--output", type=Path, help="folder of the runs (default: runs; with --demo: demo)")
+    add("--seeds", type=int, default=1, help="runs of each experiment (default: 1)")
+    add("--share-stage1", action="store_true",
+        help="experiments with the same projector share its first stage: quicker, but their "
+        "results are then not independent")
+    add("--launcher", help="default: deepspeed; such as 'torchrun --nproc-per-node 8'")
+    add("--emit", choices=("slurm",), help="print an array script instead of running")
+    add("--demo", action="store_true", help="tiny forms on the demo's clips and models")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    command.set_defaults(call=sweep)
 
 
 if __name__ == "__main__":
