@@ -60,7 +60,8 @@ def plan_jobs(exps: list[str], output: Path, *, seeds: int = 1, share_stage1: bo
     names = [experiment.name for _, experiment in loaded]
     if len(set(names)) < len(names):
         raise InputError(f"two experiments have the same name: {', '.join(names)}")
-    loaded.sort(key=lambda pair: (pair[1].priority, pair[1].name))
+    last = float("inf")  # without a priority
+    loaded.sort(key=lambda pair: (pair[1].priority or last, pair[1].name))
     jobs: list[Job] = []
     for seed in range(seeds):
         first: dict[str, Path] = {}  # what stage 1 depends on -> the run that trains it

@@ -97,7 +97,7 @@ def tiny_form(exp: str, output: Path) -> Path:
     experiment = load_experiment(exp)
     lines = [
         f"# {experiment.name} in tiny form, written by vlmds demo", "extends: demo.yaml",
-        f"name: {experiment.name}", f"priority: {experiment.priority}", f"vision: {{model: {output / 'models' / 'clip'}}}",
+        f"name: {experiment.name}", f"priority: {json.dumps(experiment.priority)}", f"vision: {{model: {output / 'models' / 'clip'}}}",
         f"llm: {{model: {output / 'models' / 'qwen3'}}}",
         f"peft: {{type: {experiment.peft.type}}}",
     ]

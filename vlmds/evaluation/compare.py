@@ -177,7 +177,8 @@ def compare(runs: list[Run], metric: str | None = None) -> dict[str, Any]:
         "differences": differing_settings(runs),
         "factors": factors(table, samples[metric], values[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
-        "tokenisation": {n: runs[0].metrics["metrics"][n]["tokenisation"] for n in names},
+        "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"]
+                         for n in names},
     }
 
 
@@ -216,7 +217,9 @@ def warnings(runs: list[Run], keys: list[str]) -> list[str]:
         elif run.metrics["settings"]["artifact"] != run.experiment.stages[-1].name:
             found.append(f"{run.name}: the evaluation is of stage "
                          f"{run.metrics['settings']['artifact']}, not of the last; evaluate again")
-        found += [f"{run.name} may not be looking: {w}" for w in run.metrics["looking"]["warnings"]]
+        if run.metrics["looking"]["warnings"]:
+            found.append(f"{run.name} may not be looking: "
+                         + "; ".join(run.metrics["looking"]["warnings"]))
     return found
 
 

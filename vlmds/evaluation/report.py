@@ -140,7 +140,7 @@ def to_latex(found: dict[str, Any]) -> str:
 
 
 def _chart(figure: go.Figure, english: tuple[str, str], korean: tuple[str, str]) -> dict:
-    figure.update_layout(template="none", margin=dict(l=60, r=20, t=20, b=60), height=380)
+    figure.update_layout(template="none", margin=dict(l=60, r=20, t=40, b=60), height=380)
     return {"figure": json.loads(figure.to_json()), "titles": {"en": english, "ko": korean}}
 
 
