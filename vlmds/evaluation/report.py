@@ -18,6 +18,7 @@ from vlmds.files import write
 
 THUMBNAILS = 300
 THUMBNAIL_BYTES = 12_000_000
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 COST = {  # key: (English, Korean, format)
     "visual_tokens": ("visual tokens", "시각 토큰", "{:,.0f}"),
     "trainable": ("trainable parameters", "학습 파라미터", "{:,.0f}"),
@@ -68,12 +69,13 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
     sets for light and dark, and axis titles in both languages."""
     metric = found["metric"]
     scatter = go.Figure()
+    largest = max(row["cost"]["trainable"] for row in found["table"])
     for row in found["table"]:
         cell = row["metrics"][metric]
         scatter.add_scatter(
             x=[row["cost"]["visual_tokens"]], y=[cell["value"]], name=row["name"], text=[row["name"]],
             mode="markers+text", textposition="top center",
-            marker_size=[10 + 4 * len(str(row["cost"]["trainable"]))],
+            marker_size=[8 + 20 * (row["cost"]["trainable"] / largest) ** 0.5],
             error_y=dict(type="data", symmetric=False, array=[cell["high"] - cell["value"]],
                          arrayminus=[cell["value"] - cell["low"]]))
     scatter.update_xaxes(type="log")
@@ -81,13 +83,14 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
                               ("클립당 시각 토큰 (로그)", metric))}
     for number, stage in enumerate(runs[0].experiment.stages):
         figure = go.Figure()
-        for run in runs:
+        for number_of_run, run in enumerate(runs):
+            colour = COLOURS[number_of_run % len(COLOURS)]
             for curve in run.curves:
                 if curve["stage"] == stage.name:
                     validation = curve["kind"] == "val"
                     figure.add_scatter(
-                        x=curve["step"], y=curve["loss"], name=f"{run.name} {curve['kind']}",
-                        legendgroup=run.name, mode="lines+markers" if validation else "lines",
+                        x=curve["step"], y=curve["loss"], name=run.name, legendgroup=run.name,
+                        showlegend=not validation, line_color=colour, mode="lines+markers" if validation else "lines",
                         line_dash="dot" if validation else "solid")
         made[f"loss{number}"] = _chart(figure, (f"step ({stage.name})", "loss per token"),
                                        (f"스텝 ({stage.name})", "토큰당 손실"))
