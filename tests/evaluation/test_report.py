@@ -56,10 +56,9 @@ def test_in_a_browser(page):
         assert len(find(".clip")) == 11 and len(find(".clip img")) == 11
         assert len(find("svg.main-svg")) >= 5 and find("mark")
         assert "나쁜 글" in find(".clip")[0].text and not find(".clip b b")
-        fits = browser.execute_script(
+        assert browser.execute_script(
             "return [...document.querySelectorAll('.chart')].every(c =>"
-            " c.querySelector('.main-svg').getBoundingClientRect().width <= c.clientWidth + 1)")
-        assert fits
+            " c.querySelector('.main-svg').getBoundingClientRect().width <= c.offsetWidth)")
         english = find("#verdict")[0].text
         find("#lang")[0].click()
         korean = find("#verdict")[0].text
