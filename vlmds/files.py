@@ -19,6 +19,11 @@ def as_path(place: str | os.PathLike) -> Path:
     return UPath(place) if "://" in str(place) else Path(place)
 
 
+def absolute(place: str | os.PathLike) -> str:
+    """A path as it is found from any working folder; a URL stays as it is."""
+    return str(place) if "://" in str(place) else str(Path(place).absolute())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name whole and on disk, or (after an error) not at all.

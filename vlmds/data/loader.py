@@ -82,9 +82,17 @@ class SampleReader:
     def __len__(self) -> int:
         return len(self.order)
 
+    def row(self, position: int) -> SampleRow:
+        """The index row of the sample at a position."""
+        return self.order.row(self.dataset, self.split, position)
+
+    def index_of(self, position: int) -> ShardIndex:
+        """The packed dataset that the sample at a position lies in."""
+        return self.dataset.parts[self.order.place(position).part]
+
     def key(self, position: int) -> str:
         """The key of the sample at a position."""
-        return self.order.row(self.dataset, self.split, position).key
+        return self.row(position).key
 
     def load(self, position: int) -> Sample:
         """The sample at ``position``, or the next of its replacements that can be read.

@@ -61,15 +61,7 @@ def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tu
     output.mkdir(parents=True, exist_ok=True)
     settings = tiny_form(exp, output)
     seconds: dict[str, float] = {}
-    with _timed("clips", seconds):
-        manifest = make_clips(output / "data", train=size.train_clips, val=size.val_clips)
-    with _timed("pre-training of the tiny CLIP and Qwen3", seconds):
-        make_tiny_models(output / "models", image_size=IMAGE_SIZE, clip_steps=size.clip_steps,
-                         llm_steps=size.llm_steps)
-    with _timed("packing", seconds):
-        summary = pack(manifest, output / "shards", store="frames", image_size=IMAGE_SIZE,
-                       progress=False)
-        print(f"  {summary.packed} samples in {summary.shards} shards", flush=True)
+    manifest = prepare_demo(output, size, seconds)
     run = output / "runs" / load_experiment(settings).name
     with _timed("training", seconds):
         _train(settings, output / "shards", run, overrides)
@@ -86,12 +78,26 @@ def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tu
     return results
 
 
+def prepare_demo(output: Path, size: Size, seconds: dict[str, float]) -> Path:
+    """Clips, tiny models and output/shards; returns the clips' manifest. Adds the seconds taken."""
+    with _timed("clips", seconds):
+        manifest = make_clips(output / "data", train=size.train_clips, val=size.val_clips)
+    with _timed("pre-training of the tiny CLIP and Qwen3", seconds):
+        make_tiny_models(output / "models", image_size=IMAGE_SIZE, clip_steps=size.clip_steps,
+                         llm_steps=size.llm_steps)
+    with _timed("packing", seconds):
+        summary = pack(manifest, output / "shards", store="frames", image_size=IMAGE_SIZE,
+                       progress=False)
+        print(f"  {summary.packed} samples in {summary.shards} shards", flush=True)
+    return manifest
+
+
 def tiny_form(exp: str, output: Path) -> Path:
     """Write output/tiny-{name}.yaml: the experiment on the demo's models."""
     experiment = load_experiment(exp)
     lines = [
         f"# {experiment.name} in tiny form, written by vlmds demo", "extends: demo.yaml",
-        f"name: {experiment.name}", f"vision: {{model: {output / 'models' / 'clip'}}}",
+        f"name: {experiment.name}", f"priority: {json.dumps(experiment.priority)}", f"vision: {{model: {output / 'models' / 'clip'}}}",
         f"llm: {{model: {output / 'models' / 'qwen3'}}}",
         f"peft: {{type: {experiment.peft.type}}}",
     ]

@@ -20,6 +20,7 @@ from vlmds.config import Experiment, load_experiment
 from vlmds.data.features import check_tower
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.errors import InputError, Stopped
+from vlmds.files import absolute
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
@@ -41,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = list(args.set)
         if args.data is not None:
-            url = "://" in args.data
-            overrides.append(f"data.path={args.data if url else Path(args.data).absolute()}")
+            overrides.append(f"data.path={absolute(args.data)}")
         experiment = load_experiment(args.exp, overrides)
         if args.plan:
             if is_main():

@@ -203,7 +203,7 @@ def differing_keys(old: Experiment, new: Experiment, *, only: tuple[str, ...] = 
                    but: tuple[str, ...] = ()) -> list[str]:
     """"key old -> new" for each key that differs, under one of ``only`` and under none of ``but``;
     a name stands for all keys below it."""
-    a, b = _flat(old.model_dump()), _flat(new.model_dump())
+    a, b = flat_settings(old.model_dump()), flat_settings(new.model_dump())
 
     def under(key: str, names: tuple[str, ...]) -> bool:
         return any(name in ("", key) or key.startswith(f"{name}.") for name in names)
@@ -212,7 +212,7 @@ def differing_keys(old: Experiment, new: Experiment, *, only: tuple[str, ...] = 
             if a.get(key) != b.get(key) and under(key, only) and not under(key, but)]
 
 
-def _flat(tree, prefix: str = "") -> dict:
+def flat_settings(tree, prefix: str = "") -> dict:
     """Nested mappings and lists of mappings -> dotted keys."""
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         tree = {str(number): item for number, item in enumerate(tree)}
@@ -220,5 +220,5 @@ def _flat(tree, prefix: str = "") -> dict:
         return {prefix: tree}
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+        flat |= flat_settings(value, f"{prefix}.{key}" if prefix else key)
     return flat

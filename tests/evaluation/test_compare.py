@@ -1,0 +1,186 @@
+"""Statistics on made-up predictions whose answer is known, and bad input on real evaluations."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.evaluation.conftest import make_run
+from vlmds.errors import InputError
+from vlmds.evaluation import compare as module
+from vlmds.evaluation.compare import compare, factors, group_runs, holm, load_run, verdict
+from vlmds.evaluation.evaluate import evaluate_run
+
+
+@pytest.fixture(scope="module")
+def runs(models, shards, tmp_path_factory):
+    """Three evaluated runs."""
+    folder = tmp_path_factory.mktemp("compared")
+    made = {}
+    for exp, seed in (("e3", 5), ("e4", 6), ("e8", 7)):
+        made[exp] = make_run(models, shards, folder / exp, exp, seed)
+        evaluate_run(made[exp], max_new_tokens=8)
+    return made
+
+
+def rewrite(path, change):
+    file = path / "evaluation" / "val" / "predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in (change(i, line) for i, line in enumerate(lines)) if line]
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def copies(runs, tmp_path):
+    made = []
+    for exp, path in runs.items():
+        shutil.copytree(path, tmp_path / exp)
+        made.append(tmp_path / exp)
+    return made
+
+
+def test_values_and_costs_are_those_of_the_runs(runs):
+    found = compare([load_run(path) for path in runs.values()])
+    for row, path in zip(found["table"], runs.values()):
+        metrics = json.loads((path / "evaluation" / "val" / "metrics.json").read_text())
+        for name, value in metrics["metrics"].items():
+            assert row["metrics"][name]["value"] == pytest.approx(value["value"], abs=1e-4)
+        assert row["cost"]["samples_per_s"] == 2.0 and row["cost"]["memory_gib"] == 1.5
+        assert row["cost"]["hours"] == pytest.approx(48 / 2 / 3600)
+        assert row["cost"]["trainable"] == sum(
+            metrics["model"][f"{part}_parameters"] for part in ("projector", "adapter"))
+    assert [row["cost"]["visual_tokens"] for row in found["table"]] == [16, 16, 4]
+    assert found["metric"] == "cider_d@morpheme" and len(found["pairs"]) == 3
+
+
+def test_a_clear_winner_is_significant_and_a_copy_is_a_tie(runs, tmp_path):
+    paths = copies(runs, tmp_path)
+
+    def perfect(_, line):
+        scores = {name: 100.0 for name in line["scores"]}
+        scores["cider_d@morpheme"] = 900.0 + line["position"]
+        return line | {"scores": scores}
+
+    rewrite(paths[0], perfect)
+    rewrite(paths[1], perfect)
+    found = compare([load_run(path) for path in paths])
+    assert found["verdict"]["tied"] == ["e3", "e4"] and found["verdict"]["cheapest"] == "e3"
+    assert found["verdict"]["runner_up"] == {
+        "name": "e4", "gap": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1, "significant": False}
+    pair = next(p for p in found["pairs"] if (p["one"], p["other"]) == ("e3", "e8"))
+    assert pair["low"] > 0 and pair["p_holm"] < 0.001
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_p_values_are_calibrated_where_there_is_no_difference():
+    """Of 200 comparisons of equals, about one in twenty is below 0.05, not one in five."""
+    random = np.random.RandomState(3)
+    groups = [module.Group("a", []), module.Group("b", [])]
+    hits = 0
+    for _ in range(200):
+        x, y = random.randn(2, 60, 1)
+        samples = module._bootstrap([[x], [y]], "cider_d@char", 400)
+        hits += module._pairs(groups, [float(x.mean()), float(y.mean())], samples)[0]["p"] < 0.05
+    assert 2 <= hits <= 24
+
+
+def test_seeds_widen_the_interval():
+    """Two seeds that disagree leave more doubt than the clips alone."""
+    x = np.linspace(0, 1, 200)[:, None]
+    alone = module._bootstrap([[x]], "cider_d@char", 500)
+    several = module._bootstrap([[x - 5, x + 5]], "cider_d@char", 500)
+    assert np.ptp(np.percentile(several, [2.5, 97.5])) > 5 * np.ptp(np.percentile(alone, [2.5, 97.5]))
+
+
+def test_runs_of_several_seeds_are_one_experiment(models, shards, tmp_path):
+    paths = [make_run(models, shards, tmp_path / f"e3-seed{s}", "e3", 5 + s, f"training.seed={s}")
+             for s in range(2)]
+    for path in paths:
+        evaluate_run(path, max_new_tokens=4)
+    (group,) = group_runs([load_run(path) for path in paths])
+    assert len(group.runs) == 2
+    row = compare(group.runs)["table"][0]
+    assert row["seeds"] == 2
+    one, two = (json.loads((path / "evaluation" / "val" / "metrics.json").read_text())["metrics"]
+                for path in paths)
+    name = "chrf++@char"
+    assert row["metrics"][name]["seed_sd"] == pytest.approx(
+        abs(one[name]["value"] - two[name]["value"]) / 2**0.5, abs=1e-4)
+
+
+def table_of(values):
+    return [{"name": f"{p}-{a}", "projector": p, "adapter": a,
+             "metrics": {"m": {"value": v}}, "cost": {"visual_tokens": 64, "trainable": 1}}
+            for (p, a), v in values.items()]
+
+
+def test_main_effects_and_interaction_by_hand():
+    values = {("linear", "lora"): 1.0, ("linear", "dora"): 2.0, ("mlp", "lora"): 4.0,
+              ("mlp", "dora"): 9.0, ("perceiver", "lora"): 100.0}
+    numbers = list(values.values())
+    samples = np.array(numbers)[:, None] + np.zeros((1, 50))
+    found = factors(table_of(values), samples, numbers)
+    assert found["adapter"]["value"] == 3.0  # (1 + 5) / 2; perceiver has no DoRA run
+    assert found["projector"]["mlp"]["value"] == pytest.approx(6.5 - 4)
+    assert found["interaction"]["linear"]["value"] == pytest.approx(-2)
+    assert "perceiver + dora" in found["missing"] and "linear + lora" not in found["missing"]
+
+
+def test_the_cheapest_of_the_tied_is_named():
+    rows = table_of({("linear", "lora"): 3.0, ("mlp", "lora"): 2.9, ("perceiver", "lora"): 1.0})
+    rows[0]["cost"]["visual_tokens"] = 4608
+    pairs = [{"one": rows[0]["name"], "other": rows[i]["name"], "gap": 0.1, "low": 0, "high": 1,
+              "p": p, "p_holm": p} for i, p in ((1, 0.4), (2, 0.001))]
+    found = verdict(rows, pairs, "m")
+    assert found["best"] == "linear-lora" and found["cheapest"] == "mlp-lora"
+    assert found["tied"] == ["linear-lora", "mlp-lora"]
+
+
+def test_other_clips_are_left_out_with_a_warning_and_none_in_common_is_refused(runs, tmp_path):
+    paths = copies(runs, tmp_path)
+    rewrite(paths[0], lambda i, line: line if i < 6 else None)
+    found = compare([load_run(path) for path in paths])
+    assert found["clips"] == 6 and "not evaluated on the same clips" in found["warnings"][0]
+    rewrite(paths[1], lambda i, line: line if i >= 6 else None)
+    with pytest.raises(InputError, match="no clip was evaluated in all of them"):
+        compare([load_run(path) for path in paths])
+
+
+def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
+    paths = copies(runs, tmp_path)
+    file = paths[0] / "evaluation" / "val" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["settings"] |= {"prompt": "무엇?", "num_frames": 16}
+    file.write_text(json.dumps(metrics))
+    record = paths[1] / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other"}))
+    found = compare([load_run(path) for path in paths])
+    told = "\n".join(found["warnings"])
+    assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
+    assert "not trained on the same data" in told
+    keys = {d["key"]: d["expected"] for d in found["differences"]}
+    assert keys["peft.type"] and keys["projector.type"] and "data.prompt" not in keys
+
+
+def test_a_run_in_progress_is_told_and_one_without_evaluation_refused(runs, tmp_path):
+    paths = copies(runs, tmp_path)
+    shutil.rmtree(paths[2] / "artifacts" / "finetune")
+    with (paths[2] / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    found = compare([load_run(path) for path in paths])
+    assert any("e8: training is still in progress" in w for w in found["warnings"])
+    (paths[0] / "evaluation" / "val" / "predictions.jsonl").unlink()
+    with pytest.raises(InputError, match="predictions.jsonl: missing; run vlmds evaluate"):
+        load_run(paths[0])
+    shutil.rmtree(paths[0] / "evaluation")
+    with pytest.raises(InputError, match="no evaluation; run vlmds evaluate --run"):
+        load_run(paths[0])
+
+
+def test_one_run_alone(runs):
+    found = compare([load_run(runs["e3"])])
+    assert found["verdict"]["best"] == "e3" and found["verdict"]["runner_up"] is None

@@ -1,0 +1,249 @@
+"""Evaluation of tiny models: what it says, and that it does not depend on how it was run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from vlmds.cli import main
+from vlmds.config import load_experiment
+from vlmds.data.dataset import Dataset
+from vlmds.data.index import ShardIndex
+from vlmds.data.loader import SampleReader
+from vlmds.evaluation import evaluate
+from vlmds.evaluation.clips import ClipText, evaluated_positions, read_text, swap_videos
+from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset, read_evaluation
+from vlmds.files import sha256_of
+from vlmds.inference import VideoCaptioner
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = dict(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def result(run, tmp_path_factory):
+    return evaluate_run(run, output=tmp_path_factory.mktemp("result") / "val", **OPTIONS)
+
+
+def same(one: Path, other: Path):
+    """Equal captions and metrics; log-probabilities within rounding of another batch."""
+    (a, lines), (b, others) = read_evaluation(one), read_evaluation(other)
+    assert len(lines) == len(others)
+    for x, y in zip(lines, others):
+        assert (x["key"], x["caption"], x["scores"], x["blind_captions"]) == (
+            y["key"], y["caption"], y["scores"], y["blind_captions"])
+        for name, value in x["reference_log_probability"].items():
+            assert value == pytest.approx(y["reference_log_probability"][name], abs=1e-5)
+    assert a["metrics"] == b["metrics"] and a["captions"] == b["captions"]
+    for blind, gap in a["looking"]["loss"].items():
+        assert gap == pytest.approx(b["looking"]["loss"][blind], abs=1e-5)
+
+
+def test_captions_and_losses_are_the_models(result, run, shards):
+    """Against the captioner and the training loss themselves, clip by clip."""
+    metrics, lines = read_evaluation(result)
+    assert metrics["clips"] == 11 and len({line["caption"] for line in lines}) > 1
+    captioner = VideoCaptioner.from_pretrained(run / "artifacts" / "finetune")
+    reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
+    for position, line in enumerate(lines):
+        sample = reader.load(position)
+        assert (line["key"], line["references"]) == (sample.key, sample.captions)
+        assert line["caption"] == captioner.caption_frames(
+            sample.frames[None], [sample.prompt], **OPTIONS)[0]
+        total = tokens = 0
+        for caption in sample.captions:
+            batch = captioner.builder.collate_training(
+                [captioner.builder.training(caption, sample.prompt)])
+            with torch.no_grad():
+                features = captioner.model.tower(torch.from_numpy(sample.frames[None]))
+                total += float(captioner.model.captioner(features, **batch))
+            tokens += int((batch["labels"] != -100).sum())
+        assert -line["reference_log_probability"]["real"] == pytest.approx(total / tokens, abs=1e-4)
+
+
+def test_blind_captions_are_what_the_model_says_to_that_video(result, run, shards):
+    lines = read_evaluation(result)[1]
+    reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
+    swapped = swap_videos([read_text(reader, p) for p in range(len(reader))])
+    captioner = VideoCaptioner.from_pretrained(run / "artifacts" / "finetune")
+    for line in lines:
+        own, other = reader.load(line["position"]), reader.load(swapped[line["position"]])
+        black = np.zeros_like(own.frames)
+        assert [line["blind_captions"][k] for k in ("shuffled", "blank")] == captioner.caption_frames(
+            np.stack([other.frames, black]), [own.prompt] * 2, **OPTIONS)
+
+
+def test_batch_size_does_not_matter(result, run, tmp_path):
+    for size in (1, 3):
+        same(result, evaluate_run(run, output=tmp_path / str(size), batch_size=size, **OPTIONS))
+
+
+def test_a_model_that_does_not_look_is_warned_of(run, tmp_path, result):
+    """The same projection whatever the video: blind is as good, exactly."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(run / "artifacts" / "finetune", tmp_path / "artifact")
+    path = tmp_path / "artifact" / "projector.safetensors"
+    save_file({k: v * 0 if k.endswith("weight") else v for k, v in load_file(path).items()}, path)
+    meta = json.loads((path.parent / "artifact.json").read_text())
+    meta["files"][path.name] = sha256_of(path)
+    (path.parent / "artifact.json").write_text(json.dumps(meta))
+    folder = evaluate_run(tmp_path / "artifact", **OPTIONS)
+    blind = read_evaluation(folder)[0]["looking"]
+    assert blind["loss"]["shuffled"]["gap"] == pytest.approx(0, abs=1e-6)
+    assert any("loss with shuffled" in w for w in blind["warnings"])
+    assert any("cider_d@morpheme with blank" in w for w in blind["warnings"])
+    seen = read_evaluation(result)[0]["looking"]  # the other model sees: its losses differ
+    assert abs(seen["loss"]["shuffled"]["gap"]) > 1e-3 and abs(seen["loss"]["blank"]["gap"]) > 1e-3
+
+
+def test_a_gap_beyond_noise_gives_no_warning():
+    texts = [ClipText(i, str(i), [f"{i}번 영상 {'가나다라마바사'[i % 7]}"], None, 1.0)
+             for i in range(30)]
+    records = [{"real": [-2.0 - i / 90, 2], "blank": [-6.0, 2]} for i in range(30)]
+    captions = [t.captions[0] for t in texts]
+    swapped = swap_videos(texts)
+    found = evaluate.looking(texts, records, captions, {i: [-5.0, 2] for i in range(30)},
+                             {i: captions[swapped[i]] for i in range(30)}, {None: "네"})
+    assert not found["warnings"]
+    assert found["loss"]["blank"]["gap"] == pytest.approx(3 - np.mean([1 + i / 180 for i in range(30)]))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_goes_on_where_it_was_stopped(result, run, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "val"
+    scored = []
+    original = evaluate.ClipScorer.score
+
+    def score(self, texts, frames):
+        scored.append([t.position for t in texts])
+        if len(scored) == 3:
+            raise Killed
+        return original(self, texts, frames)
+
+    monkeypatch.setattr(evaluate.ClipScorer, "score", score)
+    with pytest.raises(Killed):
+        evaluate_run(run, output=output, batch_size=2, **OPTIONS)
+    with (output / "parts" / "00000.jsonl").open("a") as file:
+        file.write('{"position": 7, "capt')  # what a kill leaves of a line
+    assert not (output / "metrics.json").exists()
+    scored.clear()
+    scored.append("no third call")
+    monkeypatch.setattr(evaluate.ClipScorer, "score", original)
+    evaluate_run(run, output=output, batch_size=2, **OPTIONS)
+    assert "4 of 11 clips are done already" in capsys.readouterr().out
+    same(result, output)
+    monkeypatch.setattr(evaluate.ClipScorer, "score", None)  # nothing is computed a second time
+    evaluate_run(run, output=output, batch_size=2, **OPTIONS)
+
+
+def test_other_settings_start_anew(run, tmp_path):
+    one = evaluate_run(run, output=tmp_path / "val", max_new_tokens=2)
+    short = [line["caption"] for line in read_evaluation(one)[1]]
+    two = evaluate_run(run, output=tmp_path / "val", **OPTIONS)
+    assert [line["caption"] for line in read_evaluation(two)[1]] != short
+
+
+@pytest.mark.distributed
+def test_two_ranks_equal_one(result, run, tmp_path):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--",
+               "vlmds.cli", "evaluate", "--run", str(run), "--output", str(tmp_path / "val"),
+               "--max-new-tokens", "8", "--batch-size", "2"]
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    try:
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    assert process.returncode == 0, printed[-3000:]
+    assert printed.count("saved: ") == 1 and "cider_d@morpheme" in printed
+    same(result, tmp_path / "val")
+    assert read_evaluation(tmp_path / "val")[0]["timing"]["ranks"] == 2
+
+
+def test_an_unreadable_clip_is_counted_and_not_replaced(run, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    index = ShardIndex.open(shards)
+    row = index.row("val", 0, 1)
+    member = next(m for m in row.members if m.ext != "json")
+    with (tmp_path / "data" / "val" / f"{row.shard:06d}.tar").open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"\0" * 40)
+    folder = evaluate_run(run, data=str(tmp_path / "data"), output=tmp_path / "out", **OPTIONS)
+    metrics, lines = read_evaluation(folder)
+    assert metrics["clips"] == 10 and metrics["unreadable"] == 1
+    assert row.key not in [line["key"] for line in lines]
+    assert "crc32" in json.loads((folder / "ledger.jsonl").read_text())["unreadable"]
+
+
+def test_in_training_the_model_is_left_as_it_was(run, result, shards):
+    captioner = VideoCaptioner.from_pretrained(run / "artifacts" / "finetune")
+    model = captioner.model
+    model.captioner.train()
+    model.captioner.projector.requires_grad_(True)
+    reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
+    state = torch.random.get_rng_state()
+    found = evaluate_subset(captioner.experiment, model, reader, torch.device("cpu"), clips=11,
+                            samples=2, **OPTIONS)
+    assert model.captioner.training and torch.equal(state, torch.random.get_rng_state())
+    assert all(p.requires_grad for p in model.captioner.projector.parameters())
+    metrics, lines = read_evaluation(result)
+    assert found["metrics"] == metrics["metrics"] and len(found["samples"]) == 2
+    assert found["samples"][0]["caption"] == lines[0]["caption"]
+
+
+def test_swapped_videos_have_the_same_prompt_and_other_references():
+    texts = [ClipText(i, str(i), ["가"] if i < 5 else [f"나{i}"], "무엇?" if i in (1, 6) else None, 1)
+             for i in range(9)] + [ClipText(9, "9", ["다"], "홀로", 1)]
+    swapped = swap_videos(texts)
+    assert set(swapped) == set(range(9))
+    for one, other in swapped.items():
+        assert texts[one].prompt == texts[other].prompt
+        assert not set(texts[one].captions) & set(texts[other].captions)
+
+
+def test_evenly_spaced_positions():
+    assert evaluated_positions(10, 4) == [0, 3, 6, 9]
+    assert evaluated_positions(3, 8) == evaluated_positions(3, None) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--run", "/nowhere"], "neither a run folder nor an artifact"),
+    (["--split", "test"], "no split 'test'; it has train, val"),
+    (["--data", "/nowhere"], "data.path: /nowhere does not exist"),
+])
+def test_bad_input_is_one_line(run, arguments, message, capsys):
+    if "--run" not in arguments:
+        arguments = ["--run", str(run), *arguments]
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_command_prints_a_table_and_saves_beside_the_run(models, shards, tmp_path, capsys):
+    from tests.evaluation.conftest import make_run
+
+    run = make_run(models, shards, tmp_path / "e8", "e8")
+    assert main(["evaluate", "--run", str(run), "--clips", "4", "--max-new-tokens", "6"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 clips, 0 unreadable" in printed and "chrf++@char" in printed
+    assert (run / "evaluation" / "val" / "predictions.jsonl").is_file()
+    assert len(list((run / "evaluation" / "val" / "thumbnails").iterdir())) == 4
+    assert load_experiment(run / "experiment.yaml").name == "e8"

@@ -1,0 +1,392 @@
+"""Statistics behind `vlmds compare`: which experiment wins, by how much, and is it sure.
+
+Runs are compared on the same clips: a paired bootstrap draws clips, and where an experiment was
+run with several seeds also seeds, and asks how often the difference changes sign. The p-values of
+all pairs are Holm-corrected, so that eight experiments do not win by chance. Of the experiments
+that cannot be told from the best, the one with the fewest visual tokens, then the fewest trained
+parameters, is named too: that is the one to ship.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmds.config import Experiment, load_experiment
+from vlmds.errors import InputError
+from vlmds.evaluation.evaluate import read_evaluation
+from vlmds.evaluation.metrics import (
+    aggregate, characters, interval, resampled_means, score_captions,
+)  # fmt: skip
+from vlmds.training.run import flat_settings
+
+RESAMPLES = 10_000  # 28 pairs need p-values well below 0.05 / 28
+PROJECTORS = ("linear", "mlp", "cabstractor", "perceiver")
+ADAPTERS = ("lora", "dora")
+EXPECTED = ("name", "owner", "priority", "projector", "peft.type", "training.seed")
+"""Settings that are meant to differ between experiments."""
+SAME = ("data_fingerprint", "split", "clips", "prompt", "num_frames", "num_beams",
+        "max_new_tokens", "vision", "llm", "llm_precision", "tokenisation")
+"""Settings of the evaluation without which scores cannot be compared."""
+
+
+@dataclass
+class Run:
+    """A run with its evaluation. predictions: by key."""
+
+    name: str
+    path: Path
+    experiment: Experiment
+    metrics: dict[str, Any]
+    predictions: dict[str, dict]
+    cost: dict[str, float | None]
+    curves: list[dict]
+    finished: bool
+
+
+@dataclass
+class Group:
+    """The runs of one experiment that differ in nothing but their seed."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.runs[0].experiment
+
+
+def load_run(path: Path, evaluation: str | None = None) -> Run:
+    """A run folder and its evaluation.
+
+    Raises:
+        InputError: no run, no evaluation, or several of which none was chosen.
+    """
+    if not (path / "run.json").is_file():
+        raise InputError(f"{path}: not a run folder")
+    root = path / "evaluation"
+    found = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    if not found:
+        raise InputError(f"{path}: no evaluation; run vlmds evaluate --run {path}")
+    name = evaluation or ("val" if "val" in found else found[0] if len(found) == 1 else None)
+    if name not in found:
+        raise InputError(f"{path}: choose an evaluation with --evaluation: {', '.join(found)}")
+    metrics, predictions = read_evaluation(root / name)
+    metrics["folder"] = name
+    experiment = load_experiment(path / "experiment.yaml")
+    records = _read_metrics(path / "metrics.jsonl")
+    last = experiment.stages[-1].name
+    finished = (path / "artifacts" / last / "artifact.json").is_file()
+    return Run(path.name, path, experiment, metrics, {p["key"]: p for p in predictions},
+               costs(records, metrics), curves(records, experiment), finished)
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """Runs of the same settings but for the seed, together, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = flat_settings(run.experiment.model_dump())
+        identity = {k: v for k, v in settings.items()
+                    if k not in ("name", "owner", "priority", "training.seed")}
+        same = [r.experiment.training.seed for r in groups.get(json.dumps(identity, default=str), [])]
+        key = json.dumps(identity, default=str)
+        if run.experiment.training.seed in same:  # the same run twice is no new seed
+            key += str(run.path)
+        groups.setdefault(key, []).append(run)
+    made = []
+    for members in groups.values():
+        name = members[0].name if len(members) == 1 else members[0].experiment.name
+        if name in [group.name for group in made]:
+            name = str(members[0].path)
+        made.append(Group(name, members))
+    return made
+
+
+def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
+    """visual_tokens, trainable (parameters), samples_per_s, memory_gib and hours of training
+    (validation and checkpoints not counted)."""
+    seconds, pending, speeds, samples = 0.0, 0, 0.0, 0
+    for record in (r for r in records if r["kind"] == "train"):
+        pending += record["samples"]
+        if record.get("samples_per_s"):  # of the window that ends here
+            seconds += pending / record["samples_per_s"]
+            samples, pending = samples + pending, 0
+    speeds = samples / seconds if seconds else None
+    memory = [r["memory_gib"] for r in records if r.get("memory_gib")]
+    model = metrics["model"]
+    return {"visual_tokens": model["visual_tokens"],
+            "trainable": model["projector_parameters"] + model["adapter_parameters"],
+            "samples_per_s": speeds, "memory_gib": max(memory, default=None),
+            "hours": seconds / 3600 if seconds else None}
+
+
+def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list[dict]:
+    """Loss curves [{stage, kind, step, loss}], of at most so many points each."""
+    found = []
+    for stage in experiment.stages:
+        for kind in ("train", "val"):
+            points = [(r["step"], r["loss"]) for r in records
+                      if r.get("stage") == stage.name and r["kind"] == kind
+                      and isinstance(r.get("loss"), float) and math.isfinite(r["loss"])]
+            points = points[:: max(1, math.ceil(len(points) / most))]
+            if points:
+                found.append({"stage": stage.name, "kind": kind, "step": [p[0] for p in points],
+                              "loss": [p[1] for p in points]})
+    return found
+
+
+def compare(runs: list[Run], metric: str | None = None) -> dict[str, Any]:
+    """Everything that the report says in numbers.
+
+    Raises:
+        InputError: no clip that all runs were evaluated on, or no such metric.
+    """
+    groups = group_runs(runs)
+    keys = common_keys(runs)
+    scores = [[_scores(run, keys, runs) for run in group.runs] for group in groups]
+    names = [n for n in scores[0][0] if all(n in s for group in scores for s in group)]
+    metric = metric or names[0]
+    if metric not in names:
+        raise InputError(f"--metric {metric}: not there; the runs share {', '.join(names)}")
+    samples = {name: _bootstrap([[s[name] for s in group] for group in scores], name,
+                                RESAMPLES if name == metric else 1000) for name in names}
+    values = {name: [float(aggregate(name, np.mean([s[name].mean(axis=0) for s in group], axis=0)
+                                     [None])[0]) for group in scores] for name in names}
+    table = []
+    for number, group in enumerate(groups):
+        table.append({
+            "name": group.name, "projector": group.experiment.projector.type,
+            "adapter": group.experiment.peft.type, "seeds": len(group.runs),
+            "finished": all(run.finished for run in group.runs),
+            "metrics": {n: _cell(values[n][number], samples[n][number],
+                                 [aggregate(n, s[n].mean(axis=0)[None])[0] for s in scores[number]])
+                        for n in names},
+            "looking": group.runs[0].metrics["looking"],
+            "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in group.runs[0].cost},
+        })
+    pairs = _pairs(groups, values[metric], samples[metric])
+    return {
+        "metric": metric, "metrics": names, "clips": len(keys), "table": table, "pairs": pairs,
+        "verdict": verdict(table, pairs, metric), "warnings": warnings(runs, keys),
+        "differences": differing_settings(runs),
+        "factors": factors(table, samples[metric], values[metric]),
+        "breakdown": breakdown(groups, scores, keys, metric),
+        "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"]
+                         for n in names},
+    }
+
+
+def common_keys(runs: list[Run]) -> list[str]:
+    """Keys of the clips that every run was evaluated on, with the same references."""
+    keys = [key for key, line in runs[0].predictions.items() if all(
+        key in run.predictions and run.predictions[key]["references"] == line["references"]
+        for run in runs[1:])]
+    if not keys:
+        raise InputError(f"{', '.join(r.name for r in runs)}: no clip was evaluated in all of them; "
+                         "evaluate them on the same data and split")
+    return keys
+
+
+def warnings(runs: list[Run], keys: list[str]) -> list[str]:
+    """What makes the comparison doubtful, loudest first."""
+    found = []
+    sizes = {run.name: len(run.predictions) for run in runs}
+    if set(sizes.values()) != {len(keys)}:
+        found.append(f"The runs were not evaluated on the same clips ({sizes}); compared are the "
+                     f"{len(keys)} that all have.")
+    for setting in SAME:
+        values = {run.name: run.metrics["settings"].get(setting) for run in runs}
+        if len({json.dumps(v) for v in values.values()}) > 1:
+            found.append(f"Evaluations differ in {setting}: " + "; ".join(
+                f"{name}: {value}" for name, value in values.items()))
+    trained = {run.name: json.loads((run.path / "run.json").read_text()).get("data_fingerprint")
+               for run in runs}
+    if len(set(trained.values())) > 1:
+        found.append("The runs were not trained on the same data: " + "; ".join(
+            f"{name}: {str(value)[:12]}" for name, value in trained.items()))
+    for run in runs:
+        if not run.finished:
+            found.append(f"{run.name}: training is still in progress; its evaluation is of stage "
+                         f"{run.metrics['settings']['artifact']}")
+        elif run.metrics["settings"]["artifact"] != run.experiment.stages[-1].name:
+            found.append(f"{run.name}: the evaluation is of stage "
+                         f"{run.metrics['settings']['artifact']}, not of the last; evaluate again")
+        if run.metrics["looking"]["warnings"]:
+            found.append(f"{run.name} may not be looking: "
+                         + "; ".join(run.metrics["looking"]["warnings"]))
+    return found
+
+
+def differing_settings(runs: list[Run]) -> list[dict]:
+    """[{key, expected, values by run}] of every experiment key that is not the same in all."""
+    flat = {run.name: flat_settings(run.experiment.model_dump()) for run in runs}
+    found = []
+    for key in sorted(set().union(*flat.values())):
+        values = {name: settings.get(key) for name, settings in flat.items()}
+        if len({json.dumps(v, default=str) for v in values.values()}) > 1:
+            expected = any(key == e or key.startswith(f"{e}.") for e in EXPECTED)
+            found.append({"key": key, "expected": expected, "values": values})
+    return sorted(found, key=lambda d: d["expected"])
+
+
+def verdict(table: list[dict], pairs: list[dict], metric: str) -> dict[str, Any]:
+    """best: highest value. runner_up with the gap to it. tied: not significantly worse than the
+    best, itself included. cheapest: of the tied."""
+    order = sorted(table, key=lambda row: -row["metrics"][metric]["value"])
+    best = order[0]["name"]
+    found = {"best": best, "value": order[0]["metrics"][metric]["value"], "tied": [best],
+             "cheapest": best, "runner_up": None}
+    against = {p["other"] if p["one"] == best else p["one"]: p for p in pairs
+               if best in (p["one"], p["other"])}
+    if len(order) == 1:
+        return found
+    found["tied"] += [row["name"] for row in order[1:] if against[row["name"]]["p_holm"] >= 0.05]
+    tied = [row for row in order if row["name"] in found["tied"]]
+    found["cheapest"] = min(
+        tied, key=lambda r: (r["cost"]["visual_tokens"], r["cost"]["trainable"]))["name"]
+    pair = against[order[1]["name"]]
+    sign = 1 if pair["one"] == best else -1
+    low, high = sorted((sign * pair["low"], sign * pair["high"]))
+    found["runner_up"] = {"name": order[1]["name"], "gap": sign * pair["gap"], "low": low,
+                          "high": high, "p": pair["p"], "p_holm": pair["p_holm"],
+                          "significant": pair["p_holm"] < 0.05}
+    return found
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    corrected, running = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = running
+    return corrected
+
+
+def factors(table: list[dict], samples: np.ndarray, values: list[float]) -> dict[str, Any]:
+    """Main effects and interaction, over the projectors that were run with both adapters.
+
+    projector: mean of its two runs less the mean of all. adapter: DoRA less LoRA, mean over the
+    projectors. interaction: for each projector, DoRA less LoRA beyond that mean. All with paired
+    95% intervals.
+    """
+    place = {(row["projector"], row["adapter"]): i for i, row in reversed(list(enumerate(table)))}
+    complete = [p for p in PROJECTORS if all((p, a) in place for a in ADAPTERS)]
+    missing = [f"{p} + {a}" for p in PROJECTORS for a in ADAPTERS if (p, a) not in place]
+    found: dict[str, Any] = {"projector": {}, "adapter": None, "interaction": {}, "missing": missing}
+    if not complete:
+        return found
+    cells = np.array([[place[p, a] for a in ADAPTERS] for p in complete])
+    drawn = samples[cells]  # [P, 2, resamples]
+    own = np.array(values)[cells]  # [P, 2]
+
+    def effect(value: float, sample: np.ndarray) -> dict:
+        low, high = interval(sample)
+        return {"value": float(value), "low": low, "high": high}
+
+    difference, drawn_difference = own[:, 1] - own[:, 0], drawn[:, 1] - drawn[:, 0]
+    found["adapter"] = effect(difference.mean(), drawn_difference.mean(axis=0))
+    if len(complete) > 1:
+        for i, name in enumerate(complete):
+            found["projector"][name] = effect(
+                own[i].mean() - own.mean(), drawn[i].mean(axis=0) - drawn.mean(axis=(0, 1)))
+            found["interaction"][name] = effect(
+                difference[i] - difference.mean(),
+                drawn_difference[i] - drawn_difference.mean(axis=0))
+    return found
+
+
+def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[dict]]:
+    """The metric by thirds of reference length (characters) and of clip duration (seconds)."""
+    lines = [groups[0].runs[0].predictions[key] for key in keys]
+    facts = {"length": [float(np.mean([len(characters(r)) for r in p["references"]]))
+                        for p in lines],
+             "duration": [p["duration"] for p in lines]}
+    found: dict[str, list[dict]] = {}
+    for name, numbers in facts.items():
+        found[name] = []
+        if any(v is None for v in numbers):
+            continue
+        numbers = np.array(numbers)
+        edges = np.unique(np.quantile(numbers, [0, 1 / 3, 2 / 3, 1]))
+        for low, high in zip(edges[:-1], edges[1:]):
+            inside = (numbers >= low) & ((numbers < high) | (high == edges[-1]))
+            if inside.any():
+                found[name].append({
+                    "low": float(low), "high": float(high), "clips": int(inside.sum()),
+                    "values": [float(aggregate(metric, np.mean(
+                        [s[metric][inside].mean(axis=0) for s in group], axis=0)[None])[0])
+                        for group in scores]})
+    return found
+
+
+def _scores(run: Run, keys: list[str], runs: list[Run]) -> dict[str, np.ndarray]:
+    """Statistics [clips, k] by metric: those of the evaluation where all runs have the same clips,
+    else computed for the common ones (CIDEr-D depends on the set)."""
+    same = all(r.predictions.keys() == runs[0].predictions.keys() and
+               r.metrics["settings"]["tokenisation"] == runs[0].metrics["settings"]["tokenisation"]
+               for r in runs) and len(keys) == len(runs[0].predictions)
+    lines = [run.predictions[key] for key in keys]
+    if same:
+        return {name: np.array([line["statistics"].get(name) or [line["scores"][name]]
+                                for line in lines], dtype=np.float64)
+                for name in run.metrics["metrics"]}
+    scored = score_captions([p["caption"] for p in lines], [p["references"] for p in lines])
+    return {name: m.statistics for name, m in scored.items()}
+
+
+def _bootstrap(groups: list[list[np.ndarray]], name: str, resamples: int) -> np.ndarray:
+    """Values [groups, resamples]; every draw takes the same clips for all, and for each group of
+    several seeds so many of them with replacement."""
+    flat = [statistics for group in groups for statistics in group]
+    means = iter(resampled_means(flat, resamples))
+    random = np.random.RandomState(1)
+    values = []
+    for group in groups:
+        seeds = np.stack([next(means) for _ in group])  # [S, resamples, k]
+        drawn = random.randint(0, len(group), (resamples, len(group)))
+        mean = seeds[drawn, np.arange(resamples)[:, None]].mean(axis=1)
+        values.append(aggregate(name, mean))
+    return np.array(values)
+
+
+def _pairs(groups: list[Group], values: list[float], samples: np.ndarray) -> list[dict]:
+    found = []
+    for i, j in combinations(range(len(groups)), 2):
+        gaps = samples[i] - samples[j]
+        low, high = interval(gaps)
+        below, above = ((gaps <= 0).sum() + 1, (gaps >= 0).sum() + 1)
+        found.append({"one": groups[i].name, "other": groups[j].name, "gap": values[i] - values[j],
+                      "low": low, "high": high,
+                      "p": float(min(1.0, 2 * min(below, above) / (len(gaps) + 1)))})
+    for pair, corrected in zip(found, holm([p["p"] for p in found]), strict=True):
+        pair["p_holm"] = corrected
+    return found
+
+
+def _cell(value: float, samples: np.ndarray, seeds: list[float]) -> dict[str, float | None]:
+    low, high = interval(samples)
+    spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
+    return {"value": value, "low": low, "high": high, "seed_sd": spread}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a run in progress
+    return [r for r in records if isinstance(r, dict) and "kind" in r]

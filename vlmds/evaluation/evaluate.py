@@ -1,0 +1,395 @@
+"""`vlmds evaluate`: a run's captions of a packed dataset, scored.
+
+    predictions.jsonl   one line per clip, in the order of the data
+    metrics.json        metrics with 95% intervals, whether the model looks, and all settings
+    thumbnails/         a strip of frames of some clips, for the report
+    ledger.jsonl        clips that could not be read
+    parts/              what each rank has finished; gone when the rest is there
+
+A stopped evaluation goes on with the clips that are missing, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vlmds.config import Experiment, load_experiment
+from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.features import check_tower
+from vlmds.data.loader import SampleReader
+from vlmds.errors import InputError
+from vlmds.evaluation.clips import (
+    ClipScorer,
+    ClipText,
+    evaluated_positions,
+    read_text,
+    swap_videos,
+    thumbnail_jpeg,
+)
+from vlmds.evaluation.metrics import (
+    aggregate,
+    describe_captions,
+    interval,
+    resampled_means,
+    score_captions,
+    summarise,
+    tokenizers,
+)
+from vlmds.files import absolute, sha256_of, write
+from vlmds.inference import VideoCaptioner
+from vlmds.models.assemble import Model
+from vlmds.training import ranks
+from vlmds.training.run import final_artifact
+
+FORMAT, VERSION = "vlmds-evaluation", 1
+THUMBNAILS = 500
+
+
+def evaluate_run(
+    run: Path, *, data: str | None = None, split: str | None = None, output: Path | None = None,
+    clips: int | None = None, batch_size: int = 8, num_beams: int = 1, max_new_tokens: int = 128,
+    device: str | None = None, overrides: Sequence[str] = (), again: bool = False,
+) -> Path:
+    """Evaluate a run, on all ranks that the launcher started; returns the folder of the results.
+
+    Args:
+        run: run folder or artifact. data: packed dataset (default: the run's own).
+        split: default: "val", or the only one. clips: evaluate so many, evenly spaced.
+        output: default: RUN/evaluation/SPLIT, or DATA-SPLIT for other data than the run's.
+        again: evaluate anew what is finished already.
+
+    Raises:
+        InputError: no finished run, no such data or split.
+    """
+    started = time.perf_counter()
+    if "RANK" in os.environ:
+        device = str(ranks.init_distributed(30))
+    artifact = final_artifact(run)
+    experiment = load_experiment(
+        artifact / "experiment.yaml",
+        [*overrides, *([f"data.path={absolute(data)}"] if data else [])])
+    dataset = open_dataset(experiment.data)
+    split = _choose_split(dataset, split)
+    output = output or run / "evaluation" / _folder_name(run, dataset, split)
+    settings = {
+        "run": str(run), "artifact": artifact.name, "weights_sha256": _weights_sha256(artifact),
+        "data": str(dataset.root), "data_fingerprint": dataset.fingerprint, "split": split,
+        "clips": clips, "prompt": experiment.data.prompt, "num_frames": experiment.data.num_frames,
+        "num_beams": num_beams, "max_new_tokens": max_new_tokens,
+        "vision": experiment.vision.model, "llm": experiment.llm.model,
+        "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
+        "tokenisation": [level.name for level in tokenizers()],
+    }
+    if _on_main(lambda: _prepare(output, settings, again)):
+        _say(f"{output}: evaluated already with these settings (--again repeats it)")
+        return output
+    captioner = VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
+    check_tower(dataset, experiment, captioner.model.tower)
+    reader = SampleReader(dataset, split, experiment.data.num_frames, captioner.model.image_size,
+                          shuffle=False, decode_seconds=experiment.data.decode_seconds)
+    positions = evaluated_positions(len(reader), clips)
+    texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
+    scorer = ClipScorer(experiment, captioner.model, captioner.device, texts, swap_videos(texts),
+                        batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    # Rank 0 alone reads what is done: another rank may have begun to write by then.
+    finished = _on_main(lambda: [r["position"] for r in _read_parts(output)])
+    todo = sorted(set(positions) - set(finished))
+    if finished:
+        _say(f"{output}: {len(finished)} of {len(positions)} clips are done already")
+    shown = set(evaluated_positions(len(positions), THUMBNAILS))
+    shown = {position for number, position in enumerate(positions) if number in shown}
+    _score_share(scorer, reader, todo, output, shown, len(positions))
+    _barrier()
+
+    def finish() -> None:
+        records = _read_parts(output)
+        result, predictions = summarise_records(records, texts, scorer)
+        result["model"] = model_facts(captioner.model)
+        result["timing"] = {"seconds": round(time.perf_counter() - started, 1),
+                            "ranks": _world()[1], "resumed": bool(finished)}
+        _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result},
+              predictions, records)
+
+    _on_main(finish)
+    return output
+
+
+def evaluate_subset(
+    experiment: Experiment, model: Model, reader: SampleReader, device: torch.device, *,
+    clips: int = 64, samples: int = 4, batch_size: int = 8, max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """Score a model that is in memory, in training too, on a fixed subset; on all ranks together.
+
+    The model's mode is restored; neither its weights nor what is trainable nor the random state
+    change.
+
+    Args:
+        reader: unshuffled, of the split. clips: evenly spaced. samples: captions to show.
+
+    Returns:
+        On every rank: as metrics.json, and "samples": [{key, references, caption}].
+    """
+    captioner = model.captioner
+    was_training = captioner.training
+    captioner.eval()
+    try:
+        positions = evaluated_positions(len(reader), clips)
+        texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
+        scorer = ClipScorer(experiment, model, device, texts, swap_videos(texts),
+                            batch_size=batch_size, max_new_tokens=max_new_tokens)
+        rank, world = _world()
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
+            mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
+        records = [r for part in _gather(mine) for r in part]
+        result, predictions = summarise_records(records, texts, scorer)
+    finally:
+        captioner.train(was_training)
+    shown = evaluated_positions(len(predictions), samples)
+    result["samples"] = [{key: predictions[i][key] for key in ("key", "references", "caption")}
+                         for i in shown]
+    return result
+
+
+def summarise_records(records: Sequence[dict], texts: Sequence[ClipText], scorer: ClipScorer,
+                      ) -> tuple[dict[str, Any], list[dict]]:
+    """(what metrics.json says of all clips, the lines of predictions.jsonl).
+
+    Raises:
+        InputError: not one clip could be read.
+    """
+    by_position = {r["position"]: r for r in records if "unreadable" not in r}
+    read = [text for text in texts if text.position in by_position]
+    if not read:
+        raise InputError("no clip of the split could be read; see ledger.jsonl")
+    records_read = [by_position[text.position] for text in read]
+    captions = [r["caption"] for r in records_read]
+    scores = score_captions(captions, [text.captions for text in read])
+    borrowed = {int(p): value for r in records_read for p, value in r["lent"].items()}
+    partner = {int(p): r["caption"] for r in records_read for p in r["lent"]}
+    blank = scorer.blank_captions([text.prompt for text in read])
+    predictions = []
+    for number, (text, record) in enumerate(zip(read, records_read, strict=True)):
+        predictions.append({
+            "key": text.key, "position": text.position, "references": text.captions,
+            "caption": record["caption"], "duration": text.duration,
+            "scores": {name: round(float(m.per_clip[number]), 6) for name, m in scores.items()},
+            "statistics": {name: m.statistics[number].tolist() for name, m in scores.items()
+                           if m.statistics.shape[1] > 1},
+            "caption_log_probability": record["caption_log_probability"],
+            "reference_log_probability": {
+                name: pair and pair[0] / pair[1] for name, pair in (
+                    ("real", record["real"]), ("shuffled", borrowed.get(text.position)),
+                    ("blank", record["blank"]))},
+            "blind_captions": {"shuffled": partner.get(text.position),
+                               "blank": blank[text.prompt]},
+        })
+    result = {
+        "clips": len(read), "unreadable": len(records) - len(read),
+        "metrics": summarise(scores), "captions": describe_captions(captions),
+        "looking": looking(read, records_read, captions, borrowed, partner, blank),
+    }
+    return result, predictions
+
+
+def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any]:
+    """Does the model use the video? The caption loss and the metrics with the clip's own video,
+    another clip's and black frames. gap: how much worse blind is, with its paired 95% bootstrap
+    interval; one that holds 0 is within noise."""
+    found: dict[str, Any] = {"loss": {}, "metrics": {}, "warnings": []}
+    metric = f"cider_d@{tokenizers()[0].level}"
+    for blind, others in (("shuffled", [borrowed.get(t.position) for t in texts]),
+                          ("blank", [r["blank"] for r in records])):
+        kept = [i for i, other in enumerate(others) if other]
+        if blind == "shuffled":
+            made = [partner.get(t.position) for t in texts]
+        else:
+            made = [blank[t.prompt] for t in texts]
+        if len(kept) < 2:
+            found["warnings"].append(f"{blind}: too few clips to tell")
+            continue
+        own = np.array([records[i]["real"] for i in kept], dtype=np.float64)
+        other = np.array([others[i] for i in kept], dtype=np.float64)
+        means = resampled_means([own, other])
+        loss = [-float(x[:, 0].sum() / x[:, 1].sum()) for x in (own, other)]
+        gaps = means[0][:, 0] / means[0][:, 1] - means[1][:, 0] / means[1][:, 1]
+        found["loss"][blind] = _gap(loss[0], loss[1], loss[1] - loss[0], gaps)
+        references = [texts[i].captions for i in kept]
+        ours = score_captions([captions[i] for i in kept], references)
+        theirs = score_captions([made[i] for i in kept], references)
+        found["metrics"][blind] = {}
+        for name in ours:
+            pair = resampled_means([ours[name].statistics, theirs[name].statistics])
+            gaps = aggregate(name, pair[0]) - aggregate(name, pair[1])
+            values = ours[name].value, theirs[name].value
+            found["metrics"][blind][name] = _gap(*values, values[0] - values[1], gaps)
+        for what, gap in (("loss", found["loss"][blind]), (metric, found["metrics"][blind][metric])):
+            if gap["low"] <= 0:
+                found["warnings"].append(
+                    f"{what} with {blind} videos is not worse beyond noise: gap {gap['gap']:.4g}, "
+                    f"95% interval {gap['low']:.4g} to {gap['high']:.4g}")
+    return found
+
+
+def model_facts(model: Model) -> dict[str, int]:
+    """Visual tokens per clip, and the parameters that training made."""
+    adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
+    projector = sum(p.numel() for p in model.captioner.projector.parameters())
+    return {"visual_tokens": model.captioner.projector.num_tokens,
+            "projector_parameters": projector, "adapter_parameters": adapter}
+
+
+def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
+    """(metrics.json, the lines of predictions.jsonl).
+
+    Raises:
+        InputError: not finished, or damaged.
+    """
+    if (folder / "parts").is_dir() and not (folder / "metrics.json").is_file():
+        raise InputError(f"{folder}: the evaluation is not finished; run vlmds evaluate again")
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        predictions = [json.loads(line) for line in lines]
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: missing; run vlmds evaluate") from None
+    except ValueError as error:
+        raise InputError(f"{folder}: damaged ({error}); run vlmds evaluate --again") from None
+    if (metrics.get("format"), metrics.get("version")) != (FORMAT, VERSION):
+        raise InputError(f"{folder / 'metrics.json'}: not an evaluation of this vlmds")
+    return metrics, predictions
+
+
+def evaluation_table(metrics: dict) -> str:
+    """metrics.json for a terminal."""
+    lines = [f"{metrics['clips']:,} clips, {metrics['unreadable']} unreadable",
+             f"{'metric':<20}{'value':>9}{'95% interval':>20}{'shuffled':>10}{'blank':>9}"]
+    blind = metrics["looking"]
+
+    def row(name: str, own: dict | None, gaps: dict) -> str:
+        values = [own["value"], own["low"], own["high"]] if own else [
+            next((g["own"] for g in gaps.values()), float("nan"))]
+        span = f"{values[1]:.2f} … {values[2]:.2f}" if own else ""
+        cells = "".join(f"{gaps[b]['blind']:>{w}.2f}" if b in gaps else " " * w
+                        for b, w in (("shuffled", 10), ("blank", 9)))
+        return f"{name:<20}{values[0]:>9.2f}{span:>20}{cells}"
+
+    for name, own in metrics["metrics"].items():
+        lines.append(row(name, own, {b: g[name] for b, g in blind["metrics"].items()}))
+    lines.append(row("caption loss", None, blind["loss"]))
+    lines += [f"WARNING: {warning}" for warning in blind["warnings"]]
+    return "\n".join(lines)
+
+
+def _gap(own: float, blind: float, gap: float, samples: np.ndarray) -> dict[str, float]:
+    low, high = interval(samples)
+    return {"own": own, "blind": blind, "gap": gap, "low": low, "high": high}
+
+
+def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], output: Path,
+                 shown: set[int], total: int) -> None:
+    """This rank's share of the clips, written batch by batch."""
+
+    def thumbnail(position: int, frames: np.ndarray) -> None:
+        if position in shown:
+            write(output / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
+
+    rank, world = _world()
+    done = total - len(todo)
+    last_told = time.monotonic()
+    with (output / "parts" / f"{rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n")  # ends a line that a kill cut short
+        for records in scorer.batches(reader, todo[rank::world], thumbnail):
+            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            file.flush()
+            done += len(records) * world
+            if time.monotonic() - last_told > 30:
+                last_told = time.monotonic()
+                _say(f"{min(done, total)} of {total} clips")
+
+
+def _prepare(output: Path, settings: dict, again: bool) -> bool:
+    """Make the folder ready; True if everything is there already with these settings."""
+    path = output / "settings.json"
+    same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == settings
+    if same and not again and (output / "metrics.json").is_file():
+        return True
+    if not same or again:
+        for name in ("parts", "thumbnails"):
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in ("metrics.json", "predictions.jsonl", "ledger.jsonl"):
+            (output / name).unlink(missing_ok=True)
+    (output / "parts").mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return False
+
+
+def _read_parts(output: Path) -> list[dict]:
+    """The records of all ranks, one per clip, by position."""
+    records = {}
+    for path in sorted((output / "parts").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # empty, or cut short by a kill
+            records[record["position"]] = record
+    return [records[position] for position in sorted(records)]
+
+
+def _save(output: Path, metrics: dict, predictions: list[dict], records: list[dict]) -> None:
+    bad = [r for r in records if "unreadable" in r]
+    write(output / "ledger.jsonl",
+          "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
+    write(output / "predictions.jsonl",
+          "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    write(output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    shutil.rmtree(output / "parts")
+
+
+def _choose_split(dataset: Dataset, split: str | None) -> str:
+    if split is None:
+        split = dataset.splits[0] if len(dataset.splits) == 1 else "val"
+    dataset.having(split)  # refuses one that is not there
+    return split
+
+
+def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
+    record = run / "run.json"
+    own = record.is_file() and json.loads(record.read_text())["data_fingerprint"]
+    return split if own == dataset.fingerprint else f"{Path(dataset.root).name}-{split}"
+
+
+def _weights_sha256(artifact: Path) -> str:
+    files = [artifact / "projector.safetensors", artifact / "adapter" / "adapter_model.safetensors"]
+    return "-".join(sha256_of(path)[:16] for path in files if path.is_file())
+
+
+def _world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gather(value: Any) -> list:
+    return ranks.gather(value) if dist.is_initialized() else [value]
+
+
+def _on_main(make: Callable[[], Any]) -> Any:
+    return ranks.on_main(make) if dist.is_initialized() else make()
+
+
+def _barrier() -> None:
+    _gather(None)  # over gloo, whose timeout is init_distributed's
+
+
+def _say(text: str) -> None:
+    if _world()[0] == 0:
+        print(f"vlmds: {text}", flush=True)
