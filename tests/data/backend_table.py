@@ -19,7 +19,8 @@ import numpy as np
 from tests.data.conftest import SHARED, cut_video, rotate_video, write_video
 
 from vlmds.data import video
-from vlmds.data.decode_child import FrameDecoder, Request, prepare
+from vlmds.data.decode_child import FrameDecoder
+from vlmds.data.prepare import Request, prepare
 from vlmds.errors import SampleError
 
 NUM_FRAMES = 6

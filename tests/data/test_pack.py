@@ -15,7 +15,8 @@ import webdataset as wds
 from tests.data.conftest import write_manifest, write_video
 
 from vlmds.data import video
-from vlmds.data.decode_child import DecodePool, Request
+from vlmds.data.decode_child import DecodePool
+from vlmds.data.prepare import Request
 from vlmds.data.index import ShardIndex
 from vlmds.data.pack import pack
 from vlmds.errors import InputError

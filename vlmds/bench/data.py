@@ -24,12 +24,12 @@ from vlmds.bench.measure import in_turns, save, table
 from vlmds.data import video
 from vlmds.data.dataset import Dataset
 from vlmds.data.features import EXTENSION, encode_features
-from vlmds.data.decode_child import Reply
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.data.manifest import ManifestRow, read_manifest
 from vlmds.data.merge import finish
 from vlmds.data.pack import pack
+from vlmds.data.prepare import Reply
 from vlmds.data.shards import Shard, write_shard
 
 FRAMES, SIDE = 8, 336

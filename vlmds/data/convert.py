@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlmds.data.decode_child import DecodePool, Reply
+from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.loader import read_jpegs
 from vlmds.data.manifest import ManifestRow, Reject
 from vlmds.data.merge import finish
 from vlmds.data.pack import PackSummary, shown
+from vlmds.data.prepare import Reply
 from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_shard
 from vlmds.data.stored import decode_stored, pixels_of
 from vlmds.data.video import RESIZER, SAMPLER

@@ -16,9 +16,10 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
-from vlmds.data.decode_child import DecodePool, Reply, Request
+from vlmds.data.decode_child import DecodePool
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
 from vlmds.data.merge import Base, Finished, finish
+from vlmds.data.prepare import Reply, Request
 from vlmds.data.shards import PackOptions, Shard, options_hash, unfinished, write_shard
 from vlmds.errors import InputError
 from vlmds.files import as_path, sha256_of

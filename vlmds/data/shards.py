@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlmds.data.decode_child import Reply
 from vlmds.data.index import VERSION
 from vlmds.data.manifest import ManifestRow, Reject
+from vlmds.data.prepare import Reply
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
 from vlmds.files import replacing, write

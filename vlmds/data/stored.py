@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmds.data.decode_child import DecodePool, Reply, Request
+from vlmds.data.decode_child import DecodePool
 from vlmds.data.index import SampleRow, ShardIndex
+from vlmds.data.prepare import Reply, Request
 from vlmds.errors import SampleError
 
 

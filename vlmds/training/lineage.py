@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vlmds.config import Experiment, load_experiment
+from vlmds.config import Experiment
 from vlmds.errors import InputError
 from vlmds.files import new_folder, sha256_of
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment, load_experiment
-from vlmds.data.features import check_tower
 from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute
 from vlmds.models.assemble import load_model

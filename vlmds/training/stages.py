@@ -290,8 +290,8 @@ class StageTrainer:
         keys = [key for keys in everyone for key in keys]
         reason = "step skipped: its loss or gradient is not a finite number"
         self._write_ledger([{"keys": keys, "reason": reason}] if self.rank == 0 else [], step + 1)
-        self.monitor.say(f"WARNING: {self.stage.name} step {step + 1} skipped: its loss or gradient "
-                         f"is not a finite number; samples: {', '.join(keys)}")
+        self.monitor.say(f"WARNING: {self.stage.name} step {step + 1} skipped: its loss or "
+                         f"gradient is not a finite number; samples: {', '.join(keys)}")
         limit = self.experiment.training.max_skipped_steps
         if self.progress.skipped > limit:
             raise InputError(

@@ -102,7 +102,8 @@ def _watch(timeout: float, stall: float) -> None:
             told, due = since, stall
         waited = time.monotonic() - since
         if waited >= timeout:
-            last_words(f"no progress for {timeout:.0f} s (training.timeout_minutes); ending the job")
+            last_words(f"no progress for {timeout:.0f} s (training.timeout_minutes), "
+                       "ending the job")
             os._exit(1)
         if waited >= due and _explain is not None:
             print(f"vlmds: rank {os.environ.get('RANK', '0')}: still {_described()}",
