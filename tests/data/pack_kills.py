@@ -74,10 +74,10 @@ def main() -> None:
         folder = Path(place)
         rows = []
         for i in range(args.clips):
-            write_video(folder / f"v{i}.mp4", frames=20 + i % 40, width=160, height=120)
+            write_video(folder / f"v{i}.mp4", frames=60 + i % 40, width=320, height=240)
             rows.append({"video": f"v{i}.mp4", "caption": f"{i}번"})
         manifest = write_manifest(folder / "m.jsonl", rows)
-        options = {"shard_size": 8, "progress": False}
+        options = {"shard_size": 8, "progress": False, "workers": 1}
         began = time.monotonic()
         run = start(manifest, folder / "clean", options)
         assert run.wait(TIMEOUT) == 0
@@ -86,7 +86,7 @@ def main() -> None:
         print(f"{args.clips} clips, {len(clean)} files, {seconds:.1f} s undisturbed", flush=True)
 
         in_time = pack_with_kills(manifest, folder / "killed", options, args.kills, 0,
-                                  max(seconds / args.kills * 3, 1.5))
+                                  0.5 + 1.5 * seconds / args.kills)
         assert contents(folder / "killed") == clean
         print(f"{in_time} of {args.kills} kills in time: byte-identical", flush=True)
 
