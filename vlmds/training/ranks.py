@@ -44,11 +44,18 @@ def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0) -> tor
     # calls. A process that is killed while it loads it leaves a lock behind on which every later
     # start waits for ever; without the op there is neither that nor a compiler to install.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="gloo" if on_cpu else "nccl", timeout=timeout,
-            auto_mpi_discovery=False, verbose=False,
-        )
+    backend = "gloo" if on_cpu else "nccl"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store lives on when it starts the ranks again (--max-restarts with a static
+        # rendezvous), and in it the addresses of dead ranks. Each start has names of its own.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              is_master=False, timeout=timeout)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"start-{start}", store), timeout=timeout,
+            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     start_watch(timeout_minutes, stall_seconds)
     return torch.device(accelerator.device_name(local_rank))

@@ -361,6 +361,7 @@ def run_stages(
         if dist.get_rank() == 0:
             print(f"vlmds: {run.path}: all stages are finished, nothing to do", flush=True)
         return
+    stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
     found = (start_from, checkpoint.read_state(start_from)) if start_from else (
         checkpoint.latest_checkpoint(run.checkpoints, names[first]))
