@@ -96,6 +96,56 @@ def test_new_rows_are_appended_and_nothing_else_is_read(videos, clean, tmp_path)
     ShardIndex.open(out).verify_index()
 
 
+@pytest.mark.parametrize("last", ["ledger.jsonl", "duplicates.jsonl", "index.parquet",
+                                  "train/000002.json"])
+def test_an_appending_that_was_killed_goes_on(videos, tmp_path, last):
+    """A SIGKILL right after each of the files that come before dataset.json."""
+    lines = (videos / "manifest.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    old = videos / "old.jsonl"
+    old.write_text("".join(lines[:4]), encoding="utf-8")
+    code = ("import os, signal, sys\nfrom vlmds.data import merge, pack, shards\n"
+            "def watched(module, name):\n"
+            "    real = getattr(module, name)\n"
+            "    def act(path, *rest):\n"
+            "        real(path, *rest)\n"
+            "        if str(path).endswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    setattr(module, name, act)\n"
+            "watched(merge, 'write'); watched(shards, 'write')\n"
+            "from pathlib import Path\n"
+            "replace = Path.replace\n"
+            "def act(self, target):\n"
+            "    replace(self, target)\n"
+            "    if str(target).endswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
+            "Path.replace = act\n"
+            "pack.pack(sys.argv[1], sys.argv[2], append=True, shard_size=2, workers=1, "
+            "progress=False)\n")
+    found = []
+    for name in ("calm", "killed"):
+        out = tmp_path / name
+        pack(old, out, **SMALL)
+        if name == "killed":
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(videos / "manifest.jsonl"), str(out), last],
+                timeout=120)
+            assert done.returncode == -signal.SIGKILL
+        pack(videos / "manifest.jsonl", out, append=True, **SMALL)
+        found.append(contents(out))
+    assert found[0] == found[1]
+    ShardIndex.open(tmp_path / "killed").verify_index()
+
+
+def test_appending_drops_copies_of_what_is_packed(videos, tmp_path):
+    lines = (videos / "manifest.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    old = videos / "old.jsonl"
+    old.write_text("".join(lines[:3]), encoding="utf-8")  # v0, v1, v2
+    pack(old, tmp_path / "out", **SMALL)
+    with pytest.raises(InputError, match="was packed with verify True, not False"):
+        pack(videos / "manifest.jsonl", tmp_path / "out", append=True, verify=False, **SMALL)
+    pack(videos / "manifest.jsonl", tmp_path / "out", append=True, dedup=True, **SMALL)
+    assert "again" not in {row.key for row in rows(tmp_path / "out")}
+    assert "duplicate content: the same as 'v1'" in (tmp_path / "out/ledger.jsonl").read_text()
+
+
 def rows(out):
     index = ShardIndex.open(out)
     return [index.row(split, position, i) for split in index.splits

@@ -306,7 +306,7 @@ def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterato
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
     """What dataset.json says of the new store."""
     described = {**asdict(target), "sampler": SAMPLER, "resizer": RESIZER,
-                 "shard_size": index.meta["shard_size"], "shard_bytes": index.meta["shard_bytes"]}
+                 "shard_size": index.meta["shard_size"], "verify": None, "shard_bytes": index.meta["shard_bytes"]}
     if index.store == "frames":  # an older vlmds may have chosen them otherwise
         described |= {name: index.meta[name] for name in ("sampler", "resizer")}
     if target.vision is None:

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,32 +25,44 @@ DAY = 86400.0
 class Base:
     """What an earlier packing left in a folder, which --append goes on from.
 
-    planned: for each split, how many shard numbers are taken. keys: of all samples. rejects: the
-    ledger. described: what dataset.json says of the store.
+    planned: for each split, how many shard numbers are taken. keys: of all samples. rejects: rows
+    that could not be packed. contents: (sha256, start, end) of a sample's video -> its key.
+    described: what dataset.json says of the store.
     """
 
     planned: dict[str, int]
     keys: set[str]
     rejects: list[Reject]
+    contents: dict[tuple, str]
     described: dict[str, Any]
 
     @classmethod
     def read(cls, out: Path) -> "Base":
-        """Raises InputError if there is no finished dataset."""
+        """Raises InputError if there is no finished dataset.
+
+        Of the files that `finish` replaces only dataset.json, the last of them, is relied on: the
+        others may be those of an appending that was killed.
+        """
         path = out / "dataset.json"
         try:
             meta = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise InputError(f"{path}: not there; --append goes on from a finished packing") from None
-        with (out / "index.parquet").open("rb") as file:
-            keys = set(pq.read_table(file, columns=["key"]).column("key").to_pylist())
         with (out / "ledger.jsonl").open(encoding="utf-8") as file:
             rejects = [Reject(**json.loads(line)) for line in file]
-        return cls(meta["planned"], keys, rejects, meta)
+        base = cls(meta["planned"], set(), [r for r in rejects if r.shard is None], {}, meta)
+        for shard in base.shards(out):
+            marker = read_marker(out / f"{shard.name}.json")
+            base.rejects.extend(Reject(**reject) for reject in marker["rejects"])
+            for row in marker["rows"]:
+                base.keys.add(row["key"])
+                if row.get("content"):
+                    base.contents.setdefault(tuple(row["content"]), row["key"])
+        return base
 
     def shards(self, out: Path) -> list[Shard]:
         """Its shards, by name only."""
-        names = ((path.parent.name, int(path.stem)) for path in out.glob(MARKERS))
+        names = sorted((path.parent.name, int(path.stem)) for path in out.glob(MARKERS))
         return [Shard(split, number, [], "") for split, number in names
                 if number < self.planned.get(split, 0)]
 
@@ -95,26 +107,26 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
             yield marker["rows"]
 
     index = out / "index.parquet"
-    _write_index(index, groups())
-    rejects.sort(key=lambda reject: reject.row)
-    write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
-    if not entries:
-        index.unlink()
-        for shard in shards:  # so that the next run tries again
-            (out / f"{shard.name}.json").unlink()
-        reasons = Counter(reject.reason for reject in rejects).most_common(1)
-        cause = f"most common reason: {reasons[0][0]}" if reasons else "the manifest is empty"
-        raise InputError(f"{out}: nothing was packed; {cause}; see {out / 'ledger.jsonl'}")
-
-    duplicates = [keys for keys in content.values() if len(keys) > 1]
-    write(out / "duplicates.jsonl", b"".join(json_line(keys) for keys in duplicates))
+    # All is made ready before the first file is replaced, and dataset.json comes right after the
+    # index that it describes.
+    with replacing(index) as file:
+        _write_index(file, groups())
+        file.flush()
+        made = Path(file.name)
+        if not entries:
+            raise _nothing_packed(out, shards, rejects)
+        described = {**described, "planned": dict(planned), "index_sha256": sha256_of(made),
+                     "index_footer_sha256": footer_sha256(made)}
+        rejects.sort(key=lambda r: (r.row, r.video or "", r.reason))
+        write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
+        duplicates = [keys for keys in content.values() if len(keys) > 1]
+        write(out / "duplicates.jsonl", b"".join(json_line(keys) for keys in duplicates))
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry["split"]] += entry["count"]
     write(out / "dataset.json", json_line({
         "format": FORMAT, "version": VERSION, **described, "counts": dict(counts),
-        "rejected": len(rejects), "planned": dict(planned), "index_sha256": sha256_of(index),
-        "index_footer_sha256": footer_sha256(index), "shards": entries}))
+        "rejected": len(rejects), "shards": entries}))
     remove_leftovers(out)
     return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates)
 
@@ -135,13 +147,21 @@ def remove_leftovers(out: Path) -> None:
             pass
 
 
-def _write_index(path: Path, shards: Iterable[list[dict[str, Any]]]) -> None:
+def _nothing_packed(out: Path, shards: list[Shard], rejects: list[Reject]) -> InputError:
+    """Leave the ledger, but no marker, so that the next run tries again."""
+    rejects.sort(key=lambda reject: reject.row)
+    write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
+    for shard in shards:
+        (out / f"{shard.name}.json").unlink(missing_ok=True)
+    reasons = Counter(reject.reason for reject in rejects).most_common(1)
+    cause = f"most common reason: {reasons[0][0]}" if reasons else "the manifest is empty"
+    return InputError(f"{out}: nothing was packed; {cause}; see {out / 'ledger.jsonl'}")
+
+
+def _write_index(file: BinaryIO, shards: Iterable[list[dict[str, Any]]]) -> None:
     """Write one row group per shard."""
     # Nothing searches by value, and statistics would swell a footer that every start reads.
-    with (
-        replacing(path) as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False,
-                         write_page_checksum=True) as writer,
-    ):
+    with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False,
+                          write_page_checksum=True) as writer:
         for rows in shards:
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA), len(rows))

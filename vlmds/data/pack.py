@@ -164,15 +164,15 @@ def _plan(
     usable = len(rows)
     if base is not None:
         _check_same_options(out, base, options)
-        seen = {(r.id, r.video, r.reason) for r in base.rejects}
         rejected = {reject.id for reject in base.rejects}
         rows = [row for row in rows if row.key not in base.keys and row.id not in rejected]
-        unusable = [r for r in unusable if (r.id, r.video, r.reason) not in seen]
-        unusable += [r for r in base.rejects if r.shard is None]
+        seen = {(r.id, r.video, r.reason) for r in unusable}
+        unusable += [r for r in base.rejects
+                     if r.shard is None and (r.id, r.video, r.reason) not in seen]
     known = usable - len(rows)
     sizes = _Sizes() if dedup or options.shard_bytes else None
     if dedup:
-        rows, dropped = _without_duplicates(rows, sizes)
+        rows, dropped = _without_duplicates(rows, sizes, base.contents if base else {})
         unusable += dropped
     shards = _shards(rows, options, sizes, base.planned if base else {})
     todo = unfinished(out, shards, base.planned if base else {})
@@ -231,26 +231,27 @@ def _cut(
 
 
 def _without_duplicates(
-    rows: list[ManifestRow], sizes: "_Sizes"
+    rows: list[ManifestRow], sizes: "_Sizes", packed: dict[tuple, str]
 ) -> tuple[list[ManifestRow], list[Reject]]:
-    """The rows but those whose video, byte for byte, and span an earlier row has, and the ledger's
-    records of those. Only files of equal size are read."""
-    alike: dict[tuple, list[ManifestRow]] = defaultdict(list)
+    """The rows but those whose video, byte for byte, and span an earlier row or one of the `packed`
+    samples has, and the ledger's records of those. Only what may have a double is read."""
+    alike = Counter((sizes[row.video], row.start, row.end) for row in rows)
+    first = dict(packed)  # content and span -> who has it
+    kept, dropped = [], []
     for row in rows:
-        alike[sizes[row.video], row.start, row.end].append(row)
-    first: dict[int, ManifestRow] = {}  # dropped row -> the one that stays
-    for (size, *_), group in alike.items():
-        if len(group) == 1 or not size:
-            continue
-        seen: dict[str, ManifestRow] = {}
-        for row in group:
+        size = sizes[row.video]
+        digest = None
+        if size and (packed or alike[size, row.start, row.end] > 1):
             digest = _or(None, lambda row=row: sha256_of(as_path(row.video)))
-            if digest is not None and seen.setdefault(digest, row) is not row:
-                first[row.row] = seen[digest]
-    dropped = [Reject(row.row, row.id, row.source,
-                      f"duplicate content: the same as {first[row.row].id!r}", row.split)
-               for row in rows if row.row in first]
-    return [row for row in rows if row.row not in first], dropped
+        content = (digest, row.start, row.end)
+        if digest is not None and content in first:
+            dropped.append(Reject(row.row, row.id, row.source, "duplicate content: the same as "
+                                  f"{first[content]!r}", row.split))
+        else:
+            kept.append(row)
+            if digest is not None:
+                first[content] = row.id
+    return kept, dropped
 
 
 class _Sizes(dict):

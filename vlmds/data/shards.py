@@ -58,6 +58,7 @@ class PackOptions:
             "num_frames": self.num_frames if frames else None,
             "image_size": self.image_size if frames else None,
             "quality": self.quality if frames else None,
+            "verify": None if frames else self.verify,
             "shard_size": self.shard_size, "shard_bytes": self.shard_bytes}
 
 
@@ -136,7 +137,7 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
                     row.row, row.id, row.source, reply.reason, shard.split, shard.number)))
         writer.close()
     if not index_rows:
-        tar.unlink()
+        tar.unlink(missing_ok=True)  # another process may be at the same shard
     marker = {
         "count": len(index_rows), "bytes": writer.offset if index_rows else 0,
         "sha256": writer.sha256.hexdigest() if index_rows else None,
