@@ -35,6 +35,7 @@ from vlmds.models.vision import vision_half
 from vlmds.plan import shapes
 from vlmds.training.ranks import gather, init_distributed, is_main
 from vlmds.training.run import git_commit, versions
+from vlmds.training.stages import freeze
 from vlmds.training.watch import doing
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
@@ -155,7 +156,7 @@ def within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
             result.extend(check())
         except InputError as error:
             result.append(Finding(FAILED, str(error)))
-        except (OSError, RuntimeError, SampleError) as error:
+        except Exception as error:  # whatever breaks a check is what it found
             result.append(Finding(FAILED, f"{type(error).__name__}: {_first_line(error)}"))
 
     thread = threading.Thread(target=work, daemon=True)
@@ -294,7 +295,10 @@ def check_disk(patient: Patient) -> list[Finding]:
                         f"written, fsync of {written / 1e6:,.0f} MB took {end - flush:.2f} s")]
     experiment = patient.experiment
     kept = experiment.training.keep_checkpoints + 2  # the best, and the one being written
-    need = kept * len(experiment.stages) * checkpoint_bytes(experiment, shapes(experiment).captioner)
+    need, captioner = 0, shapes(experiment).captioner
+    for stage in experiment.stages:
+        freeze(captioner, stage)
+        need += kept * checkpoint_bytes(experiment, captioner)
     free = shutil.disk_usage(patient.output).free
     text = (f"{free / GIB:,.1f} GiB free, {kept} checkpoints of each stage of {experiment.name} need "
             f"at most {need / GIB:,.2f} GiB")
@@ -362,8 +366,8 @@ def check_decoding(patient: Patient) -> list[Finding]:
     rate, problem = 0.0, None
     try:
         rate = _decode_rate(patient)
-    except (InputError, SampleError, OSError, RuntimeError) as error:
-        problem = _first_line(error)
+    except Exception as error:  # the other ranks wait for what this one found
+        problem = f"{type(error).__name__}: {_first_line(error)}"
     rates = gather((rate, problem))
     if problem := next((p for _, p in rates if p), None):
         return [Finding(FAILED, problem)]
