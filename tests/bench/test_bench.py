@@ -2,6 +2,7 @@
 
 import json
 
+from vlmds.bench import data
 from vlmds.bench.data import bench_data
 from vlmds.bench.scale import bench_scale
 
@@ -15,7 +16,8 @@ def test_scale(tmp_path, capsys):
     assert (tmp_path / "scale.png").stat().st_size > 5_000
 
 
-def test_data(tmp_path, capsys):
+def test_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "PACKED", 1e6)
     result = bench_data(tmp_path, clips=2, repeats=1)
     assert result["packing"]["tar + sha256sum"] == result["loading, a sample"]["bare decode"] == 1
     loading = result["loading, a sample"]

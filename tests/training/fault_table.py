@@ -35,10 +35,11 @@ class Table:
     def arguments(self, run: Path, *overrides: str, shards: Path | None = None) -> list[str]:
         return arguments(self.models, shards or self.shards, run, *overrides)
 
-    def strike(self, name: str, expect: int | None, *overrides: str, shards=None, **fault) -> str:
+    def strike(self, run_name: str, expect: int | None, *overrides: str, shards=None,
+               **fault) -> str:
         """Train with a fault; what it said last, and seconds from the fault to the exit."""
-        run = self.run(name)
-        struck = self.folder / f"{name}-struck"
+        run = self.run(run_name)
+        struck = self.folder / f"{run_name}-struck"
         done = train(2, *self.arguments(run, *overrides, shards=shards), expect=expect,
                      script=FAULTY, VLMDS_TEST_FAULT=json.dumps({**fault, "note": str(struck)}))
         seconds = time.time() - float(struck.read_text())
@@ -72,10 +73,10 @@ class Table:
         return self.strike("nans", 2, "training.max_skipped_steps=1", kind="nan", rank=1,
                            calls=[3, 4])
 
-    def fault_shard_deleted_during_the_run(self):
+    def fault_shard_cut_short_during_the_run(self):
         shards = self.folder / "shards-gone"
         shutil.copytree(self.shards, shards)
-        return self.strike("gone", 2, "data.max_bad_fraction=0.1", shards=shards, kind="delete",
+        return self.strike("gone", 2, "data.max_bad_fraction=0.1", shards=shards, kind="truncate",
                            rank=0, call=3, path=str(shards / "train" / "000000.tar"))
 
     def fault_disk_full(self):

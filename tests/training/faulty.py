@@ -42,8 +42,8 @@ def faulty_forward(self, *inputs):
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "signal":
                 os.kill(os.getpid(), getattr(signal, FAULT["name"]))
-            if kind == "delete":
-                os.remove(FAULT["path"])
+            if kind == "truncate":
+                os.truncate(FAULT["path"], 1000)
     return loss
 
 
