@@ -127,12 +127,20 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(remote
     def fetch(shard):
         return cache.fetch(as_path(f"{remote}/{shard.path}"), shard.sha256, shard.bytes)
 
-    paths = [fetch(first), fetch(second)]
+    for shard in (first, second):
+        os.close(fetch(shard))
+    paths = [tmp_path / "cache" / f"{shard.sha256}.tar" for shard in (first, second)]
     os.utime(paths[0], (1, 1))
     os.utime(paths[1], (2, 2))
-    fetch(first)  # now used last
+    os.close(fetch(first))  # now used last
+    (tmp_path / "cache" / f"{'0' * 64}.tmp").write_bytes(b"x" * 9999)  # of a killed download
     held = ShardIndex.open(remote, cache)
-    assert fetch(third).is_file() and paths[0].is_file() and not paths[1].is_file()
+    os.close(fetch(third))
+    assert paths[0].is_file() and not paths[1].is_file()
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    paths[0].write_bytes(paths[0].read_bytes()[:1000])  # cut short by a crash
+    os.close(fetch(first))
+    assert paths[0].stat().st_size == first.bytes
     assert sum(p.stat().st_size for p in (tmp_path / "cache").glob("*.tar")) <= cache.limit
     assert held.read(held.row("train", 1, 0))  # fetched again
 

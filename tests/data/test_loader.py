@@ -259,6 +259,9 @@ def test_shards_from_elsewhere_are_never_executed_nor_written(dataset, tmp_path)
                                                     "path": "../x/000000.tar"}]}))
     with pytest.raises(InputError, match="is not one that vlmds writes"):
         ShardIndex.open(tmp_path / "copy")
+    path.write_text(json.dumps({**meta, "shards": [{**meta["shards"][0], "sha256": "../x"}]}))
+    with pytest.raises(InputError, match="'../x' for its sha256"):
+        ShardIndex.open(tmp_path / "copy")
     path.write_text(json.dumps(meta))
     source = reader(ShardIndex.open(tmp_path / "copy"))
     row = source.order.row(source.dataset, "train", 0)

@@ -28,9 +28,9 @@ class ShardCache:
         self.folder, self.limit = Path(folder), int(limit)
         self._told = False
 
-    def fetch(self, source: Path, sha256: str, size: int) -> Path | None:
-        """The shard at ``source`` (a UPath) as a local file, downloaded if need be; None if it
-        cannot be kept here (disk full, larger than the limit), which is told once.
+    def fetch(self, source: Path, sha256: str, size: int) -> int | None:
+        """The shard at ``source`` (a UPath) as an open local file, downloaded if need be; None if
+        it cannot be kept here (disk full, larger than the limit), which is told once.
 
         Raises:
             OSError: the source cannot be read, or is not what ``sha256`` says.
@@ -42,11 +42,12 @@ class ShardCache:
                 raise OSError(errno.ENOSPC, f"a shard of {size:,} bytes is larger than "
                                             "data.cache_gb allows")
             with self._locked(f"{sha256}.lock"):
-                if not path.is_file():
+                if not path.is_file() or path.stat().st_size != size:
                     self._make_room(size)
                     self._download(source, path, sha256)
-                os.utime(path)  # used last now
-            return path
+                file = os.open(path, os.O_RDONLY)
+                os.utime(file)  # used last now
+                return file
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise
@@ -59,9 +60,11 @@ class ShardCache:
     def _download(self, source: Path, path: Path, sha256: str) -> None:
         temporary = path.with_suffix(".tmp")  # one process at a time: the lock is held
         try:
-            with source.open("rb") as remote, temporary.open("wb") as local:
-                while block := remote.read(BLOCK):
+            with temporary.open("wb") as local:
+                for block in _blocks(source):
                     local.write(block)
+                local.flush()
+                os.fsync(local.fileno())
             if sha256_of(temporary) != sha256:
                 raise OSError(errno.EIO, "its sha256 is not the one in dataset.json")
             temporary.replace(path)
@@ -69,11 +72,16 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
+        """Remove shards until one more has room, unfinished ones that nobody is at first. (Those
+        that others are downloading at the same moment count when they are there.)"""
         with self._locked("room.lock"):
             kept = []
-            for file in self.folder.glob("*.tar"):
+            for file in [*self.folder.glob("*.tar"), *self.folder.glob("*.tmp")]:
                 try:
                     found = file.stat()
+                    if file.suffix == ".tmp" and self._abandoned(file):
+                        file.unlink()
+                        continue
                 except FileNotFoundError:
                     continue
                 kept.append((found.st_mtime, found.st_size, file))
@@ -81,8 +89,18 @@ class ShardCache:
             for _, bytes_, file in sorted(kept):
                 if total + size <= self.limit:
                     break
-                file.unlink(missing_ok=True)
-                total -= bytes_
+                if file.suffix == ".tar":
+                    file.unlink(missing_ok=True)
+                    total -= bytes_
+
+    def _abandoned(self, temporary: Path) -> bool:
+        """Whether whoever was downloading this is gone."""
+        with temporary.with_suffix(".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+        return True
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -90,3 +108,15 @@ class ShardCache:
         with (self.folder / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _blocks(source: Path) -> Iterator[bytes]:
+    """A remote file, piece by piece. Raises OSError, whatever its protocol's driver raises."""
+    try:
+        with source.open("rb") as remote:
+            while block := remote.read(BLOCK):
+                yield block
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

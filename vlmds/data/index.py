@@ -139,6 +139,9 @@ class ShardIndex:
                     or entry["path"] != f"{entry['split']}/{entry['shard']:06d}.tar"):
                 raise InputError(f"{path}: shard path {entry['path']!r} is not one that vlmds "
                                  "writes; do not use this dataset")
+            if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):  # a file name in the cache
+                raise InputError(f"{path}: {entry['path']} has {entry['sha256']!r} for its sha256; "
+                                 "do not use this dataset")
         index = root / "index.parquet"
         if not index.is_file():
             raise InputError(f"{index}: missing; run vlmds pack again")
@@ -216,7 +219,7 @@ class ShardIndex:
         self._index: pq.ParquetFile | None = None
         self._by_number: dict[tuple[str, int], ShardInfo] | None = None
         self._tables = _Cache(self._read_group, lambda table: None)
-        self._files = _Cache(self._open_shard, lambda read: read.close())
+        self._files = _Cache(self._open_shard, lambda file: file.close())
 
     def _read_group(self, group: int) -> pa.Table:
         path = self.root / "index.parquet"
@@ -229,17 +232,17 @@ class ShardIndex:
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); "
                              "run vlmds pack again") from None
 
-    def _open_shard(self, number: tuple[str, int]) -> "_LocalFile | _RemoteFile":
+    def _open_shard(self, number: tuple[str, int]) -> "LocalFile | _RemoteFile":
         path = self.root / f"{number[0]}/{number[1]:06d}.tar"
         if not hasattr(path, "fs"):
-            return _LocalFile(path)
+            return LocalFile(os.open(path, os.O_RDONLY))
         if self.cache is not None:
             if self._by_number is None:
                 self._by_number = {(s.split, s.shard): s for ss in self._shards.values() for s in ss}
             shard = self._by_number[number]
             local = self.cache.fetch(path, shard.sha256, shard.bytes)
             if local is not None:
-                return _LocalFile(local)
+                return LocalFile(local)
         return _RemoteFile(path)
 
     def __getstate__(self) -> tuple:
@@ -259,12 +262,12 @@ def footer_sha256(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-class _LocalFile:
-    """Reads parts of a file. Open, it can be read also when its name is gone. A fork shares it
-    with its parent, which is safe: pread moves no file position."""
+class LocalFile:
+    """Reads parts of an open file, also when its name is gone. A fork shares it with its parent,
+    which is safe: pread moves no file position."""
 
-    def __init__(self, path: Path):
-        self._file = os.open(path, os.O_RDONLY)
+    def __init__(self, descriptor: int):
+        self._file = descriptor
 
     def __call__(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, or fewer at the file's end. One pread gives at most 2 GiB."""

@@ -123,7 +123,7 @@ def open_run(
         record = RunFolder.read(path)
         check_same_experiment(path, experiment)
         if record["data_fingerprint"] != origin["data_fingerprint"]:
-            raise InputError(f"data.path: {experiment.data.path} is not the data that {path} was "
+            raise InputError(f"data: {experiment.data.path or 'the blend'} is not the data that {path} was "
                              "started on; give that data, or another --output")
         check_base_weights(record["weights"], origin["weights"], experiment, path)
         if training.global_batch not in (None, record["global_batch"]):

@@ -274,14 +274,15 @@ class StageTrainer:
         if not bad:
             return
         self.progress.bad += bad
-        self._write_ledger([record for batch in group for record in batch["bad"]], step + 1)
+        last = self._write_ledger(
+            [record for batch in group for record in batch["bad"]], step + 1)[-1]
         limit = self.experiment.data.max_bad_fraction
         seen = max(self.progress.samples, len(self.train_reader))
         if self.progress.bad > limit * seen:
             raise InputError(
-                f"{self.experiment.data.path}: {self.progress.bad} of {self.progress.samples} "
+                f"{self.dataset.root}: {self.progress.bad} of {self.progress.samples} "
                 f"samples read could not be used, more than data.max_bad_fraction {limit} allows; "
-                f"see {self.run.path / 'ledger.jsonl'}")
+                f"the last: {last['key']}, {last['reason']}; see {self.run.path / 'ledger.jsonl'}")
 
     def _account_skipped(self, step: int, group: list[dict]) -> None:
         """Tell which samples cost a step; too many such steps end the run on all ranks."""
@@ -300,11 +301,13 @@ class StageTrainer:
                 f"stages.{self.number}.lr, or look at the samples in "
                 f"{self.run.path / 'ledger.jsonl'}")
 
-    def _write_ledger(self, records: list[dict], step: int) -> None:
-        everyone = gather(records)
+    def _write_ledger(self, records: list[dict], step: int) -> list[dict]:
+        """Add all ranks' records, which are returned on every rank."""
+        everyone = [{"stage": self.stage.name, "step": step, **record}
+                    for records in gather(records) for record in records]
         if self.rank == 0:
-            self.run.add_to_ledger(
-                [{"stage": self.stage.name, "step": step, **r} for rs in everyone for r in rs])
+            self.run.add_to_ledger(everyone)
+        return everyone
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
