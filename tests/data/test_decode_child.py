@@ -10,9 +10,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from tests.data.conftest import picture, write_video
 
-from vlmds.data import video
+from tests.data.conftest import picture, write_video
+from vlmds.data import decode_child, video
 from vlmds.data.decode_child import FrameDecoder
 from vlmds.errors import SampleError
 
@@ -91,6 +91,17 @@ def test_a_copy_and_a_fork_have_children_of_their_own(decoder, small):
     assert os.waitpid(forked, 0)[1] == 0
     before = decoder.pid
     assert np.array_equal(decoder.frames(small, **ASK), want) and decoder.pid == before
+
+
+def test_a_child_is_replaced_after_many_videos(decoder, small, monkeypatch):
+    """The decoders leak a little; one in packing and one in reading."""
+    monkeypatch.setattr(decode_child, "LIFETIME", 2)
+    seen, frames = [], []
+    for _ in range(5):
+        frames.append(decoder.frames(small, **ASK))
+        seen.append(decoder.pid)
+    assert seen[1] is seen[3] is None and len({seen[0], seen[2], seen[4]}) == 3
+    assert all(np.array_equal(frames[0], other) for other in frames)
 
 
 def test_a_crash_costs_one_sample(decoder, small):

@@ -28,6 +28,7 @@ from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
 MEMORY = 6 << 30  # bytes of address space for a child, besides its video
+LIFETIME = 2000  # videos after which a child is replaced: the decoders leak a few KB on some files
 GRACE = 30.0  # seconds past the deadline after which the parent itself ends a child
 
 
@@ -180,6 +181,7 @@ class _Child:
         self._owner = os.getpid()
         self._deadline = deadline
         self._ready = False
+        self._served = 0
         self._all.add(self)
 
     @property
@@ -210,7 +212,11 @@ class _Child:
             if not self.connection.poll(self._deadline + GRACE):
                 return self._dead(-signal.SIGALRM)
             reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
-            return Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
+            reply = Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
+            self._served += 1
+            if self._served == LIFETIME:
+                self.kill()
+            return reply
         except (EOFError, OSError):
             try:
                 code = self._process.wait(timeout=5.0)  # the socket closes a moment before
