@@ -5,6 +5,7 @@ stopped and saved its checkpoint (3) from bad input (2). SIGTERM and SIGUSR1 go 
 this node, which finish their step and save; the exit code is then 3 if every one of them said 3.
 """
 
+import os
 import signal
 import sys
 from multiprocessing import active_children
@@ -33,6 +34,9 @@ def stop_ranks(signum: int, frame) -> None:
 
 
 def main() -> int:
+    # With --rdzv-backend c10d: a store of its own for every restart. In torchrun's shared one, gloo
+    # finds the addresses of the ranks that are dead, and no restart ever connects (torch 2.13).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGTERM, stop_ranks)
     signal.signal(signal.SIGUSR1, stop_ranks)
     try:
