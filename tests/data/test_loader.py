@@ -306,3 +306,14 @@ def test_what_a_reader_holds_is_told_while_it_is_stuck(frames_store, collate, tm
         next(reading)
     killer.join()
     assert seen[0].startswith(f"reader 0 has had sample {row.key} (position 0) for ")
+
+
+def test_readers_outlive_signals_to_the_whole_job(dataset, collate):
+    source = reader(dataset)
+    reading = iter(Batches(source, [range(i, i + 1) for i in range(9)], collate, 1))
+    keys = list(next(reading)["keys"])
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+    keys += [key for batch in reading for key in batch["keys"]]
+    assert keys == [source.load(p).key for p in range(9)]

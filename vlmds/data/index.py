@@ -23,7 +23,7 @@ from vlmds.data.cache import ShardCache
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path, sha256_of
 
-FORMAT, VERSION = "vlmds", 1
+FORMAT, VERSION = "vlmds", 2
 
 # index.parquet has one row group per shard that holds a sample, in order of (split, shard).
 SCHEMA = pa.schema([

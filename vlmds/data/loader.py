@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,12 @@ class Positions(IterableDataset):
             yield self.batches[number]
 
 
+def _outlive_signals(worker: int) -> None:
+    """A scheduler signals all processes of a job; a reader ends when its rank is done with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Batches:
     """Collated batches in the order of `batches` (positions), read ahead by `num_workers`
     processes; 0 reads in this one. May be iterated once.
@@ -181,6 +188,7 @@ class Batches:
         loader = wds.WebLoader(
             pipeline, batch_size=None, num_workers=self._workers,
             pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None,
+            worker_init_fn=_outlive_signals,
         )
         try:
             yield from loader

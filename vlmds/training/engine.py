@@ -51,6 +51,13 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"--ds-config {path}: {error}") from None
+    for name, setting in (("optimizer", "stages.*.lr and training.betas"),
+                          ("scheduler", "stages.*.schedule"), ("fp16", "llm.dtype"),
+                          ("amp", "llm.dtype")):
+        block = config.get(name)
+        if block and block.get("enabled", True):
+            raise InputError(f"{path.name}: {name} is {json.dumps(block)}, but the experiment sets "
+                             f"it by {setting}; delete it there")
     for dotted, value in values.items():
         *parents, leaf = dotted.split(".")
         node = config
