@@ -1,6 +1,7 @@
 """A tiny random CLIP and Qwen3 in Hugging Face format, and an experiment on them.
 
-`python -m tests.tiny FOLDER --tokenizer DIR` makes them around a tokenizer of one's own.
+`python -m tests.tiny FOLDER --tokenizer DIR` makes them around a tokenizer of one's own; a large
+vocabulary wants a larger --width.
 """
 
 import argparse
@@ -18,7 +19,8 @@ SIDE = 28  # pixels; patches of 14, so 4 a frame
 FRAMES = 4
 
 
-def make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+def make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, width: int = 64
+                ) -> Path:
     """Write folder/clip and folder/qwen3; returns folder."""
     tokenizer = tokenizer or train_tokenizer(["0번 영상입니다."], vocab_size=600)
     torch.manual_seed(0)
@@ -33,7 +35,7 @@ def make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
     ).save_pretrained(folder / "clip")
     llm = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -68,5 +70,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--width", type=int, default=64)
     args = parser.parse_args()
-    make_models(args.folder, AutoTokenizer.from_pretrained(args.tokenizer))
+    make_models(args.folder, AutoTokenizer.from_pretrained(args.tokenizer), args.width)
