@@ -43,6 +43,7 @@ def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, 
     extra = tiny.RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*tiny.settings(models, shards), *extra, *overrides])
     model = load_model(experiment, torch.device("cpu"))
+    torch.manual_seed(seed)
     model.captioner.llm = add_adapter(model.captioner.llm, experiment.peft)
     torch.manual_seed(seed)
     with torch.no_grad():
