@@ -34,7 +34,7 @@ from vlmds.data.prepare import Reply
 from vlmds.data.shards import Shard, write_shard
 
 FRAMES, SIDE = 8, 336
-PACKED = 400e6  # bytes to pack: the videos are named again and again until there are so many
+PACKED = 150e6  # bytes to pack: the videos are named again and again until there are so many
 PATCHES, WIDTH = 576, 1024  # of CLIP-ViT-L/14-336's features
 
 
@@ -100,8 +100,9 @@ def _packing(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
     def tar(out: Path) -> None:
         # GNU tar's --files-from takes any number of names.
         names = "".join(f"{row.video}\n" for row in rows).encode()
-        subprocess.run(["tar", "-cf", str(out / "a.tar"), "-P", "--files-from", "-"], input=names,
-                       check=True)
+        # A name that comes again is the same file; it is to be stored again, not as a link.
+        subprocess.run(["tar", "-cf", str(out / "a.tar"), "-P", "--hard-dereference",
+                        "--files-from", "-"], input=names, check=True)
         subprocess.run(["sha256sum", str(out / "a.tar")], check=True, stdout=subprocess.DEVNULL)
 
     def shard_writer(out: Path) -> None:
