@@ -1,12 +1,13 @@
 """Bring on each fault, see what happens, and print the table of README's section on reliability.
 
-    python -m tests.training.fault_table
+    python -m tests.training.fault_table [NAME …]
 """
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -154,7 +155,8 @@ class Table:
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     table = Table(folder)
-    for name in [name for name in dir(Table) if name.startswith("fault_")]:
+    wanted = [f"fault_{name}" for name in sys.argv[1:]]
+    for name in wanted or [name for name in dir(Table) if name.startswith("fault_")]:
         began = time.monotonic()
         try:
             seen = getattr(table, name)()
