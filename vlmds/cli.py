@@ -217,6 +217,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     data, output, options, environment = args.data, args.output, (), {}
     if args.demo:
         from vlmds.demo.run import RANKS, Size, prepare_demo, tiny_form
+        from vlmds.training.ranks import free_port
 
         root = (output or Path("demo")).absolute()
         root.mkdir(parents=True, exist_ok=True)
@@ -224,7 +225,8 @@ def sweep(args: argparse.Namespace, size=None) -> int:
         exps = [str(tiny_form(exp.lower(), root)) for exp in exps]
         data, output, options = str(root / "shards"), root / "runs", ("--max-new-tokens", "32")
         environment = module.cpu_environment(RANKS)
-        args.launcher = args.launcher or f"deepspeed --num_gpus {RANKS}"
+        args.launcher = args.launcher or (
+            f"deepspeed --num_gpus {RANKS} --master_port {free_port()}")
     if data is None:
         raise InputError("--data: no data given; pass a folder made by vlmds pack")
     output, launcher = output or Path("runs"), args.launcher or "deepspeed"

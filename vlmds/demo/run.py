@@ -23,6 +23,7 @@ from vlmds.errors import InputError, SampleError
 from vlmds.inference import VideoCaptioner
 from vlmds.training.main import REPOSITORY
 from vlmds.training.run import final_artifact
+from vlmds.training.ranks import free_port
 
 ATTRIBUTES = ("colour", "shape", "direction")
 IMAGE_SIZE = 64
@@ -140,7 +141,7 @@ def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
     script = REPOSITORY / "launch" / "train.py"
     if not script.is_file():
         raise InputError(f"{script}: not there; the demo runs from a checkout of the repository")
-    command = ["--num_gpus", str(RANKS), str(script), "--exp", str(settings), "--data", str(shards),
+    command = ["--num_gpus", str(RANKS), "--master_port", str(free_port()), str(script), "--exp", str(settings), "--data", str(shards),
                "--output", str(run)]
     if overrides:
         command += ["--set", *overrides]

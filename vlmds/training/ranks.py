@@ -29,11 +29,8 @@ def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0) -> tor
     and return this rank's device, which is set before any weight is loaded."""
     global _control
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     on_cpu = accelerator.device_name() == "cpu"
@@ -59,6 +56,13 @@ def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0) -> tor
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     start_watch(timeout_minutes, stall_seconds)
     return torch.device(accelerator.device_name(local_rank))
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on: two jobs on one machine must not take the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def is_main() -> bool:
