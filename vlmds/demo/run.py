@@ -22,8 +22,8 @@ from vlmds.demo.pretrain import make_tiny_models
 from vlmds.errors import InputError, SampleError
 from vlmds.inference import VideoCaptioner
 from vlmds.training.main import REPOSITORY
-from vlmds.training.run import final_artifact
 from vlmds.training.ranks import free_port
+from vlmds.training.run import final_artifact
 
 ATTRIBUTES = ("colour", "shape", "direction")
 IMAGE_SIZE = 64
