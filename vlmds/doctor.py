@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment
 from vlmds.data.dataset import Dataset, open_dataset

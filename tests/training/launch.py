@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import tiny
+from vlmds.training.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
@@ -31,12 +31,6 @@ def command(ranks: int, *arguments: str, script: Path = SCRIPT) -> list[str]:
         return [sys.executable, str(script), *arguments]
     return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks),
             "--master_port", str(free_port()), str(script), *arguments]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(**more: str) -> dict:

@@ -2,24 +2,22 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from vlmds.training.ranks import free_port
+
 WORKER = Path(__file__).with_name("engine_worker.py")
 pytestmark = pytest.mark.distributed
 
 
 def run(tmp_path, ranks, *overrides):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     output = tmp_path / f"{ranks}-{'-'.join(overrides) or 'plain'}.json".replace("/", "_")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-               "--master_port", str(port), str(WORKER), str(output), *overrides]
+               "--master_port", str(free_port()), str(WORKER), str(output), *overrides]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, timeout=420, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
