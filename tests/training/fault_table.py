@@ -133,7 +133,7 @@ class Table:
 
     def _damaged(self, name: str, damage: Callable[[Path], None]) -> str:
         run = self.run(name)
-        train_and_kill(2, run, 12, *self.arguments(run))
+        train_and_kill(2, run, 10, *self.arguments(run), checkpoint="finetune-")
         newest = checkpoint.checkpoints(run / "checkpoints", "finetune")[0]
         damage(newest)
         done = train(2, *self.arguments(run))

@@ -70,20 +70,23 @@ def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SC
 
 
 def train_until(ranks: int, run: Path, lines: int, act: Callable[[subprocess.Popen], None],
-                *arguments: str) -> None:
-    """Run until metrics.jsonl has that many lines, then `act`, then kill what is left."""
+                *arguments: str, checkpoint: str = "") -> None:
+    """Run until metrics.jsonl has that many lines and, as checkpoints are written in the
+    background, until one whose name starts like `checkpoint` is there; then `act`, then kill what
+    is left."""
     deadline = time.monotonic() + TIMEOUT
     with running(ranks, *arguments, log=run.with_name(f"{run.name}-until")) as process:
-        while len(_lines(run)) < lines:
+        while len(_lines(run)) < lines or not _has_checkpoint(run, checkpoint):
             assert process.poll() is None, "training ended before its time"
             assert time.monotonic() < deadline
             time.sleep(0.002)
         act(process)
 
 
-def train_and_kill(ranks: int, run: Path, lines: int, *arguments: str) -> None:
-    """Run until metrics.jsonl has that many lines, then SIGKILL all of it."""
-    train_until(ranks, run, lines, lambda process: None, *arguments)
+def train_and_kill(ranks: int, run: Path, lines: int, *arguments: str,
+                   checkpoint: str = "") -> None:
+    """As train_until, with SIGKILL for all of it."""
+    train_until(ranks, run, lines, lambda process: None, *arguments, checkpoint=checkpoint)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -139,6 +142,11 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def _has_checkpoint(run: Path, start: str) -> bool:
+    """A folder of checkpoints has its final name once it is whole."""
+    return not start or any((run / "checkpoints").glob(f"{start}*"))
 
 
 def _lines(run: Path) -> list[str]:

@@ -92,7 +92,7 @@ def test_world_size_may_change_between_starts(models, shards, two_ranks, tmp_pat
 
 def test_a_damaged_checkpoint_is_passed_over(models, shards, two_ranks, tmp_path):
     run = tmp_path / "damaged"
-    train_and_kill(2, run, 12, *arguments(models, shards, run))
+    train_and_kill(2, run, 10, *arguments(models, shards, run), checkpoint="finetune-")
     newest = sorted((run / "checkpoints").glob("finetune-*"))[-1]
     shard = newest / "rank-00001.safetensors"
     data = bytearray(shard.read_bytes())
@@ -177,7 +177,7 @@ def test_stage_1_of_another_run_can_be_shared(models, shards, two_ranks, tmp_pat
 def test_a_stage_grown_from_another_projector_is_refused(models, shards, two_ranks, tmp_path):
     run = tmp_path / "run"
     args = arguments(models, shards, run)
-    train_and_kill(2, run, 13, *args)
+    train_and_kill(2, run, 10, *args, checkpoint="finetune-")
     align = run / "artifacts" / "align"
     meta = json.loads((align / "artifact.json").read_text())
     tensors = load_file(align / "projector.safetensors")
