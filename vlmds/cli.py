@@ -128,8 +128,7 @@ def caption(args: argparse.Namespace) -> int:
     captioner = VideoCaptioner.from_pretrained(
         final_artifact(args.run), device=args.device, overrides=args.set)
     results = captioner.caption(
-        args.videos, prompt=args.prompt, batch_size=args.batch_size, num_beams=args.beams,
-        max_new_tokens=args.max_new_tokens)
+        args.videos, _generation(args), prompt=args.prompt, batch_size=args.batch_size)
     failed = False
     for video, result in zip(args.videos, results):
         if isinstance(result, SampleError):
@@ -176,8 +175,8 @@ def evaluate(args: argparse.Namespace) -> int:
     try:
         folder = evaluate_run(
             args.run, data=args.data, split=args.split, output=args.output, clips=args.clips,
-            batch_size=args.batch_size, num_beams=args.beams, max_new_tokens=args.max_new_tokens,
-            device=args.device, overrides=args.set, again=args.again)
+            batch_size=args.batch_size, generation=_generation(args), device=args.device,
+            overrides=args.set, again=args.again)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -357,13 +356,30 @@ def _caption_parser(commands) -> None:
     add("videos", nargs="+", metavar="VIDEO")
     add("--json", action="store_true", help="one JSON object a line")
     add("--prompt", help="instead of the experiment's")
-    add("--beams", type=int, default=1, help="beam search (default: 1, greedy)")
-    add("--max-new-tokens", type=int, default=128)
+    _add_generation(command)
     add("--batch-size", type=int, default=4, help="videos at once (default: 4)")
     add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override where the models lie, such as llm.model=/models/Qwen3-8B")
     command.set_defaults(call=caption)
+
+
+def _add_generation(command) -> None:
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=128, help="most tokens of a caption (default: 128)")
+    add("--beams", type=int, default=1, help="beam search (default: 1, greedy)")
+    add("--temperature", type=float, default=0.0, help="sampling (default: 0, none)")
+    add("--top-p", type=float, default=1.0, help="of sampling: nucleus (default: 1, all tokens)")
+    add("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+
+def _generation(args: argparse.Namespace):
+    from vlmds.generation import GenerationOptions
+
+    return GenerationOptions(
+        max_new_tokens=args.max_new_tokens, num_beams=args.beams, temperature=args.temperature,
+        top_p=args.top_p, repetition_penalty=args.repetition_penalty, seed=args.seed)
 
 
 def _evaluate_parser(commands) -> None:
@@ -377,8 +393,7 @@ def _evaluate_parser(commands) -> None:
     add("--split", help="default: val, or the only one")
     add("--output", type=Path, help="default: RUN/evaluation/SPLIT")
     add("--clips", type=int, help="evaluate so many, evenly spaced (default: all)")
-    add("--beams", type=int, default=1, help="beam search (default: 1, greedy)")
-    add("--max-new-tokens", type=int, default=128)
+    _add_generation(command)
     add("--batch-size", type=int, default=8, help="clips at once (default: 8)")
     add("--again", action="store_true", help="evaluate anew what is finished already")
     add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import TextIteratorStreamer
 
 from vlmds.config import Experiment, load_experiment
-from vlmds.data.decode_child import decode_videos
+from vlmds.data.decode_child import Clip, decode_videos
 from vlmds.data.prompt import SequenceBuilder
-from vlmds.errors import SampleError
+from vlmds.errors import InputError, SampleError
+from vlmds.generation import GenerationOptions, generate_captions
 from vlmds.models.artifact import check_tower, load_artifact
 from vlmds.models.assemble import Model, load_model
 
@@ -53,42 +58,97 @@ class VideoCaptioner:
         return cls(experiment, model, target)
 
     def caption(
-        self, videos: Iterable[str], *, prompt: str | None = None, batch_size: int = 4,
-        num_beams: int = 1, max_new_tokens: int = 128, workers: int | None = None,
+        self, videos: Iterable[str | Clip], options: GenerationOptions | None = None, *,
+        prompt: str | None = None, batch_size: int = 4, workers: int | None = None,
     ) -> Iterator[str | SampleError]:
-        """For each video (path or URL), in order, its caption, or why there is none.
+        """For each video (path, URL or :class:`Clip`), in order, its caption, or why there is none.
 
         Args:
+            options: how captions are written; None is greedy search.
             prompt: instead of the experiment's.
             batch_size: videos captioned at once; the captions do not depend on it.
-            num_beams: 1 is greedy search.
             workers: decoding processes (default: one per core).
         """
-        decoded = decode_videos(
-            videos, self.experiment.data.num_frames, self.model.image_size,
-            workers=workers or len(os.sched_getaffinity(0)))
-        for batch in _batched(decoded, batch_size):
+        for batch in _batched(self.frames(videos, workers), batch_size):
             frames = [item for item in batch if not isinstance(item, SampleError)]
             captions = iter(self.caption_frames(
-                np.stack(frames), [prompt] * len(frames), num_beams=num_beams,
-                max_new_tokens=max_new_tokens) if frames else [])
+                np.stack(frames), [prompt] * len(frames), options) if frames else [])
             for item in batch:
                 yield item if isinstance(item, SampleError) else next(captions)
 
+    def frames(
+        self, videos: Iterable[str | Clip], workers: int | None = None, deadline: float = 60.0
+    ) -> Iterator[np.ndarray | SampleError]:
+        """For each video, in order, the frames that the model sees, uint8 [F, 3, S, S], or why
+        there are none. deadline: seconds that decoding one may take."""
+        return decode_videos(
+            videos, self.experiment.data.num_frames, self.model.image_size,
+            workers=workers or len(os.sched_getaffinity(0)), deadline=deadline)
+
     @torch.no_grad()
     def caption_frames(
-        self, frames: np.ndarray, prompts: Sequence[str | None], *, num_beams: int = 1,
-        max_new_tokens: int = 128,
+        self, frames: np.ndarray, prompts: Sequence[str | None] | None = None,
+        options: GenerationOptions | None = None,
     ) -> list[str]:
         """Captions of one batch: frames uint8 [B, F, 3, S, S], a prompt (or None) for each."""
         features = self.model.features({"frames": torch.from_numpy(frames)})
-        batch = self.builder.collate_generation(prompts)
-        ids = self.model.captioner.generate(
-            features, batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device),
-            eos_token_id=self.builder.eos_token_id, pad_token_id=self.builder.pad_token_id,
-            max_new_tokens=max_new_tokens, num_beams=num_beams,
-        )
-        return self.builder.decode(ids)
+        return generate_captions(self.model, self.builder, features, prompts or [None] * len(frames),
+                                 options or GenerationOptions())
+
+    def stream(
+        self, frames: np.ndarray, prompt: str | None = None,
+        options: GenerationOptions | None = None,
+    ) -> Iterator[str]:
+        """The caption of one video in pieces, as they are written; together they are what
+        ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
+
+        Args:
+            frames: uint8 [F, 3, S, S].
+
+        Raises:
+            InputError: beam search, whose words are known at the end only.
+        """
+        options = options or GenerationOptions()
+        if options.num_beams > 1:
+            raise InputError("num_beams: beam search cannot be streamed; use 1")
+        return self._stream(frames, prompt, options)
+
+    def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions,
+                ) -> Iterator[str]:
+        streamer = TextIteratorStreamer(
+            self.builder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        left, failures = threading.Event(), queue.SimpleQueue()
+
+        def write() -> None:
+            try:
+                with torch.no_grad():
+                    features = self.model.features({"frames": torch.from_numpy(frames[None])})
+                generate_captions(
+                    self.model, self.builder, features, [prompt], options, streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Left(left)]))
+            except BaseException as error:  # it belongs to the reader
+                failures.put(error)
+                streamer.end()
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            left.set()
+            thread.join()
+        if not failures.empty():
+            raise failures.get()
+
+
+class _Left(StoppingCriteria):
+    """Stops once the event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:

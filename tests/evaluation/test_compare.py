@@ -11,6 +11,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation import compare as module
 from vlmds.evaluation.compare import compare, factors, group_runs, holm, load_run, verdict
 from vlmds.evaluation.evaluate import evaluate_run
+from vlmds.generation import GenerationOptions
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def runs(models, shards, tmp_path_factory):
     made = {}
     for exp, seed in (("e3", 5), ("e4", 6), ("e8", 7)):
         made[exp] = make_run(models, shards, folder / exp, exp, seed)
-        evaluate_run(made[exp], max_new_tokens=8)
+        evaluate_run(made[exp], generation=GenerationOptions(max_new_tokens=8))
     return made
 
 
@@ -100,7 +101,7 @@ def test_runs_of_several_seeds_are_one_experiment(models, shards, tmp_path):
     paths = [make_run(models, shards, tmp_path / f"e3-seed{s}", "e3", 5 + s, f"training.seed={s}")
              for s in range(2)]
     for path in paths:
-        evaluate_run(path, max_new_tokens=4)
+        evaluate_run(path, generation=GenerationOptions(max_new_tokens=4))
     (group,) = group_runs([load_run(path) for path in paths])
     assert len(group.runs) == 2
     row = compare(group.runs)["table"][0]

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -32,12 +33,24 @@ LIFETIME = 2000  # videos after which a child is replaced: the decoders leak a f
 GRACE = 30.0  # seconds past the deadline after which the parent itself ends a child
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A span of a video (path or URL), in seconds from its beginning; None: from or to the end."""
+
+    video: str
+    start: float | None = None
+    end: float | None = None
+
+
 def decode_videos(
-    videos: Iterable[str], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
+    videos: Iterable[str | Clip], num_frames: int, image_size: int, *, workers: int,
+    deadline: float = 60.0,
 ) -> Iterator[np.ndarray | SampleError]:
-    """For each video (path or URL), in order, its sampled frames, uint8 [F, 3, size, size], or why
-    it cannot be used. A decoder that hangs or crashes ends with its child process."""
-    requests = (Request(v, None, None, "pixels", num_frames, image_size) for v in videos)
+    """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size],
+    or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
+    clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
+    requests = (Request(clip.video, clip.start, clip.end, "pixels", num_frames, image_size)
+                for clip in clips)
     with DecodePool(workers, deadline) as pool:
         for reply in pool.map(requests):
             if reply.reason is not None:

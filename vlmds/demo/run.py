@@ -20,6 +20,7 @@ from vlmds.demo.clips import COLOURS, DIRECTIONS, SHAPES, make_clips, parse_capt
 from vlmds.demo.picture import draw_results
 from vlmds.demo.pretrain import make_tiny_models
 from vlmds.errors import InputError, SampleError
+from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.training.main import REPOSITORY
 from vlmds.training.ranks import free_port
@@ -71,8 +72,8 @@ def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tu
         clips = [clip for clip in clips if clip["split"] == "val"]
         captioner = VideoCaptioner.from_pretrained(final_artifact(run), device="cpu")
         captions = [str(c) if isinstance(c, SampleError) else c for c in captioner.caption(
-            (str(output / "data" / clip["video"]) for clip in clips), batch_size=32,
-            max_new_tokens=32)]
+            (str(output / "data" / clip["video"]) for clip in clips),
+            GenerationOptions(max_new_tokens=32), batch_size=32)]
     results = score(captions, [clip["caption"] for clip in clips])
     results["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
     _save(output / "results", run.name, results, clips, captions, output / "data")

@@ -31,8 +31,8 @@ PROJECTORS = ("linear", "mlp", "cabstractor", "perceiver")
 ADAPTERS = ("lora", "dora")
 EXPECTED = ("name", "owner", "priority", "projector", "peft.type", "training.seed")
 """Settings that are meant to differ between experiments."""
-SAME = ("data_fingerprint", "split", "clips", "prompt", "num_frames", "num_beams",
-        "max_new_tokens", "vision", "llm", "llm_precision", "tokenisation")
+SAME = ("data_fingerprint", "split", "clips", "prompt", "num_frames", "generation", "vision", "llm",
+        "llm_precision", "tokenisation")
 """Settings of the evaluation without which scores cannot be compared."""
 
 

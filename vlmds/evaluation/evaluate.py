@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from vlmds.evaluation.metrics import (
     tokenizers,
 )
 from vlmds.files import absolute, sha256_of, write
+from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.models.assemble import Model
 from vlmds.training import ranks
@@ -57,7 +59,8 @@ THUMBNAILS = 500
 
 def evaluate_run(
     run: Path, *, data: str | None = None, split: str | None = None, output: Path | None = None,
-    clips: int | None = None, batch_size: int = 8, num_beams: int = 1, max_new_tokens: int = 128,
+    clips: int | None = None, batch_size: int = 8,
+    generation: GenerationOptions = GenerationOptions(),
     device: str | None = None, overrides: Sequence[str] = (), again: bool = False,
 ) -> Path:
     """Evaluate a run, on all ranks that the launcher started; returns the folder of the results.
@@ -85,7 +88,7 @@ def evaluate_run(
         "run": str(run), "artifact": artifact.name, "weights_sha256": _weights_sha256(artifact),
         "data": str(dataset.root), "data_fingerprint": dataset.fingerprint, "split": split,
         "clips": clips, "prompt": experiment.data.prompt, "num_frames": experiment.data.num_frames,
-        "num_beams": num_beams, "max_new_tokens": max_new_tokens,
+        "generation": asdict(generation),
         "vision": experiment.vision.model, "llm": experiment.llm.model,
         "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
         "tokenisation": [level.name for level in tokenizers()],
@@ -100,7 +103,7 @@ def evaluate_run(
     positions = evaluated_positions(len(reader), clips)
     texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
     scorer = ClipScorer(experiment, captioner.model, captioner.device, texts, swap_videos(texts),
-                        batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens)
+                        batch_size=batch_size, generation=generation)
     # Rank 0 alone reads what is done: another rank may have begun to write by then.
     finished = _on_main(lambda: [r["position"] for r in _read_parts(output)])
     todo = sorted(set(positions) - set(finished))
@@ -126,7 +129,8 @@ def evaluate_run(
 
 def evaluate_subset(
     experiment: Experiment, model: Model, reader: SampleReader, device: torch.device, *,
-    clips: int = 64, samples: int = 4, batch_size: int = 8, max_new_tokens: int = 64,
+    clips: int = 64, samples: int = 4, batch_size: int = 8,
+    generation: GenerationOptions = GenerationOptions(max_new_tokens=64),
 ) -> dict[str, Any]:
     """Score a model that is in memory, in training too, on a fixed subset; on all ranks together.
 
@@ -146,7 +150,7 @@ def evaluate_subset(
         positions = evaluated_positions(len(reader), clips)
         texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
         scorer = ClipScorer(experiment, model, device, texts, swap_videos(texts),
-                            batch_size=batch_size, max_new_tokens=max_new_tokens)
+                            batch_size=batch_size, generation=generation)
         rank, world = _world()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
             mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]

@@ -65,23 +65,19 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, *,
-        eos_token_id: int, pad_token_id: int, max_new_tokens: int, num_beams: int = 1,
+        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor,
+        config: GenerationConfig, **more,
     ) -> Tensor:
-        """Greedy or beam search with a KV cache.
+        """Captions with a KV cache.
 
         Args:
             features: [B, N, vision_dim].
             input_ids, attention_mask: int64 [B, L], left-padded.
+            more: as transformers' ``generate`` takes them: ``logits_processor``, ``streamer``, …
 
         Returns:
-            New token ids, int64 [B, at most max_new_tokens], padded with ``pad_token_id``.
+            New token ids, int64 [B, at most config.max_new_tokens], padded with its pad token.
         """
-        config = GenerationConfig(
-            do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, use_cache=True,
-        )
         return self.llm.generate(
             inputs_embeds=self.embed(features, input_ids), attention_mask=attention_mask,
-            generation_config=config,
-        )
+            generation_config=config, **more)
