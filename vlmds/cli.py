@@ -215,13 +215,15 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
     data, output, options, environment = args.data, args.output, (), {}
     if args.demo:
-        from vlmds.demo.run import RANKS, Size, prepare_demo, tiny_form
+        from vlmds.demo.run import RANKS, Size, ablations, prepare_demo, tiny_form
         from vlmds.training.ranks import free_port
 
         root = (output or Path("demo")).absolute()
         root.mkdir(parents=True, exist_ok=True)
         prepare_demo(root, size or Size(), {})
         exps = [str(tiny_form(exp.lower(), root)) for exp in exps]
+        if args.all or len(exps) == 8:
+            exps += map(str, ablations(root))
         data, output, options = str(root / "shards"), root / "runs", ("--max-new-tokens", "32")
         environment = module.cpu_environment(RANKS)
         args.launcher = args.launcher or (
