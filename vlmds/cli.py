@@ -191,7 +191,7 @@ def compare(args: argparse.Namespace) -> int:
     from vlmds.files import write
 
     runs = [load_run(path, args.evaluation) for path in args.runs]
-    found = compare(runs, args.metric)
+    found = compare(runs, args.metric, [words.split() for words in args.words])
     size = write_report(args.output, runs, found)
     for path, text in ((args.csv, to_csv), (args.latex, to_latex)):
         if path:
@@ -215,6 +215,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
     data, output, options, environment = args.data, args.output, (), {}
     if args.demo:
+        from vlmds.demo.clips import DIRECTIONS
         from vlmds.demo.run import RANKS, Size, ablations, prepare_demo, tiny_form
         from vlmds.training.ranks import free_port
 
@@ -242,7 +243,8 @@ def sweep(args: argparse.Namespace, size=None) -> int:
         print(module.status_table(jobs), flush=True)
     evaluated = [str(job.run) for job in jobs if job.evaluated]
     if evaluated and code != module.STOPPED:
-        main(["compare", *evaluated, "-o", str(output / "report.html")])
+        words = ["--words", " ".join(korean for korean, _ in DIRECTIONS.values())] if args.demo else []
+        main(["compare", *evaluated, "-o", str(output / "report.html"), *words])
     return code
 
 
@@ -286,6 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, default=Path("report.html"))
     command.add_argument("--evaluation", help="folder under RUN/evaluation (default: val)")
     command.add_argument("--metric", help="that decides (default: cider_d@morpheme)")
+    command.add_argument("--words", action="append", default=[], metavar="'WORD WORD …'",
+                         help="how often captions get these words right, such as '왼쪽 오른쪽'; may "
+                         "be given several times")
     command.add_argument("--csv", type=Path, help="also write the table here")
     command.add_argument("--latex", type=Path, help="also write the table here")
     command.set_defaults(call=compare)

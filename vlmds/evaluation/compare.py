@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +25,7 @@ from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.evaluation.metrics import (
     aggregate, characters, interval, resampled_means, score_captions,
 )  # fmt: skip
+from vlmds.evaluation.words import words_told
 from vlmds.training.run import flat_settings
 
 RESAMPLES = 10_000  # 28 pairs need p-values well below 0.05 / 28
@@ -141,8 +143,12 @@ def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list
     return found
 
 
-def compare(runs: list[Run], metric: str | None = None) -> dict[str, Any]:
+def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = ()
+            ) -> dict[str, Any]:
     """Everything that the report says in numbers.
+
+    Args:
+        words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.words_told`.
 
     Raises:
         InputError: no clip that all runs were evaluated on, or no such metric.
@@ -177,6 +183,7 @@ def compare(runs: list[Run], metric: str | None = None) -> dict[str, Any]:
         "differences": differing_settings(runs),
         "factors": factors(table, samples[metric], values[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
+        "words": _words(groups, keys, words),
         "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"]
                          for n in names},
     }
@@ -324,6 +331,16 @@ def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[di
                         [s[metric][inside].mean(axis=0) for s in group], axis=0)[None])[0])
                         for group in scores]})
     return found
+
+
+def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]]) -> list[dict]:
+    captions = [[group.runs[0].predictions[key]["caption"] for key in keys] for group in groups]
+    references = [groups[0].runs[0].predictions[key]["references"] for key in keys]
+    told = [(chosen, words_told(captions, references, chosen)) for chosen in words]
+    for chosen, found in told:
+        if found is None:
+            raise InputError(f"--words {' '.join(chosen)}: no reference has any of them")
+    return [found for _, found in told]
 
 
 def _scores(run: Run, keys: list[str], runs: list[Run]) -> dict[str, np.ndarray]:
