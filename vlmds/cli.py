@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def compare(args: argparse.Namespace) -> int:
         if path:
             write(path, text(found))
     for warning in found["warnings"]:
-        print(f"WARNING: {warning}", file=sys.stderr)
+        print(f"WARNING: {warning['en']}", file=sys.stderr)
     verdict, other = found["verdict"], found["verdict"]["runner_up"]
     line = f"best: {verdict['best']}, {found['metric']} {verdict['value']:.2f}"
     if other:
@@ -213,7 +214,8 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     from vlmds.errors import InputError
 
     exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
-    data, output, options, environment = args.data, args.output, (), {}
+    data, output, environment = args.data, args.output, {}
+    options = tuple(shlex.split(args.evaluate))
     if args.demo:
         from vlmds.demo.clips import DIRECTIONS
         from vlmds.demo.run import RANKS, Size, ablations, prepare_demo, tiny_form
@@ -225,7 +227,8 @@ def sweep(args: argparse.Namespace, size=None) -> int:
         exps = [str(tiny_form(exp.lower(), root)) for exp in exps]
         if args.all or len(exps) == 8:
             exps += map(str, ablations(root))
-        data, output, options = str(root / "shards"), root / "runs", ("--max-new-tokens", "32")
+        data, output = str(root / "shards"), root / "runs"
+        options = ("--max-new-tokens", "32", *options)
         environment = module.cpu_environment(RANKS)
         args.launcher = args.launcher or (
             f"deepspeed --num_gpus {RANKS} --master_port {free_port()}")
@@ -235,7 +238,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     jobs = module.plan_jobs(exps, output, seeds=args.seeds, share_stage1=args.share_stage1,
                             overrides=tuple(args.set))
     if args.emit:
-        print(module.slurm_script(jobs, data, launcher), end="")
+        print(module.slurm_script(jobs, data, launcher, options), end="")
         return 0
     try:
         code = module.run_jobs(jobs, data, launcher, options, environment)
@@ -422,6 +425,8 @@ def _sweep_parser(commands) -> None:
         help="experiments with the same projector share its first stage: quicker, but their "
         "results are then not independent")
     add("--launcher", help="default: deepspeed; such as 'torchrun --nproc-per-node 8'")
+    add("--evaluate", default="", metavar="'OPTIONS'",
+        help="for vlmds evaluate, such as '--beams 3 --batch-size 16'")
     add("--emit", choices=("slurm",), help="print an array script instead of running")
     add("--demo", action="store_true", help="tiny forms on the demo's clips and models")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")

@@ -146,7 +146,7 @@ def test_other_clips_are_left_out_with_a_warning_and_none_in_common_is_refused(r
     paths = copies(runs, tmp_path)
     rewrite(paths[0], lambda i, line: line if i < 6 else None)
     found = compare([load_run(path) for path in paths])
-    assert found["clips"] == 6 and "not evaluated on the same clips" in found["warnings"][0]
+    assert found["clips"] == 6 and "not evaluated on the same clips" in found["warnings"][0]["en"]
     rewrite(paths[1], lambda i, line: line if i >= 6 else None)
     with pytest.raises(InputError, match="no clip was evaluated in all of them"):
         compare([load_run(path) for path in paths])
@@ -161,7 +161,7 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     record = paths[1] / "run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other"}))
     found = compare([load_run(path) for path in paths])
-    told = "\n".join(found["warnings"])
+    told = "\n".join(w["en"] for w in found["warnings"])
     assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
     assert "not trained on the same data" in told
     keys = {d["key"]: d["expected"] for d in found["differences"]}
@@ -174,7 +174,7 @@ def test_a_run_in_progress_is_told_and_one_without_evaluation_refused(runs, tmp_
     with (paths[2] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     found = compare([load_run(path) for path in paths])
-    assert any("e8: training is still in progress" in w for w in found["warnings"])
+    assert any("e8: training is still in progress" in w["en"] for w in found["warnings"])
     (paths[0] / "evaluation" / "val" / "predictions.jsonl").unlink()
     with pytest.raises(InputError, match="predictions.jsonl: missing; run vlmds evaluate"):
         load_run(paths[0])

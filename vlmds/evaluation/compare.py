@@ -200,33 +200,42 @@ def common_keys(runs: list[Run]) -> list[str]:
     return keys
 
 
-def warnings(runs: list[Run], keys: list[str]) -> list[str]:
-    """What makes the comparison doubtful, loudest first."""
+def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
+    """What makes the comparison doubtful, loudest first, in English ("en") and Korean ("ko")."""
     found = []
+
+    def add(english: str, korean: str) -> None:
+        found.append({"en": english, "ko": korean})
+
+    def listed(values: dict) -> str:
+        return "; ".join(f"{name}: {value}" for name, value in values.items())
+
     sizes = {run.name: len(run.predictions) for run in runs}
     if set(sizes.values()) != {len(keys)}:
-        found.append(f"The runs were not evaluated on the same clips ({sizes}); compared are the "
-                     f"{len(keys)} that all have.")
+        add(f"The runs were not evaluated on the same clips ({listed(sizes)}); compared are the "
+            f"{len(keys)} that all have.",
+            f"평가한 클립이 서로 다릅니다 ({listed(sizes)}). 모두에 있는 {len(keys)}개만 비교합니다.")
     for setting in SAME:
         values = {run.name: run.metrics["settings"].get(setting) for run in runs}
         if len({json.dumps(v) for v in values.values()}) > 1:
-            found.append(f"Evaluations differ in {setting}: " + "; ".join(
-                f"{name}: {value}" for name, value in values.items()))
-    trained = {run.name: json.loads((run.path / "run.json").read_text()).get("data_fingerprint")
-               for run in runs}
+            add(f"Evaluations differ in {setting}: {listed(values)}",
+                f"평가 설정 {setting}이(가) 서로 다릅니다: {listed(values)}")
+    trained = {run.name: str(json.loads((run.path / "run.json").read_text()).get(
+        "data_fingerprint"))[:12] for run in runs}
     if len(set(trained.values())) > 1:
-        found.append("The runs were not trained on the same data: " + "; ".join(
-            f"{name}: {str(value)[:12]}" for name, value in trained.items()))
+        add(f"The runs were not trained on the same data: {listed(trained)}",
+            f"학습 데이터가 서로 다릅니다: {listed(trained)}")
     for run in runs:
+        artifact = run.metrics["settings"]["artifact"]
         if not run.finished:
-            found.append(f"{run.name}: training is still in progress; its evaluation is of stage "
-                         f"{run.metrics['settings']['artifact']}")
-        elif run.metrics["settings"]["artifact"] != run.experiment.stages[-1].name:
-            found.append(f"{run.name}: the evaluation is of stage "
-                         f"{run.metrics['settings']['artifact']}, not of the last; evaluate again")
-        if run.metrics["looking"]["warnings"]:
-            found.append(f"{run.name} may not be looking: "
-                         + "; ".join(run.metrics["looking"]["warnings"]))
+            add(f"{run.name}: training is still in progress; its evaluation is of stage {artifact}",
+                f"{run.name}: 학습이 아직 진행 중입니다. 평가한 것은 {artifact} 단계입니다.")
+        elif artifact != run.experiment.stages[-1].name:
+            add(f"{run.name}: the evaluation is of stage {artifact}, not of the last; evaluate again",
+                f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.")
+        if doubts := run.metrics["looking"]["warnings"]:
+            add(f"{run.name} may not be looking: {'; '.join(doubts)}",
+                f"{run.name}: 영상을 보지 않는 것일 수 있습니다 ({'; '.join(doubts)})")
     return found
 
 
