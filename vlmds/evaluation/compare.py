@@ -111,9 +111,9 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
-    """visual_tokens, trainable (parameters), samples_per_s, memory_gib and hours of training
-    (validation and checkpoints not counted)."""
-    seconds, pending, speeds, samples = 0.0, 0, 0.0, 0
+    """visual_tokens, trainable (parameters), samples_per_s, memory_gib, hours of training
+    (validation and checkpoints not counted) and kilowatt_hours of the GPUs (all counted)."""
+    seconds, pending, samples = 0.0, 0, 0
     for record in (r for r in records if r["kind"] == "train"):
         pending += record["samples"]
         if record.get("samples_per_s"):  # of the window that ends here
@@ -121,11 +121,13 @@ def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
             samples, pending = samples + pending, 0
     speeds = samples / seconds if seconds else None
     memory = [r["memory_gib"] for r in records if r.get("memory_gib")]
+    joules = {r["stage"]: r["joules"] for r in records if r["kind"] == "energy"}
     model = metrics["model"]
     return {"visual_tokens": model["visual_tokens"],
             "trainable": model["projector_parameters"] + model["adapter_parameters"],
             "samples_per_s": speeds, "memory_gib": max(memory, default=None),
-            "hours": seconds / 3600 if seconds else None}
+            "hours": seconds / 3600 if seconds else None,
+            "kilowatt_hours": sum(joules.values()) / 3.6e6 if joules else None}
 
 
 def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list[dict]:

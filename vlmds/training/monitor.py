@@ -126,6 +126,11 @@ class Monitor:
                  + f" ({found['clips']} clips)")
         self._window_start, self._waited = time.perf_counter(), 0.0
 
+    def energy(self, step: int, joules: float | None) -> None:
+        """Note what the stage took, if anybody counted."""
+        if joules is not None:
+            self._write([{"kind": "energy", "stage": self.stage, "step": step, "joules": joules}])
+
     def say(self, text: str) -> None:
         if self.active:
             print(f"vlmds: {text}", flush=True)

@@ -34,6 +34,7 @@ from vlmds.models.captioner import IGNORE, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.training import checkpoint
 from vlmds.training.ema import WeightAverage
+from vlmds.training.energy import EnergyMeter, gpu_counter
 from vlmds.training.engine import accumulation_steps, build_engine, release
 from vlmds.training.lineage import check_parent, stage_lineage
 from vlmds.training.monitor import Monitor
@@ -51,14 +52,15 @@ class Progress:
     """Where a stage stands; a checkpoint holds it.
 
     step: optimizer steps taken. samples, bad: samples read since the stage's start, and how many
-    of them were unreadable. skipped: steps whose loss or gradient was no number. standing: how good
-    it was found to be.
+    of them were unreadable. skipped: steps whose loss or gradient was no number. joules: that the
+    GPUs took, None where nobody counts. standing: how good it was found to be.
     """
 
     step: int = 0
     samples: int = 0
     bad: int = 0
     skipped: int = 0
+    joules: float | None = 0.0
     standing: Standing = field(default_factory=Standing)
 
     @classmethod
@@ -117,6 +119,7 @@ class StageTrainer:
         """
         progress, standing = self.progress, self.progress.standing
         self.engine.train()
+        self.energy = EnergyMeter(gpu_counter(self.device), progress.joules or 0.0)
         if self.validator.look(progress.step, standing):  # which a stop request had cut short
             self._stop()
         batches = self._training_batches()
@@ -134,6 +137,7 @@ class StageTrainer:
             if stop:
                 self._stop()
         self.saver.drain()
+        self.monitor.energy(progress.step, self.energy.total())
 
     def train_step(self, step: int, group: list[dict], waited: float) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
@@ -193,6 +197,7 @@ class StageTrainer:
         self._doing(self.progress.step, "copying a checkpoint")
         self.monitor.flush()
         standing = self.progress.standing
+        self.progress.joules = self.energy.total()
         self.saver.begin(self.engine, self.average, self.progress.step, {
             "stage": self.stage.name, "progress": asdict(self.progress), "lineage": self.lineage,
             "score": standing.score if standing.scored == self.progress.step else None})
