@@ -82,7 +82,7 @@ def evaluate_run(
     split = _choose_split(dataset, split)
     output = output or run / "evaluation" / _folder_name(run, dataset, split)
     settings = {
-        "run": str(run), "artifact": artifact.name, "weights_sha256": _weights_sha256(artifact),
+        "run": str(run), "artifact": artifact.name, "weights_sha256": weights_sha256(artifact),
         "data": str(dataset.root), "data_fingerprint": dataset.fingerprint, "split": split,
         "clips": clips, "prompt": experiment.data.prompt, "num_frames": experiment.data.num_frames,
         "num_beams": num_beams, "max_new_tokens": max_new_tokens,
@@ -369,7 +369,7 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
     return split if own == dataset.fingerprint else f"{Path(dataset.root).name}-{split}"
 
 
-def _weights_sha256(artifact: Path) -> str:
+def weights_sha256(artifact: Path) -> str:
     files = [artifact / "projector.safetensors", artifact / "adapter" / "adapter_model.safetensors"]
     return "-".join(sha256_of(path)[:16] for path in files if path.is_file())
 

@@ -25,13 +25,14 @@ def choose_frames(video):
     with av.open(video) as container:
         stream = container.streams.best("video")
         times = sorted(frame.pts for frame in container.decode(stream))
-        frame_time = 1 / float(stream.average_rate or 25) / float(stream.time_base)
+        second = 1 / float(stream.time_base)
+        rate = float(stream.average_rate or 25)
     count = len(times)
-    gap = (times[-1] - times[0]) / (count - 1) if count > 1 else frame_time
+    gap = (times[-1] - times[0]) / (count - 1) if count > 1 else second / rate
     length = times[-1] - times[0] + gap
     centres = times[0] + (np.arange(NUM_FRAMES) + 0.5) * length / NUM_FRAMES
-    chosen = np.maximum(np.searchsorted(times, centres + 1e-6, side="right") - 1, 0)
-    wanted = [times[i] for i in chosen]
+    after = np.searchsorted(times, centres + 1e-6 * second, side="right")
+    wanted = [times[max(i - 1, 0)] for i in after]
     found = {}
     with av.open(video) as container:
         for frame in container.decode(container.streams.best("video")):
