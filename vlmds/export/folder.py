@@ -18,7 +18,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from peft import PeftModel
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -42,10 +45,12 @@ from vlmds.files import new_folder, sha256_of
 from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
+from vlmds.models.captioner import IGNORE
 from vlmds.models.language import load_tokenizer
 from vlmds.training.run import final_artifact
 
 FORMATS = ("vlmds", "peft", "hf-llava")
+PEFT_CARD = shutil.ignore_patterns("README.md")  # an empty form
 HOW_TO_LOAD = Path(__file__).parent / "bundle" / "example.py"
 
 
@@ -81,9 +86,11 @@ def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = 
         return _write_folded(artifact, output, format, experiment, published, target, facts)
     with new_folder(output) as new:
         if format == "vlmds":
-            shutil.copytree(artifact, new, dirs_exist_ok=True)
+            shutil.copytree(artifact, new, dirs_exist_ok=True, ignore=PEFT_CARD)
+            if meta["adapter"]:
+                _name_base(new / "adapter" / "adapter_config.json", experiment, meta)
         else:
-            shutil.copytree(artifact / "adapter", new, dirs_exist_ok=True)
+            shutil.copytree(artifact / "adapter", new, dirs_exist_ok=True, ignore=PEFT_CARD)
             _name_base(new / "adapter_config.json", experiment, meta)
             shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
             _write_json(new / "lineage.json", meta["lineage"])
@@ -132,7 +139,7 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
     builder = SequenceBuilder(model.tokenizer, experiment.data.prompt, tokens)
     probes, source = make_probes(experiment, model, device)
     before = [captioner_logits(model, probe, device) for probe in probes]
-    if facts("merged").meta["adapter"]:
+    if isinstance(model.captioner.llm, PeftModel):
         model.captioner.llm = merge_adapter(model.captioner.llm)
     with new_folder(output) as new:
         if format == "vlmds":
@@ -196,12 +203,13 @@ def _exported_logits(folder: Path, probes: list[Probe], builder: SequenceBuilder
         text = processor.apply_chat_template(
             user_message(probe.prompt or builder.prompt, len(probe.frames)),
             add_generation_prompt=True)
-        images = list(torch.from_numpy(probe.frames))
+        images = [Image.fromarray(np.ascontiguousarray(f.transpose(1, 2, 0))) for f in probe.frames]
         inputs = processor(images=images, text=text, return_tensors="pt").to(device)
-        # The processor has made the prompt; the caption's ids follow.
-        caption = [i for i in probe.sequence.labels if i >= 0]
+        caption = [i for i in probe.sequence.labels if i != IGNORE]
         ids = torch.cat([inputs["input_ids"], torch.tensor([caption], device=device)], dim=1)
-        assert ids.shape[1] == len(probe.sequence.input_ids), "another sequence"
+        if ids.shape[1] != len(probe.sequence.input_ids):
+            raise InputError(f"the prompt {probe.prompt!r} of a clip holds {processor.image_token}, "
+                             "which stands for a visual token; take it out of the data")
         return model(input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False,
                      logits_to_keep=supervised(probe.sequence).to(device)).logits.float().cpu()
 
