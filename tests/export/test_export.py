@@ -103,7 +103,7 @@ def test_all_eight_say_the_same_without_vlmds(artifacts, captioners, frames, tmp
     assert "trust_remote_code=True` lets transformers run" in (tmp_path / "e8/README.md").read_text()
 
 
-@pytest.mark.parametrize("exp", ALL)
+@pytest.mark.parametrize("exp", ["e1", "e4", "e5", "e8"])
 def test_a_merged_folder_is_an_artifact_with_its_own_llm(artifacts, captioners, frames, tmp_path, exp):
     parity = export_run(artifacts / exp, tmp_path / "out", merge=True, device="cpu")
     assert parity.top1 == 1 and parity.clips == 8 and parity.source.startswith("random frames")
@@ -160,14 +160,16 @@ def test_the_example_captions_files_as_vlmds_does(artifacts, captioners, tmp_pat
     videos = [str(write_video(tmp_path / f"{i}.mp4", frames=10 + 7 * i)) for i in range(3)]
     for exp in ("e3", "e6"):
         export_run(artifacts / exp, tmp_path / exp, format="hf-llava", device="cpu")
+        config = tmp_path / exp / "generation_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "max_new_tokens": TOKENS}))
         script = ("import runpy, sys; sys.modules['vlmds'] = None; sys.argv = sys.argv[1:]; "
                   "runpy.run_path(sys.argv[0], run_name='__main__')")
         done = subprocess.run(
             [sys.executable, "-I", "-c", script, str(tmp_path / exp / "example.py"), *videos],
-            check=True, capture_output=True, text=True, env=bare_environment(tmp_path))
-        ours = captioners[exp].caption(videos, workers=1)
-        printed = [line for line in done.stdout.splitlines() if "\t" in line]
-        assert printed == [f"{video}\t{caption}" for video, caption in zip(videos, ours)]
+            check=True, capture_output=True, env=bare_environment(tmp_path))
+        ours = captioners[exp].caption(videos, workers=1, max_new_tokens=TOKENS)
+        expected = "".join(f"{video}\t{caption}\n" for video, caption in zip(videos, ours))
+        assert done.stdout.decode() == expected
 
 
 def test_an_nf4_experiment_is_folded_into_whole_weights(models, tmp_path):
