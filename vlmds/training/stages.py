@@ -32,6 +32,7 @@ from vlmds.errors import InputError, Stopped
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE, Captioner
+from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
 from vlmds.training import checkpoint
 from vlmds.training.ema import WeightAverage
@@ -127,6 +128,7 @@ class StageTrainer:
                 self._stop()
         self.saver.drain()
 
+    @norms_kept()  # the weights change at the last micro-batch's end only
     def train_step(self, step: int, group: list[dict], waited: float) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
         caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
@@ -201,7 +203,7 @@ class StageTrainer:
         reading = iter(batches)
         total, tokens, bad = torch.zeros((), device=self.device), 0, []
         captioner = self.model.captioner.eval()
-        with self.average.applied() if self.average else nullcontext():
+        with self.average.applied() if self.average else nullcontext(), norms_kept():
             for number in range(rounds):
                 self._doing(self.progress.step, f"validating, batch {number + 1} of {rounds}",
                             explain=batches.holding)
@@ -332,7 +334,7 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
         captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, stage)
     if experiment.training.activation_checkpointing:
-        captioner.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        captioner.llm.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def freeze(captioner: Captioner, stage: StageConfig) -> None:
