@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vlmds.config import Experiment
 from vlmds.data.dataset import Dataset, open_dataset
@@ -14,43 +11,18 @@ from vlmds.data.prices import cheapest, needs, prices
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
 from vlmds.memory import TEXT_POSITIONS, checkpoint_bytes, stage_memory
-from vlmds.models.assemble import experiment_projector
+from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
-from vlmds.models.language import add_adapter, load_tokenizer
-from vlmds.models.pretrained import published_or_loaded_config
-from vlmds.models.vision import patches_per_frame, vision_half
-from vlmds.training.stages import freeze, stage_steps
+from vlmds.models.language import load_tokenizer
+from vlmds.models.vision import patches_per_frame
+from vlmds.training.optimizer import freeze
+from vlmds.training.stages import stage_steps
 
 CORES_PER_GPU = 8.0
 ASSUMED_FLOPS = 200e12
 """Useful operations a second on one GPU: two thirds of an A100's peak in bfloat16. Rather too many
 than too few, so that the cores named here are enough."""
 EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
-
-
-@dataclass
-class Shapes:
-    """The experiment's models on the meta device: shapes without storage. The captioner carries
-    the adapter."""
-
-    tower: nn.Module
-    captioner: Captioner
-
-
-def shapes(experiment: Experiment) -> Shapes:
-    """Build the models without their weights.
-
-    Raises:
-        InputError: a model's configuration cannot be loaded, or parts do not fit.
-    """
-    vision = vision_half(published_or_loaded_config(experiment.vision.model, "vision.model"),
-                         experiment.vision.model)
-    language = published_or_loaded_config(experiment.llm.model, "llm.model")
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
-        captioner = Captioner(experiment_projector(experiment, vision, language), llm)
-        captioner.llm = add_adapter(llm, experiment.peft)
-        return Shapes(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))
 
 
 def plan(
