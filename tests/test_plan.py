@@ -13,10 +13,12 @@ from vlmds.data.convert import convert
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
 from vlmds.memory import (
-    TEXT_POSITIONS,
+    fewest_recomputed,
     layer_activations,
     llm_bytes,
+    longest,
     saved_bytes,
+    stage_memories,
     stage_memory,
 )
 from vlmds.models.assemble import load_model
@@ -109,7 +111,7 @@ def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp,
     freeze(captioner, stage)
     captioner.train()
     base = captioner.llm.get_base_model() if "peft" in stage.train else captioner.llm
-    length = captioner.projector.num_tokens + TEXT_POSITIONS
+    length = longest(experiment, captioner)
     hidden = torch.randn(2, length, 64, requires_grad=True)
     rotation = base.model.rotary_emb(hidden, torch.arange(length)[None])
     layer = base.model.layers[0]

@@ -117,7 +117,7 @@ def plan(args: argparse.Namespace) -> int:
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
     print(plan(load_experiment(args.exp, overrides), args.gpus, args.samples_per_second,
-               args.cores_per_gpu))
+               args.cores_per_gpu, args.gpu))
     return 0
 
 
@@ -284,6 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data", help="packed dataset, to know the steps")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     command.add_argument("--gpus", type=int, default=1, help="ranks (default: 1)")
+    command.add_argument("--gpu", metavar="NAME",
+                         help="propose micro-batch, accumulation and activation checkpointing for "
+                         "a card, such as h200, a100-40 or rtx4090")
     command.add_argument("--samples-per-second", type=float,
                          help="training speed of one GPU, to price the stores (default: estimated)")
     command.add_argument("--cores-per-gpu", type=float, default=8.0,

@@ -146,6 +146,12 @@ class DataConfig(Section):
         return self
 
 
+def _checkpointing(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto" or (isinstance(value, int) and value > 0):
+        return value
+    raise ValueError(f"must be auto, true, false, or n for every n-th layer, not {value!r}")
+
+
 class TrainingConfig(Section):
     seed: NaturalInt = 0
     micro_batch: PositiveInt = 2
@@ -157,7 +163,11 @@ class TrainingConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 0.0
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    activation_checkpointing: bool = True
+    activation_checkpointing: Annotated[
+        Literal["auto"] | bool | int, BeforeValidator(_checkpointing)] = "auto"
+    """Which layers of the LLM compute their activations again in the backward pass, instead of
+    keeping them: all (true), none (false), every n-th (n); auto takes the fewest with which the
+    stage fits the GPU's memory, and none on a CPU. Results are the same."""
     validate_every: PositiveInt = 200
     """Optimizer steps between validation passes; one also runs at the end of each stage."""
     evaluate_every: PositiveInt | None = None

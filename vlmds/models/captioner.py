@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from vlmds.models.dora import norms_kept
 from vlmds.models.projectors import Projector
 
 VISUAL = -200
@@ -64,6 +65,7 @@ class Captioner(nn.Module):
         )
 
     @torch.no_grad()
+    @norms_kept()
     def generate(
         self, features: Tensor, input_ids: Tensor, attention_mask: Tensor,
         config: GenerationConfig, **more,

@@ -30,15 +30,17 @@ from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, Stopped
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
-from vlmds.models.captioner import IGNORE, Captioner
+from vlmds.models.captioner import IGNORE
+from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
 from vlmds.training import checkpoint
+from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
 from vlmds.training.energy import EnergyMeter, gpu_counter
 from vlmds.training.engine import accumulation_steps, build_engine, release
 from vlmds.training.lineage import check_parent, stage_lineage
 from vlmds.training.monitor import Monitor
-from vlmds.training.optimizer import learning_rate, seed_micro_batch, set_learning_rate
+from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import gather, on_main, raise_together, sum_over_ranks
 from vlmds.training.run import RunFolder
@@ -139,6 +141,7 @@ class StageTrainer:
         self.saver.drain()
         self.monitor.energy(progress.step, self.energy.total())
 
+    @norms_kept()  # the weights change at the last micro-batch's end only
     def train_step(self, step: int, group: list[dict], waited: float) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
         caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
@@ -301,7 +304,8 @@ def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
     return stage.steps or math.ceil(stage.epochs * samples / global_batch)
 
 
-def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder) -> None:
+def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder,
+                  device: torch.device) -> None:
     """Give the captioner the weights of the stage before, and freeze all but what this one trains.
 
     The adapter comes into being in the first stage that trains it.
@@ -314,16 +318,8 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
         torch.manual_seed(experiment.training.seed + 1)  # the same adapter on every rank
         captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, stage)
-    if experiment.training.activation_checkpointing:
-        captioner.llm.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def freeze(captioner: Captioner, stage: StageConfig) -> None:
-    """Make exactly what the stage trains trainable."""
-    captioner.projector.requires_grad_("projector" in stage.train)
-    for name, parameter in captioner.llm.named_parameters():
-        # Parameters of LoRA and DoRA: lora_A, lora_B, lora_magnitude_vector.
-        parameter.requires_grad_("peft" in stage.train and "lora_" in name)
+    checkpoint_activations(
+        captioner, checkpointed_layers(experiment, stage, model.tower is None, device))
 
 
 def run_stages(
@@ -358,7 +354,7 @@ def run_stages(
         run.rewind(names, first, step)
     monitor = Monitor(run.path, experiment, dist.get_rank() == 0, sum(totals[:first]) + step)
     for number in range(first, len(names)):
-        prepare_stage(model, experiment, number, run)
+        prepare_stage(model, experiment, number, run, device)
         trainer = StageTrainer(experiment, number, model, dataset, run, ds_config, device, monitor,
                                stop)
         if number == first and found:

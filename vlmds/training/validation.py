@@ -20,6 +20,7 @@ from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.generation import GenerationOptions
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
+from vlmds.models.dora import norms_kept
 from vlmds.training.ema import WeightAverage
 from vlmds.training.monitor import Monitor
 from vlmds.training.preemption import StopRequest
@@ -114,7 +115,7 @@ class Validator:
         reading = iter(batches)
         total, tokens, bad = torch.zeros((), device=self.device), 0, []
         captioner = self.model.captioner.eval()
-        with self._averaged():
+        with self._averaged(), norms_kept():
             for number in range(rounds):
                 self._doing(step, f"validating, batch {number + 1} of {rounds}",
                             explain=batches.holding)
