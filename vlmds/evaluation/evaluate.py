@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from vlmds.config import Experiment, load_experiment
 from vlmds.data.dataset import Dataset, open_dataset
@@ -82,7 +81,7 @@ def evaluate_run(
         artifact / "experiment.yaml",
         [*overrides, *([f"data.path={absolute(data)}"] if data else [])])
     dataset = open_dataset(experiment.data)
-    split = _choose_split(dataset, split)
+    split = dataset.choose_split(split)
     output = output or run / "evaluation" / _folder_name(run, dataset, split)
     settings = {
         "run": str(run), "artifact": artifact.name, "weights_sha256": _weights_sha256(artifact),
@@ -93,7 +92,7 @@ def evaluate_run(
         "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
         "tokenisation": [level.name for level in tokenizers()],
     }
-    if _on_main(lambda: _prepare(output, settings, again)):
+    if ranks.on_main(lambda: _prepare(output, settings, again)):
         _say(f"{output}: evaluated already with these settings (--again repeats it)")
         return output
     captioner = VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
@@ -105,25 +104,25 @@ def evaluate_run(
     scorer = ClipScorer(experiment, captioner.model, captioner.device, texts, swap_videos(texts),
                         batch_size=batch_size, generation=generation)
     # Rank 0 alone reads what is done: another rank may have begun to write by then.
-    finished = _on_main(lambda: [r["position"] for r in _read_parts(output)])
+    finished = ranks.on_main(lambda: [r["position"] for r in _read_parts(output)])
     todo = sorted(set(positions) - set(finished))
     if finished:
         _say(f"{output}: {len(finished)} of {len(positions)} clips are done already")
     shown = set(evaluated_positions(len(positions), THUMBNAILS))
     shown = {position for number, position in enumerate(positions) if number in shown}
     _score_share(scorer, reader, todo, output, shown, len(positions))
-    _barrier()
+    ranks.gather(None)  # a barrier over gloo, whose timeout is init_distributed's
 
     def finish() -> None:
         records = _read_parts(output)
         result, predictions = summarise_records(records, texts, scorer)
         result["model"] = model_facts(captioner.model)
         result["timing"] = {"seconds": round(time.perf_counter() - started, 1),
-                            "ranks": _world()[1], "resumed": bool(finished)}
+                            "ranks": ranks.place()[1], "resumed": bool(finished)}
         _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result},
               predictions, records)
 
-    _on_main(finish)
+    ranks.on_main(finish)
     return output
 
 
@@ -151,10 +150,10 @@ def evaluate_subset(
         texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
         scorer = ClipScorer(experiment, model, device, texts, swap_videos(texts),
                             batch_size=batch_size, generation=generation)
-        rank, world = _world()
+        rank, world = ranks.place()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
             mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
-        records = [r for part in _gather(mine) for r in part]
+        records = [r for part in ranks.gather(mine) for r in part]
         result, predictions = summarise_records(records, texts, scorer)
     finally:
         captioner.train(was_training)
@@ -262,8 +261,9 @@ def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
         raise InputError(f"{folder}: the evaluation is not finished; run vlmds evaluate again")
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        predictions = [json.loads(line) for line in lines]
+        # Not splitlines(), which also splits where a caption has U+2028.
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+        predictions = [json.loads(line) for line in lines if line]
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: missing; run vlmds evaluate") from None
     except ValueError as error:
@@ -307,7 +307,7 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
         if position in shown:
             write(output / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
 
-    rank, world = _world()
+    rank, world = ranks.place()
     done = total - len(todo)
     last_told = time.monotonic()
     with (output / "parts" / f"{rank:05d}.jsonl").open("a", encoding="utf-8") as file:
@@ -341,7 +341,7 @@ def _read_parts(output: Path) -> list[dict]:
     """The records of all ranks, one per clip, by position."""
     records = {}
     for path in sorted((output / "parts").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
             except ValueError:
@@ -360,13 +360,6 @@ def _save(output: Path, metrics: dict, predictions: list[dict], records: list[di
     shutil.rmtree(output / "parts")
 
 
-def _choose_split(dataset: Dataset, split: str | None) -> str:
-    if split is None:
-        split = dataset.splits[0] if len(dataset.splits) == 1 else "val"
-    dataset.having(split)  # refuses one that is not there
-    return split
-
-
 def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
     record = run / "run.json"
     own = record.is_file() and json.loads(record.read_text())["data_fingerprint"]
@@ -378,22 +371,6 @@ def _weights_sha256(artifact: Path) -> str:
     return "-".join(sha256_of(path)[:16] for path in files if path.is_file())
 
 
-def _world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(value: Any) -> list:
-    return ranks.gather(value) if dist.is_initialized() else [value]
-
-
-def _on_main(make: Callable[[], Any]) -> Any:
-    return ranks.on_main(make) if dist.is_initialized() else make()
-
-
-def _barrier() -> None:
-    _gather(None)  # over gloo, whose timeout is init_distributed's
-
-
 def _say(text: str) -> None:
-    if _world()[0] == 0:
+    if ranks.place()[0] == 0:
         print(f"vlmds: {text}", flush=True)

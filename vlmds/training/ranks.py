@@ -70,6 +70,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def place() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) in a process that has joined none."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Elementwise sums, in float64."""
     sums = torch.tensor(values, dtype=torch.float64)
@@ -79,6 +84,8 @@ def sum_over_ranks(values: list[float]) -> list[float]:
 
 def gather(value: Any) -> list:
     """Every rank's value, by rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_control)
     return values
@@ -90,7 +97,9 @@ def on_main(make: Callable[[], Result]) -> Result:
     Raises:
         InputError: on every rank, if it raises one on rank 0.
     """
-    value = together(make if is_main() else lambda: None)
+    value = together(make if place()[0] == 0 else lambda: None)
+    if not dist.is_initialized():
+        return value
     values = [value]
     dist.broadcast_object_list(values, group=_control)
     return values[0]
