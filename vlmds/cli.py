@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from vlmds.errors import InputError, SampleError
+from vlmds.errors import InputError
 from vlmds.files import as_path
 
 
@@ -122,23 +122,58 @@ def plan(args: argparse.Namespace) -> int:
 
 def caption(args: argparse.Namespace) -> int:
     """0 if every video has a caption, 2 otherwise."""
-    from vlmds.inference import VideoCaptioner
-    from vlmds.training.run import final_artifact
+    from vlmds.captioning import run as module
+    from vlmds.captioning.sources import parse_seconds
 
-    captioner = VideoCaptioner.from_pretrained(
-        final_artifact(args.run), device=args.device, overrides=args.set)
-    results = captioner.caption(
-        args.videos, _generation(args), prompt=args.prompt, batch_size=args.batch_size)
-    failed = False
-    for video, result in zip(args.videos, results):
-        if isinstance(result, SampleError):
-            failed = True
-            print(f"vlmds: {video}: {result}", file=sys.stderr)
-        elif args.json:
-            print(json.dumps({"video": video, "caption": result}, ensure_ascii=False))
+    if args.stream and (args.out or args.json):
+        raise InputError("--stream: prints text; leave --out and --json out")
+    options = {
+        "videos": args.videos, "data": args.data, "split": args.split,
+        "window": None if args.window is None else parse_seconds(args.window, "--window"),
+        "generation": _generation(args), "prompt": args.prompt, "batch_size": args.batch_size,
+        "workers": args.workers, "deadline": args.deadline, "device": args.device,
+        "overrides": args.set}
+    if args.out is not None:
+        return _caption_to_file(args, options)
+    _refuse(args, "needs --out", format=None, again=False)
+    job = module.CaptionJob(args.run, **options)
+
+    def show(record: dict) -> None:
+        if args.json:
+            print(json.dumps(record, ensure_ascii=False), flush=True)
         else:
-            print(f"{video}\t{result}")
+            print(f"{module.title(record, job.window)}\t{record['caption']}", flush=True)
+
+    failed = module.stream_to_stdout(job) if args.stream else module.caption_to_stdout(job, show)
+    for line in failed:
+        print(f"vlmds: {line}", file=sys.stderr)
     return 2 if failed else 0
+
+
+def _caption_to_file(args: argparse.Namespace, options: dict) -> int:
+    import torch.distributed as dist
+
+    from vlmds.captioning.run import caption_to_file
+    from vlmds.training.ranks import is_main
+
+    try:
+        summary = caption_to_file(args.run, args.out, format=args.format, again=args.again,
+                                  progress=sys.stderr.isatty(), **options)
+    except KeyboardInterrupt:
+        print("vlmds: stopped; the same command goes on", file=sys.stderr)
+        return 3
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if is_main():
+        for line in summary.failed[:10]:
+            print(f"vlmds: {line}", file=sys.stderr)
+        paths = summary.paths[0] if len(summary.paths) == 1 else f"{len(summary.paths)} files"
+        also = f" ({summary.before:,} were there)" if summary.before else ""
+        also += f", {len(summary.failed):,} failed" if summary.failed else ""
+        also += f", {summary.skipped:,} files are no videos" if summary.skipped else ""
+        print(f"{summary.captions:,} captions{also}\nsaved: {paths}")
+    return 2 if summary.failed else 0
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -350,14 +385,29 @@ def _doctor_parser(commands) -> None:
 
 
 def _caption_parser(commands) -> None:
-    command = commands.add_parser("caption", help="captions from a trained run")
+    command = commands.add_parser(
+        "caption", help="captions from a trained run",
+        description="Over many GPUs, with --out: torchrun --nproc-per-node 8 -m -- vlmds.cli "
+        "caption … Start it again after a stop, or when there are more videos: it goes on.")
     add = command.add_argument
     add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
-    add("videos", nargs="+", metavar="VIDEO")
-    add("--json", action="store_true", help="one JSON object a line")
+    add("videos", nargs="*", metavar="VIDEO", help="path or URL")
+    add("--data", metavar="DIR", help="a folder of videos, a manifest (CSV, TSV, JSONL, Parquet; "
+        "no captions needed) or a packed dataset, instead of VIDEO")
+    add("--split", help="of a packed dataset (default: val, or the only one)")
+    add("--out", metavar="FILE", help="write the captions here: .jsonl, .json, .csv or .srt; of "
+        "several videos, a folder with --format srt (default: print them)")
+    add("--format", choices=("jsonl", "json", "csv", "srt"), help="default: as --out ends")
+    add("--again", action="store_true", help="caption anew what is in --out already")
+    add("--window", metavar="LENGTH", help="a caption for each such stretch: 30s, 1m, 1m30s")
+    add("--stream", action="store_true", help="print each caption while it is written")
+    add("--json", action="store_true", help="print one JSON object a line")
     add("--prompt", help="instead of the experiment's")
     _add_generation(command)
     add("--batch-size", type=int, default=4, help="videos at once (default: 4)")
+    add("--workers", type=int, help="decoding processes (default: one per core)")
+    add("--deadline", type=float, default=60.0,
+        help="seconds that decoding may take, for a video or some windows (default: 60)")
     add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override where the models lie, such as llm.model=/models/Qwen3-8B")

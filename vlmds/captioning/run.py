@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,9 @@ class CaptionJob:
                              "or give the videos or their manifest")
         return source
 
-    def captioner(self, device: str | None = None) -> VideoCaptioner:
+    def captioner(self) -> VideoCaptioner:
         return VideoCaptioner.from_pretrained(
-            self.run, device=device or self.device, overrides=self.overrides)
+            self.run, device=self.device, overrides=self.overrides)
 
     def clips(self, captioner: VideoCaptioner, source: Source, work: list[Work]
               ) -> Iterator[Clipped]:
@@ -100,11 +100,13 @@ class CaptionJob:
 @dataclass(frozen=True)
 class CaptionSummary:
     """captions: in the file now, of what was asked for; before: of them, those that were there
-    already. failed: "video: reason" of each that has none. paths: the files written."""
+    already. failed: "video: reason" of each that has none. skipped: files of
+    the folder that are no videos. paths: the files written."""
 
     captions: int
     before: int
     failed: list[str]
+    skipped: int
     paths: list[Path]
 
 
@@ -132,16 +134,14 @@ def caption_to_file(
     """
     job = CaptionJob(Path(run), videos, data, **options)
     if "RANK" in os.environ:
-        job = _with_device(job, str(ranks.init_distributed(30)))
+        job = replace(job, device=str(ranks.init_distributed(30)))
     file = CaptionFile(find_target(out, format))
     source = ranks.together(job.source)
-    if file.target.format == "srt" and not file.target.folder:
-        if len({item.video for item in source.items}) > 1:
-            raise InputError(f"--out {out}: is one file, but there are several videos; name a "
-                             "folder and give --format srt")
+    one_file = file.target.format == "srt" and not file.target.folder
+    if one_file and len({item.video for item in source.items}) > 1:
+        raise InputError(f"--out {out}: is one file, but there are several videos; name a folder "
+                         "and give --format srt")
     settings = job.settings(source)
-    if source.data is not None and Path(source.data) in (file.target.path, file.target.jsonl):
-        raise InputError(f"--out {out}: would replace the manifest; choose another name")
     there = ranks.on_main(lambda: _begin(file, job, source, settings, again))
     work = _plan(job, source, there)
     if work:
@@ -222,8 +222,7 @@ def _begin(file: CaptionFile, job: CaptionJob, source: Source, settings: dict, a
 
 def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> list[Work]:
     """All that is left, in order; the same on every rank."""
-    experiment = load_experiment(
-        final_artifact(job.run) / "experiment.yaml", job.overrides)
+    experiment = load_experiment(final_artifact(job.run) / "experiment.yaml", job.overrides)
     facts = {}
     if job.window is not None:
         rank, world = ranks.place()
@@ -265,7 +264,8 @@ def _finish(file: CaptionFile, source: Source, before: int) -> CaptionSummary:
         write_format(target, [*asked, *others])
     if target.folder:
         paths = [target.path / name for name in srt_files([*asked, *others])]
-    return CaptionSummary(sum("caption" in r for r in asked), before, _failures(asked), paths)
+    return CaptionSummary(sum("caption" in r for r in asked), before, _failures(asked),
+                          source.skipped, paths)
 
 
 def _failures(records: Sequence[Record]) -> list[str]:
@@ -276,9 +276,3 @@ def _failures(records: Sequence[Record]) -> list[str]:
             span = "" if not record["start"] else f" at {record['start']:g} s"
             found.append(f"{record['video'] or record['id']}{span}: {record['error']}")
     return found
-
-
-def _with_device(job: CaptionJob, device: str) -> CaptionJob:
-    from dataclasses import replace
-
-    return replace(job, device=device)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
@@ -15,8 +16,9 @@ from vlmds.data.manifest import read_manifest
 from vlmds.errors import InputError, SampleError
 from vlmds.files import absolute, as_path
 
-VIDEO_SUFFIXES = frozenset(
-    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+VIDEO_SUFFIXES = frozenset((
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".ts", ".webm", ".wmv"))
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHORTEST_WINDOW = 0.1  # seconds
 SHORTEST_REST = 0.1  # of a window; a shorter rest of a video joins the window before it
@@ -153,7 +155,7 @@ def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
     count, rest = divmod(end - start, window)
     count = max(1, int(count) + (rest >= SHORTEST_REST * window))
     edges = [*(round(start + i * window, 6) for i in range(count)), end]
-    return list(zip(edges[:-1], edges[1:]))
+    return list(pairwise(edges))
 
 
 def grouped(todo: Sequence[Span], window: float | None, most: int) -> Iterator[list[Span]]:
