@@ -194,6 +194,10 @@ def bench(args: argparse.Namespace) -> int:
         from vlmds.bench.checkpoint import bench_checkpoint
 
         bench_checkpoint(args.output)
+    elif args.what == "generate":
+        from vlmds.bench.generate import bench_generate
+
+        bench_generate(args.output, args.exp, tiny=args.tiny, overrides=args.set)
     else:
         from vlmds.bench.data import bench_data
 
@@ -306,10 +310,15 @@ def _parser() -> argparse.ArgumentParser:
     _caption_parser(commands)
     _doctor_parser(commands)
     command = commands.add_parser("bench", help="throughput and memory, against named baselines")
-    command.add_argument("what", choices=("data", "scale", "checkpoint"),
-                         help="packing and loading; a dataset that grows; what saving costs")
+    command.add_argument("what", choices=("data", "scale", "checkpoint", "generate"),
+                         help="packing and loading; a dataset that grows; what saving costs; "
+                         "captions a second")
     command.add_argument("--manifest", type=Path, help="of data: these videos instead of made ones")
     command.add_argument("--clips", type=int, default=16, help="of data: how many to make")
+    command.add_argument("--exp", default="e7", help="of generate: experiment (default: e7)")
+    command.add_argument("--tiny", action="store_true", help="of generate: tiny random models")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                         help="of generate: such as llm.model=/models/Qwen3-8B")
     command.add_argument("--output", type=Path, default=Path("bench"), help="default: ./bench")
     command.set_defaults(call=bench)
     _evaluate_parser(commands)
