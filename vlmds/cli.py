@@ -112,11 +112,11 @@ def _refuse(args: argparse.Namespace, why: str, **defaults) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     from vlmds.config import load_experiment
-    from vlmds.plan import plan
+    from vlmds.plan import plan_experiment
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
-    print(plan(load_experiment(args.exp, overrides), args.gpus, args.samples_per_second,
-               args.cores_per_gpu))
+    print(plan_experiment(load_experiment(args.exp, overrides), args.gpus,
+                          args.samples_per_second, args.cores_per_gpu))
     return 0
 
 

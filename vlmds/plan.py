@@ -53,7 +53,7 @@ def shapes(experiment: Experiment) -> Shapes:
         return Shapes(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))
 
 
-def plan(
+def plan_experiment(
     experiment: Experiment, gpus: int = 1, samples_per_second: float | None = None,
     cores_per_gpu: float = CORES_PER_GPU,
 ) -> str:

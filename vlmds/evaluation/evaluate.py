@@ -57,8 +57,8 @@ THUMBNAILS = 500
 
 
 def evaluate_run(
-    run: Path, *, data: str | None = None, split: str | None = None, output: Path | None = None,
-    clips: int | None = None, batch_size: int = 8,
+    run: str | Path, *, data: str | None = None, split: str | None = None,
+    output: str | Path | None = None, clips: int | None = None, batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(),
     device: str | None = None, overrides: Sequence[str] = (), again: bool = False,
 ) -> Path:
@@ -73,7 +73,7 @@ def evaluate_run(
     Raises:
         InputError: no finished run, no such data or split.
     """
-    started = time.perf_counter()
+    run, started = Path(run), time.perf_counter()
     if "RANK" in os.environ:
         device = str(ranks.init_distributed(30))
     artifact = final_artifact(run)
@@ -82,7 +82,7 @@ def evaluate_run(
         [*overrides, *([f"data.path={absolute(data)}"] if data else [])])
     dataset = open_dataset(experiment.data)
     split = dataset.choose_split(split)
-    output = output or run / "evaluation" / _folder_name(run, dataset, split)
+    output = Path(output or run / "evaluation" / _folder_name(run, dataset, split))
     settings = {
         "run": str(run), "artifact": artifact.name, "weights_sha256": _weights_sha256(artifact),
         "data": str(dataset.root), "data_fingerprint": dataset.fingerprint, "split": split,
@@ -251,12 +251,13 @@ def model_facts(model: Model) -> dict[str, int]:
             "projector_parameters": projector, "adapter_parameters": adapter}
 
 
-def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
+def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
     """(metrics.json, the lines of predictions.jsonl).
 
     Raises:
         InputError: not finished, or damaged.
     """
+    folder = Path(folder)
     if (folder / "parts").is_dir() and not (folder / "metrics.json").is_file():
         raise InputError(f"{folder}: the evaluation is not finished; run vlmds evaluate again")
     try:
