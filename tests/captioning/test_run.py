@@ -145,7 +145,8 @@ def test_a_stopped_command_goes_on(artifact, folder, tmp_path, monkeypatch):
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_other_settings_are_refused_by_name_and_again_starts_anew(artifact, folder, tmp_path, capsys):
+def test_other_settings_are_refused_by_name_and_again_starts_anew(
+        artifact, folder, tmp_path, capsys):
     out = tmp_path / "captions.jsonl"
     video = folder / "a.mp4"
     assert main(command(artifact, video, "--out", out)) == 0
@@ -190,7 +191,8 @@ def test_prompts_of_a_manifest_are_the_models(artifact, captioner, folder, tmp_p
         {"id": str(i), "video": str(folder / "a.mp4"), **({"prompt": p} if p else {})}
         for i, p in enumerate((None, "무엇이 보입니까?"))])
     caption_to_file(artifact, tmp_path / "x.jsonl", data=str(manifest), prompt="누구?", **OPTIONS)
-    expected = [next(captioner.caption([str(folder / "a.mp4")], GENERATION, prompt=prompt, workers=1))
+    video = [str(folder / "a.mp4")]
+    expected = [next(captioner.caption(video, GENERATION, prompt=prompt, workers=1))
                 for prompt in ("누구?", "무엇이 보입니까?")]
     rows = lines(tmp_path / "x.jsonl")
     assert [row["caption"] for row in rows] == expected and expected[0] != expected[1]

@@ -36,7 +36,8 @@ def test_a_manifest_needs_no_captions_and_keeps_its_bad_rows(tmp_path):
 
 
 def test_the_same_video_named_twice_is_one_and_spans_have_names_of_their_own():
-    items = find_source(["a.mp4", "a.mp4", Clip("a.mp4", 1.0), Clip("a.mp4", None, 2.5)], None).items
+    videos = ["a.mp4", "a.mp4", Clip("a.mp4", 1.0), Clip("a.mp4", None, 2.5)]
+    items = find_source(videos, None).items
     assert [item.id for item in items] == ["a.mp4", "a.mp4#t=1,", "a.mp4#t=0,2.5"]
 
 

@@ -126,7 +126,8 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
         config = GenerationOptions(max_new_tokens=tokens).config(
             builder.eos_token_id, builder.pad_token_id)
         config.min_new_tokens = tokens
-        ids = model.generate(features, prompt, prompts["attention_mask"].to(captioner.device), config)
+        mask = prompts["attention_mask"].to(captioner.device)
+        ids = model.generate(features, prompt, mask, config)
     else:
         ids = _write_naively(captioner, features, prompt, tokens)
     return [str(row) for row in ids.tolist()]  # the tokens: words do not tell all captions apart
@@ -134,7 +135,8 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
 
 def _write_naively(captioner: VideoCaptioner, features: torch.Tensor, prompt: torch.Tensor,
                    tokens: int) -> torch.Tensor:
-    """As a straightforward loop would: the whole sequence again for each token. int64 [B, tokens]"""
+    """As a straightforward loop would: the whole sequence again for each token. int64 [B, tokens]
+    """
     model = captioner.model.captioner
     embeds, ids = model.embed(features, prompt), []
     for _ in range(tokens):

@@ -62,8 +62,8 @@ def find_target(out: str | Path, format: str | None = None) -> Target:
     suffix = path.suffix.lower()[1:]
     known = suffix if suffix in FORMATS else None
     if format is None and known is None:
-        raise InputError(f"--out {out}: end the name with {', '.join('.' + f for f in FORMATS)}, or "
-                         "give --format")
+        raise InputError(f"--out {out}: end the name with {', '.join('.' + f for f in FORMATS)}, "
+                         "or give --format")
     if None not in (format, known) and format != known:
         raise InputError(f"--format {format}: --out {out} is of another format; change one of them")
     format = format or known

@@ -63,7 +63,7 @@ def find_source(videos: Sequence[str | Clip], data: str | None, split: str | Non
 
     Args:
         videos: paths, URLs or clips; or, in their place,
-        data: a folder of videos (all below it, but for hidden ones), a manifest or a packed dataset.
+        data: a folder of videos (all below it but hidden ones), a manifest or a packed dataset.
         split: of a packed dataset; default: val, or the only one.
 
     Raises:
