@@ -15,8 +15,9 @@ import pytest
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.captioning import pipeline
-from vlmds.captioning.pipeline import ahead, caption_records
+from vlmds.captioning.pipeline import ahead, caption_records, plan_work
 from vlmds.captioning.run import caption_to_file
+from vlmds.captioning.sources import Item
 from vlmds.cli import main
 from vlmds.data.convert import convert_from_options
 from vlmds.data.dataset import Dataset
@@ -116,6 +117,20 @@ def test_a_folder_is_captioned_and_what_failed_is_tried_again(
     assert [row["id"] for row in after] == ["0.mp4", "a.mp4", "b.mp4", "bad.mp4", "c/a.mkv"]
     assert [row for row in after if row["id"] not in ("0.mp4", "bad.mp4")] == [
         row for row in rows if "caption" in row]
+
+
+def test_one_long_video_keeps_all_decoders_busy_and_little_memory():
+    item = Item("v", "v", Clip("v"))
+
+    def sizes(decoders, width=640, items=(item,)):
+        facts = {i.id: {"duration": 100.5, "width": width, "height": 360} for i in items}
+        return [len(w.spans) for w in plan_work(items, {}, 1.0, 8, facts, decoders)]
+
+    assert sizes(1) == [32, 32, 32, 4, 1]
+    assert sizes(8) == [*[13] * 7, 9, 1]
+    assert sizes(500) == sizes(1, width=64_000) == [1] * 101
+    both = (item, Item("w", "w", Clip("w")))
+    assert max(sizes(8, items=both)) == 26
 
 
 class Killed(Exception):

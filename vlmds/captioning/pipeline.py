@@ -61,7 +61,7 @@ def caption_records(
     items = [Item(clip.video, clip.video, clip) for clip in (
         video if isinstance(video, Clip) else Clip(str(video)) for video in videos)]
     work = plan_work(items, {}, window, captioner.experiment.data.num_frames,
-                     probe(items, workers, deadline) if window else {})
+                     probe(items, workers, deadline) if window else {}, workers or cores())
     clips = decoded(captioner, work, workers, deadline)
     for records in captions_of(captioner, clips, options, prompt, batch_size):
         for record in records:
@@ -79,14 +79,16 @@ def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[s
 
 def plan_work(
     items: Sequence[Item], done: dict[str, list[Record]], window: float | None, num_frames: int,
-    facts: dict[str, dict | str],
+    facts: dict[str, dict | str], decoders: int = 1,
 ) -> list[Work]:
     """What is left to do, in order.
 
     Args:
-        done: records by id. facts: see :func:`probe`; only windows need them.
+        done: records by id. facts: see :func:`probe`; only windows need them. decoders: processes
+            that one long video is to keep busy, too.
     """
     work = []
+    each = max(1, decoders // max(1, len(facts)))
     for item in items:
         if item.problem is not None:
             work.append(Work(item, problem=item.problem))
@@ -95,7 +97,8 @@ def plan_work(
         elif window is None or item.position is not None:
             work.append(Work(item))
         else:
-            work += _windows(item, done.get(item.id, []), window, num_frames, facts[item.id])
+            work += _windows(
+                item, done.get(item.id, []), window, num_frames, facts[item.id], each)
     return work
 
 
@@ -116,7 +119,7 @@ def still_good(item: Item, records: Sequence[Record], window: float | None) -> s
 
 
 def _windows(item: Item, records: Sequence[Record], window: float, num_frames: int,
-             facts: dict | str) -> Iterator[Work]:
+             facts: dict | str, parts: int) -> Iterator[Work]:
     if isinstance(facts, str):
         yield Work(item, problem=facts)
         return
@@ -126,9 +129,10 @@ def _windows(item: Item, records: Sequence[Record], window: float, num_frames: i
         yield Work(item, problem=str(error))
         return
     good = {(r["start"], r["end"]) for r in still_good(item, records, window)}
-    frame = 3 * facts["width"] * facts["height"]
-    most = max(1, min(GROUP_WINDOWS, GROUP_BYTES // (num_frames * frame)))
-    for group in grouped([span for span in wanted if span not in good], window, most):
+    todo = [span for span in wanted if span not in good]
+    size = 3 * facts["width"] * facts["height"] * num_frames
+    most = max(1, min(GROUP_WINDOWS, GROUP_BYTES // size, -(-len(todo) // parts)))
+    for group in grouped(todo, window, most):
         yield Work(item, group)
 
 
@@ -261,7 +265,13 @@ def ahead(items: Iterable, count: int) -> Iterator:
 
 def lanes(workers: int | None, items: Sequence) -> int:
     """Decoding processes: default, one per core, but not more than there is to decode."""
-    return max(1, min(workers or len(os.sched_getaffinity(0)), len(items)))
+    return max(1, min(workers or cores(), len(items)))
+
+
+def cores() -> int:
+    """Of this rank: its machine's, shared with the other ranks there."""
+    shared = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, len(os.sched_getaffinity(0)) // int(shared))
 
 
 def _record(item: Item, span: Span | None, duration: float | None) -> Record:

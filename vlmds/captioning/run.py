@@ -20,7 +20,7 @@ from vlmds.captioning.outputs import (
     CaptionFile, Record, find_target, in_order, srt_files, timestamp, write_format,
 )  # fmt: skip
 from vlmds.captioning.pipeline import (
-    Clipped, Work, captions_of, decoded, packed, plan_work, probe, still_good, streamed,
+    Clipped, Work, captions_of, cores, decoded, packed, plan_work, probe, still_good, streamed,
 )  # fmt: skip
 from vlmds.captioning.sources import Source, find_source
 from vlmds.config import load_experiment
@@ -224,13 +224,14 @@ def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> li
     """All that is left, in order; the same on every rank."""
     experiment = load_experiment(final_artifact(job.run) / "experiment.yaml", job.overrides)
     facts = {}
+    rank, world = ranks.place()
     if job.window is not None:
-        rank, world = ranks.place()
         unknown = [item for item in source.items
                    if still_good(item, there.get(item.id, []), job.window) != "all"]
         for part in ranks.gather(probe(unknown[rank::world], job.workers, job.deadline)):
             facts |= part
-    return plan_work(source.items, there, job.window, experiment.data.num_frames, facts)
+    decoders = sum(ranks.gather(job.workers or cores()))
+    return plan_work(source.items, there, job.window, experiment.data.num_frames, facts, decoders)
 
 
 def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: list[Work],
