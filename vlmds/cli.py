@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -156,6 +157,9 @@ def _caption_to_file(args: argparse.Namespace, options: dict) -> int:
     from vlmds.captioning.run import caption_to_file
     from vlmds.training.ranks import is_main
 
+    # As Ctrl-C: what is captioned stays, and nothing is half written.
+    before = {number: signal.signal(number, signal.default_int_handler)
+              for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         summary = caption_to_file(args.run, args.out, format=args.format, again=args.again,
                                   progress=sys.stderr.isatty(), **options)
@@ -163,6 +167,8 @@ def _caption_to_file(args: argparse.Namespace, options: dict) -> int:
         print("vlmds: stopped; the same command goes on", file=sys.stderr)
         return 3
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     if is_main():

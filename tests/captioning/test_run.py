@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -158,6 +159,28 @@ def test_a_stopped_command_goes_on(artifact, folder, tmp_path, monkeypatch):
     summary = caption_to_file(artifact, out, **options)
     assert (summary.captions, summary.before) == (10, 6) and sum(calls[3:]) == 4
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_signal_stops_it_with_3_and_nothing_is_lost(artifact, folder, tmp_path):
+    out = tmp_path / "stopped.jsonl"
+    arguments = command(artifact, "--data", folder, "--out", out, "--window", "0.2s",
+                        "--max-new-tokens", "40", "--batch-size", "1")
+    process = subprocess.Popen([sys.executable, "-m", "vlmds.cli", *arguments], cwd=ROOT, text=True,
+                               stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not out.is_file() or len(lines(out)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 3 and "stopped; the same command goes on" in error, error
+    done = lines(out)
+    assert 3 <= len(done) < 40
+    assert main(arguments) == 2  # bad.mp4
+    assert lines(out)[: len(done)] == done and len(lines(out)) == 47
 
 
 def test_other_settings_are_refused_by_name_and_again_starts_anew(
