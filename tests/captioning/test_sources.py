@@ -78,6 +78,12 @@ def test_a_start_past_the_end_is_the_samples_error():
         spans(Clip("v", 9.0), 5.0, None)
 
 
+def test_a_window_of_nothing_is_refused():
+    for window in (0.0, -1.0, float("nan")):
+        with pytest.raises(InputError, match="must be 0.1 s or more"):
+            spans(Clip("v"), 5.0, window)
+
+
 def test_only_neighbours_of_full_length_are_read_together():
     todo = [(0, 2), (2, 4), (4, 6), (8, 10), (10, 12), (12, 13)]
     assert list(grouped(todo, 2.0, 2)) == [

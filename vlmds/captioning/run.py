@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class CaptionJob:
 
     run: Path
     videos: Sequence[str | Clip] = ()
-    data: str | None = None
+    data: str | Path | None = None
     split: str | None = None
     window: float | None = None
     generation: GenerationOptions = GenerationOptions()
@@ -100,8 +100,8 @@ class CaptionJob:
 @dataclass(frozen=True)
 class CaptionSummary:
     """captions: in the file now, of what was asked for; before: of them, those that were there
-    already. failed: "video: reason" of each that has none. skipped: files of
-    the folder that are no videos. paths: the files written."""
+    already. failed: "video: reason" of each that has none. skipped: files of the folder that are
+    no videos. paths: the files written."""
 
     captions: int
     before: int
@@ -111,8 +111,12 @@ class CaptionSummary:
 
 
 def caption_to_file(
-    run: str | Path, out: str | Path, *, videos: Sequence[str | Clip] = (), data: str | None = None,
-    format: str | None = None, again: bool = False, progress: bool = False, **options: Any,
+    run: str | Path, out: str | Path, *, videos: Sequence[str | Clip] = (),
+    data: str | Path | None = None, split: str | None = None, format: str | None = None, again: bool = False,
+    window: float | None = None, generation: GenerationOptions = GenerationOptions(),
+    prompt: str | None = None, batch_size: int = 4, workers: int | None = None,
+    deadline: float = 60.0, device: str | None = None, overrides: Sequence[str] = (),
+    progress: bool = False,
 ) -> CaptionSummary:
     """Caption videos into a file, on all ranks that the launcher started; a stopped job, started
     again, goes on, and one that is finished captions what has been added or has failed.
@@ -121,20 +125,27 @@ def caption_to_file(
         run: run folder or artifact.
         out: .jsonl, .json, .csv or .srt; several videos' .srt go to a folder, with ``format``.
             Beside it lie the .jsonl, in which captions are collected, and the .settings.json.
-        videos: paths, URLs or clips; or ``data``: a folder, a manifest or a packed dataset.
+        videos: paths, URLs or clips; or
+        data: a folder, a manifest or a packed dataset. split: of the latter.
         format: of ``out``, where its name does not tell.
         again: start anew.
-        options: the other fields of :class:`CaptionJob`: ``split`` of a packed dataset; ``window``
-            (seconds) for one caption each; ``generation``; ``prompt`` in place of the
-            experiment's; ``batch_size``; ``workers`` (decoding processes); ``deadline`` (seconds
-            for decoding); ``device``; ``overrides``.
+        window: seconds that get a caption each; None: one for a video.
+        generation: how captions are written; default: greedy search.
+        prompt: instead of the experiment's; a video's own comes first.
+        batch_size: clips captioned at once.
+        workers: decoding processes of each rank (default: one per core).
+        deadline: seconds that decoding may take, for a video or some windows of it.
+        device: default: the first GPU, else the CPU; of ranks, each one's own.
+        overrides: of the experiment, such as ``llm.model=/models/Qwen3-8B``.
+        progress: show a progress bar.
 
     Raises:
         InputError: no run, nothing to caption, or captions of other settings are there.
     """
-    job = CaptionJob(Path(run), videos, data, **options)
     if "RANK" in os.environ:
-        job = replace(job, device=str(ranks.init_distributed(30)))
+        device = str(ranks.init_distributed(30))
+    job = CaptionJob(Path(run), videos, data, split, window, generation, prompt, batch_size,
+                     workers, deadline, device, overrides)
     file = CaptionFile(find_target(out, format))
     source = ranks.together(job.source)
     one_file = file.target.format == "srt" and not file.target.folder
@@ -151,7 +162,7 @@ def caption_to_file(
     return ranks.on_main(lambda: _finish(file, source, sum(map(len, there.values()))))
 
 
-def caption_to_stdout(job: CaptionJob, show) -> list[str]:
+def caption_to_stdout(job: CaptionJob, show: Callable[[Record], None]) -> list[str]:
     """Call ``show(record)`` for each caption as it comes; returns "video: reason" of the failed."""
     captioner, source, work = _alone(job)
     failed = []

@@ -58,7 +58,9 @@ class Source:
     split: str | None = None
 
 
-def find_source(videos: Sequence[str | Clip], data: str | None, split: str | None = None) -> Source:
+def find_source(
+    videos: Sequence[str | Clip], data: str | Path | None, split: str | None = None
+) -> Source:
     """What the command names.
 
     Args:
@@ -120,7 +122,7 @@ def _folder(root: Path) -> Source:
     return Source(sorted(items, key=lambda item: item.id), absolute(root), skipped)
 
 
-def _manifest(data: str) -> Source:
+def _manifest(data: str | Path) -> Source:
     manifest = read_manifest(data, captions=False)
     numbered = [(row.row, Item(row.id, row.source, Clip(row.video, row.start, row.end), row.prompt))
                 for row in manifest.rows]
@@ -129,7 +131,7 @@ def _manifest(data: str) -> Source:
     return Source([item for _, item in sorted(numbered, key=lambda pair: pair[0])], absolute(data))
 
 
-def _packed(data: str, split: str | None) -> Source:
+def _packed(data: str | Path, split: str | None) -> Source:
     dataset = open_dataset(data)
     split = dataset.choose_split(split)
     order = DatasetOrder(dataset, split, shuffle=False)
@@ -144,7 +146,10 @@ def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
 
     Raises:
         SampleError: the clip starts past the end.
+        InputError: a window below ``SHORTEST_WINDOW``.
     """
+    if window is not None and not window >= SHORTEST_WINDOW:
+        raise InputError(f"window {window:g}: must be {SHORTEST_WINDOW:g} s or more")
     start = 0.0 if clip.start is None else clip.start
     end = duration if clip.end is None else min(clip.end, duration)
     if start >= end:
