@@ -16,6 +16,7 @@ import pytest
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.captioning import pipeline
+from vlmds.captioning.outputs import CaptionFile, find_target
 from vlmds.captioning.pipeline import ahead, caption_records, plan_work
 from vlmds.captioning.run import caption_to_file
 from vlmds.captioning.sources import Item
@@ -208,6 +209,19 @@ def test_files_of_others_are_not_touched(artifact, folder, tmp_path, capsys):
         assert f"{tmp_path / name}: was not made by vlmds caption" in capsys.readouterr().err
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
+
+
+def test_a_second_command_is_kept_off(artifact, folder, tmp_path, capsys):
+    out = tmp_path / "captions.jsonl"
+    arguments = command(artifact, folder / "a.mp4", "--out", out)
+    assert main(arguments) == 0
+    settings = json.loads((tmp_path / "captions.settings.json").read_text())
+    with CaptionFile(find_target(out)) as file:
+        file.begin(settings, again=False)
+        for more in ([], ["--again"]):
+            assert main([*arguments, *more]) == 2
+            assert "another vlmds caption is at it" in capsys.readouterr().err
+    assert main(arguments) == 0 and "(1 were there)" in capsys.readouterr().out
 
 
 def test_captions_of_other_videos_stay_and_those_of_another_span_go(artifact, folder, tmp_path):

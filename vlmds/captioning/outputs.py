@@ -12,6 +12,7 @@ place; "prompt", if the video has its own.
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from vlmds.captioning.sources import Item, Span
 from vlmds.errors import InputError
@@ -75,19 +76,22 @@ def find_target(out: str | Path, format: str | None = None) -> Target:
 
 
 class CaptionFile:
-    """The record of all captions, which a stopped command goes on with."""
+    """The record of all captions, which a stopped command goes on with. Use as a context manager,
+    which keeps other commands off."""
 
     def __init__(self, target: Target):
         self.target = target
+        self._locks: list[IO] = []
 
     def begin(self, settings: dict[str, Any], again: bool) -> list[Record]:
         """Make ready, on one rank; returns the captions that are there already.
 
         Raises:
-            InputError: made with other settings, or by something else.
+            InputError: made with other settings, or by something else; or another command is at it.
         """
         target = self.target
         if target.settings.is_file():
+            self._lock()
             if again:
                 for path in (target.jsonl, *self._parts()):
                     path.unlink(missing_ok=True)
@@ -104,7 +108,27 @@ class CaptionFile:
             write(target.settings, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise InputError(f"--out {target.path}: cannot be written: {error.strerror}") from None
+        self._lock()  # writing has put a new file in the old one's place
         return [record for record in self.read() if "caption" in record]
+
+    def _lock(self) -> None:
+        """Two commands at one file would lose what the other has written."""
+        file = self.target.settings.open("r+")
+        self._locks.append(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.target.jsonl}: another vlmds caption is at it; wait until it "
+                             "is done, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def __enter__(self) -> CaptionFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in self._locks:
+            file.close()
 
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.target.settings

@@ -146,18 +146,21 @@ def caption_to_file(
         device = str(ranks.init_distributed(30))
     job = CaptionJob(Path(run), videos, data, split, window, generation, prompt, batch_size,
                      workers, deadline, device, overrides)
-    file = CaptionFile(find_target(out, format))
+    with CaptionFile(find_target(out, format)) as file:
+        return _caption(job, file, again, progress)
+
+
+def _caption(job: CaptionJob, file: CaptionFile, again: bool, progress: bool) -> CaptionSummary:
     source = ranks.together(job.source)
     one_file = file.target.format == "srt" and not file.target.folder
     if one_file and len({item.video for item in source.items}) > 1:
-        raise InputError(f"--out {out}: is one file, but there are several videos; name a folder "
-                         "and give --format srt")
+        raise InputError(f"--out {file.target.path}: is one file, but there are several videos; "
+                         "name a folder and give --format srt")
     settings = job.settings(source)
     there = ranks.on_main(lambda: _begin(file, job, source, settings, again))
     work = _plan(job, source, there)
     if work:
-        captioner = job.captioner()
-        _share(job, captioner, source, work, file, progress)
+        _share(job, job.captioner(), source, work, file, progress)
     ranks.gather(None)
     return ranks.on_main(lambda: _finish(file, source, sum(map(len, there.values()))))
 
@@ -271,6 +274,10 @@ def _finish(file: CaptionFile, source: Source, before: int) -> CaptionSummary:
     target = file.target
     asked, others = in_order(file.read(), source.items)
     file.keep([*asked, *others])
+    missing = {item.id for item in source.items} - {record["id"] for record in asked}
+    if missing:  # on a network drive that is slow to show what other machines have written
+        raise InputError(f"{target.jsonl}: nothing of {min(missing)} and {len(missing) - 1} more; "
+                         "another rank's file is not to be seen yet; the same command goes on")
     paths = [target.path]
     if target.format != "jsonl":
         write_format(target, [*asked, *others])
