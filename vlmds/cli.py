@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -122,64 +120,10 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def caption(args: argparse.Namespace) -> int:
-    """0 if every video has a caption, 2 otherwise."""
-    from vlmds.captioning import run as module
-    from vlmds.captioning.sources import parse_seconds
+    """0 if every video has a caption, 2 otherwise; 3 if a signal stopped it."""
+    from vlmds.captioning.command import caption
 
-    if args.stream and (args.out or args.json):
-        raise InputError("--stream: prints text; leave --out and --json out")
-    options = {
-        "videos": args.videos, "data": args.data, "split": args.split,
-        "window": None if args.window is None else parse_seconds(args.window, "--window"),
-        "generation": _generation(args), "prompt": args.prompt, "batch_size": args.batch_size,
-        "workers": args.workers, "deadline": args.deadline, "device": args.device,
-        "overrides": args.set}
-    if args.out is not None:
-        return _caption_to_file(args, options)
-    _refuse(args, "needs --out", format=None, again=False)
-    job = module.CaptionJob(args.run, **options)
-
-    def show(record: dict) -> None:
-        if args.json:
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-        else:
-            print(f"{module.title(record, job.window)}\t{record['caption']}", flush=True)
-
-    failed = module.stream_to_stdout(job) if args.stream else module.caption_to_stdout(job, show)
-    for line in failed:
-        print(f"vlmds: {line}", file=sys.stderr)
-    return 2 if failed else 0
-
-
-def _caption_to_file(args: argparse.Namespace, options: dict) -> int:
-    import torch.distributed as dist
-
-    from vlmds.captioning.run import caption_to_file
-    from vlmds.training.ranks import is_main
-
-    # As Ctrl-C: what is captioned stays, and nothing is half written.
-    before = {number: signal.signal(number, signal.default_int_handler)
-              for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        summary = caption_to_file(args.run, args.out, format=args.format, again=args.again,
-                                  progress=sys.stderr.isatty(), **options)
-    except KeyboardInterrupt:
-        print("vlmds: stopped; the same command goes on", file=sys.stderr)
-        return 3
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if is_main():
-        for line in summary.failed[:10]:
-            print(f"vlmds: {line}", file=sys.stderr)
-        paths = summary.paths[0] if len(summary.paths) == 1 else f"{len(summary.paths)} files"
-        also = f" ({summary.before:,} were there)" if summary.before else ""
-        also += f", {len(summary.failed):,} failed" if summary.failed else ""
-        also += f", {summary.skipped:,} files are no videos" if summary.skipped else ""
-        print(f"{summary.captions:,} captions{also}\nsaved: {paths}")
-    return 2 if summary.failed else 0
+    return caption(args, _generation(args))
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -112,11 +112,11 @@ class CaptionSummary:
 
 def caption_to_file(
     run: str | Path, out: str | Path, *, videos: Sequence[str | Clip] = (),
-    data: str | Path | None = None, split: str | None = None, format: str | None = None, again: bool = False,
-    window: float | None = None, generation: GenerationOptions = GenerationOptions(),
-    prompt: str | None = None, batch_size: int = 4, workers: int | None = None,
-    deadline: float = 60.0, device: str | None = None, overrides: Sequence[str] = (),
-    progress: bool = False,
+    data: str | Path | None = None, split: str | None = None, format: str | None = None,
+    again: bool = False, window: float | None = None,
+    generation: GenerationOptions = GenerationOptions(), prompt: str | None = None,
+    batch_size: int = 4, workers: int | None = None, deadline: float = 60.0,
+    device: str | None = None, overrides: Sequence[str] = (), progress: bool = False,
 ) -> CaptionSummary:
     """Caption videos into a file, on all ranks that the launcher started; a stopped job, started
     again, goes on, and one that is finished captions what has been added or has failed.
