@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -180,13 +181,13 @@ def compare(args: argparse.Namespace) -> int:
     from vlmds.files import write
 
     runs = [load_run(path, args.evaluation) for path in args.runs]
-    found = compare(runs, args.metric)
+    found = compare(runs, args.metric, [words.split() for words in args.words])
     size = write_report(args.output, runs, found)
     for path, text in ((args.csv, to_csv), (args.latex, to_latex)):
         if path:
             write(path, text(found))
     for warning in found["warnings"]:
-        print(f"WARNING: {warning}", file=sys.stderr)
+        print(f"WARNING: {warning['en']}", file=sys.stderr)
     verdict, other = found["verdict"], found["verdict"]["runner_up"]
     line = f"best: {verdict['best']}, {found['metric']} {verdict['value']:.2f}"
     if other:
@@ -202,16 +203,21 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     from vlmds.errors import InputError
 
     exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
-    data, output, options, environment = args.data, args.output, (), {}
+    data, output, environment = args.data, args.output, {}
+    options = tuple(shlex.split(args.evaluate))
     if args.demo:
-        from vlmds.demo.run import RANKS, Size, prepare_demo, tiny_form
+        from vlmds.demo.clips import DIRECTIONS
+        from vlmds.demo.run import RANKS, Size, ablations, prepare_demo, tiny_form
         from vlmds.training.ranks import free_port
 
         root = (output or Path("demo")).absolute()
         root.mkdir(parents=True, exist_ok=True)
         prepare_demo(root, size or Size(), {})
         exps = [str(tiny_form(exp.lower(), root)) for exp in exps]
-        data, output, options = str(root / "shards"), root / "runs", ("--max-new-tokens", "32")
+        if args.all or len(exps) == 8:
+            exps += map(str, ablations(root))
+        data, output = str(root / "shards"), root / "runs"
+        options = ("--max-new-tokens", "32", *options)
         environment = module.cpu_environment(RANKS)
         args.launcher = args.launcher or (
             f"deepspeed --num_gpus {RANKS} --master_port {free_port()}")
@@ -221,7 +227,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     jobs = module.plan_jobs(exps, output, seeds=args.seeds, share_stage1=args.share_stage1,
                             overrides=tuple(args.set))
     if args.emit:
-        print(module.slurm_script(jobs, data, launcher), end="")
+        print(module.slurm_script(jobs, data, launcher, options), end="")
         return 0
     try:
         code = module.run_jobs(jobs, data, launcher, options, environment)
@@ -229,7 +235,8 @@ def sweep(args: argparse.Namespace, size=None) -> int:
         print(module.status_table(jobs), flush=True)
     evaluated = [str(job.run) for job in jobs if job.evaluated]
     if evaluated and code != module.STOPPED:
-        main(["compare", *evaluated, "-o", str(output / "report.html")])
+        words = ["--words", " ".join(korean for korean, _ in DIRECTIONS.values())] if args.demo else []
+        main(["compare", *evaluated, "-o", str(output / "report.html"), *words])
     return code
 
 
@@ -278,6 +285,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, default=Path("report.html"))
     command.add_argument("--evaluation", help="folder under RUN/evaluation (default: val)")
     command.add_argument("--metric", help="that decides (default: cider_d@morpheme)")
+    command.add_argument("--words", action="append", default=[], metavar="'WORD WORD …'",
+                         help="how often captions get these words right, such as '왼쪽 오른쪽'; may "
+                         "be given several times")
     command.add_argument("--csv", type=Path, help="also write the table here")
     command.add_argument("--latex", type=Path, help="also write the table here")
     command.set_defaults(call=compare)
@@ -424,6 +434,8 @@ def _sweep_parser(commands) -> None:
         help="experiments with the same projector share its first stage: quicker, but their "
         "results are then not independent")
     add("--launcher", help="default: deepspeed; such as 'torchrun --nproc-per-node 8'")
+    add("--evaluate", default="", metavar="'OPTIONS'",
+        help="for vlmds evaluate, such as '--beams 3 --batch-size 16'")
     add("--emit", choices=("slurm",), help="print an array script instead of running")
     add("--demo", action="store_true", help="tiny forms on the demo's clips and models")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")

@@ -160,6 +160,19 @@ class TrainingConfig(Section):
     activation_checkpointing: bool = True
     validate_every: PositiveInt = 200
     """Optimizer steps between validation passes; one also runs at the end of each stage."""
+    evaluate_every: PositiveInt | None = None
+    """Optimizer steps between captions, with metrics, of a part of split val; they are also made at
+    the end of each stage. null makes none in training."""
+    evaluate_clips: PositiveInt = 64
+    evaluate_tokens: PositiveInt = 64
+    """At most, for each of those captions."""
+    best_metric: str = "loss"
+    """What makes a checkpoint the best: loss (on split val), or a metric of evaluate_every such as
+    cider_d@morpheme or chrf++@char."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights a stage leaves as its artifact."""
+    early_stopping: PositiveInt | None = None
+    """A stage ends after so many looks at best_metric in a row that found it no better."""
     checkpoint_every: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
     timeout_minutes: PositiveFloat = 30
@@ -169,6 +182,12 @@ class TrainingConfig(Section):
     use; null keeps none."""
     max_skipped_steps: NaturalInt = 10
     """Optimizer steps that a loss or gradient which is no number may cost before the run ends."""
+
+    @model_validator(mode="after")
+    def _best_metric_is_made(self):
+        if self.best_metric != "loss" and self.evaluate_every is None:
+            raise ValueError(f"best_metric {self.best_metric} is made by evaluate_every; set it, too")
+        return self
 
 
 class LoggingConfig(Section):

@@ -30,7 +30,7 @@ from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
-from vlmds.models.artifact import read_artifact
+from vlmds.models.artifact import weights_sha256
 from vlmds.training import ranks
 from vlmds.training.run import final_artifact
 
@@ -86,10 +86,9 @@ class CaptionJob:
     def settings(self, source: Source) -> dict[str, Any]:
         """What captions depend on. Raises InputError: no artifact."""
         artifact = final_artifact(self.run)
-        files = read_artifact(artifact)[0]["files"]
         experiment = load_experiment(artifact / "experiment.yaml", self.overrides)
         return {
-            "artifact": {"stage": artifact.name, "sha256": files},
+            "artifact": artifact.name, "weights_sha256": weights_sha256(artifact),
             "vision": experiment.vision.model, "llm": experiment.llm.model,
             "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
             "num_frames": experiment.data.num_frames,

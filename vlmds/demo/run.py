@@ -94,12 +94,17 @@ def prepare_demo(output: Path, size: Size, seconds: dict[str, float]) -> Path:
     return manifest
 
 
-def tiny_form(exp: str, output: Path) -> Path:
-    """Write output/tiny-{name}.yaml: the experiment on the demo's models."""
+def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Path:
+    """Write output/tiny-{name}.yaml: the experiment on the demo's models.
+
+    temporal_embedding: False makes the ablation {name}-no-time, of a resampler.
+    """
     experiment = load_experiment(exp)
+    name = experiment.name if temporal_embedding else f"{experiment.name}-no-time"
     lines = [
-        f"# {experiment.name} in tiny form, written by vlmds demo", "extends: demo.yaml",
-        f"name: {experiment.name}", f"priority: {json.dumps(experiment.priority)}", f"vision: {{model: {output / 'models' / 'clip'}}}",
+        f"# {name} in tiny form, written by vlmds demo", "extends: demo.yaml", f"name: {name}",
+        f"priority: {json.dumps(experiment.priority)}",
+        f"vision: {{model: {output / 'models' / 'clip'}}}",
         f"llm: {{model: {output / 'models' / 'qwen3'}}}",
         f"peft: {{type: {experiment.peft.type}}}",
     ]
@@ -109,10 +114,17 @@ def tiny_form(exp: str, output: Path) -> Path:
         lines += ["stages:  # a resampler wants a lower rate than an MLP, and more steps",
                   "  - {name: align, train: [projector], lr: 3.0e-4, epochs: 8}",
                   "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}"]
+    if not temporal_embedding:
+        projector += ", temporal_embedding: false"
     lines.append(f"projector: {{{projector}}}")
-    path = output / f"tiny-{experiment.name}.yaml"
+    path = output / f"tiny-{name}.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def ablations(output: Path) -> list[Path]:
+    """Tiny forms of the resamplers without embeddings of time, which cannot know a direction."""
+    return [tiny_form(exp, output, temporal_embedding=False) for exp in ("e5", "e7")]
 
 
 def score(captions: list[str], references: list[str]) -> dict:

@@ -45,9 +45,10 @@ from vlmds.evaluation.metrics import (
     summarise,
     tokenizers,
 )
-from vlmds.files import absolute, sha256_of, write
+from vlmds.files import absolute, write
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
+from vlmds.models.artifact import weights_sha256
 from vlmds.models.assemble import Model
 from vlmds.training import ranks
 from vlmds.training.run import final_artifact
@@ -84,7 +85,7 @@ def evaluate_run(
     split = dataset.choose_split(split)
     output = Path(output or run / "evaluation" / _folder_name(run, dataset, split))
     settings = {
-        "run": str(run), "artifact": artifact.name, "weights_sha256": _weights_sha256(artifact),
+        "run": str(run), "artifact": artifact.name, "weights_sha256": weights_sha256(artifact),
         "data": str(dataset.root), "data_fingerprint": dataset.fingerprint, "split": split,
         "clips": clips, "prompt": experiment.data.prompt, "num_frames": experiment.data.num_frames,
         "generation": asdict(generation),
@@ -365,11 +366,6 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
     record = run / "run.json"
     own = record.is_file() and json.loads(record.read_text())["data_fingerprint"]
     return split if own == dataset.fingerprint else f"{Path(dataset.root).name}-{split}"
-
-
-def _weights_sha256(artifact: Path) -> str:
-    files = [artifact / "projector.safetensors", artifact / "adapter" / "adapter_model.safetensors"]
-    return "-".join(sha256_of(path)[:16] for path in files if path.is_file())
 
 
 def _say(text: str) -> None:

@@ -25,6 +25,7 @@ COST = {  # key: (English, Korean, format)
     "samples_per_s": ("samples/s", "샘플/초", "{:,.2f}"),
     "memory_gib": ("peak memory, GiB", "최대 메모리, GiB", "{:,.2f}"),
     "hours": ("training, hours", "학습 시간, h", "{:,.2f}"),
+    "kilowatt_hours": ("energy of the GPUs, kWh", "GPU 에너지, kWh", "{:,.2f}"),
 }
 
 

@@ -122,6 +122,11 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
     set_peft_model_state_dict(captioner.llm, tensors)
 
 
+def weights_sha256(folder: Path) -> str:
+    """What tells an artifact's trained weights from any other's. Raises InputError."""
+    return "-".join(sha256[:16] for sha256 in read_artifact(folder)[0]["files"].values())
+
+
 def projector_sha256(folder: Path) -> str:
     """What tells an artifact's projector from any other. Raises InputError."""
     return read_artifact(folder)[0]["files"]["projector.safetensors"]

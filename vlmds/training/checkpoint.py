@@ -81,14 +81,11 @@ def publish(temporary: Path, folder: Path, state: dict, entries: list[dict]) -> 
 
 
 def prune(root: Path, stage: str, keep: int) -> None:
-    """Remove a stage's checkpoints but the newest ``keep`` and the one that validated best."""
+    """Remove a stage's checkpoints but the newest ``keep`` and the one of the best score."""
     folders = checkpoints(root, stage)
-    losses = {}
-    for folder in folders:
-        loss = read_state(folder).get("validation_loss")
-        if loss is not None:
-            losses[folder] = loss
-    best = min(losses, key=losses.get) if losses else None
+    scores = {folder: score for folder in reversed(folders)
+              if (score := read_state(folder)["score"]) is not None}
+    best = max(scores, key=scores.get) if scores else None  # of equal ones the first
     for folder in folders[keep:]:
         if folder != best:
             # First the name goes, so that no moment shows a checkpoint with files missing.

@@ -29,6 +29,7 @@ from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import init_distributed, is_main, on_main, together
 from vlmds.training.run import RunFolder, check_same_experiment, open_run
 from vlmds.training.stages import run_stages
+from vlmds.training.validation import check_validation
 from vlmds.training.watch import doing, last_words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -78,6 +79,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
     on_main(lambda: check_tower(dataset, experiment))
+    check_validation(experiment, "val" in dataset.splits, dataset.root)
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
@@ -93,7 +95,9 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     if args.from_run is not None:
         on_main(lambda: inherit(args.from_run, experiment, run))
     doing("loading the models")
-    stored = dataset.meta["vision"]["fingerprint"] if dataset.store == "features" else None
+    stored = None
+    if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
+        stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     config = args.ds_config or default_ds_config()
     run_stages(experiment, model, dataset, run, config, device, stop, start_from)

@@ -120,3 +120,10 @@ def together(make: Callable[[], Result]) -> Result:
     if problem is not None:
         raise InputError(problem)
     return value
+
+
+def raise_together(failed: float, mine: list[str]) -> None:
+    """Raise InputError on every rank with the first of all ranks' problems, if ``failed``, the sum
+    over ranks of whether there is one, is not 0."""
+    if failed:
+        raise InputError(next(problem for problems in gather(mine) for problem in problems))
