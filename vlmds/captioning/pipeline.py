@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from vlmds.errors import InputError, SampleError
 from vlmds.evaluation.clips import ClipReader, Unreadable
 from vlmds.generation import GenerationOptions, generate_captions
 from vlmds.inference import VideoCaptioner, batched
+from vlmds.training.watch import doing
 
 GROUP_BYTES = 512 << 20  # of frames as the video has them, which a decoding process holds
 GROUP_WINDOWS = 32
@@ -71,10 +74,13 @@ def caption_records(
 def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[str, dict | str]:
     """{id: facts about the video, or why it cannot be read}"""
     items = [item for item in items if item.problem is None]
-    found = video_facts([item.clip.video for item in items], workers=lanes(workers, items),
+    found = video_facts([item.clip.video for item in items], workers=workers or cores(),
                         deadline=deadline)
-    return {item.id: str(facts) if isinstance(facts, SampleError) else facts
-            for item, facts in zip(items, found, strict=True)}
+    facts_by_id = {}
+    for item, facts in zip(items, found, strict=True):
+        doing("probing", [item.id])
+        facts_by_id[item.id] = str(facts) if isinstance(facts, SampleError) else facts
+    return facts_by_id
 
 
 def plan_work(
@@ -136,31 +142,48 @@ def _windows(item: Item, records: Sequence[Record], window: float, num_frames: i
         yield Work(item, group)
 
 
-def decoded(captioner: VideoCaptioner, work: Sequence[Work], workers: int | None, deadline: float,
+def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None, deadline: float,
             ) -> Iterator[Clipped]:
-    """The spans of videos with their frames."""
-    readable = [job for job in work if job.problem is None]
-    shape = captioner.experiment.data.num_frames, captioner.model.image_size
-    results = decode_windows(map(_request, readable), *shape, workers=lanes(workers, readable),
-                             deadline=deadline)
-    for job in work:
-        if job.problem is not None:
+    """The spans of videos with their frames, in order; of `work`, no more is taken than there are
+    decoding processes for."""
+    taken: deque[Work] = deque()
+
+    def requests() -> Iterator[tuple[Clip, int]]:
+        for job in work:
+            taken.append(job)
+            if job.problem is None:
+                yield _request(job)
+
+    def problems() -> Iterator[Clipped]:
+        while taken and taken[0].problem is not None:
+            job = taken.popleft()
             yield Clipped(_record(job.item, None, None) | {"error": job.problem})
-            continue
-        result = next(results)
+
+    for result in decode_windows(
+            requests(), captioner.experiment.data.num_frames, captioner.model.image_size,
+            workers=workers or cores(), deadline=deadline):
+        yield from problems()
+        job = taken.popleft()
         if isinstance(result, SampleError) and len(job.spans or ()) > 1:
             # One bad frame, or the deadline, must not cost the other windows.
             alone = [Work(job.item, [span]) for span in job.spans]
-            yield from decoded(captioner, alone, min(lanes(workers, alone), 2), deadline)
-        elif isinstance(result, SampleError):
-            span = job.spans[0] if job.spans else None
-            yield Clipped(_record(job.item, span, None) | {"error": str(result)})
+            yield from decoded(captioner, alone, 2, deadline)
         else:
-            frames, facts = result
-            found = job.spans or spans(job.item.clip, facts["duration"], None)
-            for window, span in zip(frames, found, strict=True):
-                yield Clipped(_record(job.item, span, facts["duration"]),
-                              {"frames": torch.from_numpy(window)})
+            yield from _clipped(job, result)
+    yield from problems()
+
+
+def _clipped(job: Work, result: tuple[np.ndarray, dict[str, Any]] | SampleError
+             ) -> Iterator[Clipped]:
+    if isinstance(result, SampleError):
+        span = job.spans[0] if job.spans else None
+        yield Clipped(_record(job.item, span, None) | {"error": str(result)})
+        return
+    frames, facts = result
+    found = job.spans or spans(job.item.clip, facts["duration"], None)
+    for window, span in zip(frames, found, strict=True):
+        yield Clipped(_record(job.item, span, facts["duration"]),
+                      {"frames": torch.from_numpy(window)})
 
 
 def _request(job: Work) -> tuple[Clip, int]:
@@ -197,6 +220,7 @@ def captions_of(
 ) -> Iterator[list[Record]]:
     """The finished records, in order, batch by batch."""
     for batch in ahead(batched(clips, batch_size), BATCHES_AHEAD):
+        doing("captioning", [clip.record["id"] for clip in batch])
         good = [clip for clip in batch if clip.inputs is not None]
         if good:
             names = good[0].inputs
@@ -208,6 +232,7 @@ def captions_of(
             for clip, caption in zip(good, captions, strict=True):
                 clip.record["caption"] = caption
         yield [clip.record for clip in batch]
+        doing("waiting for videos to be decoded")
 
 
 def streamed(
@@ -263,13 +288,8 @@ def ahead(items: Iterable, count: int) -> Iterator:
         left.set()
 
 
-def lanes(workers: int | None, items: Sequence) -> int:
-    """Decoding processes: default, one per core, but not more than there is to decode."""
-    return max(1, min(workers or cores(), len(items)))
-
-
 def cores() -> int:
-    """Of this rank: its machine's, shared with the other ranks there."""
+    """For this rank to decode with: its machine's, shared with the other ranks there."""
     shared = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return max(1, len(os.sched_getaffinity(0)) // int(shared))
 

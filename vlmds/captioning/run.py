@@ -72,16 +72,17 @@ class CaptionJob:
 
     def clips(self, captioner: VideoCaptioner, source: Source, work: list[Work]
               ) -> Iterator[Clipped]:
-        """The spans that `work` names, with what the model sees of them."""
+        """This rank's share of `work`, with what the model sees."""
         if source.dataset is None:
-            return decoded(captioner, work, self.workers, self.deadline)
+            return decoded(captioner, ranks.take_turns(work), self.workers, self.deadline)
+        rank, world = ranks.place()
         data = captioner.experiment.data
         check_tower(source.dataset, captioner.experiment, captioner.model.tower)
         reader = SampleReader(source.dataset, source.split, data.num_frames,
                               captioner.model.image_size, shuffle=False,
                               decode_seconds=self.deadline)
         workers = data.num_workers if self.workers is None else self.workers
-        return packed(reader, work, workers, self.batch_size)
+        return packed(reader, work[rank::world], workers, self.batch_size)
 
     def settings(self, source: Source) -> dict[str, Any]:
         """What captions depend on. Raises InputError: no artifact."""
@@ -252,7 +253,7 @@ def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: lis
     """This rank's share, written batch by batch."""
     rank, world = ranks.place()
     total = sum(len(part.spans or [None]) for part in work)
-    clips = job.clips(captioner, source, work[rank::world])
+    clips = job.clips(captioner, source, work)
     done, failed, told = 0, 0, time.monotonic()
     with (
         file.appender(rank) as appender,
