@@ -135,6 +135,15 @@ def test_one_long_video_keeps_all_decoders_busy_and_little_memory():
     assert max(sizes(8, items=both)) == 26
 
 
+def test_the_watch_hears_of_every_batch(artifact, folder, tmp_path, monkeypatch):
+    """Or it would end a rank that captions for longer than the timeout."""
+    heard = []
+    monkeypatch.setattr(pipeline, "doing", lambda what, keys=(): heard.append((what, len(keys))))
+    caption_to_file(artifact, tmp_path / "x.jsonl", data=str(folder), batch_size=4, **WINDOW)
+    assert [n for what, n in heard if what == "captioning"] == [4, 4, 3]
+    assert [n for what, n in heard if what == "probing"] == [1] * 4
+
+
 class Killed(Exception):
     pass
 

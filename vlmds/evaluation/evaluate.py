@@ -52,6 +52,7 @@ from vlmds.models.artifact import weights_sha256
 from vlmds.models.assemble import Model
 from vlmds.training import ranks
 from vlmds.training.run import final_artifact
+from vlmds.training.watch import doing
 
 FORMAT, VERSION = "vlmds-evaluation", 1
 THUMBNAILS = 500
@@ -317,6 +318,7 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
         for records in scorer.batches(reader, todo[rank::world], thumbnail):
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             file.flush()
+            doing("evaluating", [record["key"] for record in records])
             done += len(records) * world
             if time.monotonic() - last_told > 30:
                 last_told = time.monotonic()
