@@ -240,6 +240,20 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     return code
 
 
+def export(args: argparse.Namespace) -> int:
+    from vlmds.export.folder import export_run
+    from vlmds.export.hub import push_to_hub
+
+    parity = export_run(args.run, args.output, format=args.format, merge=args.merge,
+                        device=args.device, overrides=args.set)
+    if parity:
+        print(f"before and after folding the adapter in: {parity}")
+    print(f"saved: {args.output}")
+    if args.push_to_hub:
+        print(f"pushed: {push_to_hub(args.output, args.push_to_hub)}")
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -279,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default=Path("bench"), help="default: ./bench")
     command.set_defaults(call=bench)
     _evaluate_parser(commands)
+    _export_parser(commands)
     _sweep_parser(commands)
     command = commands.add_parser("compare", help="which experiment wins: one HTML page")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -419,6 +434,24 @@ def _evaluate_parser(commands) -> None:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override where the models lie, such as llm.model=/models/Qwen3-8B")
     command.set_defaults(call=evaluate)
+
+
+def _export_parser(commands) -> None:
+    command = commands.add_parser(
+        "export", help="a folder that others can load",
+        description="vlmds: for vlmds itself. peft: the adapter alone. hf-llava: for plain "
+        "transformers, the adapter folded in. Folded weights are loaded back and compared.")
+    add = command.add_argument
+    add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
+    add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--format", choices=("vlmds", "peft", "hf-llava"), default="vlmds")
+    add("--merge", action="store_true",
+        help="fold the adapter into the language model, in llm.dtype, never in 4 bit")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload it, to a private repository if new")
+    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    command.set_defaults(call=export)
 
 
 def _sweep_parser(commands) -> None:

@@ -13,12 +13,17 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextIteratorStreamer
 
-from vlmds.config import Experiment, load_experiment
+from vlmds.config import Experiment
 from vlmds.data.decode_child import Clip, decode_videos
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, SampleError
 from vlmds.generation import GenerationOptions, generate_captions
-from vlmds.models.artifact import check_tower, load_artifact
+from vlmds.models.artifact import (
+    artifact_experiment,
+    check_tower,
+    load_artifact,
+    resolve_artifact,
+)
 from vlmds.models.assemble import Model, load_model
 from vlmds.training.run import final_artifact
 
@@ -40,19 +45,20 @@ class VideoCaptioner:
     def from_pretrained(
         cls, artifact: str | Path, *, device: str | None = None, overrides: Sequence[str] = ()
     ) -> VideoCaptioner:
-        """Load an artifact folder and the pretrained models that it names.
+        """Load an artifact and the pretrained models that it names.
 
         Args:
-            artifact: or a run folder, which stands for the artifact of its last finished stage.
+            artifact: a folder, or a hub repository: ``owner/name``, or ``owner/name@revision``. A
+                run folder stands for the artifact of its last finished stage.
             device: default: the first GPU, else the CPU.
             overrides: of the experiment, such as ``llm.model=/models/Qwen3-8B``.
 
         Raises:
-            InputError: no artifact or a damaged one, or models that it was not trained with.
+            InputError: no such artifact, a damaged one, or models that it was not trained with.
         """
-        artifact = final_artifact(Path(artifact))
+        artifact = final_artifact(resolve_artifact(artifact))
         target = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-        experiment = load_experiment(artifact / "experiment.yaml", overrides)
+        experiment = artifact_experiment(artifact, overrides)
         model = load_model(experiment, target)
         load_artifact(artifact, model.captioner)
         check_tower(artifact, experiment, model.tower)

@@ -23,14 +23,13 @@ from vlmds.captioning.pipeline import (
     Clipped, Work, captions_of, cores, decoded, packed, plan_work, probe, still_good, streamed,
 )  # fmt: skip
 from vlmds.captioning.sources import Source, find_source
-from vlmds.config import load_experiment
 from vlmds.data.decode_child import Clip
 from vlmds.data.features import check_tower
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
-from vlmds.models.artifact import weights_sha256
+from vlmds.models.artifact import artifact_experiment, weights_sha256
 from vlmds.training import ranks
 from vlmds.training.run import final_artifact
 
@@ -68,7 +67,7 @@ class CaptionJob:
 
     def captioner(self) -> VideoCaptioner:
         return VideoCaptioner.from_pretrained(
-            self.run, device=self.device, overrides=self.overrides)
+            final_artifact(self.run), device=self.device, overrides=self.overrides)
 
     def clips(self, captioner: VideoCaptioner, source: Source, work: list[Work]
               ) -> Iterator[Clipped]:
@@ -87,7 +86,7 @@ class CaptionJob:
     def settings(self, source: Source) -> dict[str, Any]:
         """What captions depend on. Raises InputError: no artifact."""
         artifact = final_artifact(self.run)
-        experiment = load_experiment(artifact / "experiment.yaml", self.overrides)
+        experiment = artifact_experiment(artifact, self.overrides)
         return {
             "artifact": artifact.name, "weights_sha256": weights_sha256(artifact),
             "vision": experiment.vision.model, "llm": experiment.llm.model,
@@ -236,7 +235,7 @@ def _begin(file: CaptionFile, job: CaptionJob, source: Source, settings: dict, a
 
 def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> list[Work]:
     """All that is left, in order; the same on every rank."""
-    experiment = load_experiment(final_artifact(job.run) / "experiment.yaml", job.overrides)
+    experiment = artifact_experiment(final_artifact(job.run), job.overrides)
     facts = {}
     rank, world = ranks.place()
     if job.window is not None:

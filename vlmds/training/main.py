@@ -24,7 +24,7 @@ from vlmds.files import absolute
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
-from vlmds.training.lineage import base_weights, inherit
+from vlmds.training.lineage import base_revisions, base_weights, inherit
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import init_distributed, is_main, on_main, together
 from vlmds.training.run import RunFolder, check_same_experiment, open_run
@@ -84,7 +84,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     origin = {
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
-        "weights": base_weights(experiment)}
+        "weights": base_weights(experiment), "revisions": on_main(lambda: base_revisions(experiment))}
     resume = args.resume
     start_from = None if resume in ("auto", "never") else Path(resume)
     run = on_main(lambda: open_run(

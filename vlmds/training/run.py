@@ -106,7 +106,7 @@ def open_run(
     Args:
         resume: "auto" goes on with what is there, "never" wants a new folder.
         origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
-            ``sampling`` and ``weights``.
+            ``sampling``, ``weights`` and ``revisions``.
 
     Raises:
         InputError: ``never``, but the folder holds a run; or the run there is of another
