@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
-from vlmds.errors import InputError, SampleError
+from vlmds.errors import InputError
 from vlmds.files import as_path
 
 
@@ -113,33 +112,20 @@ def _refuse(args: argparse.Namespace, why: str, **defaults) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     from vlmds.config import load_experiment
-    from vlmds.plan import plan
+    from vlmds.plan import plan_experiment
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
-    print(plan(load_experiment(args.exp, overrides), args.gpus, args.samples_per_second,
-               args.cores_per_gpu, args.gpu))
+    print(plan_experiment(
+        load_experiment(args.exp, overrides), args.gpus, args.samples_per_second,
+        args.cores_per_gpu, args.gpu))
     return 0
 
 
 def caption(args: argparse.Namespace) -> int:
-    """0 if every video has a caption, 2 otherwise."""
-    from vlmds.inference import VideoCaptioner
-    from vlmds.training.run import final_artifact
+    """0 if every video has a caption, 2 otherwise; 3 if a signal stopped it."""
+    from vlmds.captioning.command import caption
 
-    captioner = VideoCaptioner.from_pretrained(
-        final_artifact(args.run), device=args.device, overrides=args.set)
-    results = captioner.caption(
-        args.videos, _generation(args), prompt=args.prompt, batch_size=args.batch_size)
-    failed = False
-    for video, result in zip(args.videos, results):
-        if isinstance(result, SampleError):
-            failed = True
-            print(f"vlmds: {video}: {result}", file=sys.stderr)
-        elif args.json:
-            print(json.dumps({"video": video, "caption": result}, ensure_ascii=False))
-        else:
-            print(f"{video}\t{result}")
-    return 2 if failed else 0
+    return caption(args, _generation(args))
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -160,6 +146,10 @@ def bench(args: argparse.Namespace) -> int:
         from vlmds.bench.checkpoint import bench_checkpoint
 
         bench_checkpoint(args.output)
+    elif args.what == "generate":
+        from vlmds.bench.generate import bench_generate
+
+        bench_generate(args.output, args.exp, tiny=args.tiny, overrides=args.set)
     else:
         from vlmds.bench.data import bench_data
 
@@ -295,10 +285,15 @@ def _parser() -> argparse.ArgumentParser:
     _caption_parser(commands)
     _doctor_parser(commands)
     command = commands.add_parser("bench", help="throughput and memory, against named baselines")
-    command.add_argument("what", choices=("data", "scale", "checkpoint"),
-                         help="packing and loading; a dataset that grows; what saving costs")
+    command.add_argument("what", choices=("data", "scale", "checkpoint", "generate"),
+                         help="packing and loading; a dataset that grows; what saving costs; "
+                         "captions a second")
     command.add_argument("--manifest", type=Path, help="of data: these videos instead of made ones")
     command.add_argument("--clips", type=int, default=16, help="of data: how many to make")
+    command.add_argument("--exp", default="e7", help="of generate: experiment (default: e7)")
+    command.add_argument("--tiny", action="store_true", help="of generate: tiny random models")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                         help="of generate: such as llm.model=/models/Qwen3-8B")
     command.add_argument("--output", type=Path, default=Path("bench"), help="default: ./bench")
     command.set_defaults(call=bench)
     _evaluate_parser(commands)
@@ -378,14 +373,29 @@ def _doctor_parser(commands) -> None:
 
 
 def _caption_parser(commands) -> None:
-    command = commands.add_parser("caption", help="captions from a trained run")
+    command = commands.add_parser(
+        "caption", help="captions from a trained run",
+        description="Over many GPUs, with --out: torchrun --nproc-per-node 8 -m -- vlmds.cli "
+        "caption … Start it again after a stop, or when there are more videos: it goes on.")
     add = command.add_argument
     add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
-    add("videos", nargs="+", metavar="VIDEO")
-    add("--json", action="store_true", help="one JSON object a line")
+    add("videos", nargs="*", metavar="VIDEO", help="path or URL")
+    add("--data", metavar="DIR", help="a folder of videos, a manifest (CSV, TSV, JSONL, Parquet; "
+        "no captions needed) or a packed dataset, instead of VIDEO")
+    add("--split", help="of a packed dataset (default: val, or the only one)")
+    add("--out", metavar="FILE", help="write the captions here: .jsonl, .json, .csv or .srt; of "
+        "several videos, a folder with --format srt (default: print them)")
+    add("--format", choices=("jsonl", "json", "csv", "srt"), help="default: as --out ends")
+    add("--again", action="store_true", help="caption anew what is in --out already")
+    add("--window", metavar="LENGTH", help="a caption for each such stretch: 30s, 1m, 1m30s")
+    add("--stream", action="store_true", help="print each caption while it is written")
+    add("--json", action="store_true", help="print one JSON object a line")
     add("--prompt", help="instead of the experiment's")
     _add_generation(command)
     add("--batch-size", type=int, default=4, help="videos at once (default: 4)")
+    add("--workers", type=int, help="decoding processes (default: one per core)")
+    add("--deadline", type=float, default=60.0,
+        help="seconds that decoding may take, for a video or some windows (default: 60)")
     add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override where the models lie, such as llm.model=/models/Qwen3-8B")

@@ -25,6 +25,7 @@ from vlmds.models.artifact import (
     resolve_artifact,
 )
 from vlmds.models.assemble import Model, load_model
+from vlmds.training.run import final_artifact
 
 
 class VideoCaptioner:
@@ -47,14 +48,15 @@ class VideoCaptioner:
         """Load an artifact and the pretrained models that it names.
 
         Args:
-            artifact: a folder, or a hub repository: ``owner/name``, or ``owner/name@revision``.
+            artifact: a folder, or a hub repository: ``owner/name``, or ``owner/name@revision``. A
+                run folder stands for the artifact of its last finished stage.
             device: default: the first GPU, else the CPU.
             overrides: of the experiment, such as ``llm.model=/models/Qwen3-8B``.
 
         Raises:
             InputError: no such artifact, a damaged one, or models that it was not trained with.
         """
-        artifact = resolve_artifact(artifact)
+        artifact = final_artifact(resolve_artifact(artifact))
         target = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
         experiment = artifact_experiment(artifact, overrides)
         model = load_model(experiment, target)
@@ -75,7 +77,7 @@ class VideoCaptioner:
             batch_size: videos captioned at once; the captions do not depend on it.
             workers: decoding processes (default: one per core).
         """
-        for batch in _batched(self.frames(videos, workers), batch_size):
+        for batch in batched(self.frames(videos, workers), batch_size):
             frames = [item for item in batch if not isinstance(item, SampleError)]
             captions = iter(self.caption_frames(
                 np.stack(frames), [prompt] * len(frames), options) if frames else [])
@@ -157,7 +159,8 @@ class _Left(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def _batched(items: Iterable, size: int) -> Iterator[list]:
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """The items in lists of ``size``, the last one maybe shorter."""
     batch = []
     for item in items:
         batch.append(item)

@@ -26,7 +26,7 @@ than too few, so that the cores named here are enough."""
 EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
 
 
-def plan(
+def plan_experiment(
     experiment: Experiment, gpus: int = 1, samples_per_second: float | None = None,
     cores_per_gpu: float = CORES_PER_GPU, gpu: str | None = None,
 ) -> str:

@@ -119,6 +119,23 @@ def test_a_gap_beyond_noise_gives_no_warning():
     assert found["loss"]["blank"]["gap"] == pytest.approx(3 - np.mean([1 + i / 180 for i in range(30)]))
 
 
+def test_the_watch_hears_of_every_batch(run, tmp_path, monkeypatch):
+    """Or it would end a rank that evaluates for longer than the timeout."""
+    heard = []
+    monkeypatch.setattr(evaluate, "doing", lambda what, keys: heard.append(len(keys)))
+    evaluate_run(run, output=tmp_path / "val", batch_size=4, **OPTIONS)
+    assert heard == [4, 4, 3]
+
+
+def test_a_caption_with_an_odd_line_separator_is_read_back(result, tmp_path):
+    shutil.copytree(result, tmp_path / "val")
+    metrics, lines = read_evaluation(result)
+    lines[0]["caption"] = "줄\u2028바꿈\u0085끝"
+    (tmp_path / "val" / "predictions.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    assert read_evaluation(tmp_path / "val") == (metrics, lines)
+
+
 class Killed(Exception):
     pass
 

@@ -49,15 +49,50 @@ def decode_videos(
     """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size],
     or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
     clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
-    requests = (Request(clip.video, clip.start, clip.end, "pixels", num_frames, image_size)
-                for clip in clips)
+    for result in decode_windows(((clip, 1) for clip in clips), num_frames, image_size,
+                                 workers=workers, deadline=deadline):
+        yield result if isinstance(result, SampleError) else result[0][0]
+
+
+def decode_windows(
+    clips: Iterable[tuple[Clip, int]], num_frames: int, image_size: int, *, workers: int,
+    deadline: float = 60.0,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
+    """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
+    uint8 [W, F, 3, size, size], and the facts that :func:`video_facts` tells; or why it cannot be
+    used. The file is read once for all its windows.
+
+    clips: with W. num_frames: F, of a window. deadline: seconds that a clip may take.
+    """
+    # The centres of W x F equal spans are those of F spans of each window.
+    counts: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for clip, windows in clips:
+            counts.append(windows)
+            yield Request(clip.video, clip.start, clip.end, "pixels", windows * num_frames,
+                          image_size)
+
     with DecodePool(workers, deadline) as pool:
-        for reply in pool.map(requests):
+        for number, reply in enumerate(pool.map(requests())):
             if reply.reason is not None:
                 yield SampleError(reply.reason)
-            else:
-                pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
-                yield pixels.reshape(num_frames, 3, image_size, image_size)
+                continue
+            pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
+            shape = counts[number], num_frames, 3, image_size, image_size
+            yield pixels.reshape(shape), reply.facts
+
+
+def video_facts(
+    videos: Iterable[str], *, workers: int, deadline: float = 60.0
+) -> Iterator[dict[str, Any] | SampleError]:
+    """For each video (path or URL), in order, what is known of it without decoding: frames, fps,
+    duration (seconds), width, height (as displayed), codec, rotation (degrees), decoder; or why it
+    cannot be read."""
+    requests = (Request(str(video), None, None, "facts", 0, 0) for video in videos)
+    with DecodePool(workers, deadline) as pool:
+        for reply in pool.map(requests):
+            yield reply.facts if reply.reason is None else SampleError(reply.reason)
 
 
 class FrameDecoder:

@@ -19,7 +19,8 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 class Request:
     """A video to prepare; see `vlmds.data.pack.pack` for the options.
 
-    store: as for packing, or "pixels": one member "rgb", uint8 [num_frames, 3, size, size].
+    store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
+    "facts": no members.
     """
 
     video: str
@@ -59,23 +60,30 @@ class Reply:
 def prepare(request: Request, data: bytes) -> Reply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError."""
     info = video.probe(data)
+    if request.store == "facts":
+        return Reply(facts=_facts(info))
+    if request.store == "pixels":
+        return Reply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
         reply = _prepare_video(request, data, info)
         reply.facts["content"] = content
         return reply
 
-    span = (request.num_frames, request.start, request.end)
-    picks = video.pick(info, *span)
-    # PyAV, for it reports damage that decord passes over.
-    frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
-    images = video.resize_frames(frames, request.image_size)
-    if request.store == "pixels":
-        return Reply(members={"rgb": images.tobytes()})
+    picks = video.pick(info, request.num_frames, request.start, request.end)
+    images = _images(request, data, info)
     facts = _facts(info) | {"content": content} | {
         "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     return Reply(None, facts, {
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
+
+
+def _images(request: Request, data: bytes, info: video.VideoInfo) -> np.ndarray:
+    """uint8 [num_frames, 3, size, size]"""
+    # PyAV, for it reports damage that decord passes over.
+    frames = video.decode_frames(
+        data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
+    return video.resize_frames(frames, request.image_size)
 
 
 def _prepare_video(request: Request, data: bytes, info: video.VideoInfo) -> Reply:

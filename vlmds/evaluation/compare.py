@@ -64,12 +64,13 @@ class Group:
         return self.runs[0].experiment
 
 
-def load_run(path: Path, evaluation: str | None = None) -> Run:
+def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     """A run folder and its evaluation.
 
     Raises:
         InputError: no run, no evaluation, or several of which none was chosen.
     """
+    path = Path(path)
     if not (path / "run.json").is_file():
         raise InputError(f"{path}: not a run folder")
     root = path / "evaluation"

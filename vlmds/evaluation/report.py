@@ -29,7 +29,7 @@ COST = {  # key: (English, Korean, format)
 }
 
 
-def write_report(path: Path, runs: list[Run], found: dict[str, Any]) -> int:
+def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> int:
     """Write the page; returns its size in bytes. found: what :func:`compare` says."""
     environment = Environment(loader=PackageLoader("vlmds.evaluation", "."), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -43,7 +43,7 @@ def write_report(path: Path, runs: list[Run], found: dict[str, Any]) -> int:
             "charts": charts(runs, found)}),
         shown=sum("image" in clip for clip in clips))
     data = page.encode()
-    write(path, data)
+    write(Path(path), data)
     return len(data)
 
 

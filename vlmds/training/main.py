@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         experiment = load_experiment(args.exp, overrides)
         if args.plan:
             if is_main():
-                from vlmds.plan import plan
+                from vlmds.plan import plan_experiment
 
-                print(plan(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
+                print(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
             return 0
         train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     except (InputError, Stopped) as error:
