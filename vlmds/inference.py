@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +98,10 @@ class VideoCaptioner:
     def stream(
         self, frames: np.ndarray, prompt: str | None = None,
         options: GenerationOptions | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, str]:
         """The caption of one video in pieces, as they are written; together they are what
         ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
+        The generator returns why it ended: "stop", or "length" at ``max_new_tokens``.
 
         Args:
             frames: uint8 [F, 3, S, S].
@@ -114,8 +115,8 @@ class VideoCaptioner:
         return self._stream(frames, prompt, options)
 
     def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions,
-                ) -> Iterator[str]:
-        streamer = TextIteratorStreamer(
+                ) -> Generator[str, None, str]:
+        streamer = _Streamer(
             self.builder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         left, failures = threading.Event(), queue.SimpleQueue()
 
@@ -139,6 +140,18 @@ class VideoCaptioner:
             thread.join()
         if not failures.empty():
             raise failures.get()
+        return "stop" if streamer.last == self.builder.eos_token_id else "length"
+
+
+class _Streamer(TextIteratorStreamer):
+    """Remembers the last token."""
+
+    last: int | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.numel():  # the prompt, given as embeddings, has no tokens
+            self.last = int(value.flatten()[-1])
+        super().put(value)
 
 
 class _Left(StoppingCriteria):

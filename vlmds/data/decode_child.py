@@ -60,6 +60,18 @@ def decode_videos(
                 yield pixels.reshape(num_frames, 3, image_size, image_size)
 
 
+def video_facts(
+    videos: Iterable[str], *, workers: int, deadline: float = 60.0
+) -> Iterator[dict[str, Any] | SampleError]:
+    """For each video (path or URL), in order, what is known of it without decoding: frames, fps,
+    duration (seconds), width, height (as displayed), codec, rotation (degrees), decoder; or why it
+    cannot be read."""
+    requests = (Request(str(video), None, None, "facts", 0, 0) for video in videos)
+    with DecodePool(workers, deadline) as pool:
+        for reply in pool.map(requests):
+            yield reply.facts if reply.reason is None else SampleError(reply.reason)
+
+
 class FrameDecoder:
     """Decodes videos in one child process, for one thread of its owner.
 

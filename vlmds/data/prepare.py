@@ -19,7 +19,8 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 class Request:
     """A video to prepare; see `vlmds.data.pack.pack` for the options.
 
-    store: as for packing, or "pixels": one member "rgb", uint8 [num_frames, 3, size, size].
+    store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
+    "facts": no members.
     """
 
     video: str
@@ -59,6 +60,8 @@ class Reply:
 def prepare(request: Request, data: bytes) -> Reply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError."""
     info = video.probe(data)
+    if request.store == "facts":
+        return Reply(facts=_facts(info))
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
         reply = _prepare_video(request, data, info)
