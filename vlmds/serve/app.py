@@ -69,7 +69,7 @@ def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
     if _is_loopback(host):
         # Or a web page whose name is made to point here could read the answers.
         app.add_middleware(TrustedHostMiddleware, www_redirect=False, allowed_hosts=[
-            "localhost", "127.0.0.1", "[::1]", host])
+            "localhost", "127.0.0.1", "::1", "[::1]", host])
     add_api(app, models, folder)
     return add_page(app, models)
 
