@@ -192,7 +192,7 @@ async def _read_form(request: Request, models: Models, file) -> _Ask:
         form = await request.form(max_files=1, max_fields=16, max_part_size=1 << 16)
     except HTTPException as error:  # how Starlette says that it cannot be parsed
         raise RequestError(f"the form cannot be read: {error.detail}") from None
-    async with form:
+    try:
         fields = dict(form.multi_items())
         video = fields.pop("video", None)
         if video is None or isinstance(video, str):
@@ -201,6 +201,8 @@ async def _read_form(request: Request, models: Models, file) -> _Ask:
         ask = _valid(_Form, fields)
         while block := await video.read(1 << 20):
             file.write(block)
+    finally:
+        await form.close()
     return _Ask(Path(file.name), ask.prompt, ask)
 
 
@@ -307,7 +309,7 @@ def _error(message: str, status: int) -> dict[str, Any]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error is JSON in OpenAI's form: what happened, never where in the code."""
+    """The endpoints' errors are JSON in OpenAI's form: what happened, never where in the code."""
 
     def reply(message: str, status: int) -> JSONResponse:
         return JSONResponse({"error": _error(message, status)}, status)

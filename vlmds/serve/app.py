@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -47,10 +48,12 @@ def _run(models: Models, folder: Path, listening: socket.socket, host: str) -> N
     if not _is_loopback(host):
         print("WARNING: whoever can reach this machine can use this server; it asks for no "
               "password", file=sys.stderr, flush=True)
+    # After its own shutdown uvicorn sends itself the signal again; this leaves time to clean up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
-        pass  # uvicorn has shut down, and raises it again
+        pass
 
 
 def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
@@ -60,16 +63,28 @@ def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder),
                       GRADIO_SHARE="False", HF_HUB_DISABLE_TELEMETRY="1")
     from fastapi import FastAPI
+    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from vlmds.serve.api import add_api
     from vlmds.serve.page import add_page
+
+    class PageLimit:
+        """Gradio bounds its uploads, but not its other requests."""
+
+        def __init__(self, app, most: int):
+            self.app, self.bounded = app, RequestBodyLimitMiddleware(app, max_body_size=most)
+
+        async def __call__(self, scope, receive, send) -> None:
+            page = scope["type"] == "http" and scope["path"].startswith("/gradio_api/")
+            await (self.bounded if page else self.app)(scope, receive, send)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if _is_loopback(host):
         # Or a web page whose name is made to point here could read the answers.
         app.add_middleware(TrustedHostMiddleware, www_redirect=False, allowed_hosts=[
             "localhost", "127.0.0.1", "::1", "[::1]", host])
+    app.add_middleware(PageLimit, most=models.limits.bytes + (1 << 20))
     add_api(app, models, folder)
     return add_page(app, models)
 

@@ -29,7 +29,7 @@ TEXTS = {
         "options": "Options", "tokens": "Most tokens", "temperature": "Temperature (0: greedy)",
         "go": "Caption", "stop": "Stop", "frames": "what the model sees",
         "none": "Choose a video first.", "no_run": "Choose at least one run.",
-        "reading": "Reading the video…", "waiting": "{name}: waiting for the first word…",
+        "stopped": "Stopped.", "reading": "Reading the video…", "waiting": "{name}: waiting for the first word…",
         "writing": "{name}: writing…", "done": "Done in {seconds:.1f} s.",
         "bad": "This video cannot be captioned: {why}",
         "busy": "Too many requests are waiting. Try again in a moment.",
@@ -40,7 +40,7 @@ TEXTS = {
         "options": "옵션", "tokens": "최대 토큰 수", "temperature": "온도 (0: 탐욕적 탐색)",
         "go": "설명하기", "stop": "중지", "frames": "모델이 보는 프레임",
         "none": "먼저 영상을 선택하세요.", "no_run": "실행 결과를 하나 이상 선택하세요.",
-        "reading": "영상을 읽는 중…", "waiting": "{name}: 첫 단어를 기다리는 중…",
+        "stopped": "중지했습니다.", "reading": "영상을 읽는 중…", "waiting": "{name}: 첫 단어를 기다리는 중…",
         "writing": "{name}: 쓰는 중…", "done": "완료: {seconds:.1f}초.",
         "bad": "이 영상은 설명할 수 없습니다: {why}",
         "busy": "대기 중인 요청이 너무 많습니다. 잠시 후 다시 시도하세요.",
@@ -48,16 +48,25 @@ TEXTS = {
     },
 }
 
+# The video's trimming tool is hidden, for it would load code from elsewhere.
 CSS = """
-.vlmds-frames { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
+.vlmds-title p { font-size: 22px; font-weight: 600; }
+#video [aria-label="Trim video to selection"], #video [aria-label="Reset video to initial value"] {
+  display: none; }
+.vlmds-frames { display: grid; gap: 8px; grid-template-columns: repeat(auto-fit, minmax(88px, 160px)); }
 .vlmds-frames figure { margin: 0; }
 .vlmds-frames img { width: 100%; display: block; border-radius: 6px; }
 .vlmds-frames figcaption, .vlmds-about { font-size: 12px; opacity: .75; margin-top: 2px; }
 .vlmds-about { margin: 8px 0 6px; }
-.vlmds-state { min-height: 1.5em; }
 .vlmds-state.bad { border-left: 4px solid #dc2626; padding: 8px 12px; border-radius: 4px;
                    background: rgba(220, 38, 38, .12); }
 """
+
+
+# Gradio has texts of its own, whose names must not be taken.
+TRANSLATIONS = gr.I18n(**{
+    language: {f"vlmds_{name}": text for name, text in texts.items()}
+    for language, texts in TEXTS.items()})
 
 
 class _Video(gr.Video):
@@ -77,7 +86,7 @@ def add_page(app: FastAPI, models: Models) -> FastAPI:
     return gr.mount_gradio_app(
         app, page.blocks, "/", footer_links=[], run_history=False, allowed_paths=[],
         show_error=False, max_file_size=models.limits.bytes, ssr_mode=False,
-        enable_monitoring=False, pwa=False, mcp_server=False, i18n=gr.I18n(**TEXTS), css=CSS,
+        enable_monitoring=False, pwa=False, mcp_server=False, i18n=TRANSLATIONS, css=CSS,
         # Fonts that are there already: the page loads nothing from elsewhere.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
 
@@ -85,32 +94,31 @@ def add_page(app: FastAPI, models: Models) -> FastAPI:
 class _Page:
     def __init__(self, models: Models):
         self.models = models
-        text = gr.I18n(**TEXTS)
         default = models.get(None)
         several = len(models.names) > 1
         # Files that were uploaded are deleted when they are ten minutes old.
         with gr.Blocks(title="vlmds", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
-            gr.Markdown(text("title"), elem_classes="vlmds-title")
+            gr.Markdown(_text("title"), elem_classes="vlmds-title")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
-                    video = _Video(label=text("video"), sources=["upload"], height=280,
+                    video = _Video(label=_text("video"), sources=["upload"], height=280,
                                    elem_id="video", buttons=[])
                     runs = gr.CheckboxGroup(
-                        models.names, value=models.names, label=text("runs"), elem_id="runs",
+                        models.names, value=models.names, label=_text("runs"), elem_id="runs",
                         visible=several)
-                    prompt = gr.Textbox(label=text("prompt"), placeholder=default.builder.prompt,
+                    prompt = gr.Textbox(label=_text("prompt"), placeholder=default.builder.prompt,
                                         lines=2, max_length=models.limits.prompt, elem_id="prompt")
-                    with gr.Accordion(text("options"), open=False):
+                    with gr.Accordion(_text("options"), open=False):
                         tokens = gr.Slider(1, models.limits.tokens, value=128, step=1,
-                                           label=text("tokens"), elem_id="tokens")
+                                           label=_text("tokens"), elem_id="tokens")
                         temperature = gr.Slider(0, 2, value=0, step=0.1,
-                                                label=text("temperature"))
+                                                label=_text("temperature"))
                     with gr.Row():
-                        go = gr.Button(text("go"), variant="primary", elem_id="go")
-                        stop = gr.Button(text("stop"), elem_id="stop")
+                        go = gr.Button(_text("go"), variant="primary", elem_id="go")
+                        stop = gr.Button(_text("stop"), elem_id="stop")
                 with gr.Column(scale=5, min_width=300):
-                    self.state = gr.HTML(_state(""), elem_id="state")
-                    self.frames = gr.HTML(elem_id="frames")
+                    self.state = gr.HTML(elem_id="state", padding=False)
+                    self.frames = gr.HTML(elem_id="frames", padding=False)
                     with gr.Row():
                         self.captions = [
                             gr.Textbox(label=name, lines=4, max_lines=16, interactive=False,
@@ -120,9 +128,18 @@ class _Page:
             start = go.click(
                 self.caption, [video, runs, prompt, tokens, temperature],
                 [self.state, self.frames, *self.captions], show_progress="hidden",
-                concurrency_limit=4, api_visibility="private")
-            stop.click(None, cancels=[start], api_visibility="private")
+                scroll_to_output=True, concurrency_limit=4, api_visibility="private")
+            stop.click(self.stop, None, self.state, cancels=[start], queue=False,
+                       api_visibility="private")
+            video.clear(self.clear, None, [self.state, self.frames, *self.captions],
+                         cancels=[start], queue=False, api_visibility="private")
         self.blocks = blocks.queue(max_size=16)
+
+    def stop(self, request: gr.Request) -> str:
+        return _state(TEXTS[_language(request)]["stopped"])
+
+    def clear(self) -> list[str]:
+        return ["", "", *("" for _ in self.captions)]
 
     def caption(
         self, video: str | None, runs: Sequence[str], prompt: str, tokens: float,
@@ -179,6 +196,10 @@ class _Page:
                     yield {self.state: _state(text["writing"].format(name=name)),
                            box: written.lstrip()}
             yield {box: written.strip()}
+
+
+def _text(name: str):
+    return TRANSLATIONS(f"vlmds_{name}")
 
 
 def _form(captioner: VideoCaptioner) -> tuple[int, int]:
