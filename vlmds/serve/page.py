@@ -53,7 +53,8 @@ CSS = """
 .vlmds-title p { font-size: 22px; font-weight: 600; }
 #video [aria-label="Trim video to selection"], #video [aria-label="Reset video to initial value"] {
   display: none; }
-.vlmds-frames { display: grid; gap: 8px; grid-template-columns: repeat(auto-fit, minmax(88px, 160px)); }
+.vlmds-frames { display: grid; gap: 8px; grid-template-columns: repeat(var(--row), minmax(0, 160px)); }
+@media (max-width: 700px) { .vlmds-frames { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 .vlmds-frames figure { margin: 0; }
 .vlmds-frames img { width: 100%; display: block; border-radius: 6px; }
 .vlmds-frames figcaption, .vlmds-about { font-size: 12px; opacity: .75; margin-top: 2px; }
@@ -228,7 +229,7 @@ def _strip(frames: np.ndarray, facts: dict[str, Any], names: Sequence[str], what
         f"<figcaption>{time:.1f} s</figcaption></figure>"
         for frame, time in zip(frames, sample_times(len(frames), 0.0, facts["duration"])))
     return (f'<div class="vlmds-about">{escape(about)} · {escape(head)}</div>'
-            f'<div class="vlmds-frames">{figures}</div>')
+            f'<div class="vlmds-frames" style="--row: {min(len(frames), 8)}">{figures}</div>')
 
 
 def _jpeg(frame: np.ndarray) -> str:
