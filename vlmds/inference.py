@@ -101,6 +101,7 @@ class VideoCaptioner:
     ) -> Generator[str, None, str]:
         """The caption of one video in pieces, as they are written; together they are what
         ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
+        An empty piece comes after each second without another, so that one can leave then, too.
         The generator returns why it ended: "stop", or "length" at ``max_new_tokens``.
 
         Args:
@@ -117,7 +118,7 @@ class VideoCaptioner:
     def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions,
                 ) -> Generator[str, None, str]:
         streamer = _Streamer(
-            self.builder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.builder.tokenizer, skip_prompt=True, timeout=1.0, skip_special_tokens=True)
         left, failures = threading.Event(), queue.SimpleQueue()
 
         def write() -> None:
@@ -134,7 +135,7 @@ class VideoCaptioner:
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            yield from streamer.pieces()
         finally:
             left.set()
             thread.join()
@@ -144,9 +145,22 @@ class VideoCaptioner:
 
 
 class _Streamer(TextIteratorStreamer):
-    """Remembers the last token."""
+    """last: the last token."""
 
     last: int | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """What is not empty, and one empty piece whenever the timeout is over."""
+        while True:
+            try:
+                piece = next(self)
+            except StopIteration:
+                return
+            except queue.Empty:
+                yield ""
+            else:
+                if piece:
+                    yield piece
 
     def put(self, value: torch.Tensor) -> None:
         if value.numel():  # the prompt, given as embeddings, has no tokens

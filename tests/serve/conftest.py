@@ -9,7 +9,7 @@ from tests import tiny
 from tests.data.conftest import write_video
 from tests.test_inference import made
 
-LIMIT = 2.0  # megabytes
+LIMIT = 8.0  # megabytes
 
 
 @dataclass

@@ -271,7 +271,8 @@ async def _events(answer: _Answer, first: tuple, rest: AsyncIterator[tuple]) -> 
     try:
         yield _event(answer.piece(*first, role=True))
         async for piece, reason in rest:
-            yield _event(answer.piece(piece, reason))
+            if piece or reason:
+                yield _event(answer.piece(piece, reason))
         yield "data: [DONE]\n\n"
     except Exception:  # the status is sent already
         logging.getLogger("uvicorn.error").exception("while streaming a caption")

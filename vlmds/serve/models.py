@@ -148,27 +148,37 @@ class Models:
         self, captioner: VideoCaptioner, frames: np.ndarray, prompt: str | None,
         options: GenerationOptions,
     ) -> Generator[str, None, str]:
-        """:meth:`VideoCaptioner.stream`, once the device is free. Raises Busy."""
-        with self._device.turn():
-            return (yield from captioner.stream(frames, prompt, options))
+        """:meth:`VideoCaptioner.stream`, once the device is free; empty pieces until then. Raises
+        Busy."""
+        with self._device.place():
+            while not self._device.lanes.acquire(timeout=1.0):
+                yield ""
+            try:
+                return (yield from captioner.stream(frames, prompt, options))
+            finally:
+                self._device.lanes.release()
 
 
 class _Queue:
     """`lanes` at a time; of the others, so many wait that they are WAITING together."""
 
     def __init__(self, lanes: int):
-        self._lanes = threading.Semaphore(lanes)
+        self.lanes = threading.Semaphore(lanes)
         self._places = threading.Semaphore(WAITING)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def place(self) -> Iterator[None]:
         if not self._places.acquire(blocking=False):
             raise Busy
         try:
-            with self._lanes:
-                yield
+            yield
         finally:
             self._places.release()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self.place(), self.lanes:
+            yield
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

@@ -194,7 +194,8 @@ class _Page:
                     captioner, seen[_form(captioner)], prompt, options)) as pieces:
                 for piece in pieces:
                     written += piece
-                    yield {self.state: _state(text["writing"].format(name=name)),
+                    state = "writing" if written else "waiting"
+                    yield {self.state: _state(text[state].format(name=name)),
                            box: written.lstrip()}
             yield {box: written.strip()}
 
