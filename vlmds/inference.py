@@ -101,8 +101,8 @@ class VideoCaptioner:
     ) -> Generator[str, None, str]:
         """The caption of one video in pieces, as they are written; together they are what
         ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
-        An empty piece comes after each second without another, so that one can leave then, too.
-        The generator returns why it ended: "stop", or "length" at ``max_new_tokens``.
+        A piece is empty where a token does not end a word, and after each second without a token,
+        so that one can leave then, too. The generator returns why it ended: "stop", or "length" at ``max_new_tokens``.
 
         Args:
             frames: uint8 [F, 3, S, S].
@@ -150,17 +150,14 @@ class _Streamer(TextIteratorStreamer):
     last: int | None = None
 
     def pieces(self) -> Iterator[str]:
-        """What is not empty, and one empty piece whenever the timeout is over."""
+        """What comes, and an empty piece whenever the timeout is over."""
         while True:
             try:
-                piece = next(self)
+                yield next(self)
             except StopIteration:
                 return
             except queue.Empty:
                 yield ""
-            else:
-                if piece:
-                    yield piece
 
     def put(self, value: torch.Tensor) -> None:
         if value.numel():  # the prompt, given as embeddings, has no tokens

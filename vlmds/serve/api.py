@@ -115,7 +115,7 @@ def add_api(app: FastAPI, models: Models, folder: Path) -> None:
         answer = _Answer(options.model or models.names[0])
         if options.stream:
             first = await anext(pieces)  # an error until here still has a status of its own
-            return StreamingResponse(_events(answer, first, pieces), 200,
+            return StreamingResponse(_events(request, answer, first, pieces),
                                      media_type="text/event-stream")
         text = ""
         async for piece, reason in pieces:
@@ -267,10 +267,14 @@ async def _pieces(written: Generator[str, None, str]) -> AsyncIterator[tuple[str
             await run_sync(written.close)
 
 
-async def _events(answer: _Answer, first: tuple, rest: AsyncIterator[tuple]) -> AsyncIterator[str]:
+async def _events(
+    request: Request, answer: _Answer, first: tuple, rest: AsyncIterator[tuple]
+) -> AsyncIterator[str]:
     try:
         yield _event(answer.piece(*first, role=True))
         async for piece, reason in rest:
+            if await request.is_disconnected():
+                return
             if piece or reason:
                 yield _event(answer.piece(piece, reason))
         yield "data: [DONE]\n\n"

@@ -15,7 +15,6 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
-from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from vlmds.data.video import sample_times
@@ -70,17 +69,6 @@ TRANSLATIONS = gr.I18n(**{
     for language, texts in TEXTS.items()})
 
 
-class _Video(gr.Video):
-    """Takes uploads only: Gradio's own would fetch a URL that a request names."""
-
-    is_template = True  # for the browser, it is its parent
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
-        if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
-            raise gr.Error("uploads only", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-
 def add_page(app: FastAPI, models: Models) -> FastAPI:
     """Mount the page at the root."""
     page = _Page(models)
@@ -102,7 +90,7 @@ class _Page:
             gr.Markdown(_text("title"), elem_classes="vlmds-title")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
-                    video = _Video(label=_text("video"), sources=["upload"], height=280,
+                    video = gr.Video(label=_text("video"), sources=["upload"], height=280,
                                    elem_id="video", buttons=[])
                     runs = gr.CheckboxGroup(
                         models.names, value=models.names, label=_text("runs"), elem_id="runs",
@@ -134,6 +122,8 @@ class _Page:
                        api_visibility="private")
             video.clear(self.clear, None, [self.state, self.frames, *self.captions],
                          cancels=[start], queue=False, api_visibility="private")
+        for block in blocks.blocks.values():
+            _take_uploads_only(block)
         self.blocks = blocks.queue(max_size=16)
 
     def stop(self, request: gr.Request) -> str:
@@ -198,6 +188,19 @@ class _Page:
                     yield {self.state: _state(text[state].format(name=name)),
                            box: written.lstrip()}
             yield {box: written.strip()}
+
+
+def _take_uploads_only(block: gr.blocks.Block) -> None:
+    """Refuse files other than uploads. Left alone, a mounted page would read any path and fetch any
+    URL that a request puts in the place of an upload."""
+    folder, move = Path(block.GRADIO_CACHE).resolve(), block.async_move_resource_to_block_cache
+
+    async def guarded(path: str | Path | None) -> str | None:
+        if path is not None and not Path(path).resolve().is_relative_to(folder):
+            raise gr.Error("uploads only", print_exception=False)
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = guarded
 
 
 def _text(name: str):
