@@ -20,7 +20,7 @@ from tests.data.conftest import write_video  # noqa: E402
 from tests.data.test_decode_child import long_video  # noqa: E402
 from tests.serve.conftest import LIMIT  # noqa: E402
 from vlmds.generation import GenerationOptions  # noqa: E402
-from vlmds.serve.models import WAITING, Models, Limits  # noqa: E402
+from vlmds.serve.models import WAITING, Limits, Models  # noqa: E402
 
 
 def data_url(data: bytes) -> str:
