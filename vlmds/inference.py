@@ -102,7 +102,8 @@ class VideoCaptioner:
         """The caption of one video in pieces, as they are written; together they are what
         ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
         A piece is empty where a token does not end a word, and after each second without a token,
-        so that one can leave then, too. The generator returns why it ended: "stop", or "length" at ``max_new_tokens``.
+        so that one can leave then, too. The generator returns why it ended: "stop", or "length"
+        at ``max_new_tokens``.
 
         Args:
             frames: uint8 [F, 3, S, S].

@@ -57,8 +57,8 @@ def _run(models: Models, folder: Path, listening: socket.socket, host: str) -> N
 
 
 def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
-    """The FastAPI application. folder: private, for uploads; they are deleted from it after a while,
-    and the rest by who made it."""
+    """The FastAPI application. folder: private, for uploads; old ones are deleted from it, and the
+    rest by who made it."""
     # Read by Gradio when it is imported, or when the page is made.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder),
                       GRADIO_SHARE="False", HF_HUB_DISABLE_TELEMETRY="1")

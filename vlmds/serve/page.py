@@ -25,10 +25,12 @@ from vlmds.serve.models import Busy, Models, RequestError
 TEXTS = {
     "en": {
         "title": "Caption a video", "video": "Video", "runs": "Runs", "prompt": "Prompt",
-        "options": "Options", "tokens": "Most tokens", "temperature": "Temperature (0: greedy)",
+        "options": "Options", "tokens": "Most tokens",
+        "temperature": "Temperature (0: greedy)",
         "go": "Caption", "stop": "Stop", "frames": "what the model sees",
         "none": "Choose a video first.", "no_run": "Choose at least one run.",
-        "stopped": "Stopped.", "reading": "Reading the video…", "waiting": "{name}: waiting for the first word…",
+        "stopped": "Stopped.", "reading": "Reading the video…",
+        "waiting": "{name}: waiting for the first word…",
         "writing": "{name}: writing…", "done": "Done in {seconds:.1f} s.",
         "bad": "This video cannot be captioned: {why}",
         "busy": "Too many requests are waiting. Try again in a moment.",
@@ -39,7 +41,8 @@ TEXTS = {
         "options": "옵션", "tokens": "최대 토큰 수", "temperature": "온도 (0: 탐욕적 탐색)",
         "go": "설명하기", "stop": "중지", "frames": "모델이 보는 프레임",
         "none": "먼저 영상을 선택하세요.", "no_run": "실행 결과를 하나 이상 선택하세요.",
-        "stopped": "중지했습니다.", "reading": "영상을 읽는 중…", "waiting": "{name}: 첫 단어를 기다리는 중…",
+        "stopped": "중지했습니다.", "reading": "영상을 읽는 중…",
+        "waiting": "{name}: 첫 단어를 기다리는 중…",
         "writing": "{name}: 쓰는 중…", "done": "완료: {seconds:.1f}초.",
         "bad": "이 영상은 설명할 수 없습니다: {why}",
         "busy": "대기 중인 요청이 너무 많습니다. 잠시 후 다시 시도하세요.",
@@ -52,7 +55,8 @@ CSS = """
 .vlmds-title p { font-size: 22px; font-weight: 600; }
 #video [aria-label="Trim video to selection"], #video [aria-label="Reset video to initial value"] {
   display: none; }
-.vlmds-frames { display: grid; gap: 8px; grid-template-columns: repeat(var(--row), minmax(0, 160px)); }
+.vlmds-frames { display: grid; gap: 8px;
+                grid-template-columns: repeat(var(--row), minmax(0, 160px)); }
 @media (max-width: 700px) { .vlmds-frames { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 .vlmds-frames figure { margin: 0; }
 .vlmds-frames img { width: 100%; display: block; border-radius: 6px; }
@@ -118,8 +122,8 @@ class _Page:
                 self.caption, [video, runs, prompt, tokens, temperature],
                 [self.state, self.frames, *self.captions], show_progress="hidden",
                 scroll_to_output=True, concurrency_limit=4, api_visibility="private")
-            stop.click(self.stop, None, self.state, cancels=[start], queue=False,
-                       api_visibility="private")
+            stopped = stop.click(None, cancels=[start], api_visibility="private")
+            stopped.then(self.stop, None, self.state, queue=False, api_visibility="private")
             video.clear(self.clear, None, [self.state, self.frames, *self.captions],
                          cancels=[start], queue=False, api_visibility="private")
         for block in blocks.blocks.values():
