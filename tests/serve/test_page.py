@@ -139,6 +139,7 @@ def test_stop_and_leaving_end_the_writing(server, clip, browser, monkeypatch):
     page = Page(browser, server.url)
     for leave in (lambda: page.click("#stop"), lambda: browser.get("about:blank")):
         page.choose(clip)
+        page.until(lambda: page.captions() == ["", ""])
         page.click("#go")
         page.until(lambda: page.captions()[0])
         time.sleep(0.5)
