@@ -128,6 +128,15 @@ def caption(args: argparse.Namespace) -> int:
     return caption(args, _generation(args))
 
 
+def serve(args: argparse.Namespace) -> int:
+    from vlmds.serve.app import serve
+    from vlmds.serve.models import Limits
+
+    serve(args.run, host=args.host, port=args.port, device=args.device, overrides=args.set,
+          limits=Limits(megabytes=args.max_mb, seconds=args.max_seconds, urls=args.allow_urls))
+    return 0
+
+
 def doctor(args: argparse.Namespace) -> int:
     from vlmds.config import load_experiment
     from vlmds.doctor import examine
@@ -283,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="CPU cores that may decode for one GPU (default: 8)")
     command.set_defaults(call=plan)
     _caption_parser(commands)
+    _serve_parser(commands)
     _doctor_parser(commands)
     command = commands.add_parser("bench", help="throughput and memory, against named baselines")
     command.add_argument("what", choices=("data", "scale", "checkpoint", "generate"),
@@ -400,6 +410,26 @@ def _caption_parser(commands) -> None:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override where the models lie, such as llm.model=/models/Qwen3-8B")
     command.set_defaults(call=caption)
+
+
+def _serve_parser(commands) -> None:
+    command = commands.add_parser(
+        "serve", help="a page to try runs on a video, and the same as JSON")
+    add = command.add_argument
+    add("--run", type=Path, required=True, nargs="+", action="extend", metavar="RUN",
+        help="run folder, or one of its artifacts; several are compared side by side")
+    add("--host", default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, which only this machine reaches)")
+    add("--port", type=int, default=7860, help="default: 7860; 0 is a free one")
+    add("--max-mb", type=float, default=200.0, help="of a video's file (default: 200)")
+    add("--max-seconds", type=float, default=600.0, help="of a video (default: 600)")
+    add("--allow-urls", action="store_true",
+        help="also fetch videos from http(s) URLs that a request names, whatever this machine "
+        "can reach")
+    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    command.set_defaults(call=serve)
 
 
 def _add_generation(command) -> None:

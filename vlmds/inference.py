@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +106,12 @@ class VideoCaptioner:
     def stream(
         self, frames: np.ndarray, prompt: str | None = None,
         options: GenerationOptions | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, str]:
         """The caption of one video in pieces, as they are written; together they are what
         ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
+        A piece is empty where a token does not end a word, and after each second without a token,
+        so that one can leave then, too. The generator returns why it ended: "stop", or "length"
+        at ``max_new_tokens``.
 
         Args:
             frames: uint8 [F, 3, S, S].
@@ -122,9 +125,9 @@ class VideoCaptioner:
         return self._stream(frames, prompt, options)
 
     def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions,
-                ) -> Iterator[str]:
-        streamer = TextIteratorStreamer(
-            self.builder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                ) -> Generator[str, None, str]:
+        streamer = _Streamer(
+            self.builder.tokenizer, skip_prompt=True, timeout=1.0, skip_special_tokens=True)
         left, failures = threading.Event(), queue.SimpleQueue()
 
         def write() -> None:
@@ -141,12 +144,34 @@ class VideoCaptioner:
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            yield from streamer.pieces()
         finally:
             left.set()
             thread.join()
         if not failures.empty():
             raise failures.get()
+        return "stop" if streamer.last == self.builder.eos_token_id else "length"
+
+
+class _Streamer(TextIteratorStreamer):
+    """last: the last token."""
+
+    last: int | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """What comes, and an empty piece whenever the timeout is over."""
+        while True:
+            try:
+                yield next(self)
+            except StopIteration:
+                return
+            except queue.Empty:
+                yield ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.numel():  # the prompt, given as embeddings, has no tokens
+            self.last = int(value.flatten()[-1])
+        super().put(value)
 
 
 class _Left(StoppingCriteria):
