@@ -122,9 +122,20 @@ def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Pat
     return path
 
 
-def ablations(output: Path) -> list[Path]:
-    """Tiny forms of the resamplers without embeddings of time, which cannot know a direction."""
-    return [tiny_form(exp, output, temporal_embedding=False) for exp in ("e5", "e7")]
+def prepare_sweep(output: Path, exps: list[str], size: Size) -> list[str]:
+    """What the demo's sweep trains on, in ``output``; returns the tiny forms of the experiments,
+    with all eight also the resamplers without embeddings of time, which cannot know a direction."""
+    output.mkdir(parents=True, exist_ok=True)
+    prepare_demo(output, size, {})
+    forms = [tiny_form(exp.lower(), output) for exp in exps]
+    if len(exps) == 8:
+        forms += [tiny_form(exp, output, temporal_embedding=False) for exp in ("e5", "e7")]
+    return [str(path) for path in forms]
+
+
+def direction_words() -> str:
+    """For ``vlmds compare --words``."""
+    return " ".join(korean for korean, _ in DIRECTIONS.values())
 
 
 def score(captions: list[str], references: list[str]) -> dict:
