@@ -87,14 +87,18 @@ class FrameTable:
         for wrong, what in (
             (not (0 < width and 0 < height and width * height <= MAX_PIXELS), "size"),
             (rotation not in (0, 90, 180, 270), "rotation"),
-            (not (len(ticks) == frames > 0 and (np.diff(ticks) > 0).all() and base > 0), "times"),
+            (not (len(ticks) == frames > 0 and _rising(ticks) and base > 0), "times"),
             (not 0 < duration < float("inf"), "duration"),
-            (len(keys) and not (keys[0] >= 0 and keys[-1] < frames and (np.diff(keys) > 0).all()),
+            (len(keys) and not (keys[0] >= 0 and keys[-1] < frames and _rising(keys)),
              "keyframes"),
         ):
             if wrong:
                 raise ValueError(f"bad {what}")
         return cls(width, height, rotation, duration, decoder, base, ticks, by_pts, keys)
+
+
+def _rising(numbers: np.ndarray) -> bool:
+    return bool((numbers[1:] > numbers[:-1]).all())  # a difference might overflow
 
 
 def _packed(numbers: np.ndarray) -> list[int | list[int]]:

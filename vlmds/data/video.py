@@ -352,7 +352,7 @@ def decode_decord(source: Source, info: FrameTable, indices: np.ndarray) -> np.n
             io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1)
         frames = reader.get_batch([int(i) for i in indices]).asnumpy()
         count = len(reader)
-    except (decord.DECORDError, RuntimeError, OSError) as error:
+    except (decord.DECORDError, RuntimeError, OSError, IndexError) as error:
         raise SampleError("cannot be decoded: decord failed") from error  # its text is an address
     if count != info.frames or frames.shape[1:] != (info.height, info.width, 3):
         raise SampleError(f"cannot be decoded: decord sees {count} frames, not {info.frames}")
