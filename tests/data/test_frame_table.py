@@ -62,7 +62,8 @@ def test_constant_rates_take_no_room(tmp_path):
 @pytest.mark.parametrize("change", [
     {"width": 0}, {"width": 1 << 20, "height": 1 << 20}, {"rotation": 45}, {"frames": 41},
     {"frames": float("inf")}, {"timing": None}, {"timing": {}}, {"timing": []},
-    {"ticks": []}, {"ticks": [0, [-5, 39]]}, {"ticks": [0, [5, -39]]}, {"ticks": [0, [1 << 70, 39]]},
+    {"ticks": []}, {"ticks": [0, [-5, 39]]}, {"ticks": [0, [5, -39]]},
+    {"ticks": [0, [1 << 70, 39]]},
     {"ticks": [0, [1 << 62, 39]]}, {"ticks": "0123"}, {"ticks": [[1, 2, 3]]}, {"ticks": None},
     {"keys": [-1]}, {"keys": [40]}, {"keys": [0, 0]}, {"keys": {}, "ticks": {"a": 1}},
     {"time_base": [1, 0]}, {"time_base": [-1, 10]}, {"time_base": 3}, {"time_base": [1.5, 2]},
