@@ -103,7 +103,9 @@ def test_a_sample_holds_the_original_bytes_and_its_facts(tmp_path, videos):
     assert sample["mkv"] == (videos / "e0.mkv").read_bytes()
     assert json.loads(sample["json"]) == {
         "id": "e0", "captions": ["하나", "둘"], "prompt": "무엇?", "source": "e0.mkv", "frames": 9,
-        "fps": 10.0, "duration": 0.9, "width": 64, "height": 48, "codec": "h264", "rotation": 0}
+        "fps": 10.0, "duration": 0.9, "width": 64, "height": 48, "codec": "h264", "rotation": 0,
+        "timing": {"time_base": [1, 1000], "ticks": [0, [100, 8]], "keys": [0], "by_pts": True,
+                   "duration": 0.9, "cleared": True}}
     assert "하나".encode() in sample["json"]
     assert (row.num_captions, row.frames, row.fps, row.decoder) == (2, 9, 10.0, "decord")
     assert row.start is None and row.status == "ok"

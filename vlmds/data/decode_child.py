@@ -116,17 +116,19 @@ class FrameDecoder:
 
     def frames(
         self, data: bytes, *, num_frames: int, image_size: int, start: float | None = None,
-        end: float | None = None, decoder: str = "decord",
+        end: float | None = None, decoder: str = "decord", described: dict[str, Any] | None = None,
     ) -> np.ndarray:
         """The frames that stand for [start, end] (seconds; default: the video), resized.
 
         data: a video file's bytes. decoder: "pyav", or "decord" to use it where the probe clears
-        the file. Returns uint8 [num_frames, 3, image_size, image_size]. Raises SampleError: it
-        cannot be decoded, or its decoder hung, crashed or ran out of memory.
+        the file. described: what packing says of the file, in place of a probe (see
+        `FrameTable.from_described`). Returns uint8 [num_frames, 3, image_size, image_size].
+        Raises SampleError: it cannot be decoded, or its decoder hung, crashed or ran out of memory.
         """
         if self._child is None or self._child.closed:  # closed: it is that of the forking process
             self._child = _Child(self._deadline)
-        self._child.send(FramesRequest(num_frames, image_size, start, end, decoder), data)
+        self._child.send(FramesRequest(
+            num_frames, image_size, start, end, decoder, described), data)
         reply = self._child.reply()
         if not self._child.alive:
             self._child = None

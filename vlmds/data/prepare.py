@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlmds.data import repair, video
+from vlmds.data.frame_table import FrameTable
 from vlmds.errors import SampleError
 
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
@@ -42,6 +43,7 @@ class FramesRequest:
     start: float | None
     end: float | None
     decoder: str
+    described: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _prepare_video(request: Request, data: bytes, info: video.VideoInfo) -> Repl
         span = (request.num_frames, mended.start, mended.end)
         # The span of the file that is kept, in place of the manifest's.
         facts = {"repair": mended.facts, "start": mended.start, "end": mended.end}
-    facts |= _facts(info)
+    facts |= _facts(info) | {"timing": info.timing()}
     if request.verify:
         facts["decoder"] = _verified_decoder(data, info, span)
     return Reply(None, facts, {extension: data})
@@ -114,10 +116,16 @@ def _facts(info: video.VideoInfo) -> dict[str, Any]:
 
 def read_frames(data: bytes, request: FramesRequest) -> Reply:
     """The frames of a packed video. Raises SampleError."""
-    info = video.probe(data)
+    if request.described is None:
+        table = video.probe(data)
+    else:
+        try:
+            table = FrameTable.from_described(request.described)
+        except ValueError as error:
+            raise SampleError(f"its description cannot be read: timing: {error}") from None
     if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
-        info = replace(info, decoder="pyav")
-    frames = video.decode_frames(data, info, request.num_frames, request.start, request.end)
+        table = replace(table, decoder="pyav")
+    frames = video.decode_frames(data, table, request.num_frames, request.start, request.end)
     return Reply(members={"rgb": video.resize_frames(frames, request.image_size).tobytes()})
 
 
