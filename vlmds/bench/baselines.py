@@ -14,6 +14,7 @@ from __future__ import annotations
 from itertools import islice
 
 import torch
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers import (
     LlavaConfig,
@@ -32,6 +33,7 @@ from vlmds.errors import InputError
 from vlmds.models.artifact import load_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE, VISUAL
+from vlmds.models.dora import Dora
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.engine import build_engine
 from vlmds.training.main import default_ds_config
@@ -209,6 +211,10 @@ def _prepared(work: Workload, device: torch.device) -> Model:
     experiment = work.experiment
     model = load_model(experiment, device)
     load_artifact(work.artifact, model.captioner)
+    for module in model.captioner.llm.modules():  # DoRA as PEFT has it
+        for adapter, variant in getattr(module, "lora_variant", {}).items():
+            if isinstance(variant, Dora):
+                module.lora_variant[adapter] = DoraLinearVariant()
     freeze(model.captioner, experiment.stages[work.stage])
     checkpoint_activations(model.captioner, checkpointed_layers(
         experiment, experiment.stages[work.stage], False, device))

@@ -20,7 +20,6 @@ from vlmds.bench.baselines import check_baseline
 from vlmds.bench.measure import save, table
 from vlmds.bench.workload import CAPTION_TOKENS, Workload, prepare
 from vlmds.config import load_experiment
-from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import device_card
 from vlmds.memory import stage_memory
@@ -108,7 +107,7 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
             if result["step_seconds"] < best["step_seconds"]:
                 results[variant.name] = result
     experiment = work.experiment
-    check_losses(experiment.llm.dtype, {
+    differences = check_losses(experiment.llm.dtype, {
         v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1})
     model = shapes(experiment)
     freeze(model.captioner, experiment.stages[work.stage])
@@ -123,6 +122,7 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
         result = results[variant.name]
         rows.append({
             "experiment": experiment.name, "variant": variant.name, "ranks": variant.ranks,
+            "loss_difference": differences.get(variant.name),
             "batch": batch, "flops": asdict(flops) | {"total": flops.total}, "weights": weights,
             "trained_bytes": trained * (4 if experiment.llm.dtype == "float32" else 2), **result})
     return {"rows": rows, "plan": plan}
@@ -155,21 +155,28 @@ def _environment(ranks: int) -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
 
 
-def check_losses(dtype: str, losses: dict[str, list[float]]) -> None:
-    """Raise RuntimeError unless all variants have the losses of the first to rounding."""
+def check_losses(dtype: str, losses: dict[str, list[float]]) -> dict[str, float]:
+    """The largest relative difference of each variant's losses to the first variant's; raises
+    RuntimeError if one is more than rounding."""
     first, later = TOLERANCE[dtype]
     (name, expected), *others = losses.items()
+    largest = {}
     for other, found in others:
-        for step, (a, b) in enumerate(zip(expected, found, strict=True)):
-            if abs(a - b) > (later if step else first) * abs(a):
-                raise RuntimeError(f"step {step + 1}: the loss of {other} is {b:.6f}, that of {name} "
-                                   f"{a:.6f}: not the same training, so no time is compared")
+        differences = [abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True)]
+        for step, difference in enumerate(differences):
+            if not difference <= (later if step else first):
+                raise RuntimeError(
+                    f"step {step + 1}: the loss of {other} is {found[step]:.6f}, that of {name} "
+                    f"{expected[step]:.6f}: not the same training, so no time is compared")
+        largest[other] = max(differences)
+    return largest
 
 
 def _heading(row: dict, tiny: bool) -> str:
     size = "tiny models, vocabulary 151,669, fp32" if tiny else "full size"
     return (f"\n{size}, random weights, {row['device']}, {row['threads']} threads a process; "
-            f"{row['batch']} samples a step, captions of {CAPTION_TOKENS} tokens; losses the same")
+            f"{row['batch']} samples of {row['positions'] / row['batch']:.0f} positions a step, captions "
+            f"of {CAPTION_TOKENS} tokens")
 
 
 def _time_row(row: dict, own: dict) -> dict[str, str]:
@@ -180,7 +187,9 @@ def _time_row(row: dict, own: dict) -> dict[str, str]:
              "step": f"{row['step_seconds'] / own['step_seconds']:.2f} x",
              "samples/s": f"{reference:.2f} x",
              "peak memory": f"{row['peak_bytes'] / own['peak_bytes']:.2f} x",
-             "of it a step's own": f"{row['step_bytes'] / own['step_bytes']:.2f} x"}
+             "of it a step's own": f"{row['step_bytes'] / own['step_bytes']:.2f} x",
+             "loss, largest difference": (
+                 "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}")}
     if row["device"] == "CPU":
         return cells
     rate = row["flops"]["total"] * samples / row["ranks"]

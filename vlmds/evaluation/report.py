@@ -18,7 +18,9 @@ from vlmds.files import write
 
 THUMBNAILS = 300
 THUMBNAIL_BYTES = 12_000_000
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+           "#bcbd22", "#17becf")
+TEXT_PLACES = ("middle right", "middle left", "top right", "bottom left", "bottom right", "top left")
 COST = {  # key: (English, Korean, format)
     "visual_tokens": ("visual tokens", "시각 토큰", "{:,.0f}"),
     "trainable": ("trainable parameters", "학습 파라미터", "{:,.0f}"),
@@ -71,11 +73,11 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
     metric = found["metric"]
     scatter = go.Figure()
     largest = max(row["cost"]["trainable"] for row in found["table"])
-    for row in found["table"]:
+    for number, row in enumerate(found["table"]):
         cell = row["metrics"][metric]
         scatter.add_scatter(
             x=[row["cost"]["visual_tokens"]], y=[cell["value"]], name=row["name"], text=[row["name"]],
-            mode="markers+text", textposition="top center",
+            mode="markers+text", textposition=TEXT_PLACES[number % len(TEXT_PLACES)],
             marker_size=[8 + 20 * (row["cost"]["trainable"] / largest) ** 0.5],
             error_y=dict(type="data", symmetric=False, array=[cell["high"] - cell["value"]],
                          arrayminus=[cell["value"] - cell["low"]]))
