@@ -24,6 +24,7 @@ from vlmds.files import absolute
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
+from vlmds.training.engine import accumulation_steps
 from vlmds.training.lineage import base_weights, inherit
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import init_distributed, is_main, on_main, together
@@ -88,6 +89,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(lambda: open_run(
         output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
         command=sys.argv))
+    accumulation_steps(experiment, dist.get_world_size(), run.global_batch)  # or InputError
     if start_from is not None:
         on_main(lambda: adopt(start_from, experiment, run))
     if args.from_run is not None:
