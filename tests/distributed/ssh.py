@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tests import tiny
 from tests.distributed.namespaces import (
-    ADDRESSES, GRACE_SECONDS, START_SECONDS, TIMEOUT_MINUTES, Node, Unavailable, ip, kill_all,
-    same_weights, two_nodes, until_lines,
+    ADDRESSES, GRACE_SECONDS, START_SECONDS, TIMEOUT_MINUTES, Node, Unavailable, cut_silently, ip,
+    kill_all, mend_silence, same_weights, two_nodes, until_lines,
 )  # fmt: skip
 from tests.training.conftest import make_shards
 from tests.training.launch import ROOT, SCRIPT, arguments, environment, metrics
@@ -42,6 +42,9 @@ Host *
     StrictHostKeyChecking no
     UserKnownHostsFile {folder}/known_hosts
     LogLevel ERROR
+    # Or pdsh waits for ever for a node that has gone without a word.
+    ServerAliveInterval 5
+    ServerAliveCountMax 3
 """
 
 
@@ -147,6 +150,10 @@ def gone(nodes: tuple[Node, Node], seconds: float) -> bool:
     return True
 
 
+def sever(nodes: tuple[Node, Node], process: subprocess.Popen) -> None:
+    cut_silently(nodes)
+
+
 # name: (lines of metrics before it, what is done, exit codes that may come back)
 Strike = Callable[[tuple[Node, Node], subprocess.Popen], None]
 ENDS: dict[str, tuple[int, Strike, tuple[int, ...]]] = {
@@ -156,8 +163,9 @@ ENDS: dict[str, tuple[int, Strike, tuple[int, ...]]] = {
         14, lambda nodes, _: os.kill(rank_of(nodes[1]), signal.SIGKILL), (1, 247)),
     "kill -9 of the rank on node 0": (
         22, lambda nodes, _: os.kill(rank_of(nodes[0]), signal.SIGKILL), (1, 247)),
+    "every packet dropped silently": (26, sever, (1, 255)),
     "SIGTERM to deepspeed itself": (
-        30, lambda _, process: os.kill(process.pid, signal.SIGTERM), (1,)),
+        34, lambda _, process: os.kill(process.pid, signal.SIGTERM), (1,)),
 }
 
 
@@ -193,6 +201,8 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
                 began = time.monotonic()
                 code = process.wait(TIMEOUT_MINUTES * 60 + GRACE_SECONDS)
                 taken = time.monotonic() - began
+                if strike is sever:
+                    mend_silence(nodes)
                 assert gone(nodes, GRACE_SECONDS), "ranks were left behind"
             print(f"{what}, after {len(metrics(ended))} lines: exit code {code} after {taken:.1f} s, "
                   f"all ranks gone {time.monotonic() - began - taken:.1f} s later\n"

@@ -43,7 +43,7 @@ from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import gather, on_main, sum_over_ranks
 from vlmds.training.run import RunFolder
 from vlmds.training.saver import Saver
-from vlmds.training.watch import doing
+from vlmds.training.watch import doing, tell
 
 
 @dataclass
@@ -362,7 +362,7 @@ def run_stages(
         first = names.index(checkpoint.read_state(start_from)["stage"])
     if first == len(names):
         if dist.get_rank() == 0:
-            print(f"vlmds: {run.path}: all stages are finished, nothing to do", flush=True)
+            tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
