@@ -29,6 +29,7 @@ from vlmds.errors import InputError
 from vlmds.files import publish_folder, sha256_of, sync_file
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ranks import on_main
+from vlmds.training.watch import tell
 
 VERSION = 1
 WEIGHT = "weight"
@@ -150,7 +151,7 @@ def latest_checkpoint(root: Path, stage: str) -> tuple[Path, dict] | None:
             problem = check(folder)
             if problem is None:
                 return folder, read_state(folder)
-            print(f"vlmds: {folder}: damaged checkpoint passed over: {problem}", flush=True)
+            tell(f"vlmds: {folder}: damaged checkpoint passed over: {problem}")
         return None
 
     return on_main(newest)

@@ -24,13 +24,14 @@ from vlmds.files import absolute
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
+from vlmds.training.engine import accumulation_steps
 from vlmds.training.lineage import base_revisions, base_weights, inherit
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import init_distributed, is_main, on_main, together
 from vlmds.training.run import RunFolder, check_same_experiment, open_run
 from vlmds.training.stages import run_stages
 from vlmds.training.validation import check_validation
-from vlmds.training.watch import doing, last_words
+from vlmds.training.watch import doing, last_words, tell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -54,11 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     except (InputError, Stopped) as error:
         if is_main():
-            print(f"vlmds: {error}", file=sys.stderr, flush=True)
+            tell(f"vlmds: {error}", sys.stderr)
         leave()
         return 2 if isinstance(error, InputError) else 3
     except BaseException as error:
-        traceback.print_exc()
+        tell(traceback.format_exc(), sys.stderr)
         last_words(f"{type(error).__name__}: {error}".splitlines()[0])
         # Taking the process groups down would wait for ranks that are not coming.
         os._exit(1)
@@ -90,6 +91,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(lambda: open_run(
         output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
         command=sys.argv))
+    accumulation_steps(experiment, dist.get_world_size(), run.global_batch)  # or InputError
     if start_from is not None:
         on_main(lambda: adopt(start_from, experiment, run))
     if args.from_run is not None:

@@ -17,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment
+from vlmds.training.watch import tell
 
 
 class Monitor:
@@ -133,7 +134,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         if self.active:
-            print(f"vlmds: {text}", flush=True)
+            tell(f"vlmds: {text}")
 
     def close(self) -> None:
         if self._charts:

@@ -46,7 +46,7 @@ from vlmds.training.ranks import gather, on_main, raise_together, sum_over_ranks
 from vlmds.training.run import RunFolder
 from vlmds.training.saver import Saver
 from vlmds.training.validation import Standing, Validator
-from vlmds.training.watch import doing
+from vlmds.training.watch import doing, tell
 
 
 @dataclass
@@ -341,7 +341,7 @@ def run_stages(
         first = names.index(checkpoint.read_state(start_from)["stage"])
     if first == len(names):
         if dist.get_rank() == 0:
-            print(f"vlmds: {run.path}: all stages are finished, nothing to do", flush=True)
+            tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
