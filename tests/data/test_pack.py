@@ -1,5 +1,4 @@
 import json
-import platform
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from vlmds.data.prepare import Request
 from vlmds.data.index import ShardIndex
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
+from vlmds.files import machine
 
 SMALL = {"shard_size": 2, "num_frames": 3, "image_size": 32, "progress": False}
 
@@ -201,7 +201,7 @@ def test_missing_shards_are_packed_again_and_the_others_kept(tmp_path, videos):
     (out / "train/000001.tar").unlink()
     with (out / "train/000002.tar").open("ab") as file:
         file.write(b"x")
-    dead = f"{platform.node()}~999999999.tmp"
+    dead = f"{machine()}~999999999.tmp"
     (out / f"train/.000001.tar.{dead}").write_bytes(b"left by a killed run")
     kept = (out / "train/000000.tar").stat()
     assert again().kept_shards == 1

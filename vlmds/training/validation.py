@@ -137,6 +137,11 @@ class Validator:
         total, tokens, any_bad = sum_over_ranks([total.item(), tokens, len(bad)])
         if any_bad:
             self._ledger(bad, step)
+            limit = self.experiment.data.max_bad_fraction
+            if any_bad > max(1, limit * len(reader)):
+                raise InputError(
+                    f"split val: {any_bad:.0f} of {len(reader)} samples could not be used, more than "
+                    f"data.max_bad_fraction {limit} allows; see the run's ledger.jsonl")
         self.monitor.validation(step, total / tokens, len(reader))
         return total / tokens
 
