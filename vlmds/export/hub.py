@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
 
 from vlmds.errors import InputError
@@ -23,7 +22,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
         api.create_repo(repository, exist_ok=True, private=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder,
                                      commit_message="Exported by vlmds"))
-    except (OSError, HFValidationError, httpx.HTTPError) as error:
+    except (OSError, ValueError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"--push-to-hub {repository}: {reason}; the folder is complete: {folder}, "
                          "so log in (hf auth login) and run: "
