@@ -19,6 +19,9 @@ from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import resolve_artifact
 
 
+COMMIT = "0" * 40
+
+
 class Hub(BaseHTTPRequestHandler):
     """Those of the hub's endpoints that one commit of small files and a snapshot need."""
 
@@ -39,12 +42,14 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"files": [{"path": f["path"], "uploadMode": "regular",
                                     "shouldIgnore": False} for f in files]})
         elif "/commit/" in self.path:
-            files = self.repositories["/".join(self.path.split("/")[3:5])]
+            name = "/".join(self.path.split("/")[3:5])
+            files = self.repositories[name]
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     value = line["value"]
                     files[value["path"]] = base64.b64decode(value["content"])
-            self.answer({"commitUrl": f"{constants.ENDPOINT}/{self.path}", "commitOid": "0" * 40})
+            self.answer({"commitUrl": f"{constants.ENDPOINT}/{name}/commit/{COMMIT}",
+                         "commitOid": COMMIT})
         else:
             self.answer({"error": self.path}, 404)
 
@@ -59,7 +64,7 @@ class Hub(BaseHTTPRequestHandler):
                               "oid": hashlib.sha1(data).hexdigest()}
                              for name, data in files.items()])
             else:
-                self.answer({"id": "/".join(parts[2:4]), "sha": "0" * 40, "private": True,
+                self.answer({"id": "/".join(parts[2:4]), "sha": COMMIT, "private": True,
                              "siblings": [{"rfilename": name} for name in files]})
         elif "resolve" in parts:
             data = self.repositories["/".join(parts[:2])]["/".join(parts[4:])]
@@ -73,7 +78,7 @@ class Hub(BaseHTTPRequestHandler):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Repo-Commit", COMMIT)
         if etag:
             self.send_header("ETag", f'"{etag}"')
         self.end_headers()
