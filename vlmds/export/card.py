@@ -4,13 +4,14 @@ reads."""
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from vlmds.config import Experiment
+from vlmds.errors import InputError
+from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.export.parity import Parity
 from vlmds.models.artifact import weights_sha256
 from vlmds.models.pretrained import looks_local
@@ -25,7 +26,8 @@ FRONT = {  # library_name, base_model_relation
 @dataclass(frozen=True)
 class Facts:
     """What a card tells. kind: a key of FRONT. meta: artifact.json. visual_tokens: per clip.
-    template: the tokenizer's chat template. run: of the artifact, None if it lies alone."""
+    template: the tokenizer's chat template. run: of the artifact, None if it lies alone. vllm:
+    whether it has what a LLaVA folder needs."""
 
     kind: str
     meta: dict
@@ -35,6 +37,7 @@ class Facts:
     template: str | None = None
     visual_tokens: int | None = None
     parity: Parity | None = None
+    vllm: bool = True
 
 
 def model_card(facts: Facts) -> str:
@@ -99,6 +102,9 @@ def _use(facts: Facts) -> str:
             "\n\n`trust_remote_code=True` lets transformers run the Python files of this folder on "
             "your machine, with your rights. They are short: read them, and name a commit with "
             "`revision=` where you load from the hub.")
+    if not facts.vllm:
+        return text + ("\n\nvLLM cannot serve it: it has no linear activation, and this language "
+                       "model is too narrow to do without (twice the tower's width).")
     return text + (
         f"\n\nvLLM: `--limit-mm-per-prompt '{{\"image\": {exp.data.num_frames}}}'`; send frames that "
         "example.py's `choose_frames` and `resize` gave.")
@@ -110,12 +116,16 @@ def _results(facts: Facts) -> str:
         return ""
     weights, parts = weights_sha256(facts.artifact), []
     for path in sorted(facts.run.glob("evaluation/*/metrics.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found, _ = read_evaluation(path.parent)
+        except InputError:  # another version's, or damaged
+            continue
         settings = found["settings"]
         if settings["weights_sha256"] != weights:
             continue
+        search = ", ".join(f"{k} {v}" for k, v in settings.get("generation", {}).items())
         lines = [f"Split {settings['split']}, {found['clips']:,} clips, language model in "
-                 f"{settings['llm_precision']}, beams {settings['num_beams']}:", "",
+                 f"{settings['llm_precision']}, {search}:", "",
                  "| metric | value | 95% interval |", "|---|---|---|"]
         lines += [f"| {name} | {m['value']:.2f} | {m['low']:.2f} to {m['high']:.2f} |"
                   for name, m in found["metrics"].items()]

@@ -141,13 +141,14 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
     before = [captioner_logits(model, probe, device) for probe in probes]
     if isinstance(model.captioner.llm, PeftModel):
         model.captioner.llm = merge_adapter(model.captioner.llm)
+    activation = None
     with new_folder(output) as new:
         if format == "vlmds":
             kind = "merged"
             _write_merged(new, artifact, model, published)
         elif fits_llava(model.captioner.projector, model.tower):
             kind = "hf-llava"
-            write_llava(new, model, experiment, builder)
+            activation = write_llava(new, model, experiment, builder)
         else:
             kind = REMOTE
             write_remote(new, model, experiment, builder)
@@ -161,7 +162,8 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
             after = _exported_logits(new, probes, builder, device, remote=kind == REMOTE)
         parity = compare_logits(before, after, source)
         (new / "README.md").write_text(model_card(facts(
-            kind, template=template, visual_tokens=tokens, parity=parity)), encoding="utf-8")
+            kind, template=template, visual_tokens=tokens, parity=parity,
+            vllm=activation != "linear")), encoding="utf-8")
     return parity
 
 

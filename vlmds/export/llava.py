@@ -34,8 +34,10 @@ def fits_llava(projector: Projector, tower: VisionTower) -> bool:
     return isinstance(projector, (Linear, MLP)) and tower.pool == 1
 
 
-def write_llava(folder: Path, model: Model, experiment: Experiment, builder: SequenceBuilder) -> None:
-    """Write model (adapter folded in, projector linear or MLP) and processor into ``folder``.
+def write_llava(folder: Path, model: Model, experiment: Experiment, builder: SequenceBuilder
+                ) -> str:
+    """Write model (adapter folded in, projector linear or MLP) and processor into ``folder``;
+    returns the activation of LLaVA's projector.
 
     Raises:
         InputError: see :mod:`vlmds.export.processor`.
@@ -62,6 +64,7 @@ def write_llava(folder: Path, model: Model, experiment: Experiment, builder: Seq
         image_token=token, chat_template=tokenizer.chat_template)
     check_sequence(processor, builder, projector.num_frames, tower.image_size)
     processor.save_pretrained(folder)
+    return act
 
 
 def projector_as_llava(projector: Projector) -> tuple[str, nn.Linear, nn.Linear]:
