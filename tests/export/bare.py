@@ -1,7 +1,7 @@
 """Loads exported folders where vlmds cannot be imported; run as `python -I bare.py JOB OUT`.
 
 JOB: an .npz with "frames" uint8 [clips, F, 3, S, S], and a .json beside it: folders, prompt and
-max_new_tokens. OUT: an .npz, for each folder its captions and the prompt's logits of the first clip.
+max_new_tokens. OUT: an .npz, for each folder its captions and the first clip's prompt logits.
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 sys.modules["vlmds"] = None  # importing it raises from here on
 warnings.simplefilter("ignore")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 @torch.no_grad()

@@ -102,11 +102,12 @@ def test_all_eight_say_the_same_without_vlmds(artifacts, captioners, frames, tmp
         assert "auto_map" not in config and not list((tmp_path / exp).glob("*_vlmds.py"))
     for path in (tmp_path / "e8").glob("*.py"):
         assert "import vlmds" not in path.read_text() and "from vlmds" not in path.read_text()
-    assert "trust_remote_code=True` lets transformers run" in (tmp_path / "e8/README.md").read_text()
+    card = (tmp_path / "e8" / "README.md").read_text()
+    assert "trust_remote_code=True` lets transformers run" in card
 
 
 @pytest.mark.parametrize("exp", ["e1", "e4", "e5", "e8"])
-def test_a_merged_folder_is_an_artifact_with_its_own_llm(artifacts, captioners, frames, tmp_path, exp):
+def test_a_merged_folder_holds_its_own_llm(artifacts, captioners, frames, tmp_path, exp):
     parity = export_run(artifacts / exp, tmp_path / "out", merge=True, device="cpu")
     assert parity.top1 == 1 and parity.clips == 8 and parity.source.startswith("random frames")
     loaded = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
@@ -131,8 +132,9 @@ def test_a_peft_folder_is_plain_peft(models, artifacts, captioners, frames, tmp_
     ids = torch.arange(20)[None]
     with torch.no_grad():
         ours = captioners[exp].model.captioner.llm(ids).logits
-        assert torch.equal(llm(ids).logits, ours)
-        assert not torch.equal(llm.get_base_model()(ids).logits, 0 * ours)
+        assert_close(llm(ids).logits.numpy(), ours.numpy())
+        with llm.disable_adapter():
+            assert (llm(ids).logits - ours).abs().max() > 1
     projector = load_file(tmp_path / "out" / "projector.safetensors")
     for name, tensor in captioners[exp].model.captioner.projector.state_dict().items():
         assert torch.equal(projector[name], tensor)
@@ -147,7 +149,8 @@ def test_a_copy_is_the_artifact_and_has_a_card(artifacts, captioners, frames, tm
     assert main(["export", "--run", str(artifacts / "e7"), "--output", str(out)]) == 0
     assert f"saved: {out}" in capsys.readouterr().out
     loaded = VideoCaptioner.from_pretrained(str(out), device="cpu")
-    assert np.array_equal(prompt_logits(loaded, frames[0]), prompt_logits(captioners["e7"], frames[0]))
+    ours = prompt_logits(captioners["e7"], frames[0])
+    assert np.array_equal(prompt_logits(loaded, frames[0]), ours)
     _, front, text = (out / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["language"] == "ko" and front["library_name"] == "vlmds"

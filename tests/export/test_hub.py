@@ -18,7 +18,6 @@ from vlmds.errors import InputError
 from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import resolve_artifact
 
-
 COMMIT = "0" * 40
 
 

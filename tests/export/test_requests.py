@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.activations import ACT2FN
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from tests import tiny
@@ -42,7 +43,8 @@ def test_a_run_s_folder_tells_of_real_clips_and_results(models, shards, tmp_path
     assert parity.tokens > 80 and parity.top1 == 1 and parity.kl < 1e-9
     card = (tmp_path / "out" / "README.md").read_text()
     value = json.loads((run / "evaluation/val/metrics.json").read_text())["metrics"]["chrf++@char"]
-    assert f"| chrf++@char | {value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f} |" in card
+    shown = f"{value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f}"
+    assert f"| chrf++@char | {shown} |" in card
     assert "Split val, 4 clips" in card and str(parity) in card
     folder = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
     assert folder.experiment.data.path is None  # where the data lay is the team's own business
@@ -128,8 +130,6 @@ def test_a_linear_projector_is_exactly_an_mlp(dtype, widths, expected):
     act, first, second = linear_as_mlp(linear)
     assert act == expected
     x = torch.randn(7, widths[0], dtype=dtype)
-    from transformers.activations import ACT2FN
-
     ours, theirs = linear(x), second(ACT2FN[act](first(x)))
     # Only the order of the sums differs; in bfloat16 that can move the one rounding at the end.
     tolerance = 1e-6 if dtype is torch.float32 else 2 ** -8
@@ -139,8 +139,8 @@ def test_a_linear_projector_is_exactly_an_mlp(dtype, widths, expected):
 
 
 def test_a_wide_linear_projector_is_a_relu_llava(tmp_path):
-    models = tiny.make_models(tmp_path / "wide", width=128)  # more than twice CLIP's 48
-    made(models, tmp_path / "run", "e1")
+    wide = tiny.make_models(tmp_path / "wide", width=128)  # more than twice CLIP's 48
+    made(wide, tmp_path / "run", "e1")
     parity = export_run(tmp_path / "run", tmp_path / "out", format="hf-llava", device="cpu")
     assert parity.top1 == 1 and parity.kl < 1e-8
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
@@ -150,9 +150,9 @@ def test_a_wide_linear_projector_is_a_relu_llava(tmp_path):
 
 
 def test_the_real_qwen_template_travels(qwen_tokenizer_folder, tmp_path):
-    models = tiny.make_models(
+    qwen = tiny.make_models(
         tmp_path / "models", AutoTokenizer.from_pretrained(qwen_tokenizer_folder))
-    made(models, tmp_path / "run", "e3")
+    made(qwen, tmp_path / "run", "e3")
     parity = export_run(tmp_path / "run", tmp_path / "out", format="hf-llava", device="cpu")
     assert parity.top1 == 1 and parity.kl < 1e-8
     assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"] == 151655

@@ -94,8 +94,8 @@ def _use(facts: Facts) -> str:
     text = ("```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
             f"processor = AutoProcessor.from_pretrained(\"this folder\"{trust})\n"
             f"model = AutoModelForImageTextToText.from_pretrained(\"this folder\"{trust})\n```\n\n"
-            f"A clip is a user message of {exp.data.num_frames} images, then the prompt. The frames "
-            "must be chosen and resized as in training: `python example.py VIDEO...` does that, "
+            f"A clip is a user message of {exp.data.num_frames} images, then the prompt. The "
+            "frames must be chosen and resized as in training: `python example.py VIDEO...` does that, "
             "with av and pillow alone.")
     if facts.kind == REMOTE:
         return text + (
@@ -106,8 +106,8 @@ def _use(facts: Facts) -> str:
         return text + ("\n\nvLLM cannot serve it: it has no linear activation, and this language "
                        "model is too narrow to do without (twice the tower's width).")
     return text + (
-        f"\n\nvLLM: `--limit-mm-per-prompt '{{\"image\": {exp.data.num_frames}}}'`; send frames that "
-        "example.py's `choose_frames` and `resize` gave.")
+        f"\n\nvLLM: `--limit-mm-per-prompt '{{\"image\": {exp.data.num_frames}}}'`; send frames "
+        "that example.py's `choose_frames` and `resize` gave.")
 
 
 def _results(facts: Facts) -> str:
@@ -172,12 +172,12 @@ def _parts(facts: Facts) -> str:
 def _limits(facts: Facts) -> str:
     exp = facts.experiment
     points = [
-        f"It sees {exp.data.num_frames} frames without sound: what happens between them is guessed.",
+        f"It sees {exp.data.num_frames} frames without sound: what happens between is guessed.",
         "It learned to answer its prompt in Korean; other prompts and languages are not tested.",
         "Captions can be wrong or biased as the data is. The licences of the base models apply."]
     if exp.llm.load_in_4bit and facts.kind in ("merged", "hf-llava", REMOTE):
-        points.append(f"The adapter was trained beside NF4 weights and is folded into {exp.llm.dtype} "
-                      "ones, so that captions can differ from those that were evaluated.")
+        points.append(f"The adapter was trained beside NF4 weights and is folded into "
+                      f"{exp.llm.dtype} ones, so that captions can differ from those that were evaluated.")
     if exp.peft.type == "dora" and facts.kind in ("vlmds", "peft"):
         points.append("vLLM refuses DoRA adapters: to serve this model there, export it with "
                       "`--merge` or `--format hf-llava`, which fold the adapter in.")

@@ -73,7 +73,8 @@ def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = 
     meta, _ = read_artifact(artifact)
     experiment = load_experiment(artifact / "experiment.yaml", overrides)
     check_request(artifact, meta, output, format, merge)
-    run_folder = next((p for p in (run, artifact.parent.parent) if (p / "run.json").is_file()), None)
+    places = (run, artifact.parent.parent)
+    run_folder = next((place for place in places if (place / "run.json").is_file()), None)
     published = experiment.model_copy(update={  # where the data lies is nobody else's business
         "data": experiment.data.model_copy(
             update={"path": None, "blend": None, "cache_dir": None})})
@@ -156,7 +157,9 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
         gc.collect()  # before a second copy of the weights is loaded
         if format == "vlmds":
             written = VideoCaptioner.from_pretrained(new, device=str(device)).model
-            after = lambda i: captioner_logits(written, probes[i], device)  # noqa: E731
+
+            def after(number: int) -> Tensor:
+                return captioner_logits(written, probes[number], device)
         else:
             write_example(new, published, remote=kind == REMOTE)
             after = _exported_logits(new, probes, builder, device, remote=kind == REMOTE)
@@ -210,8 +213,8 @@ def _exported_logits(folder: Path, probes: list[Probe], builder: SequenceBuilder
         caption = [i for i in probe.sequence.labels if i != IGNORE]
         ids = torch.cat([inputs["input_ids"], torch.tensor([caption], device=device)], dim=1)
         if ids.shape[1] != len(probe.sequence.input_ids):
-            raise InputError(f"the prompt {probe.prompt!r} of a clip holds {processor.image_token}, "
-                             "which stands for a visual token; take it out of the data")
+            raise InputError(f"the prompt {probe.prompt!r} of a clip holds "
+                             f"{processor.image_token}, which stands for a visual token; take it out of the data")
         return model(input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False,
                      logits_to_keep=supervised(probe.sequence).to(device)).logits.float().cpu()
 

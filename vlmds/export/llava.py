@@ -1,5 +1,5 @@
-"""`--format hf-llava` of the linear and the MLP projector without pooling: a ``LlavaForConditionalGeneration``
-folder, which plain transformers loads.
+"""`--format hf-llava` of the linear and the MLP projector without pooling: a
+``LlavaForConditionalGeneration`` folder, which plain transformers loads.
 
 The frames of a clip are the images of one user message. LLaVA puts each image's patch tokens where
 its placeholder stands, so that a clip's tokens stand in one run, frame by frame, as in vlmds.

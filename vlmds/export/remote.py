@@ -1,5 +1,5 @@
-"""`--format hf-llava` of a resampler, or of pooled features: LLaVA has neither, so the folder brings
-its code along, and transformers runs it where the caller passes ``trust_remote_code=True``."""
+"""`--format hf-llava` of a resampler, or of pooled features: LLaVA has neither, so the folder
+brings its code along, and transformers runs it where the caller passes ``trust_remote_code=True``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from vlmds.config import Experiment
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.export import bundle
-from vlmds.export.processor import check_sequence, exported_tokenizer, image_processor
 from vlmds.export.bundle.configuration_vlmds import VlmdsConfig
 from vlmds.export.bundle.processing_vlmds import VlmdsProcessor
+from vlmds.export.processor import check_sequence, exported_tokenizer, image_processor
 from vlmds.export.weights import named, nameless, write_model
 from vlmds.models import projectors
 from vlmds.models.assemble import Model

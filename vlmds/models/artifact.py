@@ -118,7 +118,8 @@ def read_artifact(folder: Path) -> tuple[dict, Experiment]:
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise InputError(f"{folder}: not an artifact of vlmds (no readable artifact.json)") from None
+        raise InputError(f"{folder}: not an artifact of vlmds (no readable artifact.json)"
+                         ) from None
     if meta.get("format") != FORMAT or meta.get("version") not in READABLE:
         raise InputError(f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
                          f"vlmds reads {FORMAT} versions {' and '.join(map(str, READABLE))}")

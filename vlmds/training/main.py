@@ -85,7 +85,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     origin = {
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
-        "weights": base_weights(experiment), "revisions": on_main(lambda: base_revisions(experiment))}
+        "weights": base_weights(experiment),
+        "revisions": on_main(lambda: base_revisions(experiment))}
     resume = args.resume
     start_from = None if resume in ("auto", "never") else Path(resume)
     run = on_main(lambda: open_run(
