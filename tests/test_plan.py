@@ -142,6 +142,19 @@ def test_activations_follow_checkpointing_length_and_batch(models):
         2 * activations("e3"), rel=0.01)
 
 
+def test_every_nth_layer_lies_between_none_and_all():
+    experiment = load_experiment("e3")
+    model = shapes(experiment)
+    freeze(model.captioner, experiment.stages[1])
+    memories = stage_memories(experiment, experiment.stages[1], model.captioner, model.tower, 1)
+    sizes = [sum(parts.values()) for parts in memories.values()]
+    assert list(memories) == [0, 8, 4, 3, 2, 1] and sizes == sorted(sizes, reverse=True)
+    assert memories[1] == parts(experiment, 1)
+    for every, size in zip(memories, sizes, strict=True):
+        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for CUDA's context
+    assert fewest_recomputed(memories, 1e12) == 0
+
+
 def test_saved_bytes_are_what_autograd_keeps():
     weight = torch.nn.Parameter(torch.ones(8, 4))
     x = torch.ones(16, 4, requires_grad=True)
