@@ -1,0 +1,142 @@
+"""One measured process of `vlmds bench train`: `python -m vlmds.bench.train_worker FOLDER VARIANT
+NAME STEPS`. Leaves FOLDER/NAME.json, rank 0's."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vlmds.bench.clock import StepClock
+from vlmds.bench.footprint import StepMemory, resident_parts
+from vlmds.bench.workload import Workload
+from vlmds.data.dataset import open_dataset
+from vlmds.files import write
+from vlmds.models.assemble import load_model
+from vlmds.models.pretrained import quiet_libraries
+from vlmds.training.main import default_ds_config, leave
+from vlmds.training.monitor import peak_memory
+from vlmds.training.preemption import StopRequest
+from vlmds.training.ranks import init_distributed, is_main
+from vlmds.training.stages import StageTrainer, prepare_stage
+
+PHASES = ("data wait", "CLIP", "forward", "backward", "communication", "optimizer")
+
+
+@dataclass
+class StepRecorder:
+    """Stands in for the run's :class:`~vlmds.training.monitor.Monitor`, which the training tells of
+    every step: notes when the step ended and where its time went.
+
+    The first steps are timed as they are, the others split into phases; the very last runs under
+    `memory`.
+    """
+
+    work: Workload
+    clock: StepClock
+    memory: StepMemory
+    steps: list[dict] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def step(self, step: int, *, loss, positions: float = 0, waited: float = 0.0, **_) -> None:
+        if self.clock.device.type == "cuda":
+            torch.cuda.synchronize(self.clock.device)
+        now = time.perf_counter()
+        split = self.clock.split
+        self.steps.append({
+            "seconds": now - self._began, "data wait": waited, "positions": positions,
+            "loss": float(loss), "split": split, **self.clock.lap()})
+        if step + 1 == self.work.total_steps - 1:
+            self.peak_bytes = peak_memory()
+            self.memory.start()
+        elif step + 1 == self.work.total_steps:
+            self.memory.stop()
+        # On a CPU nothing overlaps: every step can be split.
+        self.clock.split = self.clock.device.type == "cpu" or (
+            len(self.steps) >= self.work.WARM_UP + self.work.steps // 2)
+        self.clock.lap()
+        self._began = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def result(self) -> dict:
+        timed = self.steps[self.work.WARM_UP:-1]
+        whole = [step for step in timed if not step["split"]] or timed
+        best = min(whole, key=lambda step: step["seconds"])
+        split = min((step for step in timed if step["split"]), key=lambda step: step["seconds"])
+        return {
+            "losses": [step["loss"] for step in self.steps],
+            "step_seconds": best["seconds"], "positions": best["positions"],
+            "all_seconds": [step["seconds"] for step in self.steps],
+            "phases": {name: split.get(name, 0.0) for name in PHASES},
+            "split_step_seconds": split["seconds"], "sent": best["sent"],
+            "peak_bytes": self.peak_bytes}
+
+
+def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) -> dict:
+    """The real stage: :class:`StageTrainer` on the packed data, with hooks around what a step calls."""
+    experiment, number, clock = work.experiment, work.stage, recorder.clock
+    model = load_model(experiment, device)
+    run = work.run(dist.get_world_size())
+    prepare_stage(model, experiment, number, run)
+    trainer = StageTrainer(
+        experiment, number, model, open_dataset(experiment.data), run, default_ds_config(), device,
+        recorder, StopRequest())
+    engine = trainer.engine
+    model.features = clock.timed("CLIP", model.features)
+    engine.forward = clock.timed("forward", engine.forward)
+    engine.backward = clock.timed("backward", engine.backward)
+    engine.step = clock.timed("optimizer", engine.step)
+    recorder.start()
+    trainer.train()
+    return {"resident": resident_parts(model, engine)}
+
+
+def measure(variant: str, work: Workload) -> dict:
+    """Measure one variant in this process.
+
+    Args:
+        variant: "vlmds", or the name of a baseline.
+    """
+    from vlmds.bench.baselines import measure_hf, measure_reference
+
+    variants = {"vlmds": measure_vlmds, "reference": measure_reference, "hf": measure_hf}
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    clock = StepClock(device)
+    clock.watch_collectives()
+    if variant != "hf":  # whose Trainer looks after its own ranks
+        clock.device = device = init_distributed(timeout_minutes=10)
+    recorder = StepRecorder(work, clock, StepMemory(device, active=variant == "vlmds"))
+    more = variants[variant](work, recorder, device)
+    return {"variant": variant, "device": _device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
+            **recorder.result(), **more, **recorder.memory.result()}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def main(folder: str, variant: str, name: str, steps: str) -> None:
+    quiet_libraries()
+    result = measure(variant, Workload(Path(folder), int(steps)))
+    if is_main():
+        write(Path(folder) / f"{name}.json", json.dumps(result))
+    leave()
+    os._exit(0)  # reader processes and watches need no good-bye
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
