@@ -14,6 +14,7 @@ from tests.data.conftest import write_video
 from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.errors import InputError, SampleError
+from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import load_artifact, save_artifact
 from vlmds.models.assemble import load_model
@@ -122,9 +123,9 @@ def test_captions_do_not_depend_on_the_batch(models, tmp_path):
     frames = frames.astype(np.uint8)
     prompts = [None, "무엇?", None, "이 영상에서 무엇이 보입니까? 자세히 말해주세요.", "누구?"]
     for beams in (1, 3):
-        options = dict(num_beams=beams, max_new_tokens=12)
-        together = captioner.caption_frames(frames, prompts, **options)
-        alone = [captioner.caption_frames(f[None], [p], **options)[0]
+        options = GenerationOptions(num_beams=beams, max_new_tokens=12)
+        together = captioner.caption_frames(frames, prompts, options)
+        alone = [captioner.caption_frames(f[None], [p], options)[0]
                  for f, p in zip(frames, prompts)]
         assert together == alone
         assert len(set(together)) > 1  # random, but not blind
@@ -136,7 +137,7 @@ def test_captions_of_files_and_of_what_is_no_video(models, tmp_path, capsys):
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     videos.insert(1, str(tmp_path / "bad.mp4"))
     captioner = VideoCaptioner.from_pretrained(tmp_path / "artifact")
-    results = list(captioner.caption(videos, batch_size=2, max_new_tokens=6))
+    results = list(captioner.caption(videos, GenerationOptions(max_new_tokens=6), batch_size=2))
     assert [isinstance(r, SampleError) for r in results] == [False, True, False, False]
     code = main(["caption", "--run", str(tmp_path / "artifact"), "--json", "--max-new-tokens", "6",
                  *videos])

@@ -13,16 +13,18 @@ from vlmds.data.convert import convert
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
 from vlmds.memory import (
-    TEXT_POSITIONS,
+    fewest_recomputed,
     layer_activations,
     llm_bytes,
+    longest,
     saved_bytes,
+    stage_memories,
     stage_memory,
 )
 from vlmds.models.assemble import load_model
 from vlmds.models.language import add_adapter, load_language_model
 from vlmds.models.vision import load_vision_tower
-from vlmds.plan import plan, shapes
+from vlmds.plan import plan_experiment, shapes
 from vlmds.training.stages import freeze
 
 CPU = torch.device("cpu")
@@ -109,7 +111,7 @@ def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp,
     freeze(captioner, stage)
     captioner.train()
     base = captioner.llm.get_base_model() if "peft" in stage.train else captioner.llm
-    length = captioner.projector.num_tokens + TEXT_POSITIONS
+    length = longest(experiment, captioner)
     hidden = torch.randn(2, length, 64, requires_grad=True)
     rotation = base.model.rotary_emb(hidden, torch.arange(length)[None])
     layer = base.model.layers[0]
@@ -201,7 +203,7 @@ def test_plan_names_the_cheapest_store_of_the_data(models, data, store, capsys):
 
 def test_a_rate_that_no_store_can_serve_is_told(models, data):
     experiment = load_experiment("e1", tiny.settings(models, data / "frames"))
-    assert "no store keeps a GPU fed with 0.001 cores" in plan(
+    assert "no store keeps a GPU fed with 0.001 cores" in plan_experiment(
         experiment, samples_per_second=1e9, cores_per_gpu=0.001)
 
 
@@ -221,4 +223,4 @@ def test_pooling_shows_in_the_plan(capsys):
 
 def test_plan_of_no_dataset_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        plan(load_experiment("e1", [f"data.path={tmp_path / 'none'}"]))
+        plan_experiment(load_experiment("e1", [f"data.path={tmp_path / 'none'}"]))

@@ -43,6 +43,19 @@ def test_the_slurm_script_is_bash_and_lists_every_run(tmp_path, capsys):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=10)
 
 
+def test_evaluation_runs_on_all_gpus_of_the_launcher(tmp_path):
+    job = sweep.plan_jobs(["e1"], tmp_path)[0]
+
+    def start(launcher):
+        command = sweep.evaluate_command(job, "data", launcher, ("--beams", "3"))
+        return command[:command.index("evaluate")]
+
+    assert start("deepspeed --num_gpus 8") == [
+        "deepspeed", "--num_gpus", "8", "--module", "vlmds.cli"]
+    assert start("srun torchrun --nproc-per-node 8")[-3:] == ["8", "-m", "vlmds.cli"]
+    assert start("python") == [sys.executable, "-m", "vlmds.cli"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "no experiments"), (["e9", "--data", "d"], "no such experiment"),
     (["--owner", "Z", "--data", "d"], "owns no experiment"), (["e1"], "--data: no data given"),
@@ -81,3 +94,8 @@ def test_trains_evaluates_compares_and_skips_what_is_done(
     assert main([*command[:1], *command[2:]]) == 0
     again = capfd.readouterr().out
     assert "done before" in again and "launch/train.py" not in again
+    metrics = tmp_path / "runs" / "good" / "evaluation" / "val" / "metrics.json"
+    job = sweep.plan_jobs([str(tmp_path / "good.yaml")], tmp_path / "runs")[0]
+    assert job.evaluated
+    metrics.write_text(metrics.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    assert not job.evaluated  # of other weights

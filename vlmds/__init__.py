@@ -1,0 +1,59 @@
+"""Trains and compares video-captioning models, and captions videos with them.
+
+What a notebook needs is here, each name loaded when it is first used; ``import vlmds`` alone
+loads neither PyTorch nor a model. The commands are in :mod:`vlmds.cli`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmds.captioning.pipeline import caption_records
+    from vlmds.captioning.run import caption_to_file
+    from vlmds.config import Experiment, load_experiment
+    from vlmds.data.dataset import open_dataset
+    from vlmds.data.decode_child import Clip
+    from vlmds.data.pack import pack
+    from vlmds.errors import InputError, SampleError
+    from vlmds.evaluation.compare import compare, load_run
+    from vlmds.evaluation.evaluate import evaluate_run, read_evaluation
+    from vlmds.evaluation.report import write_report
+    from vlmds.generation import GenerationOptions
+    from vlmds.inference import VideoCaptioner
+    from vlmds.plan import plan_experiment
+
+__all__ = [
+    "Clip", "Experiment", "GenerationOptions", "InputError", "SampleError", "VideoCaptioner",
+    "caption_records", "caption_to_file", "compare", "evaluate_run", "load_experiment", "load_run",
+    "open_dataset", "pack", "plan_experiment", "read_evaluation", "write_report",
+]
+_MODULES = {
+    "captioning.pipeline": ("caption_records",),
+    "captioning.run": ("caption_to_file",),
+    "config": ("Experiment", "load_experiment"),
+    "data.dataset": ("open_dataset",),
+    "data.decode_child": ("Clip",),
+    "data.pack": ("pack",),
+    "errors": ("InputError", "SampleError"),
+    "evaluation.compare": ("compare", "load_run"),
+    "evaluation.evaluate": ("evaluate_run", "read_evaluation"),
+    "evaluation.report": ("write_report",),
+    "generation": ("GenerationOptions",),
+    "inference": ("VideoCaptioner",),
+    "plan": ("plan_experiment",),
+}
+
+
+if not TYPE_CHECKING:  # from which a misspelt name would be hidden
+
+    def __getattr__(name: str) -> Any:
+        for module, names in _MODULES.items():
+            if name in names:
+                value = getattr(import_module(f"vlmds.{module}"), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -146,6 +146,12 @@ class DataConfig(Section):
         return self
 
 
+def _checkpointing(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto" or (isinstance(value, int) and value > 0):
+        return value
+    raise ValueError(f"must be auto, true, false, or n for every n-th layer, not {value!r}")
+
+
 class TrainingConfig(Section):
     seed: NaturalInt = 0
     micro_batch: PositiveInt = 2
@@ -157,9 +163,26 @@ class TrainingConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 0.0
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    activation_checkpointing: bool = True
+    activation_checkpointing: Annotated[
+        Literal["auto"] | bool | int, BeforeValidator(_checkpointing)] = "auto"
+    """Which layers of the LLM compute their activations again in the backward pass, instead of
+    keeping them: all (true), none (false), every n-th (n); auto takes the fewest with which the
+    stage fits the GPU's memory, and none on a CPU. Results are the same."""
     validate_every: PositiveInt = 200
     """Optimizer steps between validation passes; one also runs at the end of each stage."""
+    evaluate_every: PositiveInt | None = None
+    """Optimizer steps between captions, with metrics, of a part of split val; they are also made at
+    the end of each stage. null makes none in training."""
+    evaluate_clips: PositiveInt = 64
+    evaluate_tokens: PositiveInt = 64
+    """At most, for each of those captions."""
+    best_metric: str = "loss"
+    """What makes a checkpoint the best: loss (on split val), or a metric of evaluate_every such as
+    cider_d@morpheme or chrf++@char."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights a stage leaves as its artifact."""
+    early_stopping: PositiveInt | None = None
+    """A stage ends after so many looks at best_metric in a row that found it no better."""
     checkpoint_every: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
     timeout_minutes: PositiveFloat = 30
@@ -169,6 +192,12 @@ class TrainingConfig(Section):
     use; null keeps none."""
     max_skipped_steps: NaturalInt = 10
     """Optimizer steps that a loss or gradient which is no number may cost before the run ends."""
+
+    @model_validator(mode="after")
+    def _best_metric_is_made(self):
+        if self.best_metric != "loss" and self.evaluate_every is None:
+            raise ValueError(f"best_metric {self.best_metric} is made by evaluate_every; set it, too")
+        return self
 
 
 class LoggingConfig(Section):

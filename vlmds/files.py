@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             path.fs.put_file(file.name, path.path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}~{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{machine()}~{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -53,10 +54,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary_owner(path: Path) -> tuple[bool, str]:
-    """Whether a temporary file of :func:`replacing` is of this machine, and its writer's process
-    id."""
+    """Whether a temporary file of :func:`replacing` is of this machine (and container), and its
+    writer's process id there."""
     rest, _, pid = path.name.removesuffix(".tmp").rpartition("~")
-    return rest.endswith(f".{platform.node()}"), pid
+    return rest.endswith(f".{machine()}"), pid
+
+
+@cache
+def machine() -> str:
+    """Names where a process id means the same process: this start of this machine, and in it this
+    namespace of process ids. Host names may be the same on many machines, and in containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    parts = [platform.node(), boot.read_text().strip() if boot.is_file() else "",
+             os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def write(path: Path, data: bytes | str) -> None:

@@ -21,6 +21,13 @@ from vlmds.training.optimizer import parameter_groups
 
 TEXT_POSITIONS = 40
 """What the chat template, a prompt and a short caption add to the visual tokens."""
+PROMPT_POSITIONS = 32
+"""What the chat template and a short prompt add to the visual tokens and the caption."""
+EVERY = (0, 8, 4, 3, 2, 1)
+"""What activation checkpointing may be: no layer, or every n-th; the fastest first."""
+CONTEXT_BYTES, USABLE = 1.5e9, 0.94
+"""CUDA's context, NCCL and the libraries' workspaces; the share of the rest that fragmentation
+leaves. Assumed, not measured."""
 _NF4_BLOCK, _NF4_BLOCKS_PER_SCALE = 64, 256
 
 
@@ -28,12 +35,30 @@ def stage_memory(
     experiment: Experiment, stage: StageConfig, captioner: Captioner, tower: nn.Module | None,
     world_size: int,
 ) -> dict[str, int]:
-    """Bytes on one GPU at the peak of a stage, by part.
+    """Bytes on one GPU at the peak of a stage, by part, with the longest captions that
+    ``data.max_caption_tokens`` allows. ``training.activation_checkpointing: auto`` counts as true.
 
     Args:
         captioner: on the meta device, with the adapter, frozen as the stage says.
         tower: the CLIP model on the meta device; None where the data holds its features.
     """
+    setting = experiment.training.activation_checkpointing
+    every = 1 if setting == "auto" else int(setting)
+    return stage_memories(experiment, stage, captioner, tower, world_size, (every,))[every]
+
+
+def fewest_recomputed(memories: dict[int, dict[str, int]], capacity: float) -> int | None:
+    """The first of :func:`stage_memories` that fits a GPU of ``capacity`` bytes, or None."""
+    room = (capacity - CONTEXT_BYTES) * USABLE
+    return next((every for every, parts in memories.items() if sum(parts.values()) <= room), None)
+
+
+def stage_memories(
+    experiment: Experiment, stage: StageConfig, captioner: Captioner, tower: nn.Module | None,
+    world_size: int, choices: Iterable[int] = EVERY,
+) -> dict[int, dict[str, int]]:
+    """As :func:`stage_memory`, for several settings of activation checkpointing: of no layer (0),
+    or of every n-th."""
     training = experiment.training
     size = getattr(torch, experiment.llm.dtype).itemsize
     partitions = partition_sizes(experiment, stage, captioner, world_size)
@@ -42,9 +67,8 @@ def stage_memory(
     frozen_projector = sum(
         p.numel() for p in captioner.projector.parameters() if not p.requires_grad)
     layer, layers = layer_activations(experiment, stage, captioner), _layers(captioner)
-    positions = training.micro_batch * _length(captioner)
+    positions = training.micro_batch * longest(experiment, captioner)
     hidden = positions * captioner.projector.llm_dim * size
-    kept = layers * layer if not training.activation_checkpointing else layers * hidden + layer
     parts = {
         "LLM weights": llm_bytes(experiment, captioner.llm),
         "CLIP weights": 0 if tower is None else size * _count(tower.parameters()),
@@ -56,7 +80,7 @@ def stage_memory(
         "gradients": 4 * sum(partitions),
         # Two reduction buckets (overlap_comm) that each hold the gradients of all trainables.
         "gradient buckets": 2 * size * trained,
-        "activations": kept + _projector_activations(experiment, captioner),
+        "activations": _projector_activations(experiment, captioner),
         "logits": _logits(experiment, captioner),
         "CLIP forward": 0 if tower is None else _tower_activations(experiment, tower),
     }
@@ -64,7 +88,18 @@ def stage_memory(
         parts["weight average"] = 4 * sum(partitions)
     if experiment.llm.load_in_4bit:  # bitsandbytes unpacks one weight at a time
         parts["one unpacked weight"] = size * max(m.weight.numel() for m in _quantised(captioner.llm))
-    return parts
+    memories = {}
+    for every in choices:
+        recomputed = math.ceil(layers / every) if every else 0
+        # A checkpointed layer keeps its input; the one that is being recomputed, everything.
+        kept = (layers - recomputed) * layer + recomputed * hidden + (layer if recomputed else 0)
+        memories[every] = {**parts, "activations": parts["activations"] + kept}
+    return memories
+
+
+def longest(experiment: Experiment, captioner: Captioner) -> int:
+    """Positions of a sample with the longest caption."""
+    return captioner.projector.num_tokens + PROMPT_POSITIONS + experiment.data.max_caption_tokens
 
 
 def partition_sizes(
@@ -139,7 +174,8 @@ def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Cap
     """What one layer of the language model keeps for one micro-batch."""
     decoder = captioner.llm.get_base_model().model
     dtype = getattr(torch, experiment.llm.dtype)
-    shape = (experiment.training.micro_batch, _length(captioner), captioner.projector.llm_dim)
+    shape = (experiment.training.micro_batch, longest(experiment, captioner),
+             captioner.projector.llm_dim)
     hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
     positions = torch.arange(shape[1], device="meta")[None]
     rotation = tuple(t.to(dtype) for t in decoder.rotary_emb(hidden, positions))
@@ -194,10 +230,6 @@ def _quantised(llm: nn.Module) -> list[nn.Linear]:
     """The Linears that bitsandbytes replaces: all but the output layer and the adapter's own."""
     return [module for name, module in llm.named_modules()
             if isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name]
-
-
-def _length(captioner: Captioner) -> int:
-    return captioner.projector.num_tokens + TEXT_POSITIONS
 
 
 def _layers(captioner: Captioner) -> int:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vlmds.config import Experiment
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.prices import cheapest, needs, prices
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
+from vlmds.hardware import find_card
 from vlmds.memory import TEXT_POSITIONS, checkpoint_bytes, stage_memory
-from vlmds.models.assemble import experiment_projector
+from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
-from vlmds.models.language import add_adapter, load_tokenizer
-from vlmds.models.pretrained import published_or_loaded_config
-from vlmds.models.vision import patches_per_frame, vision_half
-from vlmds.training.stages import freeze, stage_steps
+from vlmds.models.language import load_tokenizer
+from vlmds.models.vision import patches_per_frame
+from vlmds.propose import proposal_table, proposals
+from vlmds.training.optimizer import freeze
+from vlmds.training.stages import stage_steps
 
 CORES_PER_GPU = 8.0
 ASSUMED_FLOPS = 200e12
@@ -28,34 +26,9 @@ than too few, so that the cores named here are enough."""
 EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
 
 
-@dataclass
-class Shapes:
-    """The experiment's models on the meta device: shapes without storage. The captioner carries
-    the adapter."""
-
-    tower: nn.Module
-    captioner: Captioner
-
-
-def shapes(experiment: Experiment) -> Shapes:
-    """Build the models without their weights.
-
-    Raises:
-        InputError: a model's configuration cannot be loaded, or parts do not fit.
-    """
-    vision = vision_half(published_or_loaded_config(experiment.vision.model, "vision.model"),
-                         experiment.vision.model)
-    language = published_or_loaded_config(experiment.llm.model, "llm.model")
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
-        captioner = Captioner(experiment_projector(experiment, vision, language), llm)
-        captioner.llm = add_adapter(llm, experiment.peft)
-        return Shapes(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))
-
-
-def plan(
+def plan_experiment(
     experiment: Experiment, gpus: int = 1, samples_per_second: float | None = None,
-    cores_per_gpu: float = CORES_PER_GPU,
+    cores_per_gpu: float = CORES_PER_GPU, gpu: str | None = None,
 ) -> str:
     """The report: parameters, visual tokens, memory, steps per stage, what each store costs, one
     sample with its loss mask.
@@ -64,15 +37,17 @@ def plan(
         gpus: number of ranks.
         samples_per_second: training speed of one GPU, if it is known.
         cores_per_gpu: CPU cores that may decode for one GPU.
+        gpu: name of a card, to propose what suits it.
 
     Raises:
-        InputError: see :func:`shapes`; or data.path is given and holds no dataset.
+        InputError: an unknown card; see :func:`shapes`; or data.path is given and holds no dataset.
     """
     for name, value in (("--gpus", gpus), ("--samples-per-second", samples_per_second),
                         ("--cores-per-gpu", cores_per_gpu)):
         if value is not None and value <= 0:
             raise InputError(f"{name}: {value} is not more than 0")
     data = experiment.data
+    card = find_card(gpu) if gpu else None
     dataset = open_dataset(data) if data.path or data.blend else None
     model = shapes(experiment)
     sections = [
@@ -80,6 +55,10 @@ def plan(
         _memory(experiment, model, gpus, dataset), _schedule(experiment, dataset, gpus),
         _stores(experiment, model, dataset, samples_per_second, cores_per_gpu),
         _sample(experiment, model.captioner.projector.num_tokens)]
+    if card:
+        stored = dataset is not None and dataset.store == "features"
+        sections.insert(3, proposal_table(
+            proposals(experiment, model, card, gpus, stored), card, gpus, experiment))
     return "\n\n".join(sections)
 
 
@@ -133,7 +112,9 @@ def _memory(
             experiment, stage, model.captioner, None if stored else model.tower, gpus))
         checkpoints.append(checkpoint_bytes(experiment, model.captioner))
     training = experiment.training
-    recompute = "with" if training.activation_checkpointing else "without"
+    every = training.activation_checkpointing
+    recompute = {True: "full", False: "no", "auto": "full (auto takes less where it fits)"}.get(
+        every, f"every {every}th layer's")
     ranks = "1 GPU" if gpus == 1 else f"each of {gpus} GPUs"
     lines = [f"{f'memory of {ranks}, GB':<28}" + "".join(
         f"{s.name:>12}" for s in experiment.stages)]

@@ -6,6 +6,7 @@ themselves. An experiment that fails leaves the others to be run.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 from vlmds.config import Experiment, load_experiment, packaged_experiments
 from vlmds.errors import InputError
-from vlmds.models.artifact import is_artifact
+from vlmds.models.artifact import is_artifact, weights_sha256
 from vlmds.training.main import REPOSITORY
 
 STOPPED = 3  # exit code of a training that a signal stopped after it saved
@@ -37,12 +38,26 @@ class Job:
     state: str = "waiting"
 
     @property
+    def artifact(self) -> Path:
+        return self.run / "artifacts" / self.experiment.stages[-1].name
+
+    @property
     def trained(self) -> bool:
-        return is_artifact(self.run / "artifacts" / self.experiment.stages[-1].name)
+        return is_artifact(self.artifact)
 
     @property
     def evaluated(self) -> bool:
-        return any(self.run.glob("evaluation/*/metrics.json"))
+        """Whether there is an evaluation of the weights that are there now."""
+        if not self.trained:
+            return False
+        weights = weights_sha256(self.artifact)
+        for path in self.run.glob("evaluation/*/metrics.json"):
+            try:
+                if json.loads(path.read_text())["settings"]["weights_sha256"] == weights:
+                    return True
+            except (ValueError, KeyError):
+                continue  # damaged: evaluate again
+        return False
 
 
 def plan_jobs(exps: list[str], output: Path, *, seeds: int = 1, share_stage1: bool = False,
@@ -99,9 +114,18 @@ def train_command(job: Job, data: str, launcher: str) -> list[str]:
     return [*command, *(["--set", *job.overrides] if job.overrides else [])]
 
 
-def evaluate_command(job: Job, data: str, options: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, "-m", "vlmds.cli", "evaluate", "--run", str(job.run), "--data", data,
-            *options]
+def evaluate_command(job: Job, data: str, launcher: str, options: tuple[str, ...] = ()
+                     ) -> list[str]:
+    """By the launcher of the training, if it is one that can start a module on all its GPUs."""
+    words = shlex.split(launcher)
+    names = [Path(word).name for word in words]
+    if names[0] == "deepspeed":
+        start = [*words, "--module"]
+    elif "torchrun" in names:
+        start = [*words, "-m"]
+    else:
+        start = [sys.executable, "-m"]
+    return [*start, "vlmds.cli", "evaluate", "--run", str(job.run), "--data", data, *options]
 
 
 def run_jobs(jobs: list[Job], data: str, launcher: str, evaluate_options: tuple[str, ...] = (),
@@ -118,7 +142,7 @@ def run_jobs(jobs: list[Job], data: str, launcher: str, evaluate_options: tuple[
             job.state = "done before"
             continue
         for doing, command in (("training", train_command(job, data, launcher)),
-                               ("evaluation", evaluate_command(job, data, evaluate_options))):
+                               ("evaluation", evaluate_command(job, data, launcher, evaluate_options))):
             if doing == "training" and job.trained:
                 continue
             job.state = doing
@@ -144,7 +168,8 @@ def status_table(jobs: list[Job]) -> str:
     return "\n".join(lines)
 
 
-def slurm_script(jobs: list[Job], data: str, launcher: str) -> str:
+def slurm_script(jobs: list[Job], data: str, launcher: str,
+                 evaluate_options: tuple[str, ...] = ()) -> str:
     """An array of jobs; those that start from another's stage 1 wait for that one's artifact."""
     lines = ["#!/bin/bash", "#SBATCH --job-name=vlmds", f"#SBATCH --array=0-{len(jobs) - 1}",
              "#SBATCH --nodes=1", "#SBATCH --gpus-per-node=8", "#SBATCH --requeue",
@@ -156,7 +181,7 @@ def slurm_script(jobs: list[Job], data: str, launcher: str) -> str:
             artifact = job.first_stage / "artifacts" / stage / "artifact.json"
             lines.append(f"  until [ -f {shlex.quote(str(artifact))} ]; do sleep 60; done")
         lines += [f"  {shlex.join(train_command(job, data, launcher))}",
-                  f"  {shlex.join(evaluate_command(job, data))} ;;"]
+                  f"  {shlex.join(evaluate_command(job, data, launcher, evaluate_options))} ;;"]
     return "\n".join([*lines, "esac", ""])
 
 

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from vlmds.bench import data
 from vlmds.bench.data import bench_data
+from vlmds.bench.generate import bench_generate
 from vlmds.bench.scale import bench_scale
 
 
@@ -23,3 +26,15 @@ def test_data(tmp_path, capsys, monkeypatch):
     loading = result["loading, a sample"]
     assert loading["vlmds, frames store"] < loading["vlmds, video store"]
     assert "| vlmds pack |" in capsys.readouterr().out
+
+
+def test_generate(tmp_path, capsys):
+    ways = bench_generate(tmp_path, "e5", tiny=True, tokens=4, batches=(2,), repeats=1)
+    assert list(ways) == ["one by one, no KV cache", "one by one", "batches of 2"]
+    assert ways["one by one"]["ratio"] == 1
+    for way in ways.values():
+        assert way["same_captions"] == 1
+        assert way["vision"] + way["prefill"] + way["decode"] == pytest.approx(1)
+        assert way["tokens_per_s"] == pytest.approx(4 * way["captions_per_s"])
+    assert "| batches of 2 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "generate.json").read_text())["ways"] == ways

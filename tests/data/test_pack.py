@@ -1,5 +1,4 @@
 import json
-import platform
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from vlmds.data.prepare import Request
 from vlmds.data.index import ShardIndex
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
+from vlmds.files import machine
 
 SMALL = {"shard_size": 2, "num_frames": 3, "image_size": 32, "progress": False}
 
@@ -103,7 +103,9 @@ def test_a_sample_holds_the_original_bytes_and_its_facts(tmp_path, videos):
     assert sample["mkv"] == (videos / "e0.mkv").read_bytes()
     assert json.loads(sample["json"]) == {
         "id": "e0", "captions": ["하나", "둘"], "prompt": "무엇?", "source": "e0.mkv", "frames": 9,
-        "fps": 10.0, "duration": 0.9, "width": 64, "height": 48, "codec": "h264", "rotation": 0}
+        "fps": 10.0, "duration": 0.9, "width": 64, "height": 48, "codec": "h264", "rotation": 0,
+        "timing": {"time_base": [1, 1000], "ticks": [0, [100, 8]], "keys": [0], "by_pts": True,
+                   "duration": 0.9, "cleared": True}}
     assert "하나".encode() in sample["json"]
     assert (row.num_captions, row.frames, row.fps, row.decoder) == (2, 9, 10.0, "decord")
     assert row.start is None and row.status == "ok"
@@ -199,7 +201,7 @@ def test_missing_shards_are_packed_again_and_the_others_kept(tmp_path, videos):
     (out / "train/000001.tar").unlink()
     with (out / "train/000002.tar").open("ab") as file:
         file.write(b"x")
-    dead = f"{platform.node()}~999999999.tmp"
+    dead = f"{machine()}~999999999.tmp"
     (out / f"train/.000001.tar.{dead}").write_bytes(b"left by a killed run")
     kept = (out / "train/000000.tar").stat()
     assert again().kept_shards == 1

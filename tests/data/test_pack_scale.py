@@ -239,3 +239,23 @@ def test_a_ray_cluster_packs_the_same_also_when_a_worker_is_killed(videos, clean
     assert run.returncode == 0, output
     assert "killed the worker" in output
     assert contents(out) == clean
+
+
+def test_a_network_error_does_not_change_the_plan(monkeypatch):
+    from vlmds.data import pack as module
+
+    calls = []
+
+    def flaky(times, error=OSError("reset by peer")):
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return 7
+
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    assert module._ask("v.mp4", 0, lambda: flaky(2)) == 7 and len(calls) == 3
+    calls.clear()
+    with pytest.raises(InputError, match="v.mp4: cannot be looked at .* reset by peer"):
+        module._ask("v.mp4", 0, lambda: flaky(99))
+    calls.clear()
+    assert module._ask("v.mp4", 0, lambda: flaky(99, FileNotFoundError())) == 0 and len(calls) == 1

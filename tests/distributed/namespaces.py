@@ -61,7 +61,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     """
     if os.geteuid():
         raise Unavailable("needs root")
-    nodes = tuple(Node(f"vlmds{os.getpid()}n{rank}", f"veth{rank}", ADDRESSES[rank], rank)
+    nodes = tuple(Node(f"vlmds{os.getpid()}n{rank}", "veth0", ADDRESSES[rank], rank)
                   for rank in (0, 1))
     try:
         for node in nodes:

@@ -11,6 +11,8 @@ from vlmds.errors import InputError
 from vlmds.evaluation import compare as module
 from vlmds.evaluation.compare import compare, factors, group_runs, holm, load_run, verdict
 from vlmds.evaluation.evaluate import evaluate_run
+from vlmds.evaluation.words import words_told
+from vlmds.generation import GenerationOptions
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def runs(models, shards, tmp_path_factory):
     made = {}
     for exp, seed in (("e3", 5), ("e4", 6), ("e8", 7)):
         made[exp] = make_run(models, shards, folder / exp, exp, seed)
-        evaluate_run(made[exp], max_new_tokens=8)
+        evaluate_run(made[exp], generation=GenerationOptions(max_new_tokens=8))
     return made
 
 
@@ -100,7 +102,7 @@ def test_runs_of_several_seeds_are_one_experiment(models, shards, tmp_path):
     paths = [make_run(models, shards, tmp_path / f"e3-seed{s}", "e3", 5 + s, f"training.seed={s}")
              for s in range(2)]
     for path in paths:
-        evaluate_run(path, max_new_tokens=4)
+        evaluate_run(path, generation=GenerationOptions(max_new_tokens=4))
     (group,) = group_runs([load_run(path) for path in paths])
     assert len(group.runs) == 2
     row = compare(group.runs)["table"][0]
@@ -144,7 +146,7 @@ def test_other_clips_are_left_out_with_a_warning_and_none_in_common_is_refused(r
     paths = copies(runs, tmp_path)
     rewrite(paths[0], lambda i, line: line if i < 6 else None)
     found = compare([load_run(path) for path in paths])
-    assert found["clips"] == 6 and "not evaluated on the same clips" in found["warnings"][0]
+    assert found["clips"] == 6 and "not evaluated on the same clips" in found["warnings"][0]["en"]
     rewrite(paths[1], lambda i, line: line if i >= 6 else None)
     with pytest.raises(InputError, match="no clip was evaluated in all of them"):
         compare([load_run(path) for path in paths])
@@ -159,7 +161,7 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     record = paths[1] / "run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other"}))
     found = compare([load_run(path) for path in paths])
-    told = "\n".join(found["warnings"])
+    told = "\n".join(w["en"] for w in found["warnings"])
     assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
     assert "not trained on the same data" in told
     keys = {d["key"]: d["expected"] for d in found["differences"]}
@@ -172,7 +174,7 @@ def test_a_run_in_progress_is_told_and_one_without_evaluation_refused(runs, tmp_
     with (paths[2] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     found = compare([load_run(path) for path in paths])
-    assert any("e8: training is still in progress" in w for w in found["warnings"])
+    assert any("e8: training is still in progress" in w["en"] for w in found["warnings"])
     (paths[0] / "evaluation" / "val" / "predictions.jsonl").unlink()
     with pytest.raises(InputError, match="predictions.jsonl: missing; run vlmds evaluate"):
         load_run(paths[0])
@@ -184,3 +186,20 @@ def test_a_run_in_progress_is_told_and_one_without_evaluation_refused(runs, tmp_
 def test_one_run_alone(runs):
     found = compare([load_run(runs["e3"])])
     assert found["verdict"]["best"] == "e3" and found["verdict"]["runner_up"] is None
+
+
+def test_words_told_right_against_the_most_frequent_answer():
+    references = [["공이 왼쪽으로 갑니다", "왼쪽에 공"], ["공이 오른쪽으로"], ["공이 위로"], ["강아지"],
+                  ["왼쪽으로"]]
+    captions = [["왼쪽으로 갑니다", "오른쪽", "아래로", "왼쪽", "왼쪽 오른쪽"],
+                ["왼쪽"] * 5, [""] * 5]
+    found = words_told(captions, references, ["왼쪽", "오른쪽", "위", "아래"])
+    assert found["clips"] == 4 and found["chance"] == 50
+    assert [v["value"] for v in found["values"]] == [50, 50, 0]
+    assert 0 <= found["values"][0]["low"] < 50 < found["values"][0]["high"] <= 100
+    assert words_told(captions, references, ["없는"]) is None
+
+
+def test_words_that_no_reference_has_are_refused(runs):
+    with pytest.raises(InputError, match="--words 나무: no reference"):
+        compare([load_run(path) for path in runs.values()], words=[["나무"]])

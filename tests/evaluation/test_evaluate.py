@@ -22,10 +22,12 @@ from vlmds.evaluation import evaluate
 from vlmds.evaluation.clips import ClipText, evaluated_positions, read_text, swap_videos
 from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset, read_evaluation
 from vlmds.files import sha256_of
+from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = dict(max_new_tokens=8)
+GENERATION = GenerationOptions(max_new_tokens=8)
+OPTIONS = dict(generation=GENERATION)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_captions_and_losses_are_the_models(result, run, shards):
         sample = reader.load(position)
         assert (line["key"], line["references"]) == (sample.key, sample.captions)
         assert line["caption"] == captioner.caption_frames(
-            sample.frames[None], [sample.prompt], **OPTIONS)[0]
+            sample.frames[None], [sample.prompt], GENERATION)[0]
         total = tokens = 0
         for caption in sample.captions:
             batch = captioner.builder.collate_training(
@@ -78,7 +80,7 @@ def test_blind_captions_are_what_the_model_says_to_that_video(result, run, shard
         own, other = reader.load(line["position"]), reader.load(swapped[line["position"]])
         black = np.zeros_like(own.frames)
         assert [line["blind_captions"][k] for k in ("shuffled", "blank")] == captioner.caption_frames(
-            np.stack([other.frames, black]), [own.prompt] * 2, **OPTIONS)
+            np.stack([other.frames, black]), [own.prompt] * 2, GENERATION)
 
 
 def test_batch_size_does_not_matter(result, run, tmp_path):
@@ -117,6 +119,23 @@ def test_a_gap_beyond_noise_gives_no_warning():
     assert found["loss"]["blank"]["gap"] == pytest.approx(3 - np.mean([1 + i / 180 for i in range(30)]))
 
 
+def test_the_watch_hears_of_every_batch(run, tmp_path, monkeypatch):
+    """Or it would end a rank that evaluates for longer than the timeout."""
+    heard = []
+    monkeypatch.setattr(evaluate, "doing", lambda what, keys: heard.append(len(keys)))
+    evaluate_run(run, output=tmp_path / "val", batch_size=4, **OPTIONS)
+    assert heard == [4, 4, 3]
+
+
+def test_a_caption_with_an_odd_line_separator_is_read_back(result, tmp_path):
+    shutil.copytree(result, tmp_path / "val")
+    metrics, lines = read_evaluation(result)
+    lines[0]["caption"] = "줄\u2028바꿈\u0085끝"
+    (tmp_path / "val" / "predictions.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    assert read_evaluation(tmp_path / "val") == (metrics, lines)
+
+
 class Killed(Exception):
     pass
 
@@ -149,7 +168,7 @@ def test_goes_on_where_it_was_stopped(result, run, tmp_path, monkeypatch, capsys
 
 
 def test_other_settings_start_anew(run, tmp_path):
-    one = evaluate_run(run, output=tmp_path / "val", max_new_tokens=2)
+    one = evaluate_run(run, output=tmp_path / "val", generation=GenerationOptions(max_new_tokens=2))
     short = [line["caption"] for line in read_evaluation(one)[1]]
     two = evaluate_run(run, output=tmp_path / "val", **OPTIONS)
     assert [line["caption"] for line in read_evaluation(two)[1]] != short

@@ -19,7 +19,7 @@ def page(runs, tmp_path_factory):  # noqa: F811
     paths = copies(runs, folder)
     rewrite(paths[0], lambda i, line: line | {"caption": "</script><b>나쁜 글</b> " + line["caption"]})
     assert main(["compare", *map(str, paths), "-o", str(folder / "report.html"), "--csv",
-                 str(folder / "t.csv"), "--latex", str(folder / "t.tex")]) == 0
+                 str(folder / "t.csv"), "--latex", str(folder / "t.tex"), "--words", "7번 네."]) == 0
     return folder / "report.html"
 
 
@@ -59,6 +59,7 @@ def test_in_a_browser(page):
         assert browser.execute_script(
             "return [...document.querySelectorAll('.chart')].every(c =>"
             " c.querySelector('.main-svg').getBoundingClientRect().width <= c.offsetWidth)")
+        assert len(find("table.words tr")) == 5  # a head, three runs, the most frequent answer
         english = find("#verdict")[0].text
         find("#lang")[0].click()
         korean = find("#verdict")[0].text

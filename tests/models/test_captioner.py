@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vlmds.config import LinearProjector
+from vlmds.generation import GenerationOptions
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.projectors import build_projector
 
@@ -61,11 +62,11 @@ def test_captions_do_not_depend_on_the_batch(captioner):
     batch = torch.cat([long, torch.cat([pad, short], 1)])
     mask = torch.ones_like(batch)
     mask[1, :3] = 0
-    options = dict(eos_token_id=99, pad_token_id=0, max_new_tokens=8)
     for beams in (1, 3):
-        together = captioner.generate(features, batch, mask, num_beams=beams, **options)
+        config = GenerationOptions(max_new_tokens=8, num_beams=beams).config(99, 0)
+        together = captioner.generate(features, batch, mask, config)
         alone = [
-            captioner.generate(f[None], row, torch.ones_like(row), num_beams=beams, **options)
+            captioner.generate(f[None], row, torch.ones_like(row), config)
             for f, row in ((features[0], long), (features[1], short))
         ]
         for row, single in zip(together, alone, strict=True):

@@ -22,6 +22,7 @@ def shards(tmp_path_factory) -> Path:
 
 def make_shards(folder: Path) -> Path:
     """10 training and 3 validation clips as a frames store, in three shards."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(13):
         write_video(folder / f"v{i}.mp4", frames=8 + i)

@@ -104,16 +104,13 @@ class Table:
         return self._damaged("cut", cut)
 
     def fault_world_size_that_does_not_divide_the_global_batch(self):
-        run = self.run("three")
-        done = train(3, *self.arguments(run), expect=2)
-        return f"exit 2\n    {self._line(done)}"
+        return self._refused(3, self.arguments(self.run("three")))
 
     def fault_base_weights_changed(self):
         models = self.folder / "other"
         shutil.copytree(self.models, models)
         self._flip(models / "qwen3" / "model.safetensors")
-        done = train(2, *arguments(models, self.shards, self.calm), expect=2)
-        return f"exit 2\n    {self._line(done)}"
+        return self._refused(2, arguments(models, self.shards, self.calm))
 
     def fault_clock_of_one_rank_a_day_behind(self):
         if shutil.which("faketime") is None:
@@ -148,8 +145,12 @@ class Table:
         path.write_bytes(data)
 
     @staticmethod
-    def _line(done) -> str:
-        return next(line for line in done.stderr.splitlines() if line.startswith("vlmds: "))
+    def _refused(ranks: int, args: list[str]) -> str:
+        began = time.monotonic()
+        done = train(ranks, *args, expect=2)
+        seconds = time.monotonic() - began
+        said = next(line for line in done.stderr.splitlines() if line.startswith("vlmds: "))
+        return f"exit 2, {seconds:.1f} s from the start of the launcher\n    {said}"
 
 
 def main() -> None:

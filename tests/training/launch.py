@@ -150,5 +150,6 @@ def _has_checkpoint(run: Path, start: str) -> bool:
 
 
 def _lines(run: Path) -> list[str]:
+    """The whole lines; a run that goes on, or was killed, may have written part of another."""
     path = run / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []

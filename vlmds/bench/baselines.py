@@ -14,6 +14,7 @@ from __future__ import annotations
 from itertools import islice
 
 import torch
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers import (
     LlavaConfig,
@@ -32,9 +33,11 @@ from vlmds.errors import InputError
 from vlmds.models.artifact import load_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE, VISUAL
+from vlmds.models.dora import Dora
+from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.engine import build_engine
 from vlmds.training.main import default_ds_config
-from vlmds.training.stages import freeze
+from vlmds.training.optimizer import freeze
 
 HF_PROJECTORS = ("linear", "mlp")
 
@@ -132,14 +135,13 @@ def measure_hf(work: Workload, recorder, device: torch.device) -> dict:
          "labels": batch["labels"][row]}
         for batch in _micro_batches(work, model) for row in range(len(batch["labels"]))]
     llava = build_llava(experiment, model, image_token)
-    model = None
     low = experiment.llm.dtype == "bfloat16"
     for parameter in llava.parameters():
         if parameter.requires_grad and low:  # as PEFT does: trainables in fp32 under autocast
             parameter.data = parameter.data.float()
+    recording = _Recording(recorder)
     trainer = RecordingTrainer(
-        model=llava, train_dataset=samples, data_collator=_collate,
-        callbacks=[_Recording(recorder)],
+        model=llava, train_dataset=samples, data_collator=_collate, callbacks=[recording],
         args=TrainingArguments(
             output_dir=str(work.folder / "hf"), max_steps=work.total_steps, bf16=low,
             per_device_train_batch_size=training.micro_batch,
@@ -147,11 +149,10 @@ def measure_hf(work: Workload, recorder, device: torch.device) -> dict:
             learning_rate=stage.lr, lr_scheduler_type="constant",
             adam_beta1=training.betas[0], adam_beta2=training.betas[1],
             weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
-            gradient_checkpointing=bool(training.activation_checkpointing),
-            gradient_checkpointing_kwargs={"use_reentrant": False},
             train_sampling_strategy="sequential", remove_unused_columns=False,
             use_cpu=device.type == "cpu", disable_tqdm=True, report_to="none",
             save_strategy="no", logging_strategy="no"))
+    trainer.recording = recording
     trainer.train()
     return {}
 
@@ -176,26 +177,26 @@ def build_llava(experiment: Experiment, model: Model, image_token: int) -> nn.Mo
 
 
 class RecordingTrainer(Trainer):
-    """Adds up the losses of a step's micro-batches, each a share of the step's mean."""
+    """Tells the callback the losses of a step's micro-batches, each a share of the step's mean."""
 
-    loss = 0.0
+    recording: "_Recording"
 
     def training_step(self, *arguments, **keywords):
         loss = super().training_step(*arguments, **keywords)
-        self.loss = self.loss + loss
-        self.callback_handler.callbacks[-1].loss = self.loss
+        self.recording.losses.append(loss)
         return loss
 
 
 class _Recording(TrainerCallback):
     def __init__(self, recorder):
-        self.recorder, self.loss = recorder, None
+        self.recorder, self.losses = recorder, []
 
     def on_train_begin(self, *_, **__):
         self.recorder.start()
 
     def on_step_end(self, args, state, control, **_):
-        self.recorder.step(state.global_step - 1, loss=self.loss)
+        loss, self.losses = sum(self.losses), []
+        self.recorder.step(state.global_step - 1, loss=loss)
 
 
 def _collate(samples: list[dict]) -> dict[str, Tensor]:
@@ -210,9 +211,13 @@ def _prepared(work: Workload, device: torch.device) -> Model:
     experiment = work.experiment
     model = load_model(experiment, device)
     load_artifact(work.artifact, model.captioner)
+    for module in model.captioner.llm.modules():  # DoRA as PEFT has it
+        for adapter, variant in getattr(module, "lora_variant", {}).items():
+            if isinstance(variant, Dora):
+                module.lora_variant[adapter] = DoraLinearVariant()
     freeze(model.captioner, experiment.stages[work.stage])
-    if experiment.training.activation_checkpointing:
-        model.captioner.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model.captioner, checkpointed_layers(
+        experiment, experiment.stages[work.stage], False, device))
     model.captioner.train()
     return model
 

@@ -52,13 +52,11 @@ class StepMemory:
     either.
     """
 
-    def __init__(self, device: torch.device, active: bool):
-        self.device, self.active = device, active
+    def __init__(self, device: torch.device):
+        self.device = device
         self._result: dict = {}
 
     def start(self) -> None:
-        if not self.active:
-            return
         if self.device.type == "cuda":
             self._before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -68,8 +66,6 @@ class StepMemory:
             self._profile.start()
 
     def stop(self) -> None:
-        if not self.active:
-            return
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             self._result = {"step_bytes": peak - self._before, "phase_bytes": {}}
@@ -81,7 +77,7 @@ class StepMemory:
         self._result = {"step_bytes": max(phases.values()), "phase_bytes": phases}
 
     def result(self) -> dict:
-        """{"step_bytes", "phase_bytes": by phase}, or nothing if it was not active."""
+        """{"step_bytes", "phase_bytes": by phase}"""
         return self._result
 
 

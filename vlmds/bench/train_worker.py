@@ -72,6 +72,9 @@ class StepRecorder:
     def flush(self) -> None:
         pass
 
+    def energy(self, step: int, joules: float | None) -> None:
+        self.joules = joules
+
     def result(self) -> dict:
         timed = self.steps[self.work.WARM_UP:-1]
         whole = [step for step in timed if not step["split"]] or timed
@@ -91,7 +94,7 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     experiment, number, clock = work.experiment, work.stage, recorder.clock
     model = load_model(experiment, device)
     run = work.run(dist.get_world_size())
-    prepare_stage(model, experiment, number, run)
+    prepare_stage(model, experiment, number, run, device)
     trainer = StageTrainer(
         experiment, number, model, open_dataset(experiment.data), run, default_ds_config(), device,
         recorder, StopRequest())
@@ -119,10 +122,10 @@ def measure(variant: str, work: Workload) -> dict:
     clock.watch_collectives()
     if variant != "hf":  # whose Trainer looks after its own ranks
         clock.device = device = init_distributed(timeout_minutes=10)
-    recorder = StepRecorder(work, clock, StepMemory(device, active=variant == "vlmds"))
+    recorder = StepRecorder(work, clock, StepMemory(device))
     more = variants[variant](work, recorder, device)
-    return {"variant": variant, "device": _device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            **recorder.result(), **more, **recorder.memory.result()}
+    return {"variant": variant, "device": _device_name(device), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), **recorder.result(), **more, **recorder.memory.result()}
 
 
 def _device_name(device: torch.device) -> str:

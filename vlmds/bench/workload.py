@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import av
 import numpy as np
@@ -31,13 +32,13 @@ from vlmds.data.pack import pack
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.errors import InputError
 from vlmds.models.artifact import save_artifact
-from vlmds.models.assemble import experiment_projector
+from vlmds.models.assemble import experiment_projector, shapes
 from vlmds.models.pretrained import PUBLISHED_SHAPES, load_config
 from vlmds.models.vision import vision_half
-from vlmds.plan import shapes
 from vlmds.training.run import RunFolder
 
 CLIPS = 8
+CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다. 날씨는 맑고 나무 사이로 햇빛이 비칩니다."
 CAPTION_TOKENS = 32
 """Tokens with loss in each sample, as in a Korean caption of two sentences. All samples have as
 many, so that a mean over each micro-batch, which the baselines take, is the mean over all."""
@@ -60,7 +61,7 @@ class Workload:
     folder: Path
     steps: int
 
-    WARM_UP = 2
+    WARM_UP: ClassVar[int] = 2
 
     @property
     def total_steps(self) -> int:
@@ -170,9 +171,6 @@ def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, d
     CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
                           ).save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "qwen3")
-
-
-CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다. 날씨는 맑고 나무 사이로 햇빛이 비칩니다."
 
 
 def make_data(folder: Path, num_frames: int, side: int) -> None:

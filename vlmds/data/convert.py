@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
 
 FACTS = ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
-ROW = ("id", "captions", "source", "prompt", "start", "end")  # of a description: the manifest's
+# Of a description: the manifest's, and what holds for the video store's file alone.
+ROW = ("id", "captions", "source", "prompt", "start", "end", "timing")
 POSSIBLE = (("video", "frames"), ("video", "features"), ("frames", "features"))
 
 

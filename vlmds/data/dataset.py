@@ -63,6 +63,13 @@ class Dataset:
             raise InputError(f"{self.root}: no split {split!r}; it has {', '.join(self.splits)}")
         return found
 
+    def choose_split(self, split: str | None) -> str:
+        """The split; None: "val", or the only one. Raises InputError if it is not there."""
+        if split is None:
+            split = self.splits[0] if len(self.splits) == 1 else "val"
+        self.having(split)
+        return split
+
     def count(self, split: str) -> int:
         """Number of samples in the split, over all parts."""
         return sum(self.parts[i].count(split) for i in self.having(split))
@@ -131,12 +138,14 @@ class DatasetOrder:
         return dataset.parts[place.part].row(split, *next(self.candidates(place)))
 
 
-def open_dataset(data: DataConfig) -> Dataset:
-    """The dataset, or the blend, that the experiment names.
+def open_dataset(data: DataConfig | str | Path) -> Dataset:
+    """The dataset, or the blend, that the experiment names; or the one in a folder or at a URL.
 
     Raises:
         InputError: none named, no such folder, a damaged index, or parts that do not fit.
     """
+    if not isinstance(data, DataConfig):
+        data = DataConfig(path=str(data))
     cache = ShardCache(data.cache_dir, data.cache_gb * 1e9) if data.cache_dir else None
     if data.blend is not None:
         parts = [_open(part.path, f"data.blend.{i}.path", cache)

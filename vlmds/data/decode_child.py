@@ -17,6 +17,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -32,19 +33,66 @@ LIFETIME = 2000  # videos after which a child is replaced: the decoders leak a f
 GRACE = 30.0  # seconds past the deadline after which the parent itself ends a child
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A span of a video (path or URL), in seconds from its beginning; None: from or to the end."""
+
+    video: str
+    start: float | None = None
+    end: float | None = None
+
+
 def decode_videos(
-    videos: Iterable[str], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
+    videos: Iterable[str | Clip], num_frames: int, image_size: int, *, workers: int,
+    deadline: float = 60.0,
 ) -> Iterator[np.ndarray | SampleError]:
-    """For each video (path or URL), in order, its sampled frames, uint8 [F, 3, size, size], or why
-    it cannot be used. A decoder that hangs or crashes ends with its child process."""
-    requests = (Request(v, None, None, "pixels", num_frames, image_size) for v in videos)
+    """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size],
+    or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
+    clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
+    for result in decode_windows(((clip, 1) for clip in clips), num_frames, image_size,
+                                 workers=workers, deadline=deadline):
+        yield result if isinstance(result, SampleError) else result[0][0]
+
+
+def decode_windows(
+    clips: Iterable[tuple[Clip, int]], num_frames: int, image_size: int, *, workers: int,
+    deadline: float = 60.0,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
+    """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
+    uint8 [W, F, 3, size, size], and the facts that :func:`video_facts` tells; or why it cannot be
+    used. The file is read once for all its windows.
+
+    clips: with W. num_frames: F, of a window. deadline: seconds that a clip may take.
+    """
+    # The centres of W x F equal spans are those of F spans of each window.
+    counts: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for clip, windows in clips:
+            counts.append(windows)
+            yield Request(clip.video, clip.start, clip.end, "pixels", windows * num_frames,
+                          image_size)
+
     with DecodePool(workers, deadline) as pool:
-        for reply in pool.map(requests):
+        for number, reply in enumerate(pool.map(requests())):
             if reply.reason is not None:
                 yield SampleError(reply.reason)
-            else:
-                pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
-                yield pixels.reshape(num_frames, 3, image_size, image_size)
+                continue
+            pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
+            shape = counts[number], num_frames, 3, image_size, image_size
+            yield pixels.reshape(shape), reply.facts
+
+
+def video_facts(
+    videos: Iterable[str], *, workers: int, deadline: float = 60.0
+) -> Iterator[dict[str, Any] | SampleError]:
+    """For each video (path or URL), in order, what is known of it without decoding: frames, fps,
+    duration (seconds), width, height (as displayed), codec, rotation (degrees), decoder; or why it
+    cannot be read."""
+    requests = (Request(str(video), None, None, "facts", 0, 0) for video in videos)
+    with DecodePool(workers, deadline) as pool:
+        for reply in pool.map(requests):
+            yield reply.facts if reply.reason is None else SampleError(reply.reason)
 
 
 class FrameDecoder:
@@ -68,17 +116,19 @@ class FrameDecoder:
 
     def frames(
         self, data: bytes, *, num_frames: int, image_size: int, start: float | None = None,
-        end: float | None = None, decoder: str = "decord",
+        end: float | None = None, decoder: str = "decord", described: dict[str, Any] | None = None,
     ) -> np.ndarray:
         """The frames that stand for [start, end] (seconds; default: the video), resized.
 
         data: a video file's bytes. decoder: "pyav", or "decord" to use it where the probe clears
-        the file. Returns uint8 [num_frames, 3, image_size, image_size]. Raises SampleError: it
-        cannot be decoded, or its decoder hung, crashed or ran out of memory.
+        the file. described: what packing says of the file, in place of a probe (see
+        `FrameTable.from_described`). Returns uint8 [num_frames, 3, image_size, image_size].
+        Raises SampleError: it cannot be decoded, or its decoder hung, crashed or ran out of memory.
         """
         if self._child is None or self._child.closed:  # closed: it is that of the forking process
             self._child = _Child(self._deadline)
-        self._child.send(FramesRequest(num_frames, image_size, start, end, decoder), data)
+        self._child.send(FramesRequest(
+            num_frames, image_size, start, end, decoder, described), data)
         reply = self._child.reply()
         if not self._child.alive:
             self._child = None

@@ -25,6 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from vlmds.data.dataset import Dataset, DatasetOrder
 from vlmds.data.decode_child import FrameDecoder
 from vlmds.data.features import decode_features
+from vlmds.data.frame_table import DESCRIBED
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.order import micro_batch_positions
 from vlmds.data.prompt import SequenceBuilder
@@ -129,17 +130,19 @@ class SampleReader:
         elif index.store == "frames":
             frames = read_jpegs(members)
         else:
-            frames = self._decode_video(row, members)
+            frames = self._decode_video(row, meta, members)
         # Clips with several captions show each in turn.
         return Sample(row.key, position, frames, captions, captions[epoch % len(captions)],
                       meta.get("prompt"), bad, features)
 
-    def _decode_video(self, row: SampleRow, members: dict[str, bytes]) -> np.ndarray:
+    def _decode_video(self, row: SampleRow, meta: dict, members: dict[str, bytes]) -> np.ndarray:
         (data,) = members.values()
+        # Shards that an older vlmds packed do not say it: the child probes.
+        described = {name: meta.get(name) for name in DESCRIBED} if "timing" in meta else None
         # The decoder that packing found to be right for this file, not the one probed now.
         return self._decoder.frames(
             data, num_frames=self.num_frames, image_size=self.image_size, start=row.start,
-            end=row.end, decoder=row.decoder)
+            end=row.end, decoder=row.decoder, described=described)
 
 
 class Positions(IterableDataset):

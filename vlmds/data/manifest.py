@@ -64,11 +64,14 @@ class _BadRow(Exception):
     """Why one row is rejected."""
 
 
-def read_manifest(path: str | Path, val_fraction: float = 0.0) -> Manifest:
+def read_manifest(
+    path: str | Path, val_fraction: float = 0.0, *, captions: bool = True
+) -> Manifest:
     """Read a CSV, TSV, JSONL or Parquet manifest (UTF-8, told apart by extension).
 
     Rows without a split go to "train", or, for a `val_fraction` share of the ids, to "val";
     which ones depends on the id alone. Whether a video exists is found out when it is packed.
+    captions: false reads no captions, which rows then need not have.
 
     Raises InputError if the file cannot be read or lacks the column `video` or `caption`.
     """
@@ -76,7 +79,7 @@ def read_manifest(path: str | Path, val_fraction: float = 0.0) -> Manifest:
     if not 0.0 <= val_fraction < 1.0:
         raise InputError(f"val_fraction: {val_fraction} is not in [0, 1)")
     columns, records = _read_table(path)
-    for name in ("video", "caption"):
+    for name in ("video", "caption") if captions else ("video",):
         if name not in columns:
             raise InputError(f"{path}: no column {name!r}; it has {', '.join(columns) or 'none'}")
 
@@ -85,7 +88,7 @@ def read_manifest(path: str | Path, val_fraction: float = 0.0) -> Manifest:
     rows, rejects = [], []
     for number, record in enumerate(records, 1):
         try:
-            rows.append(_row(number, record, folder, ids, val_fraction))
+            rows.append(_row(number, record, folder, ids, val_fraction, captions))
         except _BadRow as bad:
             rejects.append(Reject(number, _text(record, "id"), _text(record, "video"), str(bad)))
     return Manifest(rows, rejects, [c for c in columns if c not in COLUMNS])
@@ -148,14 +151,15 @@ def _read_parquet(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def _row(
-    number: int, record: dict[str, Any], folder: Path, ids: "_Ids", val_fraction: float
+    number: int, record: dict[str, Any], folder: Path, ids: "_Ids", val_fraction: float,
+    captioned: bool,
 ) -> ManifestRow:
     if None in record:  # where csv.DictReader puts the cells that have no column
         raise _BadRow("too many cells: quote a caption that contains the delimiter")
     source = _text(record, "video")
     if source is None:
         raise _BadRow("no video")
-    captions = _captions(record.get("caption"))
+    captions = _captions(record.get("caption")) if captioned else []
     start, end = _seconds(record, "start"), _seconds(record, "end")
     if end is not None and end <= (start or 0.0):
         raise _BadRow(f"bad start or end: end {end:g} is not after start {start or 0.0:g}")

@@ -25,6 +25,7 @@ from vlmds.errors import InputError
 from vlmds.files import as_path, sha256_of
 
 ENGINES = ("local", "ray")
+ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _without_duplicates(
         size = sizes[row.video]
         digest = None
         if size and (packed or alike[size, row.start, row.end] > 1):
-            digest = _or(None, lambda row=row: sha256_of(as_path(row.video)))
+            digest = _ask(row.video, None, lambda row=row: sha256_of(as_path(row.video)))
         content = (digest, row.start, row.end)
         if digest is not None and content in first:
             dropped.append(Reject(row.row, row.id, row.source, "duplicate content: the same as "
@@ -258,13 +259,30 @@ class _Sizes(dict):
     """Bytes of a video (path or URL), looked up once; 0 if it cannot be had."""
 
     def __missing__(self, video: str) -> int:
-        self[video] = _or(0, lambda: int(fsspec.core.url_to_fs(video)[0].size(video) or 0))
+        self[video] = _ask(
+            video, 0, lambda: int(fsspec.core.url_to_fs(video)[0].size(video) or 0))
         return self[video]
 
 
-def _or(default, make: Callable):
-    """What `make` returns; the default where the file cannot be read, which packing then tells."""
-    try:
-        return make()
-    except Exception:  # each protocol's driver has its own
-        return default
+def _ask(video: str, default, make: Callable):
+    """What `make` returns of a video; the default where there is no such file or it may not be
+    read, which packing then tells.
+
+    Which row goes into which shard depends on the answer, so it must be the same whenever and
+    wherever it is asked: other errors, such as a network's, are tried again.
+
+    Raises:
+        InputError: it fails again and again.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return make()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
+                ValueError, ImportError):  # the last two: a protocol that nobody knows
+            return default
+        except Exception as error:  # each protocol's driver has its own
+            if attempt + 1 == ATTEMPTS:
+                raise InputError(f"{video}: cannot be looked at to plan the shards: "
+                                 f"{type(error).__name__}: {error}; mend that and start again "
+                                 "(nothing is lost)") from error
+            time.sleep(2.0**attempt)

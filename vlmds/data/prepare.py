@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlmds.data import repair, video
+from vlmds.data.frame_table import FrameTable
 from vlmds.errors import SampleError
 
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
@@ -19,7 +20,8 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 class Request:
     """A video to prepare; see `vlmds.data.pack.pack` for the options.
 
-    store: as for packing, or "pixels": one member "rgb", uint8 [num_frames, 3, size, size].
+    store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
+    "facts": no members.
     """
 
     video: str
@@ -41,6 +43,7 @@ class FramesRequest:
     start: float | None
     end: float | None
     decoder: str
+    described: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,30 @@ class Reply:
 def prepare(request: Request, data: bytes) -> Reply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError."""
     info = video.probe(data)
+    if request.store == "facts":
+        return Reply(facts=_facts(info))
+    if request.store == "pixels":
+        return Reply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
         reply = _prepare_video(request, data, info)
         reply.facts["content"] = content
         return reply
 
-    span = (request.num_frames, request.start, request.end)
-    picks = video.pick(info, *span)
-    # PyAV, for it reports damage that decord passes over.
-    frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
-    images = video.resize_frames(frames, request.image_size)
-    if request.store == "pixels":
-        return Reply(members={"rgb": images.tobytes()})
+    picks = video.pick(info, request.num_frames, request.start, request.end)
+    images = _images(request, data, info)
     facts = _facts(info) | {"content": content} | {
         "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     return Reply(None, facts, {
         f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
+
+
+def _images(request: Request, data: bytes, info: video.VideoInfo) -> np.ndarray:
+    """uint8 [num_frames, 3, size, size]"""
+    # PyAV, for it reports damage that decord passes over.
+    frames = video.decode_frames(
+        data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
+    return video.resize_frames(frames, request.image_size)
 
 
 def _prepare_video(request: Request, data: bytes, info: video.VideoInfo) -> Reply:
@@ -91,7 +101,7 @@ def _prepare_video(request: Request, data: bytes, info: video.VideoInfo) -> Repl
         span = (request.num_frames, mended.start, mended.end)
         # The span of the file that is kept, in place of the manifest's.
         facts = {"repair": mended.facts, "start": mended.start, "end": mended.end}
-    facts |= _facts(info)
+    facts |= _facts(info) | {"timing": info.timing()}
     if request.verify:
         facts["decoder"] = _verified_decoder(data, info, span)
     return Reply(None, facts, {extension: data})
@@ -106,10 +116,16 @@ def _facts(info: video.VideoInfo) -> dict[str, Any]:
 
 def read_frames(data: bytes, request: FramesRequest) -> Reply:
     """The frames of a packed video. Raises SampleError."""
-    info = video.probe(data)
+    if request.described is None:
+        table = video.probe(data)
+    else:
+        try:
+            table = FrameTable.from_described(request.described)
+        except ValueError as error:
+            raise SampleError(f"its description cannot be read: timing: {error}") from None
     if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
-        info = replace(info, decoder="pyav")
-    frames = video.decode_frames(data, info, request.num_frames, request.start, request.end)
+        table = replace(table, decoder="pyav")
+    frames = video.decode_frames(data, table, request.num_frames, request.start, request.end)
     return Reply(members={"rgb": video.resize_frames(frames, request.image_size).tobytes()})
 
 

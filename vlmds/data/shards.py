@@ -187,10 +187,11 @@ def _write_sample(
     facts = dict(reply.facts)
     content = facts.pop("content", None)
     decoder = facts.pop("decoder")  # this machine's choice, not a property of the video
-    timestamps = facts.pop("timestamps", None)
+    timestamps, timing = facts.pop("timestamps", None), facts.pop("timing", None)
     # A file that was cut has a span of its own.
     start, end = facts.pop("start", row.start), facts.pop("end", row.end)
-    optional = {"prompt": row.prompt, "start": start, "end": end, "timestamps": timestamps}
+    optional = {"prompt": row.prompt, "start": start, "end": end, "timestamps": timestamps,
+                "timing": timing}
     described = {"id": row.id, "captions": row.captions, "source": row.source, **facts,
                  **{name: value for name, value in optional.items() if value is not None}}
     contents = {**reply.members, "json": json_line(described)}

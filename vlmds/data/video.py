@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import numpy as np
 from av.stream import Disposition
 from PIL import Image
 
+from vlmds.data.frame_table import MAX_PIXELS, FrameTable
 from vlmds.errors import SampleError
 
 SAMPLER = "centre-of-equal-spans"
@@ -29,47 +31,29 @@ Source = str | os.PathLike | bytes
 # (VP8 has hidden frames; AVI has no B-frame times) only decoding does.
 _PACKET_IS_FRAME = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 _SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192; a header may claim more than memory holds
 _DECORD_CODECS = {"h264", "hevc", "vp9"}
 _DECORD_PIX_FMTS = {"yuv420p", "yuvj420p"}
 
 
 @dataclass(frozen=True, eq=False)
-class VideoInfo:
+class VideoInfo(FrameTable):
     """What `probe` found.
 
-    width, height: as displayed, after rotation. rotation: degrees clockwise to apply for display
-    (0, 90, 180, 270). fps: frames / duration. frames: displayable ones. discarded: packets that
-    an edit list hides. preroll: packets that refer to what is before the file's first keyframe.
-    decoder: "decord" or "pyav".
-    pts: float64 [frames], sorted display times in seconds from the first displayed frame, which
-    the file places at `start_time`.
-    by_pts: a decoded frame's time is found in pts; otherwise the k-th decoded frame has pts[k].
-    keyframes: float64 [K], times at which decoding may start; empty if only from the beginning.
+    fps: frames / duration. discarded: packets that an edit list hides. preroll: packets that refer
+    to what is before the file's first keyframe. decoder: "decord" if it may be used.
     """
 
     codec: str
     pix_fmt: str
-    width: int
-    height: int
-    rotation: int
     fps: float
-    frames: int
-    duration: float
     discarded: int
     preroll: int
     container: str
-    decoder: str
-    pts: np.ndarray
-    start_time: float
-    by_pts: bool
-    keyframes: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Packet:
-    time: float | None  # display time as the file has it, seconds
-    duration: float
+class _Packet(NamedTuple):
+    time: int | None  # display time as the file has it, ticks
+    duration: int
     key: bool
     hidden: bool  # an edit list discards it
 
@@ -83,26 +67,27 @@ def probe(source: Source) -> VideoInfo:
         stream = video_stream(container)
         name = container.format.name
         videos = len(container.streams.video)
-        rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
+        rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+        base = packet_base = Fraction(stream.time_base)
         codec = stream.codec_context.codec.canonical_name
         packets, only_idr, first = _read_packets(container, stream)
         if first is None:
             raise SampleError("no frames")
-        first_time = _seconds(first.pts, stream.time_base)
 
     hidden = sum(p.hidden for p in packets)
-    times, preroll = _packet_times(packets)
-    by_pts = codec in _PACKET_IS_FRAME and name != "avi" and times is not None
-    by_pts = by_pts and times[0] == first_time
+    ticks, preroll = _packet_ticks(packets)
+    by_pts = codec in _PACKET_IS_FRAME and name != "avi" and ticks is not None
+    by_pts = by_pts and bool(ticks[0] == first.pts)
     if not by_pts:
-        times = _decoded_times(source, rate)
-    pts = times - times[0]
+        ticks, base = _decoded_ticks(source, rate)
+    length = int(ticks[-1] - ticks[0])
     # The last frame is taken to last as long as the mean one: what files say of it is unreliable.
-    gap = pts[-1] / (len(pts) - 1) if len(pts) > 1 else packets[0].duration or 1.0 / rate
-    duration = float(pts[-1] + gap)
+    gap = (Fraction(length, len(ticks) - 1) * base if len(ticks) > 1
+           else packets[0].duration * packet_base or 1 / rate)
+    duration = float(length * base + gap)
 
     closed = by_pts and only_idr and not hidden and name in _SEEKABLE and _closed_gops(packets)
-    keyframes = [p.time for p in packets if p.key] if closed else []
+    keys = [p.time for p in packets if p.key] if closed else []
     # Counterclockwise in FFmpeg's matrix, hence the sign.
     rotation = round(-first.rotation / 90) * 90 % 360
     width, height = first.width, first.height
@@ -113,11 +98,11 @@ def probe(source: Source) -> VideoInfo:
         and codec in _DECORD_CODECS and first.format.name in _DECORD_PIX_FMTS
     )
     return VideoInfo(
-        codec=codec, pix_fmt=first.format.name, width=width, height=height, rotation=rotation,
-        fps=len(pts) / duration, frames=len(pts), duration=duration, discarded=hidden,
-        preroll=preroll, container=name, decoder="decord" if cleared else "pyav", pts=pts,
-        start_time=float(times[0]), by_pts=by_pts, keyframes=np.array(keyframes) - times[0],
-    )
+        width=width, height=height, rotation=rotation, duration=duration,
+        decoder="decord" if cleared else "pyav", time_base=base, ticks=ticks, by_pts=by_pts,
+        keys=np.searchsorted(ticks, np.array(keys, np.int64)), codec=codec,
+        pix_fmt=first.format.name, fps=len(ticks) / duration, discarded=hidden, preroll=preroll,
+        container=name)
 
 
 def sample_times(num_frames: int, start: float, end: float) -> np.ndarray:
@@ -134,7 +119,7 @@ def pick_frames(pts: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def pick(
-    info: VideoInfo, num_frames: int, start: float | None = None, end: float | None = None
+    info: FrameTable, num_frames: int, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
     """Indices of the frames that stand for [start, end] (default: the video): int64 [F].
 
@@ -149,7 +134,7 @@ def pick(
 
 def decode_frames(
     source: Source,
-    info: VideoInfo,
+    info: FrameTable,
     num_frames: int,
     start: float | None = None,
     end: float | None = None,
@@ -178,7 +163,7 @@ def decode_frames(
 
 
 def all_frames(
-    source: Source, info: VideoInfo, first: int = 0, last: int | None = None
+    source: Source, info: FrameTable, first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Frames first … last (default: all) with their indices, by decoding from the beginning.
 
@@ -244,10 +229,6 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
     return stream
 
 
-def _seconds(pts: int | None, time_base: Fraction) -> float | None:
-    return None if pts is None else pts * time_base.numerator / time_base.denominator
-
-
 def _read_packets(container, stream) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
     """All packets, in decoding order, whether every keyframe resets the decoder (IDR), and the
     first frame."""
@@ -263,9 +244,7 @@ def _read_packets(container, stream) -> tuple[list[_Packet], bool, av.VideoFrame
         if packet.is_keyframe and only_idr:
             only_idr = _is_idr(bytes(packet), codec, extradata)
         packets.append(_Packet(
-            _seconds(packet.pts, stream.time_base),
-            _seconds(packet.duration or 0, stream.time_base),
-            packet.is_keyframe, packet.is_discard))
+            packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
     return packets, only_idr, first
 
 
@@ -292,7 +271,7 @@ def _is_idr(packet: bytes, codec: str, extradata: bytes) -> bool:
     return False
 
 
-def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray | None, int]:
+def _packet_ticks(packets: list[_Packet]) -> tuple[np.ndarray | None, int]:
     """Sorted display times of the frames to come out, None if the packets do not tell; and the
     number of those that cannot be shown, for they refer to what is before the first keyframe."""
     if any(p.time is None for p in packets) or not any(p.key for p in packets):
@@ -303,7 +282,7 @@ def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray | None, int]:
     preroll = sum(i < first_key or p.time < begin for i, p in enumerate(packets))
     if not times or max(Counter(times).values()) > 1:
         return None, preroll
-    return np.sort(np.array(times, np.float64)), preroll
+    return np.sort(np.array(times, np.int64)), preroll
 
 
 def _closed_gops(packets: list[_Packet]) -> bool:
@@ -320,18 +299,19 @@ def _closed_gops(packets: list[_Packet]) -> bool:
     return True
 
 
-def _decoded_times(source: Source, rate: float) -> np.ndarray:
-    """Display times found by decoding everything: sorted float64 [frames]."""
+def _decoded_ticks(source: Source, rate: Fraction) -> tuple[np.ndarray, Fraction]:
+    """Display times found by decoding everything, sorted int64 [frames], and their unit."""
     with reading("cannot be decoded"), opened(source) as container:
         stream = video_stream(container)
-        times = [_seconds(frame.pts, stream.time_base) for frame in container.decode(stream)]
-    if None in times or len(set(times)) < len(times):  # a raw stream: only the rate is known
-        return np.arange(len(times)) / rate
-    return np.sort(np.array(times, np.float64))
+        base = Fraction(stream.time_base)
+        ticks = [frame.pts for frame in container.decode(stream)]
+    if None in ticks or len(set(ticks)) < len(ticks):  # a raw stream: only the rate is known
+        return np.arange(len(ticks)), 1 / rate
+    return np.sort(np.array(ticks, np.int64)), base
 
 
 def _decode_pyav(
-    source: Source, info: VideoInfo, wanted: list[int], seek: bool = True
+    source: Source, info: FrameTable, wanted: list[int], seek: bool = True
 ) -> dict[int, np.ndarray]:
     """Decode the frames `wanted` (sorted indices) and return those found: uint8 [H, W, 3]."""
     found = {}
@@ -354,16 +334,16 @@ def _decode_pyav(
     return found
 
 
-def _index(info: VideoInfo, frame: av.VideoFrame, time_base: Fraction) -> int:
+def _index(info: FrameTable, frame: av.VideoFrame, time_base: Fraction) -> int:
     """Which frame of `info.pts` this is; -1 if none."""
     if frame.pts is None:
         return -1
-    time = _seconds(frame.pts, time_base) - info.start_time
+    time = frame.pts * time_base.numerator / time_base.denominator - info.start_time
     index = int(np.searchsorted(info.pts, time - 1e-6))
     return index if index < len(info.pts) and info.pts[index] <= time + 1e-6 else -1
 
 
-def decode_decord(source: Source, info: VideoInfo, indices: np.ndarray) -> np.ndarray:
+def decode_decord(source: Source, info: FrameTable, indices: np.ndarray) -> np.ndarray:
     """The frames `indices`, by decord alone: uint8 [F, height, width, 3]. Raises SampleError."""
     import decord
 
@@ -372,7 +352,7 @@ def decode_decord(source: Source, info: VideoInfo, indices: np.ndarray) -> np.nd
             io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1)
         frames = reader.get_batch([int(i) for i in indices]).asnumpy()
         count = len(reader)
-    except (decord.DECORDError, RuntimeError, OSError) as error:
+    except (decord.DECORDError, RuntimeError, OSError, IndexError) as error:
         raise SampleError("cannot be decoded: decord failed") from error  # its text is an address
     if count != info.frames or frames.shape[1:] != (info.height, info.width, 3):
         raise SampleError(f"cannot be decoded: decord sees {count} frames, not {info.frames}")

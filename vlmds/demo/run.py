@@ -20,6 +20,7 @@ from vlmds.demo.clips import COLOURS, DIRECTIONS, SHAPES, make_clips, parse_capt
 from vlmds.demo.picture import draw_results
 from vlmds.demo.pretrain import make_tiny_models
 from vlmds.errors import InputError, SampleError
+from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.training.main import REPOSITORY
 from vlmds.training.ranks import free_port
@@ -71,8 +72,8 @@ def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tu
         clips = [clip for clip in clips if clip["split"] == "val"]
         captioner = VideoCaptioner.from_pretrained(final_artifact(run), device="cpu")
         captions = [str(c) if isinstance(c, SampleError) else c for c in captioner.caption(
-            (str(output / "data" / clip["video"]) for clip in clips), batch_size=32,
-            max_new_tokens=32)]
+            (str(output / "data" / clip["video"]) for clip in clips),
+            GenerationOptions(max_new_tokens=32), batch_size=32)]
     results = score(captions, [clip["caption"] for clip in clips])
     results["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
     _save(output / "results", run.name, results, clips, captions, output / "data")
@@ -93,12 +94,17 @@ def prepare_demo(output: Path, size: Size, seconds: dict[str, float]) -> Path:
     return manifest
 
 
-def tiny_form(exp: str, output: Path) -> Path:
-    """Write output/tiny-{name}.yaml: the experiment on the demo's models."""
+def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Path:
+    """Write output/tiny-{name}.yaml: the experiment on the demo's models.
+
+    temporal_embedding: False makes the ablation {name}-no-time, of a resampler.
+    """
     experiment = load_experiment(exp)
+    name = experiment.name if temporal_embedding else f"{experiment.name}-no-time"
     lines = [
-        f"# {experiment.name} in tiny form, written by vlmds demo", "extends: demo.yaml",
-        f"name: {experiment.name}", f"priority: {json.dumps(experiment.priority)}", f"vision: {{model: {output / 'models' / 'clip'}}}",
+        f"# {name} in tiny form, written by vlmds demo", "extends: demo.yaml", f"name: {name}",
+        f"priority: {json.dumps(experiment.priority)}",
+        f"vision: {{model: {output / 'models' / 'clip'}}}",
         f"llm: {{model: {output / 'models' / 'qwen3'}}}",
         f"peft: {{type: {experiment.peft.type}}}",
     ]
@@ -108,10 +114,28 @@ def tiny_form(exp: str, output: Path) -> Path:
         lines += ["stages:  # a resampler wants a lower rate than an MLP, and more steps",
                   "  - {name: align, train: [projector], lr: 3.0e-4, epochs: 8}",
                   "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}"]
+    if not temporal_embedding:
+        projector += ", temporal_embedding: false"
     lines.append(f"projector: {{{projector}}}")
-    path = output / f"tiny-{experiment.name}.yaml"
+    path = output / f"tiny-{name}.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def prepare_sweep(output: Path, exps: list[str], size: Size) -> list[str]:
+    """What the demo's sweep trains on, in ``output``; returns the tiny forms of the experiments,
+    with all eight also the resamplers without embeddings of time, which cannot know a direction."""
+    output.mkdir(parents=True, exist_ok=True)
+    prepare_demo(output, size, {})
+    forms = [tiny_form(exp.lower(), output) for exp in exps]
+    if len(exps) == 8:
+        forms += [tiny_form(exp, output, temporal_embedding=False) for exp in ("e5", "e7")]
+    return [str(path) for path in forms]
+
+
+def direction_words() -> str:
+    """For ``vlmds compare --words``."""
+    return " ".join(korean for korean, _ in DIRECTIONS.values())
 
 
 def score(captions: list[str], references: list[str]) -> dict:

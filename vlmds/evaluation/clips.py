@@ -24,6 +24,7 @@ from vlmds.config import Experiment
 from vlmds.data.loader import Batches, SampleReader, visual_inputs
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, SampleError
+from vlmds.generation import GenerationOptions, generate_captions
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 
@@ -117,13 +118,14 @@ class ClipScorer:
         experiment: of the model. model: put in evaluation mode by the caller.
         texts: of all clips that are evaluated. swapped: see :func:`swap_videos`.
         batch_size: clips at once; the results do not depend on it.
+        generation: how captions are written.
     """
 
     def __init__(self, experiment: Experiment, model: Model, device: torch.device,
                  texts: Sequence[ClipText], swapped: dict[int, int], *, batch_size: int = 8,
-                 num_beams: int = 1, max_new_tokens: int = 128):
+                 generation: GenerationOptions = GenerationOptions()):
         self.model, self.device, self.batch_size = model, device, batch_size
-        self.num_beams, self.max_new_tokens = num_beams, max_new_tokens
+        self.generation = generation
         self.num_frames = experiment.data.num_frames
         self.num_workers = experiment.data.num_workers
         self.builder = SequenceBuilder(
@@ -201,11 +203,7 @@ class ClipScorer:
         return {prompt: self._generate(blank, [prompt])[0] for prompt in dict.fromkeys(prompts)}
 
     def _generate(self, features: Tensor, prompts: Sequence[str | None]) -> list[str]:
-        batch = self.builder.collate_generation(prompts)
-        return self.builder.decode(self.model.captioner.generate(
-            features, batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device),
-            eos_token_id=self.builder.eos_token_id, pad_token_id=self.builder.pad_token_id,
-            max_new_tokens=self.max_new_tokens, num_beams=self.num_beams))
+        return generate_captions(self.model, self.builder, features, prompts, self.generation)
 
     def _blank_features(self) -> Tensor:
         """[1, N, vision_dim]"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +25,7 @@ from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.evaluation.metrics import (
     aggregate, characters, interval, resampled_means, score_captions,
 )  # fmt: skip
+from vlmds.evaluation.words import words_told
 from vlmds.training.run import flat_settings
 
 RESAMPLES = 10_000  # 28 pairs need p-values well below 0.05 / 28
@@ -31,8 +33,8 @@ PROJECTORS = ("linear", "mlp", "cabstractor", "perceiver")
 ADAPTERS = ("lora", "dora")
 EXPECTED = ("name", "owner", "priority", "projector", "peft.type", "training.seed")
 """Settings that are meant to differ between experiments."""
-SAME = ("data_fingerprint", "split", "clips", "prompt", "num_frames", "num_beams",
-        "max_new_tokens", "vision", "llm", "llm_precision", "tokenisation")
+SAME = ("data_fingerprint", "split", "clips", "prompt", "num_frames", "generation", "vision", "llm",
+        "llm_precision", "tokenisation")
 """Settings of the evaluation without which scores cannot be compared."""
 
 
@@ -62,12 +64,13 @@ class Group:
         return self.runs[0].experiment
 
 
-def load_run(path: Path, evaluation: str | None = None) -> Run:
+def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     """A run folder and its evaluation.
 
     Raises:
         InputError: no run, no evaluation, or several of which none was chosen.
     """
+    path = Path(path)
     if not (path / "run.json").is_file():
         raise InputError(f"{path}: not a run folder")
     root = path / "evaluation"
@@ -109,9 +112,9 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
-    """visual_tokens, trainable (parameters), samples_per_s, memory_gib and hours of training
-    (validation and checkpoints not counted)."""
-    seconds, pending, speeds, samples = 0.0, 0, 0.0, 0
+    """visual_tokens, trainable (parameters), samples_per_s, memory_gib, hours of training
+    (validation and checkpoints not counted) and kilowatt_hours of the GPUs (all counted)."""
+    seconds, pending, samples = 0.0, 0, 0
     for record in (r for r in records if r["kind"] == "train"):
         pending += record["samples"]
         if record.get("samples_per_s"):  # of the window that ends here
@@ -119,11 +122,13 @@ def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
             samples, pending = samples + pending, 0
     speeds = samples / seconds if seconds else None
     memory = [r["memory_gib"] for r in records if r.get("memory_gib")]
+    joules = {r["stage"]: r["joules"] for r in records if r["kind"] == "energy"}
     model = metrics["model"]
     return {"visual_tokens": model["visual_tokens"],
             "trainable": model["projector_parameters"] + model["adapter_parameters"],
             "samples_per_s": speeds, "memory_gib": max(memory, default=None),
-            "hours": seconds / 3600 if seconds else None}
+            "hours": seconds / 3600 if seconds else None,
+            "kilowatt_hours": sum(joules.values()) / 3.6e6 if joules else None}
 
 
 def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list[dict]:
@@ -141,8 +146,12 @@ def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list
     return found
 
 
-def compare(runs: list[Run], metric: str | None = None) -> dict[str, Any]:
+def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = ()
+            ) -> dict[str, Any]:
     """Everything that the report says in numbers.
+
+    Args:
+        words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.words_told`.
 
     Raises:
         InputError: no clip that all runs were evaluated on, or no such metric.
@@ -177,6 +186,7 @@ def compare(runs: list[Run], metric: str | None = None) -> dict[str, Any]:
         "differences": differing_settings(runs),
         "factors": factors(table, samples[metric], values[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
+        "words": _words(groups, keys, words),
         "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"]
                          for n in names},
     }
@@ -193,33 +203,42 @@ def common_keys(runs: list[Run]) -> list[str]:
     return keys
 
 
-def warnings(runs: list[Run], keys: list[str]) -> list[str]:
-    """What makes the comparison doubtful, loudest first."""
+def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
+    """What makes the comparison doubtful, loudest first, in English ("en") and Korean ("ko")."""
     found = []
+
+    def add(english: str, korean: str) -> None:
+        found.append({"en": english, "ko": korean})
+
+    def listed(values: dict) -> str:
+        return "; ".join(f"{name}: {value}" for name, value in values.items())
+
     sizes = {run.name: len(run.predictions) for run in runs}
     if set(sizes.values()) != {len(keys)}:
-        found.append(f"The runs were not evaluated on the same clips ({sizes}); compared are the "
-                     f"{len(keys)} that all have.")
+        add(f"The runs were not evaluated on the same clips ({listed(sizes)}); compared are the "
+            f"{len(keys)} that all have.",
+            f"평가한 클립이 서로 다릅니다 ({listed(sizes)}). 모두에 있는 {len(keys)}개만 비교합니다.")
     for setting in SAME:
         values = {run.name: run.metrics["settings"].get(setting) for run in runs}
         if len({json.dumps(v) for v in values.values()}) > 1:
-            found.append(f"Evaluations differ in {setting}: " + "; ".join(
-                f"{name}: {value}" for name, value in values.items()))
-    trained = {run.name: json.loads((run.path / "run.json").read_text()).get("data_fingerprint")
-               for run in runs}
+            add(f"Evaluations differ in {setting}: {listed(values)}",
+                f"평가 설정 {setting}이(가) 서로 다릅니다: {listed(values)}")
+    trained = {run.name: str(json.loads((run.path / "run.json").read_text()).get(
+        "data_fingerprint"))[:12] for run in runs}
     if len(set(trained.values())) > 1:
-        found.append("The runs were not trained on the same data: " + "; ".join(
-            f"{name}: {str(value)[:12]}" for name, value in trained.items()))
+        add(f"The runs were not trained on the same data: {listed(trained)}",
+            f"학습 데이터가 서로 다릅니다: {listed(trained)}")
     for run in runs:
+        artifact = run.metrics["settings"]["artifact"]
         if not run.finished:
-            found.append(f"{run.name}: training is still in progress; its evaluation is of stage "
-                         f"{run.metrics['settings']['artifact']}")
-        elif run.metrics["settings"]["artifact"] != run.experiment.stages[-1].name:
-            found.append(f"{run.name}: the evaluation is of stage "
-                         f"{run.metrics['settings']['artifact']}, not of the last; evaluate again")
-        if run.metrics["looking"]["warnings"]:
-            found.append(f"{run.name} may not be looking: "
-                         + "; ".join(run.metrics["looking"]["warnings"]))
+            add(f"{run.name}: training is still in progress; its evaluation is of stage {artifact}",
+                f"{run.name}: 학습이 아직 진행 중입니다. 평가한 것은 {artifact} 단계입니다.")
+        elif artifact != run.experiment.stages[-1].name:
+            add(f"{run.name}: the evaluation is of stage {artifact}, not of the last; evaluate again",
+                f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.")
+        if doubts := run.metrics["looking"]["warnings"]:
+            add(f"{run.name} may not be looking: {'; '.join(doubts)}",
+                f"{run.name}: 영상을 보지 않는 것일 수 있습니다 ({'; '.join(doubts)})")
     return found
 
 
@@ -324,6 +343,16 @@ def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[di
                         [s[metric][inside].mean(axis=0) for s in group], axis=0)[None])[0])
                         for group in scores]})
     return found
+
+
+def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]]) -> list[dict]:
+    captions = [[group.runs[0].predictions[key]["caption"] for key in keys] for group in groups]
+    references = [groups[0].runs[0].predictions[key]["references"] for key in keys]
+    told = [(chosen, words_told(captions, references, chosen)) for chosen in words]
+    for chosen, found in told:
+        if found is None:
+            raise InputError(f"--words {' '.join(chosen)}: no reference has any of them")
+    return [found for _, found in told]
 
 
 def _scores(run: Run, keys: list[str], runs: list[Run]) -> dict[str, np.ndarray]:

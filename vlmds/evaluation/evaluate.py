@@ -15,13 +15,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from vlmds.config import Experiment, load_experiment
 from vlmds.data.dataset import Dataset, open_dataset
@@ -45,19 +45,23 @@ from vlmds.evaluation.metrics import (
     summarise,
     tokenizers,
 )
-from vlmds.files import absolute, sha256_of, write
+from vlmds.files import absolute, write
+from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
+from vlmds.models.artifact import weights_sha256
 from vlmds.models.assemble import Model
 from vlmds.training import ranks
 from vlmds.training.run import final_artifact
+from vlmds.training.watch import doing
 
 FORMAT, VERSION = "vlmds-evaluation", 1
 THUMBNAILS = 500
 
 
 def evaluate_run(
-    run: Path, *, data: str | None = None, split: str | None = None, output: Path | None = None,
-    clips: int | None = None, batch_size: int = 8, num_beams: int = 1, max_new_tokens: int = 128,
+    run: str | Path, *, data: str | None = None, split: str | None = None,
+    output: str | Path | None = None, clips: int | None = None, batch_size: int = 8,
+    generation: GenerationOptions = GenerationOptions(),
     device: str | None = None, overrides: Sequence[str] = (), again: bool = False,
 ) -> Path:
     """Evaluate a run, on all ranks that the launcher started; returns the folder of the results.
@@ -71,7 +75,7 @@ def evaluate_run(
     Raises:
         InputError: no finished run, no such data or split.
     """
-    started = time.perf_counter()
+    run, started = Path(run), time.perf_counter()
     if "RANK" in os.environ:
         device = str(ranks.init_distributed(30))
     artifact = final_artifact(run)
@@ -79,18 +83,18 @@ def evaluate_run(
         artifact / "experiment.yaml",
         [*overrides, *([f"data.path={absolute(data)}"] if data else [])])
     dataset = open_dataset(experiment.data)
-    split = _choose_split(dataset, split)
-    output = output or run / "evaluation" / _folder_name(run, dataset, split)
+    split = dataset.choose_split(split)
+    output = Path(output or run / "evaluation" / _folder_name(run, dataset, split))
     settings = {
-        "run": str(run), "artifact": artifact.name, "weights_sha256": _weights_sha256(artifact),
+        "run": str(run), "artifact": artifact.name, "weights_sha256": weights_sha256(artifact),
         "data": str(dataset.root), "data_fingerprint": dataset.fingerprint, "split": split,
         "clips": clips, "prompt": experiment.data.prompt, "num_frames": experiment.data.num_frames,
-        "num_beams": num_beams, "max_new_tokens": max_new_tokens,
+        "generation": asdict(generation),
         "vision": experiment.vision.model, "llm": experiment.llm.model,
         "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
         "tokenisation": [level.name for level in tokenizers()],
     }
-    if _on_main(lambda: _prepare(output, settings, again)):
+    if ranks.on_main(lambda: _prepare(output, settings, again)):
         _say(f"{output}: evaluated already with these settings (--again repeats it)")
         return output
     captioner = VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
@@ -100,33 +104,34 @@ def evaluate_run(
     positions = evaluated_positions(len(reader), clips)
     texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
     scorer = ClipScorer(experiment, captioner.model, captioner.device, texts, swap_videos(texts),
-                        batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens)
+                        batch_size=batch_size, generation=generation)
     # Rank 0 alone reads what is done: another rank may have begun to write by then.
-    finished = _on_main(lambda: [r["position"] for r in _read_parts(output)])
+    finished = ranks.on_main(lambda: [r["position"] for r in _read_parts(output)])
     todo = sorted(set(positions) - set(finished))
     if finished:
         _say(f"{output}: {len(finished)} of {len(positions)} clips are done already")
     shown = set(evaluated_positions(len(positions), THUMBNAILS))
     shown = {position for number, position in enumerate(positions) if number in shown}
     _score_share(scorer, reader, todo, output, shown, len(positions))
-    _barrier()
+    ranks.gather(None)  # a barrier over gloo, whose timeout is init_distributed's
 
     def finish() -> None:
         records = _read_parts(output)
         result, predictions = summarise_records(records, texts, scorer)
         result["model"] = model_facts(captioner.model)
         result["timing"] = {"seconds": round(time.perf_counter() - started, 1),
-                            "ranks": _world()[1], "resumed": bool(finished)}
+                            "ranks": ranks.place()[1], "resumed": bool(finished)}
         _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result},
               predictions, records)
 
-    _on_main(finish)
+    ranks.on_main(finish)
     return output
 
 
 def evaluate_subset(
     experiment: Experiment, model: Model, reader: SampleReader, device: torch.device, *,
-    clips: int = 64, samples: int = 4, batch_size: int = 8, max_new_tokens: int = 64,
+    clips: int = 64, samples: int = 4, batch_size: int = 8,
+    generation: GenerationOptions = GenerationOptions(max_new_tokens=64),
 ) -> dict[str, Any]:
     """Score a model that is in memory, in training too, on a fixed subset; on all ranks together.
 
@@ -146,11 +151,11 @@ def evaluate_subset(
         positions = evaluated_positions(len(reader), clips)
         texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
         scorer = ClipScorer(experiment, model, device, texts, swap_videos(texts),
-                            batch_size=batch_size, max_new_tokens=max_new_tokens)
-        rank, world = _world()
+                            batch_size=batch_size, generation=generation)
+        rank, world = ranks.place()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
             mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
-        records = [r for part in _gather(mine) for r in part]
+        records = [r for part in ranks.gather(mine) for r in part]
         result, predictions = summarise_records(records, texts, scorer)
     finally:
         captioner.train(was_training)
@@ -248,18 +253,20 @@ def model_facts(model: Model) -> dict[str, int]:
             "projector_parameters": projector, "adapter_parameters": adapter}
 
 
-def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
+def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
     """(metrics.json, the lines of predictions.jsonl).
 
     Raises:
         InputError: not finished, or damaged.
     """
+    folder = Path(folder)
     if (folder / "parts").is_dir() and not (folder / "metrics.json").is_file():
         raise InputError(f"{folder}: the evaluation is not finished; run vlmds evaluate again")
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        predictions = [json.loads(line) for line in lines]
+        # Not splitlines(), which also splits where a caption has U+2028.
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+        predictions = [json.loads(line) for line in lines if line]
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: missing; run vlmds evaluate") from None
     except ValueError as error:
@@ -303,7 +310,7 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
         if position in shown:
             write(output / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
 
-    rank, world = _world()
+    rank, world = ranks.place()
     done = total - len(todo)
     last_told = time.monotonic()
     with (output / "parts" / f"{rank:05d}.jsonl").open("a", encoding="utf-8") as file:
@@ -311,6 +318,7 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
         for records in scorer.batches(reader, todo[rank::world], thumbnail):
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             file.flush()
+            doing("evaluating", [record["key"] for record in records])
             done += len(records) * world
             if time.monotonic() - last_told > 30:
                 last_told = time.monotonic()
@@ -337,7 +345,7 @@ def _read_parts(output: Path) -> list[dict]:
     """The records of all ranks, one per clip, by position."""
     records = {}
     for path in sorted((output / "parts").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
             except ValueError:
@@ -356,40 +364,12 @@ def _save(output: Path, metrics: dict, predictions: list[dict], records: list[di
     shutil.rmtree(output / "parts")
 
 
-def _choose_split(dataset: Dataset, split: str | None) -> str:
-    if split is None:
-        split = dataset.splits[0] if len(dataset.splits) == 1 else "val"
-    dataset.having(split)  # refuses one that is not there
-    return split
-
-
 def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
     record = run / "run.json"
     own = record.is_file() and json.loads(record.read_text())["data_fingerprint"]
     return split if own == dataset.fingerprint else f"{Path(dataset.root).name}-{split}"
 
 
-def _weights_sha256(artifact: Path) -> str:
-    files = [artifact / "projector.safetensors", artifact / "adapter" / "adapter_model.safetensors"]
-    return "-".join(sha256_of(path)[:16] for path in files if path.is_file())
-
-
-def _world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(value: Any) -> list:
-    return ranks.gather(value) if dist.is_initialized() else [value]
-
-
-def _on_main(make: Callable[[], Any]) -> Any:
-    return ranks.on_main(make) if dist.is_initialized() else make()
-
-
-def _barrier() -> None:
-    _gather(None)  # over gloo, whose timeout is init_distributed's
-
-
 def _say(text: str) -> None:
-    if _world()[0] == 0:
+    if ranks.place()[0] == 0:
         print(f"vlmds: {text}", flush=True)

@@ -18,17 +18,20 @@ from vlmds.files import write
 
 THUMBNAILS = 300
 THUMBNAIL_BYTES = 12_000_000
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+           "#bcbd22", "#17becf")
+TEXT_PLACES = ("middle right", "middle left", "top right", "bottom left", "bottom right", "top left")
 COST = {  # key: (English, Korean, format)
     "visual_tokens": ("visual tokens", "시각 토큰", "{:,.0f}"),
     "trainable": ("trainable parameters", "학습 파라미터", "{:,.0f}"),
     "samples_per_s": ("samples/s", "샘플/초", "{:,.2f}"),
     "memory_gib": ("peak memory, GiB", "최대 메모리, GiB", "{:,.2f}"),
     "hours": ("training, hours", "학습 시간, h", "{:,.2f}"),
+    "kilowatt_hours": ("energy of the GPUs, kWh", "GPU 에너지, kWh", "{:,.2f}"),
 }
 
 
-def write_report(path: Path, runs: list[Run], found: dict[str, Any]) -> int:
+def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> int:
     """Write the page; returns its size in bytes. found: what :func:`compare` says."""
     environment = Environment(loader=PackageLoader("vlmds.evaluation", "."), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -42,7 +45,7 @@ def write_report(path: Path, runs: list[Run], found: dict[str, Any]) -> int:
             "charts": charts(runs, found)}),
         shown=sum("image" in clip for clip in clips))
     data = page.encode()
-    write(path, data)
+    write(Path(path), data)
     return len(data)
 
 
@@ -70,11 +73,11 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
     metric = found["metric"]
     scatter = go.Figure()
     largest = max(row["cost"]["trainable"] for row in found["table"])
-    for row in found["table"]:
+    for number, row in enumerate(found["table"]):
         cell = row["metrics"][metric]
         scatter.add_scatter(
             x=[row["cost"]["visual_tokens"]], y=[cell["value"]], name=row["name"], text=[row["name"]],
-            mode="markers+text", textposition="top center",
+            mode="markers+text", textposition=TEXT_PLACES[number % len(TEXT_PLACES)],
             marker_size=[8 + 20 * (row["cost"]["trainable"] / largest) ** 0.5],
             error_y=dict(type="data", symmetric=False, array=[cell["high"] - cell["value"]],
                          arrayminus=[cell["value"] - cell["low"]]))

@@ -5,6 +5,8 @@
                            sha256 of each file, and the lineage: what it was trained from
     projector.safetensors
     adapter/               PEFT's own format; absent while no stage has trained an adapter
+    llm/                   the language model with the adapter folded in, of an artifact that
+                           ``vlmds export --merge`` wrote; artifact.json then says so ("llm")
 
 Loading is strict: a missing, extra or misshapen tensor is an error.
 """
@@ -12,8 +14,12 @@ Loading is strict: a missing, extra or misshapen tensor is an error.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,12 +30,15 @@ from vlmds.errors import InputError
 from vlmds.files import new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
+from vlmds.models.pretrained import looks_local
 from vlmds.models.vision import VisionTower
 
-FORMAT, VERSION = "vlmds-artifact", 1
-
+FORMAT, VERSION = "vlmds-artifact", 2
+READABLE = (1, 2)
+"""2 added "llm", and "revisions" to the lineage; without an "llm" the two are read alike."""
 
 ADAPTER = "adapter/adapter_model.safetensors"
+LLM = "llm"
 
 
 def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str,
@@ -61,6 +70,44 @@ def is_artifact(folder: Path) -> bool:
     return (folder / "artifact.json").is_file()
 
 
+def resolve_artifact(name: str | Path) -> Path:
+    """The folder of an artifact: ``name`` itself, or a copy of the hub repository that it names
+    (``owner/name``, or ``owner/name@revision``).
+
+    Raises:
+        InputError: no such folder, and no repository of that name that can be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if looks_local(str(name)) or str(name).count("/") != 1:
+        raise InputError(f"{name}: no such folder; give an artifact, or owner/name of the hub")
+    repository, _, revision = str(name).partition("@")
+    try:
+        return Path(snapshot_download(
+            repository, revision=revision or None,
+            allow_patterns=["experiment.yaml", "artifact.json", "*.safetensors", "adapter/*",
+                            f"{LLM}/*"]))
+    except (OSError, HFValidationError, httpx.HTTPError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name}: neither a folder here nor a repository that can be had from the "
+                         f"hub: {reason}") from None
+
+
+def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The artifact's experiment, whose ``llm.model`` is the artifact's own where it holds one.
+
+    Raises:
+        InputError: not an artifact, a bad override, or another LLM for one that holds its own.
+    """
+    own = read_artifact(folder)[0].get("llm")
+    if own is None:
+        return load_experiment(folder / "experiment.yaml", overrides)
+    if any(override.startswith("llm.model=") for override in overrides):
+        raise InputError(f"--set llm.model: {folder} holds its own language model, into which its "
+                         "adapter is folded; leave it out")
+    return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])
+
+
 def read_artifact(folder: Path) -> tuple[dict, Experiment]:
     """(artifact.json, the experiment).
 
@@ -72,9 +119,9 @@ def read_artifact(folder: Path) -> tuple[dict, Experiment]:
         meta = json.loads(path.read_text())
     except (OSError, ValueError):
         raise InputError(f"{folder}: not an artifact of vlmds (no readable artifact.json)") from None
-    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
+    if meta.get("format") != FORMAT or meta.get("version") not in READABLE:
         raise InputError(f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
-                         f"vlmds reads {FORMAT} version {VERSION}")
+                         f"vlmds reads {FORMAT} versions {' and '.join(map(str, READABLE))}")
     return meta, load_experiment(folder / "experiment.yaml")
 
 
@@ -120,6 +167,11 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
     _check_same(path, tensors, expected)
     _check_file(path, meta)
     set_peft_model_state_dict(captioner.llm, tensors)
+
+
+def weights_sha256(folder: Path) -> str:
+    """What tells an artifact's trained weights from any other's. Raises InputError."""
+    return "-".join(sha256[:16] for sha256 in read_artifact(folder)[0]["files"].values())
 
 
 def projector_sha256(folder: Path) -> str:

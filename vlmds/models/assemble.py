@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from vlmds.config import Experiment
 from vlmds.models.captioner import Captioner
-from vlmds.models.language import check_vocabulary, load_language_model, load_tokenizer
-from vlmds.models.pretrained import load_config
+from vlmds.models.language import (
+    add_adapter,
+    check_vocabulary,
+    load_language_model,
+    load_tokenizer,
+)
+from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.projectors import Projector, build_projector
 from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame, vision_half
 
@@ -74,3 +84,28 @@ def experiment_projector(
         experiment.projector, vision.hidden_size, llm.hidden_size, experiment.data.num_frames,
         patches_per_frame(vision, experiment.vision.pool),
     )
+
+
+@dataclass
+class Shapes:
+    """The experiment's models on the meta device: shapes without storage. The captioner carries
+    the adapter."""
+
+    tower: nn.Module
+    captioner: Captioner
+
+
+def shapes(experiment: Experiment) -> Shapes:
+    """Build the models without their weights.
+
+    Raises:
+        InputError: a model's configuration cannot be loaded, or parts do not fit.
+    """
+    vision = vision_half(published_or_loaded_config(experiment.vision.model, "vision.model"),
+                         experiment.vision.model)
+    language = published_or_loaded_config(experiment.llm.model, "llm.model")
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
+        captioner = Captioner(experiment_projector(experiment, vision, language), llm)
+        captioner.llm = add_adapter(llm, experiment.peft)
+        return Shapes(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from vlmds.models.dora import norms_kept
 from vlmds.models.projectors import Projector
 
 VISUAL = -200
@@ -64,24 +65,21 @@ class Captioner(nn.Module):
         )
 
     @torch.no_grad()
+    @norms_kept()
     def generate(
-        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, *,
-        eos_token_id: int, pad_token_id: int, max_new_tokens: int, num_beams: int = 1,
+        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor,
+        config: GenerationConfig, **more,
     ) -> Tensor:
-        """Greedy or beam search with a KV cache.
+        """Captions with a KV cache.
 
         Args:
             features: [B, N, vision_dim].
             input_ids, attention_mask: int64 [B, L], left-padded.
+            more: as transformers' ``generate`` takes them: ``logits_processor``, ``streamer``, …
 
         Returns:
-            New token ids, int64 [B, at most max_new_tokens], padded with ``pad_token_id``.
+            New token ids, int64 [B, at most config.max_new_tokens], padded with its pad token.
         """
-        config = GenerationConfig(
-            do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, use_cache=True,
-        )
         return self.llm.generate(
             inputs_embeds=self.embed(features, input_ids), attention_mask=attention_mask,
-            generation_config=config,
-        )
+            generation_config=config, **more)

@@ -14,6 +14,7 @@ from transformers import (
 
 from vlmds.config import LanguageConfig, PeftSection
 from vlmds.errors import InputError
+from vlmds.models.dora import use_dora
 from vlmds.models.pretrained import load_config, load_weights, loading
 
 
@@ -87,9 +88,11 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection) -> PeftModel:
         InputError: ``peft.target_modules`` names no module of this model.
     """
     try:
-        return get_peft_model(model, lora_config(peft), autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, lora_config(peft), autocast_adapter_dtype=False)
     except ValueError as error:
         raise InputError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
+    use_dora(adapted)
+    return adapted
 
 
 def _keep_4bit_weights_packed(model: PreTrainedModel) -> None:

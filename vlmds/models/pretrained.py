@@ -77,6 +77,15 @@ def published_or_loaded_config(name: str, key: str) -> PretrainedConfig:
     return PUBLISHED_SHAPES.get(name) or load_config(name, key)
 
 
+def hub_revision(name: str, key: str) -> str | None:
+    """The commit of the hub repository ``name`` that loads on this machine; None for a folder.
+
+    Raises:
+        InputError: as :func:`load_config`.
+    """
+    return None if Path(name).is_dir() else getattr(load_config(name, key), "_commit_hash", None)
+
+
 def weight_files(name: str, key: str) -> list[Path]:
     """The files that ``from_pretrained(name)`` takes the weights from, on this machine, sorted.
 

@@ -29,6 +29,7 @@ from vlmds.errors import InputError
 from vlmds.files import publish_folder, sha256_of, sync_file
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ranks import on_main
+from vlmds.training.watch import tell
 
 VERSION = 1
 WEIGHT = "weight"
@@ -81,14 +82,11 @@ def publish(temporary: Path, folder: Path, state: dict, entries: list[dict]) -> 
 
 
 def prune(root: Path, stage: str, keep: int) -> None:
-    """Remove a stage's checkpoints but the newest ``keep`` and the one that validated best."""
+    """Remove a stage's checkpoints but the newest ``keep`` and the one of the best score."""
     folders = checkpoints(root, stage)
-    losses = {}
-    for folder in folders:
-        loss = read_state(folder).get("validation_loss")
-        if loss is not None:
-            losses[folder] = loss
-    best = min(losses, key=losses.get) if losses else None
+    scores = {folder: score for folder in reversed(folders)
+              if (score := read_state(folder)["score"]) is not None}
+    best = max(scores, key=scores.get) if scores else None  # of equal ones the first
     for folder in folders[keep:]:
         if folder != best:
             # First the name goes, so that no moment shows a checkpoint with files missing.
@@ -153,7 +151,7 @@ def latest_checkpoint(root: Path, stage: str) -> tuple[Path, dict] | None:
             problem = check(folder)
             if problem is None:
                 return folder, read_state(folder)
-            print(f"vlmds: {folder}: damaged checkpoint passed over: {problem}", flush=True)
+            tell(f"vlmds: {folder}: damaged checkpoint passed over: {problem}")
         return None
 
     return on_main(newest)

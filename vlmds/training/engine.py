@@ -14,6 +14,7 @@ from torch import nn
 
 from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
+from vlmds.models.dora import weights_changed
 from vlmds.training.optimizer import parameter_groups, trainable
 
 
@@ -103,6 +104,7 @@ def build_engine(
         groups, lr=stage.lr, betas=tuple(training.betas),
         fused=get_accelerator().device_name() == "cuda" or None,
     )
+    optimizer.register_step_post_hook(lambda *_: weights_changed())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     # In fp32 DeepSpeed does not look for gradients that are no numbers; here every dtype does, and
     # such a step is skipped on all ranks.

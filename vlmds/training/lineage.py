@@ -18,13 +18,30 @@ from vlmds.errors import InputError
 from vlmds.files import new_folder, sha256_of
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
 from vlmds.models.language import load_tokenizer
-from vlmds.models.pretrained import weight_files
+from vlmds.models.pretrained import hub_revision, weight_files
 from vlmds.training.ranks import gather, together
 from vlmds.training.run import RunFolder, check_base_weights, differing_keys
 
 # What a projector of an earlier stage depends on: these keys, the base weights and the sampling.
 PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames",
                   "data.prompt")
+
+
+def base_files(experiment: Experiment) -> dict[str, Path]:
+    """The weight files of the pretrained models on this machine, by what they are and their names.
+
+    Raises:
+        InputError: a model has none.
+    """
+    return {
+        **{f"vision/{p.name}": p for p in weight_files(experiment.vision.model, "vision.model")},
+        **{f"llm/{p.name}": p for p in weight_files(experiment.llm.model, "llm.model")}}
+
+
+def base_revisions(experiment: Experiment) -> dict[str, str | None]:
+    """The commits of the pretrained models, of those that come from the hub."""
+    return {"vision": hub_revision(experiment.vision.model, "vision.model"),
+            "llm": hub_revision(experiment.llm.model, "llm.model")}
 
 
 def base_weights(experiment: Experiment) -> dict[str, str]:
@@ -34,14 +51,12 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
     Raises:
         InputError: on every rank, if a file is missing or two machines have different ones.
     """
-    files = together(lambda: {
-        **{f"vision/{p.name}": p for p in weight_files(experiment.vision.model, "vision.model")},
-        **{f"llm/{p.name}": p for p in weight_files(experiment.llm.model, "llm.model")}})
+    files = together(lambda: base_files(experiment))
     hosts = gather(platform.node())
     here = [rank for rank, host in enumerate(hosts) if host == platform.node()]
     share = sorted(files)[here.index(dist.get_rank()) :: len(here)]
     mine = {name: sha256_of(files[name]) for name in share}
-    mine["llm/tokenizer"] = _tokenizer_sha256(experiment.llm.model)
+    mine["llm/tokenizer"] = tokenizer_sha256(experiment.llm.model)
     found: dict[str, tuple[str, str]] = {}
     for host, hashes in zip(hosts, gather(mine)):
         for name, value in hashes.items():
@@ -88,6 +103,7 @@ def inherit(other: Path, experiment: Experiment, run: RunFolder) -> None:
 def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
     """What stage ``number`` of the run is trained from; its checkpoints and artifact record it."""
     lineage = {name: run.record[name] for name in ("weights", "sampling", "data_fingerprint")}
+    lineage["revisions"] = run.record.get("revisions")  # None: a run begun before they were kept
     if number:
         parent = experiment.stages[number - 1].name
         lineage["parent"] = {"stage": parent,
@@ -103,7 +119,8 @@ def check_parent(lineage: dict, recorded: dict, where: Path) -> None:
                          "now; restore that artifact, or delete the checkpoints of this stage")
 
 
-def _tokenizer_sha256(name: str) -> str:
+def tokenizer_sha256(name: str) -> str:
+    """Of the vocabulary, how text is cut, and the chat template."""
     tokenizer = load_tokenizer(name)
     described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(described.encode()).hexdigest()

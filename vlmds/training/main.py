@@ -24,12 +24,14 @@ from vlmds.files import absolute
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
-from vlmds.training.lineage import base_weights, inherit
+from vlmds.training.engine import accumulation_steps
+from vlmds.training.lineage import base_revisions, base_weights, inherit
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import init_distributed, is_main, on_main, together
 from vlmds.training.run import RunFolder, check_same_experiment, open_run
 from vlmds.training.stages import run_stages
-from vlmds.training.watch import doing, last_words
+from vlmds.training.validation import check_validation
+from vlmds.training.watch import doing, last_words, tell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -46,18 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
         experiment = load_experiment(args.exp, overrides)
         if args.plan:
             if is_main():
-                from vlmds.plan import plan
+                from vlmds.plan import plan_experiment
 
-                print(plan(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
+                print(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
             return 0
         train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     except (InputError, Stopped) as error:
         if is_main():
-            print(f"vlmds: {error}", file=sys.stderr, flush=True)
+            tell(f"vlmds: {error}", sys.stderr)
         leave()
         return 2 if isinstance(error, InputError) else 3
     except BaseException as error:
-        traceback.print_exc()
+        tell(traceback.format_exc(), sys.stderr)
         last_words(f"{type(error).__name__}: {error}".splitlines()[0])
         # Taking the process groups down would wait for ranks that are not coming.
         os._exit(1)
@@ -78,22 +80,26 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
     on_main(lambda: check_tower(dataset, experiment))
+    check_validation(experiment, "val" in dataset.splits, dataset.root)
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
-        "weights": base_weights(experiment)}
+        "weights": base_weights(experiment), "revisions": on_main(lambda: base_revisions(experiment))}
     resume = args.resume
     start_from = None if resume in ("auto", "never") else Path(resume)
     run = on_main(lambda: open_run(
         output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
         command=sys.argv))
+    accumulation_steps(experiment, dist.get_world_size(), run.global_batch)  # or InputError
     if start_from is not None:
         on_main(lambda: adopt(start_from, experiment, run))
     if args.from_run is not None:
         on_main(lambda: inherit(args.from_run, experiment, run))
     doing("loading the models")
-    stored = dataset.meta["vision"]["fingerprint"] if dataset.store == "features" else None
+    stored = None
+    if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
+        stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     config = args.ds_config or default_ds_config()
     run_stages(experiment, model, dataset, run, config, device, stop, start_from)

@@ -17,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment
+from vlmds.training.watch import tell
 
 
 class Monitor:
@@ -30,7 +31,7 @@ class Monitor:
     def __init__(self, folder: Path, experiment: Experiment, active: bool, first_step: int = 0):
         self.active = active
         self.every = experiment.logging.every
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         self._pending: list[dict] = []
         self._charts = self._wandb = None
         if not active:
@@ -109,9 +110,31 @@ class Monitor:
         # Training throughput counts training only.
         self._window_start, self._waited = time.perf_counter(), 0.0
 
+    def evaluation(self, step: int, found: dict) -> None:
+        """Note captions after ``step`` optimizer steps of the stage; found: see
+        :func:`vlmds.evaluation.evaluate.evaluate_subset`."""
+        self.flush()
+        values = {name: metric["value"] for name, metric in found["metrics"].items()}
+        gaps = {f"loss_gap_{blind}": gap["gap"] for blind, gap in found["looking"]["loss"].items()}
+        facts = {name: found["captions"][name] for name in ("mean_tokens", "distinct_2",
+                                                            "repetition", "empty", "most_frequent")}
+        where = {"stage": self.stage, "step": step}
+        self._write([{"kind": "eval", **where, "clips": found["clips"], **values, **gaps, **facts}])
+        self._write_samples([{**where, **sample} for sample in found["samples"]])
+        name = next(iter(values))
+        self.say(f"{self.stage} step {step}/{self.total}  {name} {values[name]:.2f}  "
+                 + "  ".join(f"{gap} {value:.3f}" for gap, value in gaps.items())
+                 + f" ({found['clips']} clips)")
+        self._window_start, self._waited = time.perf_counter(), 0.0
+
+    def energy(self, step: int, joules: float | None) -> None:
+        """Note what the stage took, if anybody counted."""
+        if joules is not None:
+            self._write([{"kind": "energy", "stage": self.stage, "step": step, "joules": joules}])
+
     def say(self, text: str) -> None:
         if self.active:
-            print(f"vlmds: {text}", flush=True)
+            tell(f"vlmds: {text}")
 
     def close(self) -> None:
         if self._charts:
@@ -133,6 +156,18 @@ class Monitor:
                     self._charts.add_scalar(name, value, x)
             if self._wandb:
                 self._wandb.log(numbers, step=x)
+
+    def _write_samples(self, samples: list[dict]) -> None:
+        if not self.active:
+            return
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+        if self._charts:
+            rows = [f"| {s['key']} | {' / '.join(s['references'])} | {s['caption']} |"
+                    for s in samples]
+            self._charts.add_text("captions", "\n".join(
+                ["| clip | references | caption |", "|---|---|---|", *rows]),
+                self.steps_before + samples[0]["step"])
 
     def _show(self, record: dict) -> None:
         done = record["step"] - self._stage_first

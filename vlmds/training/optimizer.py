@@ -41,6 +41,14 @@ def parameter_groups(
     return groups
 
 
+def freeze(captioner: Captioner, stage: StageConfig) -> None:
+    """Make exactly what the stage trains trainable."""
+    captioner.projector.requires_grad_("projector" in stage.train)
+    for name, parameter in captioner.llm.named_parameters():
+        # Parameters of LoRA and DoRA: lora_A, lora_B, lora_magnitude_vector.
+        parameter.requires_grad_("peft" in stage.train and "lora_" in name)
+
+
 def learning_rate(step: int, total: int, stage: StageConfig) -> float:
     """The rate of optimizer step ``step`` (from 0) of ``total``, before the groups' factors.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ from vlmds.errors import InputError
 from vlmds.training.watch import start_watch
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
+_turns = 0
 _control: dist.ProcessGroup | None = None
 
 
@@ -70,6 +72,24 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def place() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) in a process that has joined none."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def take_turns(items: Sequence[Item]) -> Iterator[Item]:
+    """The items that fall to this rank: each rank takes the next one whenever it is ready for it,
+    so that all are done at about the same time. To be called on all ranks alike."""
+    global _turns
+    _turns += 1
+    if not dist.is_initialized():
+        yield from items
+        return
+    store = dist.PrefixStore(f"turns-{_turns}", dist.distributed_c10d._get_default_store())
+    while (number := store.add("next", 1) - 1) < len(items):
+        yield items[number]
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Elementwise sums, in float64."""
     sums = torch.tensor(values, dtype=torch.float64)
@@ -79,6 +99,8 @@ def sum_over_ranks(values: list[float]) -> list[float]:
 
 def gather(value: Any) -> list:
     """Every rank's value, by rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_control)
     return values
@@ -90,7 +112,9 @@ def on_main(make: Callable[[], Result]) -> Result:
     Raises:
         InputError: on every rank, if it raises one on rank 0.
     """
-    value = together(make if is_main() else lambda: None)
+    value = together(make if place()[0] == 0 else lambda: None)
+    if not dist.is_initialized():
+        return value
     values = [value]
     dist.broadcast_object_list(values, group=_control)
     return values[0]
@@ -111,3 +135,10 @@ def together(make: Callable[[], Result]) -> Result:
     if problem is not None:
         raise InputError(problem)
     return value
+
+
+def raise_together(failed: float, mine: list[str]) -> None:
+    """Raise InputError on every rank with the first of all ranks' problems, if ``failed``, the sum
+    over ranks of whether there is one, is not 0."""
+    if failed:
+        raise InputError(next(problem for problems in gather(mine) for problem in problems))

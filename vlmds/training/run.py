@@ -4,7 +4,8 @@
     run.json          global batch, what it is trained from (data fingerprint, hashes of the base
                       weights, how frames are sampled), and for each start: versions, git commit,
                       world size, command line
-    metrics.jsonl     one line per optimizer step and per validation
+    metrics.jsonl     one line per optimizer step, per validation and per evaluation
+    samples.jsonl     captions made in training, if training.evaluate_every is set
     ledger.jsonl      every sample that could not be read, and when
     tensorboard/  checkpoints/  artifacts/{stage}/
 """
@@ -35,6 +36,7 @@ HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "llm.mo
             "data.num_workers", "data.verify", "data.max_bad_fraction", "vision.frames_per_call",
             "training.micro_batch", "training.gradient_accumulation", "training.global_batch",
             "training.activation_checkpointing", "training.validate_every",
+            "training.evaluate_every", "training.evaluate_clips", "training.evaluate_tokens",
             "training.checkpoint_every", "training.keep_checkpoints", "training.timeout_minutes",
             "training.max_skipped_steps", "data.cache_dir", "data.cache_gb", "data.decode_seconds")
 
@@ -80,7 +82,7 @@ class RunFolder:
     def rewind(self, stages: list[str], stage: int, step: int) -> None:
         """Drop the metrics and ledger lines of steps that will be taken (again) from here on:
         ``step`` optimizer steps of stage number ``stage`` stand."""
-        for name in ("metrics.jsonl", "ledger.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
             path = self.path / name
             if not path.is_file():
                 continue
@@ -104,7 +106,7 @@ def open_run(
     Args:
         resume: "auto" goes on with what is there, "never" wants a new folder.
         origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
-            ``sampling`` and ``weights``.
+            ``sampling``, ``weights`` and ``revisions``.
 
     Raises:
         InputError: ``never``, but the folder holds a run; or the run there is of another

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -24,26 +24,29 @@ from vlmds.data.loader import (
     Batches,
     SampleReader,
     TrainingPositions,
-    evaluation_positions,
     training_collate,
 )
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, Stopped
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
-from vlmds.models.captioner import IGNORE, Captioner
+from vlmds.models.captioner import IGNORE
+from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
 from vlmds.training import checkpoint
+from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
+from vlmds.training.energy import EnergyMeter, gpu_counter
 from vlmds.training.engine import accumulation_steps, build_engine, release
 from vlmds.training.lineage import check_parent, stage_lineage
 from vlmds.training.monitor import Monitor
-from vlmds.training.optimizer import learning_rate, seed_micro_batch, set_learning_rate
+from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
 from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import gather, on_main, sum_over_ranks
+from vlmds.training.ranks import gather, on_main, raise_together, sum_over_ranks
 from vlmds.training.run import RunFolder
 from vlmds.training.saver import Saver
-from vlmds.training.watch import doing
+from vlmds.training.validation import Standing, Validator
+from vlmds.training.watch import doing, tell
 
 
 @dataclass
@@ -51,16 +54,21 @@ class Progress:
     """Where a stage stands; a checkpoint holds it.
 
     step: optimizer steps taken. samples, bad: samples read since the stage's start, and how many
-    of them were unreadable. skipped: steps whose loss or gradient was no number. validated: the
-    step of the last validation, and validation_loss what it gave.
+    of them were unreadable. skipped: steps whose loss or gradient was no number. joules: that the
+    GPUs took, None where nobody counts. standing: how good it was found to be.
     """
 
     step: int = 0
     samples: int = 0
     bad: int = 0
     skipped: int = 0
-    validated: int = 0
-    validation_loss: float | None = None
+    joules: float | None = 0.0
+    standing: Standing = field(default_factory=Standing)
+
+    @classmethod
+    def of(cls, state: dict) -> Progress:
+        """What ``asdict`` made a dict."""
+        return cls(**{**state, "standing": Standing(**state["standing"])})
 
 
 class StageTrainer:
@@ -92,13 +100,17 @@ class StageTrainer:
         self.average = (
             WeightAverage(self.engine, training.ema_decay) if training.ema_decay else None)
         self.saver = Saver(run.checkpoints, self.stage.name, training.keep_checkpoints, monitor.say)
+        self.validator = Validator(
+            experiment, model, self._reader("val", shuffle=False) if "val" in dataset.splits else None,
+            self.collate, device, self.total, monitor, stop, self.average, self._doing,
+            self._write_ledger)
         self.lineage = stage_lineage(run, experiment, number)
         self.progress = Progress()
 
     def resume(self, folder: Path, state: dict) -> None:
         check_parent(self.lineage, state["lineage"], folder)
         checkpoint.load_checkpoint(folder, self.engine, self.average)
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.of(state["progress"])
         self.monitor.say(f"{self.stage.name}: going on from {folder}")
 
     def train(self) -> None:
@@ -107,26 +119,29 @@ class StageTrainer:
         Raises:
             Stopped: on all ranks, after any of them was asked to stop and a checkpoint was saved.
         """
-        settings, progress = self.experiment.training, self.progress
+        progress, standing = self.progress, self.progress.standing
         self.engine.train()
-        if self._due(settings.validate_every) and progress.validated != progress.step:
-            if self.validate():  # which a stop request had cut short
-                self._stop()
+        self.energy = EnergyMeter(gpu_counter(self.device), progress.joules or 0.0)
+        if self.validator.look(progress.step, standing):  # which a stop request had cut short
+            self._stop()
         batches = self._training_batches()
         reading = iter(batches)
         for step in range(progress.step, self.total):
+            if self.validator.is_over(step, standing):
+                break
             self._doing(step, "waiting for data", explain=batches.holding)
             started = time.perf_counter()
             group = list(islice(reading, self.accumulation))
             stop = self.train_step(step, group, time.perf_counter() - started)
-            if self._due(settings.validate_every):
-                stop = self.validate() or stop
-            if stop or self._due(settings.checkpoint_every):
+            stop = self.validator.look(progress.step, standing) or stop
+            if stop or self._checkpoint_due():
                 self.save_checkpoint()
             if stop:
                 self._stop()
         self.saver.drain()
+        self.monitor.energy(progress.step, self.energy.total())
 
+    @norms_kept()  # the weights change at the last micro-batch's end only
     def train_step(self, step: int, group: list[dict], waited: float) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
         caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
@@ -176,76 +191,47 @@ class StageTrainer:
             self.stop.requested is not None, self.saver.finished, bool(failures)])
         if written == self.world_size:
             self.saver.publish()
-        self._raise_failures(failed, failures)
+        raise_together(failed, failures)
         self._account_bad(step, group, int(bad))
         return tokens, positions, stop > 0
-
-    def _raise_failures(self, failed: float, mine: list[str]) -> None:
-        """Raise InputError on all ranks if ``failed``, the sum over ranks, is not 0."""
-        if failed:
-            first = next(problem for problems in gather(mine) for problem in problems)
-            raise InputError(first)
-
-    @torch.no_grad()
-    def validate(self) -> bool:
-        """Mean loss per caption token over the validation split, if there is one. Returns whether
-        any rank was asked to stop meanwhile; then there is no result."""
-        if "val" not in self.dataset.splits:
-            return False
-        reader = self._reader("val", shuffle=False)
-        micro_batch, num_workers = (
-            self.experiment.training.micro_batch, self.experiment.data.num_workers)
-        batches = evaluation_positions(len(reader), micro_batch, self.rank, self.world_size)
-        rounds = math.ceil(len(reader) / (micro_batch * self.world_size))  # of the rank with most
-        batches = Batches(reader, batches, self.collate, num_workers)
-        reading = iter(batches)
-        total, tokens, bad = torch.zeros((), device=self.device), 0, []
-        captioner = self.model.captioner.eval()
-        with self.average.applied() if self.average else nullcontext():
-            for number in range(rounds):
-                self._doing(self.progress.step, f"validating, batch {number + 1} of {rounds}",
-                            explain=batches.holding)
-                batch = next(reading, {})
-                failures = [batch["failure"]] if "failure" in batch else []
-                if "labels" in batch:
-                    features = self.model.features(batch)
-                    total += captioner(features, self._to_device(batch["input_ids"]),
-                                       self._to_device(batch["labels"]))
-                    tokens += int((batch["labels"] != IGNORE).sum())
-                    bad += batch["bad"]
-                stop, failed = sum_over_ranks(
-                    [self.stop.requested is not None, bool(failures)])
-                self._raise_failures(failed, failures)
-                if stop:
-                    break
-        captioner.train()
-        if stop:
-            return True
-        total, tokens, any_bad = sum_over_ranks([total.item(), tokens, len(bad)])
-        if any_bad:
-            self._write_ledger(bad, self.progress.step)
-        self.progress.validated, self.progress.validation_loss = self.progress.step, total / tokens
-        self.monitor.validation(self.progress.step, total / tokens, len(reader))
-        return False
 
     def save_checkpoint(self) -> None:
         """Start to write a checkpoint; the saver tells if that fails, and training goes on."""
         self._doing(self.progress.step, "copying a checkpoint")
         self.monitor.flush()
-        current = self.progress.validated == self.progress.step
+        standing = self.progress.standing
+        self.progress.joules = self.energy.total()
         self.saver.begin(self.engine, self.average, self.progress.step, {
-            "stage": self.stage.name, "progress": vars(self.progress).copy(),
-            "lineage": self.lineage,
-            "validation_loss": self.progress.validation_loss if current else None})
+            "stage": self.stage.name, "progress": asdict(self.progress), "lineage": self.lineage,
+            "score": standing.score if standing.scored == self.progress.step else None})
+
+    def take_best(self) -> None:
+        """The weights of the best checkpoint in place of the last ones, if they are to be kept."""
+        standing = self.progress.standing
+        best = self.run.checkpoints / checkpoint.checkpoint_name(
+            self.stage.name, standing.best_step)
+        if self.experiment.training.keep == "last" or standing.best_step == self.progress.step:
+            return
+        problem = on_main(lambda: checkpoint.check(best))
+        if problem:
+            self.monitor.say(f"WARNING: {best}, the best checkpoint, cannot be used ({problem}); "
+                             "the artifact gets the last weights")
+            return
+        checkpoint.load_checkpoint(best, self.engine, self.average)
+        self.progress.step = standing.best_step
+        self.monitor.say(f"{self.stage.name}: the artifact gets the weights of step "
+                         f"{standing.best_step}, the best")
 
     def _stop(self) -> None:
         self.saver.drain()
         raise Stopped(f"{self.stage.name}: stopped by a signal after step {self.progress.step} of "
                       f"{self.total}, checkpoint saved; the same command goes on from there")
 
-    def _due(self, every: int) -> bool:
+    def _checkpoint_due(self) -> bool:
+        """At even distances, at the end, and where the model is the best so far."""
         step = self.progress.step
-        return step > 0 and (step == self.total or step % every == 0)
+        return (step == self.total or step % self.experiment.training.checkpoint_every == 0
+                or step == self.progress.standing.best_step)
 
     def _doing(self, step: int, what: str, keys: Sequence[str] = (),
                explain: Callable[[], str] | None = None) -> None:
@@ -318,7 +304,8 @@ def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
     return stage.steps or math.ceil(stage.epochs * samples / global_batch)
 
 
-def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder) -> None:
+def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder,
+                  device: torch.device) -> None:
     """Give the captioner the weights of the stage before, and freeze all but what this one trains.
 
     The adapter comes into being in the first stage that trains it.
@@ -331,16 +318,8 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
         torch.manual_seed(experiment.training.seed + 1)  # the same adapter on every rank
         captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, stage)
-    if experiment.training.activation_checkpointing:
-        captioner.llm.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def freeze(captioner: Captioner, stage: StageConfig) -> None:
-    """Make exactly what the stage trains trainable."""
-    captioner.projector.requires_grad_("projector" in stage.train)
-    for name, parameter in captioner.llm.named_parameters():
-        # Parameters of LoRA and DoRA: lora_A, lora_B, lora_magnitude_vector.
-        parameter.requires_grad_("peft" in stage.train and "lora_" in name)
+    checkpoint_activations(
+        captioner, checkpointed_layers(experiment, stage, model.tower is None, device))
 
 
 def run_stages(
@@ -362,7 +341,7 @@ def run_stages(
         first = names.index(checkpoint.read_state(start_from)["stage"])
     if first == len(names):
         if dist.get_rank() == 0:
-            print(f"vlmds: {run.path}: all stages are finished, nothing to do", flush=True)
+            tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
@@ -375,7 +354,7 @@ def run_stages(
         run.rewind(names, first, step)
     monitor = Monitor(run.path, experiment, dist.get_rank() == 0, sum(totals[:first]) + step)
     for number in range(first, len(names)):
-        prepare_stage(model, experiment, number, run)
+        prepare_stage(model, experiment, number, run, device)
         trainer = StageTrainer(experiment, number, model, dataset, run, ds_config, device, monitor,
                                stop)
         if number == first and found:
@@ -392,10 +371,12 @@ def finish_stage(trainer: StageTrainer) -> None:
     """Save the artifact and take the engine down."""
     doing(f"saving the artifact of {trainer.stage.name}")
     artifact = trainer.run.artifact(trainer.stage.name)
+    trainer.take_best()
     with trainer.average.applied() if trainer.average else nullcontext():
         on_main(lambda: save_artifact(
             artifact, trainer.model.captioner, trainer.experiment, trainer.stage.name,
-            {**trainer.lineage, "tower": trainer.model.tower_fingerprint()}))
+            {**trainer.lineage, "tower": trainer.model.tower_fingerprint(),
+             "step": trainer.progress.step}))
     trainer.monitor.say(f"{trainer.stage.name}: finished, {artifact}")
     engine, trainer.engine, trainer.average = trainer.engine, None, None
     release(engine)

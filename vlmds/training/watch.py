@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import torch.distributed as dist
 
@@ -52,6 +53,18 @@ def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None
             pass
 
 
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, on stdout if no stream is given. Where nobody reads any more, since a terminal
+    or an ssh is gone, that must not end the training: from then on the stream leads nowhere."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def last_words(problem: str) -> None:
     """Print on stderr what this rank was doing when ``problem`` came, and what others were."""
     rank = os.environ.get("RANK", "0")
@@ -62,7 +75,7 @@ def last_words(problem: str) -> None:
     asking = threading.Thread(target=_ask, args=(others,), daemon=True)
     asking.start()
     asking.join(STORE_SECONDS)
-    print("\n".join(lines + list(others)), file=sys.stderr, flush=True)
+    tell("\n".join(lines + list(others)), sys.stderr)
 
 
 def _ask(lines: list[str]) -> None:
@@ -106,7 +119,6 @@ def _watch(timeout: float, stall: float) -> None:
                        "ending the job")
             os._exit(1)
         if waited >= due and _explain is not None:
-            print(f"vlmds: rank {os.environ.get('RANK', '0')}: still {_described()}",
-                  file=sys.stderr, flush=True)
+            tell(f"vlmds: rank {os.environ.get('RANK', '0')}: still {_described()}", sys.stderr)
             due *= 2
         time.sleep(min(max(timeout - waited, 0) + 0.05, 1.0))

@@ -1,0 +1,93 @@
+"""What `vlmds bench train` compares is the same training."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.training.launch import environment
+from vlmds.bench import train, workload
+from vlmds.bench.clock import StepClock
+from vlmds.bench.scaling import bench_scaling, communication_seconds
+from vlmds.errors import InputError
+
+SMALL = ["data.num_frames=2", "training.gradient_accumulation=1"]
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """Few rows of the vocabulary: the tests look at losses, not at times."""
+    monkeypatch.setattr(workload.TINY_LLM, "vocab_size", 700)
+    monkeypatch.setattr(workload.TINY_LLM, "num_hidden_layers", 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("exp", "baselines"), [("e3", ["reference", "hf"]), ("e8", ["reference"])])
+def test_all_variants_train_the_same(small_models, tmp_path, monkeypatch, capsys, exp, baselines):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "ROUNDS", 1)
+    found = train.bench_train(tmp_path, [exp], tiny=True, baselines=baselines, steps=1, overrides=SMALL)
+    rows = found[exp]["rows"]
+    assert [row["variant"] for row in rows] == ["vlmds", *baselines]
+    assert all(row["loss_difference"] < 1e-4 for row in rows[1:])
+    assert len(set(rows[0]["losses"])) == 4  # it learns
+    own = rows[0]
+    assert 0 < sum(own["phases"].values()) <= own["split_step_seconds"] * 1.001
+    assert own["resident"]["trainables"] == found[exp]["plan"]["trainables"]
+    assert own["resident"]["LLM weights"] == pytest.approx(found[exp]["plan"]["LLM weights"], rel=0.01)
+    assert "| share of a step |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "train.json").read_text())[exp]["rows"]
+    assert not list(tmp_path.glob("train-*"))  # the weights are gone
+
+
+def test_other_losses_are_refused_with_both():
+    assert train.check_losses("float32", {"a": [2.0, 1.0], "b": [2.0, 1.0005]}) == {
+        "b": pytest.approx(5e-4)}
+    for wrong in ([2.01, 1.0], [2.0, 1.01], [2.0, float("nan")]):
+        with pytest.raises(RuntimeError, match="not the same training"):
+            train.check_losses("float32", {"a": [2.0, 1.0], "b": wrong})
+
+
+def test_what_a_baseline_cannot_train_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no perceiver projector"):
+        train.bench_train(tmp_path, ["e7"], tiny=True, baselines=["hf"])
+
+
+def test_phases_inside_each_other_count_once():
+    clock = StepClock(torch.device("cpu"))
+    with clock.phase("outer"):
+        torch.randn(300, 300).matmul(torch.randn(300, 300))
+        with clock.phase("inner"):
+            torch.randn(300, 300).matmul(torch.randn(300, 300))
+    found = clock.lap()
+    assert found["outer"] > 0 and found["inner"] > 0 and clock.lap()["sent"] == 0
+
+
+def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
+    """Four ranks, each of which sends 2 (W - 1) / W of the tensor in an all-reduce."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, torch, torch.distributed as dist\n"
+        "from vlmds.bench.clock import StepClock\n"
+        "clock = StepClock(torch.device('cpu')); clock.watch_collectives()\n"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/store',\n"
+        "                        rank=int(sys.argv[1]), world_size=4)\n"
+        "dist.all_reduce(torch.zeros(1000))\n"
+        "assert clock.lap()['sent'] == 2 * 3 * 4000 // 4\n"
+        "dist.destroy_process_group()\n")
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], env=environment())
+             for rank in range(4)]
+    assert [rank.wait(60) for rank in ranks] == [0] * 4
+    assert not dist.is_initialized()
+
+
+def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, capsys):
+    assert communication_seconds(1e8, 8, 200) == 0
+    assert communication_seconds(1e8, 512, 200) > communication_seconds(1e8, 64, 200) > 0
+    assert communication_seconds(1e8, 64, 400) < communication_seconds(1e8, 64, 200)
+    found = bench_scaling(tmp_path, "h200")
+    assert len(found["rows"]) == 8 and (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -1,0 +1,55 @@
+"""A server with two tiny runs, in a thread."""
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+
+from tests import tiny
+from tests.data.conftest import write_video
+from tests.test_inference import made
+
+LIMIT = 8.0  # megabytes
+
+
+@dataclass
+class Served:
+    url: str
+    models: "object"
+    folder: "object"
+
+
+@pytest.fixture(scope="session")
+def served_runs(tmp_path_factory):
+    """Folders of two runs."""
+    root = tmp_path_factory.mktemp("serve")
+    models = tiny.make_models(root / "models")
+    for exp in ("e3", "e7"):
+        made(models, root / exp, exp)
+    return root / "e3", root / "e7"
+
+
+@pytest.fixture(scope="session")
+def server(served_runs, tmp_path_factory):
+    import uvicorn
+
+    from vlmds.serve.app import _listen, make_app
+    from vlmds.serve.models import Limits, Models
+
+    models = Models.load(served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000,
+                                             decode_seconds=20.0), device="cpu")
+    folder = tmp_path_factory.mktemp("uploads")
+    listening = _listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(make_app(models, folder), log_level="critical",
+                                           timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", models, folder)
+    server.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=20)

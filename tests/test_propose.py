@@ -1,0 +1,89 @@
+"""Operations counted from shapes against those that run, and what is proposed for a card."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests import tiny
+from vlmds.cli import main
+from vlmds.config import load_experiment
+from vlmds.data.prompt import SequenceBuilder
+from vlmds.errors import InputError
+from vlmds.flops import sample_flops
+from vlmds.hardware import CARDS, device_card, find_card
+from vlmds.models.assemble import load_model, shapes
+from vlmds.models.captioner import IGNORE
+from vlmds.models.language import add_adapter
+from vlmds.propose import proposals
+from vlmds.training.optimizer import freeze
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny.make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("exp", ["e3", "e7"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_operations_are_those_that_run(models, exp, stage):
+    """Without attention's, which the counter takes for a full square."""
+    extra = tiny.RESAMPLER if exp == "e7" else []
+    experiment = load_experiment(exp, [*tiny.settings(models), *extra])
+    model = load_model(experiment, torch.device("cpu"))
+    captioner = model.captioner
+    if stage:
+        captioner.llm = add_adapter(captioner.llm, experiment.peft)
+    freeze(captioner, experiment.stages[stage])
+    builder = SequenceBuilder(model.tokenizer, "무엇?", captioner.projector.num_tokens)
+    batch = builder.collate_training([builder.training("0번 영상입니다.")])
+    frames = torch.zeros(1, tiny.FRAMES, 3, tiny.SIDE, tiny.SIDE, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        features = model.features({"frames": frames})
+        captioner(features, batch["input_ids"], batch["labels"]).backward()
+    ran = sum(count for op, count in counter.get_flop_counts()["Global"].items()
+              if "scaled_dot_product" not in str(op) and "bmm" not in str(op))
+    shape = shapes(experiment)
+    if not stage:  # the adapter does not exist then
+        shape.captioner.llm = shape.captioner.llm.unload()
+        shape.captioner.llm.get_base_model = lambda: shape.captioner.llm
+    freeze(shape.captioner, experiment.stages[stage])
+    length, supervised = batch["input_ids"].shape[1], int((batch["labels"] != IGNORE).sum())
+    found = sample_flops(shape, length, supervised)
+    config = captioner.llm.config
+    attention = 3 * config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * length**2
+    vision = model.tower.clip.config
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    attention += tiny.FRAMES * vision.num_hidden_layers * 4 * tokens**2 * vision.hidden_size
+    # A projector's first layer needs no gradient of its input, and a resampler's attention counts.
+    assert found.total - attention == pytest.approx(ran, rel=0.03)
+    assert found.total - attention >= ran * 0.999
+
+
+def test_a_larger_card_takes_more_and_nothing_fits_a_small_one():
+    experiment = load_experiment("e3")
+    shape = shapes(experiment)
+    large = proposals(experiment, shape, find_card("H200"), 1, False)
+    small = proposals(experiment, shape, find_card("rtx4090"), 1, False)
+    assert {p.in_4bit for p in large} == {True, False} and {p.in_4bit for p in small} == {True}
+    assert all(p.micro_batch * p.accumulation == 8 for p in large)
+    assert all(p.memory < CARDS["rtx4090"].memory for p in small)
+    assert large[0].rate == max(p.rate for p in large) > small[0].rate
+    with pytest.raises(InputError, match="cannot be shared by 3 GPUs"):
+        proposals(load_experiment("e3", ["training.global_batch=8"]), shape, find_card("h200"), 3, False)
+
+
+def test_the_plan_proposes(capsys):
+    assert main(["plan", "--exp", "e7", "--gpu", "a100-40", "--set", "training.global_batch=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "on a100-40 (40 GB)" in printed and "<- fastest" in printed
+    assert main(["plan", "--exp", "e7", "--gpu", "h201"]) == 2
+    assert "known are b200, h200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "card"), [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"),
+    ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
+    ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA L40S", "l40s")])
+def test_cards_by_cudas_names(name, card):
+    assert device_card(name).name == card
+    assert device_card("NVIDIA GB10") is None

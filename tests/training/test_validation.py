@@ -1,0 +1,79 @@
+"""Looking at a stage on its way: captions, the best checkpoint, ending early."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.launch import arguments, metrics, train
+from tests.training.test_training import assert_same_weights, checkpoint_tensors, weights
+from vlmds.config import load_experiment
+from vlmds.errors import InputError
+from vlmds.training.validation import Standing, check_validation
+
+
+def test_the_best_score_is_the_first_of_the_highest():
+    standing = Standing()
+    for step, score in enumerate([math.nan, -3.0, -1.0, -1.0, -2.0], 1):
+        standing.add(step, score)
+    assert (standing.best, standing.best_step, standing.worse, standing.scored) == (-1.0, 3, 2, 5)
+
+
+@pytest.mark.distributed
+def test_captions_in_training_change_nothing_of_it(models, shards, two_ranks, tmp_path):
+    run = tmp_path / "run"
+    done = train(2, *arguments(
+        models, shards, run, "training.evaluate_every=3", "training.best_metric=chrf++@char",
+        "training.evaluate_tokens=6", "training.evaluate_clips=3", "logging.tensorboard=true"))
+    records = metrics(run)
+    assert [r for r in records if r["kind"] != "eval"] == metrics(two_ranks)
+    assert_same_weights(weights(run), weights(two_ranks))
+    looks = [r for r in records if r["kind"] == "eval"]
+    assert [(r["stage"], r["step"]) for r in looks] == [
+        (stage, step) for stage in ("align", "finetune") for step in (3, 6)]
+    for record in looks:
+        assert record["clips"] == 3 and record["chrf++@char"] >= 0 and "loss_gap_blank" in record
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {(s["stage"], s["step"]) for s in samples} == {(r["stage"], r["step"]) for r in looks}
+    assert all(s["references"] and isinstance(s["caption"], str) for s in samples)
+    assert "finetune step 3/6  " in done.stdout and any((run / "tensorboard").iterdir())
+    scores = {r["step"]: r["chrf++@char"] for r in looks if r["stage"] == "finetune"}
+    state = json.loads((run / "checkpoints" / "finetune-0000006" / "checkpoint.json").read_text())
+    assert state["state"]["score"] == scores[6]
+    assert state["state"]["progress"]["standing"]["best"] == max(scores.values())
+
+
+@pytest.mark.distributed
+def test_a_stage_that_becomes_worse_ends_early_with_its_best_weights(models, shards, tmp_path):
+    run = tmp_path / "run"
+    done = train(2, *arguments(
+        models, shards, run, "training.validate_every=1", "training.early_stopping=1",
+        "training.keep=best", "training.keep_checkpoints=1", "training.checkpoint_every=6",
+        "stages.0.steps=1", "stages.1.steps=12", "stages.1.lr=1", "stages.1.warmup_ratio=0.5"))
+    losses = {r["step"]: r["loss"] for r in metrics(run)
+              if r["kind"] == "val" and r["stage"] == "finetune"}
+    best = min(losses, key=losses.get)
+    assert max(losses) == best + 1 < 12
+    assert f"ends early after step {best + 1} of 12" in done.stdout
+    artifact = run / "artifacts" / "finetune"
+    assert json.loads((artifact / "artifact.json").read_text())["lineage"]["step"] == best
+    saved = checkpoint_tensors(run / "checkpoints" / f"finetune-{best:07d}", "weight")
+    for name, tensor in load_file(artifact / "projector.safetensors").items():
+        assert torch.equal(tensor, saved[f"projector.{name}"].view_as(tensor)), name
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (["training.best_metric=chrf++@char"], "best_metric chrf\\+\\+@char is made by evaluate_every"),
+    (["training.best_metric=bleu", "training.evaluate_every=5"], "best_metric: 'bleu' is not there"),
+])
+def test_a_metric_that_nobody_makes_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        check_validation(load_experiment("e1", settings), True, "data")
+
+
+@pytest.mark.parametrize("key", ["evaluate_every=5", "early_stopping=2", "keep=best"])
+def test_what_needs_split_val_is_refused_without_one(key):
+    with pytest.raises(InputError, match=f"training.{key.split('=')[0]}: needs split val"):
+        check_validation(load_experiment("e1", [f"training.{key}"]), False, "data")

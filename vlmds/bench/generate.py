@@ -1,0 +1,198 @@
+"""`vlmds bench generate`: captions a second, batched against one video at a time.
+
+The experiment's own models, as the hub or `--set llm.model=…` has them, or with `--tiny` random
+ones with the full vocabulary; either way a fresh projector and adapter, for the weights change
+neither shapes nor the work. Frames are random and in memory: decoding is `vlmds bench data`'s.
+Each caption has the same number of tokens, the end of turn being forbidden before. Ways run in
+turns, the least time of each counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from vlmds.bench.measure import in_turns, save, table
+from vlmds.config import Experiment, load_experiment
+from vlmds.demo.pretrain import train_tokenizer
+from vlmds.generation import GenerationOptions
+from vlmds.inference import VideoCaptioner
+from vlmds.models.assemble import Model, experiment_projector, load_model
+from vlmds.models.captioner import Captioner
+from vlmds.models.language import add_adapter
+from vlmds.models.vision import VisionTower
+
+NAIVE, BASELINE = "one by one, no KV cache", "one by one"
+TINY_VISION = CLIPVisionConfig(
+    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    image_size=112, patch_size=14)
+TINY_LLM = Qwen3Config(
+    vocab_size=151_936, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
+TINY_WIDTH = 128  # of a resampler
+
+
+def bench_generate(
+    output: Path, exp: str = "e7", *, tiny: bool = False, tokens: int = 48,
+    batches: Sequence[int] = (4, 16), repeats: int = 3, overrides: Sequence[str] = (),
+) -> dict[str, dict[str, float]]:
+    """Run it, print the table, and write generate.json to `output`.
+
+    Args:
+        tokens: of each caption. batches: sizes to try, each with as many videos as the largest.
+
+    Returns:
+        For each way captions and tokens a second, its ratio to one by one, and the shares of CLIP,
+        prefill (prompt, visual tokens and the first token) and decoding in the time; and of the
+        captions, those that are one by one's to the token, which in bfloat16 need not be all.
+    """
+    captioner = (_tiny if tiny else _real)(exp, overrides)
+    side, count = captioner.model.image_size, captioner.experiment.data.num_frames
+    videos = max(batches)
+    frames = torch.from_numpy(np.random.default_rng(0).integers(
+        0, 256, (videos, count, 3, side, side), np.uint8))
+    jobs, captions = _jobs(captioner, frames, tokens, batches)
+    for job in jobs.values():  # kernels are chosen and memory is taken at the first call
+        job()
+    seconds = in_turns(jobs, repeats)
+    ways = list(captions)
+    speeds = {way: _count(way, videos) / seconds[way, "all"] for way in ways}
+    result = {}
+    for way in ways:
+        whole = seconds[way, "all"]
+        vision, first = seconds[way, "vision"], seconds[way, "first token"]
+        result[way] = {
+            "captions_per_s": speeds[way], "tokens_per_s": tokens * speeds[way],
+            "ratio": speeds[way] / speeds[BASELINE], "vision": vision / whole,
+            "prefill": (first - vision) / whole, "decode": (whole - first) / whole,
+            "same_captions": float(np.mean(
+                [a == b for a, b in zip(captions[way], captions[BASELINE])]))}
+    _show(captioner, result, tokens, videos)
+    print(save(output, "generate", {
+        "exp": exp, "tiny": tiny, "tokens": tokens, "videos": videos, "frames": count,
+        "device": _device_name(captioner.device), "ways": result}))
+    return result
+
+
+def _jobs(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, batches: Sequence[int]
+          ) -> tuple[dict[tuple[str, str], Callable[[], None]], dict[str, list[str]]]:
+    """({(way, part of the work): job}, {way: the captions of its last run})."""
+    jobs, captions = {}, {}
+
+    def add(way: str, size: int, cached: bool) -> None:
+        part = frames[: _count(way, len(frames))]
+        captions[way] = []
+
+        def vision() -> None:
+            for batch in part.split(size):
+                captioner.model.features({"frames": batch})
+            _wait(captioner.device)
+
+        def write(length: int) -> None:
+            captions[way].clear()
+            for batch in part.split(size):
+                captions[way].extend(_write(captioner, batch, length, cached))
+            _wait(captioner.device)
+
+        jobs[way, "vision"] = vision
+        jobs[way, "first token"] = lambda: write(1)
+        jobs[way, "all"] = lambda: write(tokens)
+
+    add(NAIVE, 1, cached=False)
+    add(BASELINE, 1, cached=True)
+    for size in batches:
+        add(f"batches of {size}", size, cached=True)
+    return jobs, captions
+
+
+def _count(way: str, videos: int) -> int:
+    """One by one each video takes the same time: a few tell enough."""
+    return min({NAIVE: 2, BASELINE: 4}.get(way, videos), videos)
+
+
+@torch.no_grad()
+def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached: bool) -> list[str]:
+    """Captions of exactly so many tokens."""
+    builder, model = captioner.builder, captioner.model.captioner
+    prompts = builder.collate_generation([None] * len(frames))
+    features = captioner.model.features({"frames": frames})
+    prompt = prompts["input_ids"].to(captioner.device)
+    if cached:
+        config = GenerationOptions(max_new_tokens=tokens).config(
+            builder.eos_token_id, builder.pad_token_id)
+        config.min_new_tokens = tokens
+        mask = prompts["attention_mask"].to(captioner.device)
+        ids = model.generate(features, prompt, mask, config)
+    else:
+        ids = _write_naively(captioner, features, prompt, tokens)
+    return [str(row) for row in ids.tolist()]  # the tokens: words do not tell all captions apart
+
+
+def _write_naively(captioner: VideoCaptioner, features: torch.Tensor, prompt: torch.Tensor,
+                   tokens: int) -> torch.Tensor:
+    """As a straightforward loop would: the whole sequence again for each token. int64 [B, tokens]
+    """
+    model = captioner.model.captioner
+    embeds, ids = model.embed(features, prompt), []
+    for _ in range(tokens):
+        logits = model.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits[:, captioner.builder.eos_token_id] = float("-inf")
+        ids.append(logits.argmax(-1, keepdim=True))
+        embeds = torch.cat([embeds, model.llm.get_input_embeddings()(ids[-1])], dim=1)
+    return torch.cat(ids, dim=1)
+
+
+def _real(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
+    experiment = load_experiment(exp, list(overrides))
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return _with_adapter(experiment, load_model(experiment, device), device)
+
+
+def _tiny(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
+    resampler = load_experiment(exp).projector.type in ("cabstractor", "perceiver")
+    experiment = load_experiment(exp, [
+        "llm.load_in_4bit=false", "llm.dtype=float32",
+        *([f"projector.width={TINY_WIDTH}"] if resampler else []), *overrides])
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    tower = VisionTower(CLIPVisionModel(TINY_VISION).to(device), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD,
+                        experiment.vision.feature_layer, pool=experiment.vision.pool)
+    llm = Qwen3ForCausalLM(TINY_LLM)
+    with torch.no_grad():  # so that captions of random weights are not all alike
+        llm.get_input_embeddings().weight.mul_(20)
+    captioner = Captioner(experiment_projector(experiment, TINY_VISION, TINY_LLM), llm).to(device)
+    tokenizer = train_tokenizer([experiment.data.prompt], vocab_size=600)
+    return _with_adapter(
+        experiment, Model(tower, captioner, tokenizer, TINY_VISION.image_size), device)
+
+
+def _with_adapter(experiment: Experiment, model: Model, device: torch.device) -> VideoCaptioner:
+    model.captioner.llm = add_adapter(model.captioner.llm.requires_grad_(False), experiment.peft)
+    model.captioner.to(device)
+    return VideoCaptioner(experiment, model, device)
+
+
+def _show(captioner: VideoCaptioner, result: dict, tokens: int, videos: int) -> None:
+    projector = captioner.model.captioner.projector
+    print(f"{captioner.experiment.name}: {videos} videos, {projector.num_tokens:,} visual tokens, "
+          f"captions of {tokens} tokens, on {_device_name(captioner.device)}")
+    print(table([{
+        "": way, "captions/s": f"{r['ratio']:.3g} x", "measured, captions/s":
+        f"{r['captions_per_s']:.3g}", "tokens/s": f"{r['tokens_per_s']:.3g}",
+        "CLIP": f"{r['vision']:.0%}", "prefill": f"{r['prefill']:.0%}",
+        "decoding": f"{r['decode']:.0%}", "same captions": f"{r['same_captions']:.0%}"}
+        for way, r in result.items()]))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

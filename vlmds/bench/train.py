@@ -1,0 +1,236 @@
+"""`vlmds bench train`: where a training step's time and memory go, against named baselines.
+
+Each variant runs in a process of its own, on the same random weights and the same samples
+(:mod:`vlmds.bench.workload`); their losses must be the same to rounding before any time is looked
+at. Of each variant's timed steps the fastest counts, over rounds in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vlmds.bench.baselines import check_baseline
+from vlmds.bench.measure import save, table
+from vlmds.bench.workload import CAPTION_TOKENS, Workload, prepare
+from vlmds.config import load_experiment
+from vlmds.flops import sample_flops
+from vlmds.hardware import device_card
+from vlmds.memory import stage_memory
+from vlmds.models.assemble import shapes
+from vlmds.training.optimizer import freeze
+from vlmds.training.ranks import free_port
+
+BASELINES = ("reference", "hf", "lora")
+ROUNDS = 2
+# Rounding of the first loss, before any update, and of all of a few steps.
+TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 3e-2)}
+STEP_PARTS = ("gradients", "gradient buckets", "activations", "logits", "CLIP forward",
+              "one unpacked weight")
+"""Of :func:`vlmds.memory.stage_memory`: what comes and goes within a step."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one row is of. name: "vlmds" or a baseline. code: what the worker runs."""
+
+    name: str
+    work: Workload
+    code: str
+    ranks: int = 1
+
+
+def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines: list[str] = (),
+                steps: int = 4, ranks: int = 1, overrides: list[str] = ()) -> dict:
+    """Run it, print the tables, and write train.json to ``output``.
+
+    Args:
+        tiny: small models with the full vocabulary of 151,669, in fp32, for a CPU.
+        baselines: of BASELINES: "reference", "hf", or "lora" (the same experiment with LoRA).
+        steps: timed optimizer steps of each process.
+        ranks: more than 1 also measures so many ranks against one.
+
+    Raises:
+        InputError: an experiment that a baseline cannot train, or a wrong override.
+        RuntimeError: a variant failed, or its loss is not that of the others.
+    """
+    for exp in exps:
+        for baseline in baselines:
+            check_baseline(baseline, load_experiment(exp, overrides))
+    output.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="train-", dir=output.absolute()))
+    try:
+        found = {exp: _measure(folder, exp, tiny, list(baselines), steps, ranks, overrides)
+                 for exp in exps}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    rows = [(row, results["rows"][0]) for results in found.values() for row in results["rows"]]
+    print(_heading(rows[0][0], tiny))
+    print(table([_time_row(row, own) for row, own in rows]))
+    print(f"\n{table([_share_row(row) for row, _ in rows])}")
+    print(f"\n{table([_memory_row(exp, results) for exp, results in found.items()])}")
+    if ranks > 1:
+        print(f"\n{table([_ranks_row(row, own) for row, own in rows if row['ranks'] > 1])}")
+    print(f"\nsaved: {save(output, 'train', {'tiny': tiny, **found})}")
+    return found
+
+
+def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: int, ranks: int,
+             overrides: list[str]) -> dict:
+    """{"rows": one result for each variant, "plan": bytes by part}"""
+    place = folder / Path(exp).stem
+
+    def made(name: str, *more: str) -> Workload:
+        (place / name).mkdir(parents=True)
+        return prepare(place / name, exp, tiny=tiny, steps=steps, models=folder / "models",
+                       overrides=[*overrides, *more])
+
+    work = made("own")
+    variants = [Variant("vlmds", work, "vlmds")]
+    for name in baselines:
+        other = made(name, "peft.type=lora") if name == "lora" else work
+        variants.append(Variant(name, other, "vlmds" if name == "lora" else name))
+    if ranks > 1:
+        variants.append(Variant(f"vlmds, {ranks} ranks", work, "vlmds", ranks))
+    results: dict[str, dict] = {}
+    for number in range(ROUNDS):
+        for variant in variants:
+            print(f"vlmds bench: {exp}: {variant.name}, round {number + 1} of {ROUNDS}", flush=True)
+            result = _run(variant, number)
+            best = results.setdefault(variant.name, result)
+            if result["step_seconds"] < best["step_seconds"]:
+                results[variant.name] = result
+    experiment = work.experiment
+    differences = check_losses(experiment.llm.dtype, {
+        v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1})
+    model = shapes(experiment)
+    freeze(model.captioner, experiment.stages[work.stage])
+    plan = stage_memory(experiment, experiment.stages[work.stage], model.captioner, model.tower, 1)
+    own = results["vlmds"]
+    batch = experiment.training.micro_batch * experiment.training.gradient_accumulation
+    flops = sample_flops(model, own["positions"] / batch, CAPTION_TOKENS)
+    trained = sum(p.numel() for p in model.captioner.parameters() if p.requires_grad)
+    weights = sum(p.numel() for p in model.captioner.llm.parameters())
+    rows = []
+    for variant in variants:
+        result = results[variant.name]
+        rows.append({
+            "experiment": experiment.name, "variant": variant.name, "ranks": variant.ranks,
+            "loss_difference": differences.get(variant.name),
+            "batch": batch, "flops": asdict(flops) | {"total": flops.total}, "weights": weights,
+            "trained_bytes": trained * (4 if experiment.llm.dtype == "float32" else 2), **result})
+    return {"rows": rows, "plan": plan}
+
+
+def _run(variant: Variant, number: int) -> dict:
+    """One process (or one for each rank) to its end; what it left."""
+    name = f"{variant.name.replace(', ', '-').replace(' ', '-')}-{number}"
+    command = [sys.executable]
+    if variant.ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(variant.ranks),
+                    "--master-port", str(free_port())]
+    command += ["-m", "vlmds.bench.train_worker", str(variant.work.folder), variant.code, name,
+                str(variant.work.steps)]
+    done = subprocess.run(command, env=_environment(variant.ranks), capture_output=True, text=True)
+    path = variant.work.folder / f"{name}.json"
+    if done.returncode or not path.is_file():
+        raise RuntimeError(f"{variant.name} failed with exit code {done.returncode}:\n"
+                           f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return json.loads(path.read_text())
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    import torch
+
+    if torch.cuda.is_available():
+        return dict(os.environ)
+    # As many threads in all, however many ranks.
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+
+
+def check_losses(dtype: str, losses: dict[str, list[float]]) -> dict[str, float]:
+    """The largest relative difference of each variant's losses to the first variant's; raises
+    RuntimeError if one is more than rounding."""
+    first, later = TOLERANCE[dtype]
+    (name, expected), *others = losses.items()
+    largest = {}
+    for other, found in others:
+        differences = [abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True)]
+        for step, difference in enumerate(differences):
+            if not difference <= (later if step else first):
+                raise RuntimeError(
+                    f"step {step + 1}: the loss of {other} is {found[step]:.6f}, that of {name} "
+                    f"{expected[step]:.6f}: not the same training, so no time is compared")
+        largest[other] = max(differences)
+    return largest
+
+
+def _heading(row: dict, tiny: bool) -> str:
+    size = "tiny models, vocabulary 151,669, fp32" if tiny else "full size"
+    return (f"\n{size}, random weights, {row['device']}, {row['threads']} threads a process; "
+            f"{row['batch']} samples of {row['positions'] / row['batch']:.0f} positions a step, captions "
+            f"of {CAPTION_TOKENS} tokens")
+
+
+def _time_row(row: dict, own: dict) -> dict[str, str]:
+    """Against vlmds' own; absolute figures on a GPU only: a CPU's are worth nothing elsewhere."""
+    samples = row["batch"] * row["ranks"] / row["step_seconds"]
+    reference = own["step_seconds"] * samples / row["batch"]
+    cells = {"experiment": row["experiment"], "variant": row["variant"],
+             "step": f"{row['step_seconds'] / own['step_seconds']:.2f} x",
+             "samples/s": f"{reference:.2f} x",
+             "peak memory": f"{row['peak_bytes'] / own['peak_bytes']:.2f} x",
+             "of it a step's own": f"{row['step_bytes'] / own['step_bytes']:.2f} x",
+             "loss, largest difference": (
+                 "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}")}
+    if row["device"] == "CPU":
+        return cells
+    rate = row["flops"]["total"] * samples / row["ranks"]
+    card = device_card(row["device"])
+    four_n = 4 * row["weights"] * row["positions"] / row["step_seconds"]
+    cells |= {"step": f"{row['step_seconds']:.3f} s ({cells['step']})",
+              "samples/s": f"{samples:.2f}",
+              "tokens/s": f"{row['positions'] / row['step_seconds']:,.0f}",
+              "peak memory": f"{row['peak_bytes'] / 1e9:.1f} GB ({cells['peak memory']})",
+              "model TFLOP/s": f"{rate / 1e12:.0f}",
+              "MFU": f"{rate / card.flops:.1%}" if card else "?",
+              "MFU at 4N": f"{four_n / card.flops:.1%}" if card else "?"}
+    return cells
+
+
+def _share_row(row: dict) -> dict[str, str]:
+    whole, phases = row["split_step_seconds"], row["phases"]
+    rest = max(0.0, whole - sum(phases.values()))
+    return {"share of a step": f"{row['experiment']} {row['variant']}", **{
+        name: f"{seconds / whole:.1%}" for name, seconds in phases.items()},
+        "other": f"{rest / whole:.1%}"}
+
+
+def _memory_row(exp: str, results: dict) -> dict[str, str]:
+    """The plan's parts against what was found, in megabytes."""
+    plan, own = results["plan"], results["rows"][0]
+    cells, sums = {"MB, plan / measured": exp}, [0.0, 0.0]
+    parts = [(part, plan[part], found) for part, found in own["resident"].items()]
+    parts.append(("a step's own", sum(plan.get(p, 0) for p in STEP_PARTS), own["step_bytes"]))
+    for part, planned, found in parts:
+        cells[part] = f"{planned / 1e6:,.1f} / {found / 1e6:,.1f}"
+        sums = [sums[0] + planned, sums[1] + found]
+    cells["plan / measured"] = f"{sums[0] / sums[1]:.2f}"
+    return cells
+
+
+def _ranks_row(row: dict, own: dict) -> dict[str, str]:
+    ranks = row["ranks"]
+    bound = 2 * row["trained_bytes"] * (ranks - 1) / ranks
+    return {"experiment": row["experiment"], "ranks": str(ranks),
+            "efficiency": f"{own['step_seconds'] / row['step_seconds']:.1%}",
+            "sent a step, MB": f"{row['sent'] / 1e6:,.2f}",
+            "2·trainable bytes·(W−1)/W, MB": f"{bound / 1e6:,.2f}",
+            "sent / bound": f"{row['sent'] / bound:.2f}"}

@@ -1,0 +1,89 @@
+"""`vlmds caption`: from its arguments to what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from typing import Any
+
+import torch.distributed as dist
+
+from vlmds.captioning.run import (
+    CaptionJob,
+    caption_to_file,
+    caption_to_stdout,
+    stream_to_stdout,
+    title,
+)
+from vlmds.captioning.sources import parse_seconds
+from vlmds.errors import InputError
+from vlmds.generation import GenerationOptions
+from vlmds.training.ranks import is_main
+
+SHOWN_FAILURES = 10
+
+
+def caption(args: argparse.Namespace, generation: GenerationOptions) -> int:
+    """Returns the exit code: 0 if every video has a caption, 2 otherwise; 3 if a signal stopped it.
+
+    Raises:
+        InputError: see :func:`caption_to_file`; or options that do not go together.
+    """
+    if args.stream and (args.out or args.json):
+        raise InputError("--stream: prints text; leave --out and --json out")
+    for name in ("again", "format"):
+        if getattr(args, name) and not args.out:
+            raise InputError(f"--{name}: needs --out")
+    options = {
+        "videos": args.videos, "data": args.data, "split": args.split,
+        "window": None if args.window is None else parse_seconds(args.window, "--window"),
+        "generation": generation, "prompt": args.prompt, "batch_size": args.batch_size,
+        "workers": args.workers, "deadline": args.deadline, "device": args.device,
+        "overrides": args.set}
+    # As Ctrl-C: what is captioned stays, and nothing is half written.
+    before = {number: signal.signal(number, signal.default_int_handler)
+              for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _to_file(args, options) if args.out else _to_stdout(args, options)
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on" if args.out else ""
+        print(f"vlmds: stopped{goes_on}", file=sys.stderr)
+        return 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _to_stdout(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    job = CaptionJob(args.run, **options)
+
+    def show(record: dict[str, Any]) -> None:
+        if args.json:
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        else:
+            print(f"{title(record, job.window)}\t{record['caption']}", flush=True)
+
+    failed = stream_to_stdout(job) if args.stream else caption_to_stdout(job, show)
+    for line in failed:
+        print(f"vlmds: {line}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _to_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    try:
+        summary = caption_to_file(args.run, args.out, format=args.format, again=args.again,
+                                  progress=sys.stderr.isatty(), **options)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if is_main():
+        for line in summary.failed[:SHOWN_FAILURES]:
+            print(f"vlmds: {line}", file=sys.stderr)
+        paths = summary.paths[0] if len(summary.paths) == 1 else f"{len(summary.paths)} files"
+        also = f" ({summary.before:,} were there)" if summary.before else ""
+        also += f", {len(summary.failed):,} failed" if summary.failed else ""
+        also += f", {summary.skipped:,} files are no videos" if summary.skipped else ""
+        print(f"{summary.captions:,} captions{also}\nsaved: {paths}")
+    return 2 if summary.failed else 0

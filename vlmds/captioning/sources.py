@@ -1,0 +1,196 @@
+"""What is to be captioned: videos by name, a folder, a manifest or a packed dataset; and the
+windows that long videos are cut into."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
+from vlmds.data.decode_child import Clip
+from vlmds.data.manifest import read_manifest
+from vlmds.errors import InputError, SampleError
+from vlmds.files import absolute, as_path
+
+VIDEO_SUFFIXES = frozenset((
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".ts", ".webm", ".wmv"))
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SHORTEST_WINDOW = 0.1  # seconds
+SHORTEST_REST = 0.1  # of a window; a shorter rest of a video joins the window before it
+
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to caption.
+
+    id: tells it from the others. video: what the output calls it. clip: where it lies. prompt: its
+    own, None for the usual one. position: of a packed dataset, in place of clip. problem: why it
+    cannot be captioned.
+    """
+
+    id: str
+    video: str
+    clip: Clip | None = None
+    prompt: str | None = None
+    position: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that one command captions.
+
+    data: what the settings record of it. skipped: files of a folder that are no videos. dataset,
+    split: if it is a packed one.
+    """
+
+    items: list[Item]
+    data: str | None = None
+    skipped: int = 0
+    dataset: Dataset | None = None
+    split: str | None = None
+
+
+def find_source(
+    videos: Sequence[str | Clip], data: str | Path | None, split: str | None = None
+) -> Source:
+    """What the command names.
+
+    Args:
+        videos: paths, URLs or clips; or, in their place,
+        data: a folder of videos (all below it but hidden ones), a manifest or a packed dataset.
+        split: of a packed dataset; default: val, or the only one.
+
+    Raises:
+        InputError: both or neither, nothing there, or a split of what has none.
+    """
+    if bool(videos) == (data is not None):
+        raise InputError("give either videos or --data with a folder, a manifest or a dataset")
+    if data is None:
+        source = _list(videos)
+    elif (as_path(data) / "dataset.json").is_file():
+        return _packed(data, split)
+    elif as_path(data).suffix.lower() in MANIFEST_SUFFIXES:
+        source = _manifest(data)
+    elif Path(data).is_dir():
+        source = _folder(Path(data))
+    else:
+        raise InputError(f"--data {data}: neither a folder, nor a manifest "
+                         f"({', '.join(MANIFEST_SUFFIXES)}), nor a packed dataset")
+    if split is not None:
+        raise InputError(f"--split {split}: only a packed dataset has splits")
+    if not source.items:
+        raise InputError(f"--data {data}: no videos in it ({source.skipped} other files); known "
+                         f"are {' '.join(sorted(VIDEO_SUFFIXES))}")
+    return source
+
+
+def _list(videos: Sequence[str | Clip]) -> Source:
+    items: dict[Item, None] = {}
+    for video in videos:
+        clip = video if isinstance(video, Clip) else Clip(str(video))
+        name = clip.video
+        if (clip.start, clip.end) != (None, None):
+            name += f"#t={clip.start or 0:g},{'' if clip.end is None else f'{clip.end:g}'}"
+        items[Item(name, clip.video, clip)] = None
+    return Source(list(items))
+
+
+def _folder(root: Path) -> Source:
+    items, skipped = [], 0
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            path = Path(folder, name)
+            if name.startswith(".") or path.suffix.lower() not in VIDEO_SUFFIXES:
+                skipped += 1
+                continue
+            shown, problem = path.relative_to(root).as_posix(), None
+            try:
+                shown.encode()
+            except UnicodeEncodeError:
+                shown = os.fsencode(shown).decode(errors="backslashreplace")
+                problem = "file name is not UTF-8"
+            items.append(Item(shown, shown, Clip(str(path)), problem=problem))
+    return Source(sorted(items, key=lambda item: item.id), absolute(root), skipped)
+
+
+def _manifest(data: str | Path) -> Source:
+    manifest = read_manifest(data, captions=False)
+    numbered = [(row.row, Item(row.id, row.source, Clip(row.video, row.start, row.end), row.prompt))
+                for row in manifest.rows]
+    numbered += [(bad.row, Item(f"row {bad.row}", bad.video or "", problem=bad.reason))
+                 for bad in manifest.rejects]
+    return Source([item for _, item in sorted(numbered, key=lambda pair: pair[0])], absolute(data))
+
+
+def _packed(data: str | Path, split: str | None) -> Source:
+    dataset = open_dataset(data)
+    split = dataset.choose_split(split)
+    order = DatasetOrder(dataset, split, shuffle=False)
+    keys = [order.row(dataset, split, position).key for position in range(len(order))]
+    items = [Item(key, key, position=position) for position, key in enumerate(keys)]
+    return Source(items, f"{dataset.fingerprint} {split}", dataset=dataset, split=split)
+
+
+def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
+    """The spans that get a caption, in seconds: the clip, or the windows that it is cut into, of
+    which the last may be shorter, or longer by less than ``SHORTEST_REST`` of a window.
+
+    Raises:
+        SampleError: the clip starts past the end.
+        InputError: a window below ``SHORTEST_WINDOW``.
+    """
+    if window is not None and not window >= SHORTEST_WINDOW:
+        raise InputError(f"window {window:g}: must be {SHORTEST_WINDOW:g} s or more")
+    start = 0.0 if clip.start is None else clip.start
+    end = duration if clip.end is None else min(clip.end, duration)
+    if start >= end:
+        raise SampleError(f"start past the end: {start:g} s of {duration:g} s")
+    start, end = round(start, 6), round(end, 6)
+    if window is None:
+        return [(start, end)]
+    count, rest = divmod(end - start, window)
+    count = max(1, int(count) + (rest >= SHORTEST_REST * window))
+    edges = [*(round(start + i * window, 6) for i in range(count)), end]
+    return list(pairwise(edges))
+
+
+def grouped(todo: Sequence[Span], window: float | None, most: int) -> Iterator[list[Span]]:
+    """Neighbours of full length together, ``most`` at once, for the video is read once for each
+    group; the others alone."""
+    group: list[Span] = []
+    for span in todo:
+        full = window is not None and abs(span[1] - span[0] - window) < 2e-6
+        joins = group and full and span[0] == group[-1][1] and len(group) < most
+        if group and not joins:
+            yield group
+            group = []
+        group.append(span)
+        if not full:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def parse_seconds(text: str, option: str) -> float:
+    """"30", "30s", "1m", "1m30s", "1h" -> seconds.
+
+    Raises:
+        InputError: it is something else, or less than ``SHORTEST_WINDOW``.
+    """
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if total < SHORTEST_WINDOW:
+        raise InputError(f"{option} {text}: write a length such as 30s, 1m or 1m30s, "
+                         f"{SHORTEST_WINDOW:g} s or more")
+    return total

@@ -1,0 +1,36 @@
+"""The command `vlmds`. Each subcommand imports what it needs, so that --help stays quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vlmds.cli import bench, evaluating, packing, planning, using
+from vlmds.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad input. Other failures raise."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.call is not packing.pack:  # which loads no model, and so neither of these libraries
+            from vlmds.models.pretrained import quiet_libraries
+
+            quiet_libraries()
+        return args.call(args)
+    except InputError as error:
+        print(f"vlmds: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlmds", description="Train and compare video-captioning models. "
+        "Training itself: deepspeed launch/train.py --exp e7.yaml --data DIR")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (packing.add_pack, planning.add_plan, planning.add_doctor, using.add_caption,
+                using.add_serve, using.add_export, evaluating.add_evaluate, evaluating.add_compare,
+                evaluating.add_sweep, bench.add_bench, planning.add_demo):
+        add(commands)
+    return parser

@@ -1,0 +1,5 @@
+import sys
+
+from vlmds.cli import main
+
+sys.exit(main())

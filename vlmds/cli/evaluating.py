@@ -1,0 +1,149 @@
+"""`vlmds evaluate`, `vlmds compare` and `vlmds sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from vlmds.cli.generation import add_generation, generation_options
+from vlmds.errors import InputError
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
+    from vlmds.evaluation.evaluate import evaluate_run, evaluation_table, read_evaluation
+    from vlmds.training.ranks import is_main
+
+    try:
+        folder = evaluate_run(
+            args.run, data=args.data, split=args.split, output=args.output, clips=args.clips,
+            batch_size=args.batch_size, generation=generation_options(args), device=args.device,
+            overrides=args.set, again=args.again)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if is_main():
+        print(f"{evaluation_table(read_evaluation(folder)[0])}\nsaved: {folder}")
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    write_comparison(args.runs, args.output, evaluation=args.evaluation, metric=args.metric,
+                     words=args.words, csv=args.csv, latex=args.latex)
+    return 0
+
+
+def write_comparison(runs: list[Path], output: Path, *, evaluation: str | None = None,
+                     metric: str | None = None, words: list[str] = (), csv: Path | None = None,
+                     latex: Path | None = None) -> None:
+    from vlmds.evaluation.compare import compare, load_run
+    from vlmds.evaluation.report import to_csv, to_latex, write_report
+    from vlmds.files import write
+
+    loaded = [load_run(path, evaluation) for path in runs]
+    found = compare(loaded, metric, [chosen.split() for chosen in words])
+    size = write_report(output, loaded, found)
+    for path, text in ((csv, to_csv), (latex, to_latex)):
+        if path:
+            write(path, text(found))
+    for warning in found["warnings"]:
+        print(f"WARNING: {warning['en']}", file=sys.stderr)
+    verdict, other = found["verdict"], found["verdict"]["runner_up"]
+    line = f"best: {verdict['best']}, {found['metric']} {verdict['value']:.2f}"
+    if other:
+        line += (f"; {other['gap']:.2f} more than {other['name']}, Holm-corrected p "
+                 f"{other['p_holm']:.4f}; not told apart: {', '.join(verdict['tied'])}")
+    print(f"{line}\nsaved: {output} ({size / 1e6:.1f} MB)")
+
+
+def sweep(args: argparse.Namespace, size=None) -> int:
+    """0 if all are done, 2 if one refused its input, 3 if a signal stopped one, else 1."""
+    from vlmds import sweep as module
+
+    exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
+    data, output, launcher, environment, words = args.data, args.output, args.launcher, {}, []
+    options = tuple(shlex.split(args.evaluate))
+    if args.demo:
+        from vlmds.demo.run import RANKS, Size, direction_words, prepare_sweep
+        from vlmds.training.ranks import free_port
+
+        root = (output or Path("demo")).absolute()
+        exps = prepare_sweep(root, exps, size or Size())
+        data, output, words = str(root / "shards"), root / "runs", [direction_words()]
+        options = ("--max-new-tokens", "32", *options)
+        environment = module.cpu_environment(RANKS)
+        launcher = launcher or f"deepspeed --num_gpus {RANKS} --master_port {free_port()}"
+    if data is None:
+        raise InputError("--data: no data given; pass a folder made by vlmds pack")
+    output, launcher = output or Path("runs"), launcher or "deepspeed"
+    jobs = module.plan_jobs(exps, output, seeds=args.seeds, share_stage1=args.share_stage1,
+                            overrides=tuple(args.set))
+    if args.emit:
+        print(module.slurm_script(jobs, data, launcher, options), end="")
+        return 0
+    try:
+        code = module.run_jobs(jobs, data, launcher, options, environment)
+    finally:
+        print(module.status_table(jobs), flush=True)
+    evaluated = [job.run for job in jobs if job.evaluated]
+    if evaluated and code != module.STOPPED:
+        write_comparison(evaluated, output / "report.html", words=words)
+    return code
+
+
+def add_evaluate(commands) -> None:
+    command = commands.add_parser(
+        "evaluate", help="captions of a packed dataset, scored",
+        description="Over many GPUs: torchrun --nproc-per-node 8 -m -- vlmds.cli evaluate … "
+        "Start it again after a stop: it goes on.")
+    add = command.add_argument
+    add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
+    add("--data", help="packed dataset (default: the run's own)")
+    add("--split", help="default: val, or the only one")
+    add("--output", type=Path, help="default: RUN/evaluation/SPLIT")
+    add("--clips", type=int, help="evaluate so many, evenly spaced (default: all)")
+    add_generation(command)
+    add("--batch-size", type=int, default=8, help="clips at once (default: 8)")
+    add("--again", action="store_true", help="evaluate anew what is finished already")
+    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    command.set_defaults(call=evaluate)
+
+
+def add_compare(commands) -> None:
+    command = commands.add_parser("compare", help="which experiment wins: one HTML page")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    command.add_argument("-o", "--output", type=Path, default=Path("report.html"))
+    command.add_argument("--evaluation", help="folder under RUN/evaluation (default: val)")
+    command.add_argument("--metric", help="that decides (default: cider_d@morpheme)")
+    command.add_argument("--words", action="append", default=[], metavar="'WORD WORD …'",
+                         help="how often captions get these words right, such as '왼쪽 오른쪽'; may "
+                         "be given several times")
+    command.add_argument("--csv", type=Path, help="also write the table here")
+    command.add_argument("--latex", type=Path, help="also write the table here")
+    command.set_defaults(call=compare)
+
+
+def add_sweep(commands) -> None:
+    command = commands.add_parser("sweep", help="train, evaluate and compare several experiments")
+    add = command.add_argument
+    add("exps", nargs="*", metavar="EXP", help="names such as E1, or YAML files")
+    add("--all", action="store_true", help="E1 to E8")
+    add("--owner", help="the experiments of this owner")
+    add("--data", help="packed dataset")
+    add("--output", type=Path, help="folder of the runs (default: runs; with --demo: demo)")
+    add("--seeds", type=int, default=1, help="runs of each experiment (default: 1)")
+    add("--share-stage1", action="store_true",
+        help="experiments with the same projector share its first stage: quicker, but their "
+        "results are then not independent")
+    add("--launcher", help="default: deepspeed; such as 'torchrun --nproc-per-node 8'")
+    add("--evaluate", default="", metavar="'OPTIONS'",
+        help="for vlmds evaluate, such as '--beams 3 --batch-size 16'")
+    add("--emit", choices=("slurm",), help="print an array script instead of running")
+    add("--demo", action="store_true", help="tiny forms on the demo's clips and models")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    command.set_defaults(call=sweep)

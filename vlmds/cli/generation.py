@@ -1,0 +1,23 @@
+"""Options of the commands that write captions."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_generation(command) -> None:
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=128, help="most tokens of a caption (default: 128)")
+    add("--beams", type=int, default=1, help="beam search (default: 1, greedy)")
+    add("--temperature", type=float, default=0.0, help="sampling (default: 0, none)")
+    add("--top-p", type=float, default=1.0, help="of sampling: nucleus (default: 1, all tokens)")
+    add("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+
+def generation_options(args: argparse.Namespace):
+    from vlmds.generation import GenerationOptions
+
+    return GenerationOptions(
+        max_new_tokens=args.max_new_tokens, num_beams=args.beams, temperature=args.temperature,
+        top_p=args.top_p, repetition_penalty=args.repetition_penalty, seed=args.seed)

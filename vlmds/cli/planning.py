@@ -1,0 +1,74 @@
+"""`vlmds plan`, `vlmds doctor` and `vlmds demo`: before the first run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def plan(args: argparse.Namespace) -> int:
+    from vlmds.config import load_experiment
+    from vlmds.plan import plan_experiment
+
+    overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
+    print(plan_experiment(
+        load_experiment(args.exp, overrides), args.gpus, args.samples_per_second,
+        args.cores_per_gpu, args.gpu))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from vlmds.config import load_experiment
+    from vlmds.doctor import examine
+
+    overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
+    return examine(load_experiment(args.exp, overrides), args.output, seconds=args.seconds,
+                   samples=args.samples, wanted=args.samples_per_second)
+
+
+def demo(args: argparse.Namespace) -> int:
+    from vlmds.demo.run import run_demo
+
+    run_demo(args.output, args.exp)
+    return 0
+
+
+def add_plan(commands) -> None:
+    command = commands.add_parser("plan", help="what an experiment will be; needs no weights")
+    command.add_argument("--exp", required=True, help="YAML file, or name of a packaged experiment")
+    command.add_argument("--data", help="packed dataset, to know the steps")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    command.add_argument("--gpus", type=int, default=1, help="ranks (default: 1)")
+    command.add_argument("--gpu", metavar="NAME",
+                         help="propose micro-batch, accumulation and activation checkpointing for "
+                         "a card, such as h200, a100-40 or rtx4090")
+    command.add_argument("--samples-per-second", type=float,
+                         help="training speed of one GPU, to price the stores (default: estimated)")
+    command.add_argument("--cores-per-gpu", type=float, default=8.0,
+                         help="CPU cores that may decode for one GPU (default: 8)")
+    command.set_defaults(call=plan)
+
+
+def add_doctor(commands) -> None:
+    command = commands.add_parser(
+        "doctor", help="is this machine, or under a launcher this cluster, ready to train")
+    add = command.add_argument
+    add("--exp", default="e8", help="experiment to be ready for (default: e8, the largest)")
+    add("--data", help="packed dataset to look at")
+    add("--output", type=Path, default=Path("runs"), help="where runs will be (default: ./runs)")
+    add("--samples-per-second", type=float, metavar="X",
+        help="that the training is to reach over all ranks; decoding is held against it")
+    add("--samples", type=int, default=64, help="to read on each node (default: 64)")
+    add("--seconds", type=float, default=30.0, help="that one check may take (default: 30)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    command.set_defaults(call=doctor)
+
+
+def add_demo(commands) -> None:
+    command = commands.add_parser(
+        "demo", help="everything on tiny models and videos made here, on a CPU")
+    command.add_argument("--exp", default="demo",
+                         help="a packaged experiment, in tiny form (default: demo)")
+    command.add_argument("--output", type=Path, default=Path("demo"), help="default: ./demo")
+    command.set_defaults(call=demo)

@@ -1,0 +1,117 @@
+"""Which frames a video has and how to get at them: found by probing, kept by packing.
+
+Probing reads every packet. A packed video needs none of that: its description (the sample's json,
+which the index's crc32 covers) has a "timing" that says the same.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192; a header may claim more than memory holds
+DESCRIBED = ("width", "height", "rotation", "frames", "timing")  # what `from_described` reads
+
+
+@dataclass(frozen=True, eq=False)
+class FrameTable:
+    """What decoding needs to know of a video.
+
+    width, height: as displayed, after rotation. rotation: degrees clockwise to apply for display
+    (0, 90, 180, 270). duration: seconds. decoder: "decord" or "pyav".
+    ticks: int64 [frames], sorted display times as the file has them, in units of `time_base`
+    (seconds).
+    by_pts: a decoded frame's time is found in pts; otherwise the k-th decoded frame has pts[k].
+    keys: int64 [K], indices of the frames at which decoding may start; empty if only from the
+    beginning.
+    """
+
+    width: int
+    height: int
+    rotation: int
+    duration: float
+    decoder: str
+    time_base: Fraction
+    ticks: np.ndarray
+    by_pts: bool
+    keys: np.ndarray
+
+    @property
+    def frames(self) -> int:
+        """Number of displayable frames."""
+        return len(self.ticks)
+
+    @cached_property
+    def start_time(self) -> float:
+        """Display time of the first frame as the file has it, seconds."""
+        return float(self._seconds[0])
+
+    @cached_property
+    def pts(self) -> np.ndarray:
+        """Display times in seconds from the first frame: sorted float64 [frames]."""
+        return self._seconds - self._seconds[0]
+
+    @cached_property
+    def keyframes(self) -> np.ndarray:
+        """Those of `keys`: float64 [K]."""
+        return self.pts[self.keys]
+
+    @cached_property
+    def _seconds(self) -> np.ndarray:
+        return self.ticks * self.time_base.numerator / self.time_base.denominator
+
+    def timing(self) -> dict[str, Any]:
+        """What a description has beside the other facts of the video, as JSON; a few dozen bytes
+        at a constant frame rate, some 4 per frame otherwise."""
+        return {
+            "time_base": [self.time_base.numerator, self.time_base.denominator],
+            "ticks": _packed(self.ticks), "keys": _packed(self.keys), "by_pts": self.by_pts,
+            "duration": self.duration, "cleared": self.decoder == "decord"}
+
+    @classmethod
+    def from_described(cls, described: dict[str, Any]) -> "FrameTable":
+        """The table of a packed video from its description. Raises ValueError: it is none."""
+        try:
+            width, height, rotation, frames = (
+                int(described[name]) for name in ("width", "height", "rotation", "frames"))
+            timing = described["timing"]
+            base, duration = Fraction(*timing["time_base"]), float(timing["duration"])
+            ticks, keys = _unpacked(timing["ticks"]), _unpacked(timing["keys"])
+            decoder = "decord" if timing["cleared"] else "pyav"
+            by_pts = bool(timing["by_pts"])
+        except (KeyError, TypeError, ArithmeticError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        for wrong, what in (
+            (not (0 < width and 0 < height and width * height <= MAX_PIXELS), "size"),
+            (rotation not in (0, 90, 180, 270), "rotation"),
+            (not (len(ticks) == frames > 0 and _rising(ticks) and base > 0), "times"),
+            (not 0 < duration < float("inf"), "duration"),
+            (len(keys) and not (keys[0] >= 0 and keys[-1] < frames and _rising(keys)),
+             "keyframes"),
+        ):
+            if wrong:
+                raise ValueError(f"bad {what}")
+        return cls(width, height, rotation, duration, decoder, base, ticks, by_pts, keys)
+
+
+def _rising(numbers: np.ndarray) -> bool:
+    return bool((numbers[1:] > numbers[:-1]).all())  # a difference might overflow
+
+
+def _packed(numbers: np.ndarray) -> list[int | list[int]]:
+    """The differences of successive numbers, that of the first to 0; [d, n] is n times d."""
+    packed: list[int | list[int]] = []
+    for difference, group in groupby(np.diff(numbers, prepend=0).tolist()):
+        count = sum(1 for _ in group)
+        packed += [difference] * count if count < 3 else [[difference, count]]
+    return packed
+
+
+def _unpacked(packed: list[int | list[int]]) -> np.ndarray:
+    """The numbers: int64 [N]."""
+    runs = np.array([run if isinstance(run, list) else [run, 1] for run in packed], np.int64)
+    runs = runs.reshape(-1, 2)
+    return np.cumsum(np.repeat(runs[:, 0], runs[:, 1]))

@@ -1,0 +1,22 @@
+"""Frames and a prompt -> what the video captioner takes."""
+
+from transformers import ProcessorMixin
+
+
+class VlmdsProcessor(ProcessorMixin):
+    """As LLaVA's processor, but the images of one clip share its visual tokens: the first image's
+    placeholder becomes all of them, the other images' placeholders vanish."""
+
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor=None, tokenizer=None, num_frames=8, num_visual_tokens=64,
+                 image_token="<|image_pad|>", chat_template=None, **kwargs):
+        self.num_frames, self.num_visual_tokens = num_frames, num_visual_tokens
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        first = image_idx % self.num_frames == 0
+        return self.image_token * self.num_visual_tokens if first else ""

@@ -1,0 +1,76 @@
+"""The adapter folded into the language model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from vlmds.config import Experiment
+from vlmds.errors import InputError
+from vlmds.files import sha256_of
+from vlmds.models.artifact import check_tower, load_artifact, read_artifact
+from vlmds.models.assemble import Model, load_model
+from vlmds.training.lineage import base_files, tokenizer_sha256
+from vlmds.training.run import check_base_weights
+
+
+def unquantised(experiment: Experiment) -> Experiment:
+    """The experiment with its language model in ``llm.dtype`` instead of NF4."""
+    llm = experiment.llm.model_copy(update={"load_in_4bit": False})
+    return experiment.model_copy(update={"llm": llm})
+
+
+def load_unmerged(artifact: Path, experiment: Experiment, device: torch.device) -> Model:
+    """The artifact's model on the base weights in ``llm.dtype``, never in NF4, in evaluation mode.
+
+    Raises:
+        InputError: the base weights or the tower are not those that the artifact was trained with.
+    """
+    check_base(artifact, experiment)
+    model = load_model(unquantised(experiment), device)
+    load_artifact(artifact, model.captioner)
+    check_tower(artifact, experiment, model.tower)
+    model.captioner.to(device).eval().requires_grad_(False)
+    return model
+
+
+def check_base(artifact: Path, experiment: Experiment) -> None:
+    """Raise :class:`InputError`, naming the file, unless the pretrained models here are, byte for
+    byte, those that the artifact's lineage records."""
+    recorded = read_artifact(artifact)[0]["lineage"].get("weights")
+    if recorded is None:
+        return
+    found = {name: sha256_of(path) for name, path in base_files(experiment).items()}
+    found["llm/tokenizer"] = tokenizer_sha256(experiment.llm.model)
+    try:
+        check_base_weights(recorded, found, experiment, artifact)
+    except InputError as error:
+        wrong = str(error).partition(";")[0]
+        raise InputError(f"{wrong}; restore it, or name the right folder with --set") from None
+
+
+@torch.no_grad()
+def merge_adapter(llm: PeftModel) -> PreTrainedModel:
+    """Fold the LoRA or DoRA adapter into the base weights, in place; returns the plain model.
+
+    Each weight is computed in float32 and rounded once to its dtype, layer by layer, so that no
+    second copy of the model is needed.
+
+    Raises:
+        InputError: a merged weight is not finite.
+    """
+    for name, module in llm.named_modules():
+        if isinstance(module, LoraLayer):
+            dtype = module.get_base_layer().weight.dtype
+            module.float()
+            try:
+                module.merge(safe_merge=True)
+            except ValueError:
+                raise InputError(f"{name}: folding the adapter in gives no finite weights; the "
+                                 "adapter is damaged or has diverged") from None
+            module.to(dtype)
+    return llm.base_model.unload()

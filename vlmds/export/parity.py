@@ -1,0 +1,118 @@
+"""How far the logits of an exported model are from those of the model it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmds.config import Experiment
+from vlmds.data.dataset import open_dataset
+from vlmds.data.loader import SampleReader
+from vlmds.data.prompt import SequenceBuilder, TokenSequence
+from vlmds.errors import InputError, SampleError
+from vlmds.evaluation.clips import evaluated_positions
+from vlmds.generation import GenerationOptions, generate_captions
+from vlmds.models.assemble import Model
+from vlmds.models.captioner import IGNORE
+
+CLIPS = 8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input for both models. frames: uint8 [F, 3, S, S]. sequence: prompt and caption."""
+
+    frames: np.ndarray
+    prompt: str | None
+    sequence: TokenSequence
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Over all caption tokens of all probes. max_diff: largest absolute difference of a logit.
+    top1: share of the tokens at which both models find the same token likeliest. kl: mean
+    KL(before || after) of the next-token distributions, in nats."""
+
+    source: str
+    clips: int
+    tokens: int
+    max_diff: float
+    top1: float
+    kl: float
+
+    def __str__(self) -> str:
+        return (f"max |logit difference| {self.max_diff:.3g}, same top-1 token {self.top1:.2%}, "
+                f"KL {self.kl:.3g} nats ({self.tokens} caption tokens of {self.clips} clips, "
+                f"{self.source})")
+
+
+def make_probes(experiment: Experiment, model: Model) -> tuple[
+        list[Probe], str]:
+    """(probes, where they are from): clips of the run's validation split with their captions where
+    they can be read, else random frames with what the model says to them."""
+    builder = SequenceBuilder(model.tokenizer, experiment.data.prompt,
+                              model.captioner.projector.num_tokens,
+                              experiment.data.max_caption_tokens)
+    try:
+        samples, split = _dataset_samples(experiment, model.image_size)
+    except (InputError, SampleError, OSError) as error:
+        probes = [Probe(frames, None, builder.training(caption or "?"))
+                  for frames, caption in _random_clips(experiment, model, builder)]
+        return probes, f"random frames, because {error}"
+    return [Probe(s.frames, s.prompt, builder.training(s.caption, s.prompt)) for s in samples], (
+        f"split {split} of {experiment.data.path or 'the blend'}")
+
+
+def _dataset_samples(experiment: Experiment, image_size: int):
+    dataset = open_dataset(experiment.data)
+    if dataset.store == "features":
+        raise InputError(f"{dataset.root} holds features, not frames")
+    split = "val" if "val" in dataset.splits else dataset.splits[0]
+    reader = SampleReader(dataset, split, experiment.data.num_frames, image_size, shuffle=False,
+                          decode_seconds=experiment.data.decode_seconds)
+    return [reader.load(p) for p in evaluated_positions(len(reader), CLIPS)], split
+
+
+@torch.no_grad()
+def _random_clips(experiment, model, builder):
+    shape = (experiment.data.num_frames, 3, model.image_size, model.image_size)
+    options = GenerationOptions(max_new_tokens=16)
+    for seed in range(CLIPS):
+        frames = np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+        features = model.features({"frames": torch.from_numpy(frames[None])})
+        yield frames, generate_captions(model, builder, features, [None], options)[0]
+
+
+@torch.no_grad()
+def captioner_logits(model: Model, probe: Probe, device: torch.device) -> Tensor:
+    """Logits at the caption tokens, float32 [tokens, vocabulary] on the CPU."""
+    ids = torch.tensor([probe.sequence.input_ids], device=device)
+    features = model.features({"frames": torch.from_numpy(probe.frames[None])})
+    return model.captioner.llm(
+        inputs_embeds=model.captioner.embed(features, ids), use_cache=False,
+        logits_to_keep=supervised(probe.sequence).to(device)).logits.float().cpu()
+
+
+def supervised(sequence: TokenSequence) -> Tensor:
+    """The positions that predict a caption token: bool [1, L]."""
+    labels = torch.tensor([sequence.labels])
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE
+
+
+def compare_logits(before: Sequence[Tensor], after: Callable[[int], Tensor], source: str) -> Parity:
+    """before: of each probe, float32 [tokens, vocabulary]; after: gives the exported model's."""
+    difference = kl = 0.0
+    same = tokens = 0
+    for number, ours in enumerate(before):
+        theirs = after(number)
+        difference = max(difference, (ours - theirs).abs().max().item())
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        a, b = (F.log_softmax(x.double(), dim=-1) for x in (ours, theirs))
+        kl += float((a.exp() * (a - b)).sum())
+        tokens += len(ours)
+    return Parity(source, len(before), tokens, difference, same / tokens, kl / tokens)

@@ -1,0 +1,94 @@
+"""The tokenizer, chat template and image processor of an exported model: they make, of a list of
+frames and a prompt, exactly the sequence that vlmds trains on."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlmds.data.prompt import SequenceBuilder
+from vlmds.errors import InputError
+from vlmds.models.captioner import VISUAL
+from vlmds.models.vision import VisionTower
+
+IMAGE_TOKENS = ("<|image_pad|>", "<image>")
+"""Tokens that stand for a visual token; the first that the vocabulary has is used."""
+
+# Goes before the base model's own template, which knows text alone. A message's content may be
+# text, or a list of images and texts; thinking is off unless it is asked for, as in training.
+PREAMBLE = """\
+{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}
+{%- set plain = namespace(messages=[]) %}
+{%- for message in messages %}
+{%- if message['content'] is string %}
+{%- set plain.messages = plain.messages + [message] %}
+{%- else %}
+{%- set text = namespace(value='') %}
+{%- for item in message['content'] %}
+{%- if item['type'] == 'text' %}
+{%- set text.value = text.value + item['text'] %}
+{%- else %}
+{%- set text.value = text.value + 'IMAGE_TOKEN' %}
+{%- endif %}
+{%- endfor %}
+{%- set plain.messages = plain.messages + [dict(message, content=text.value)] %}
+{%- endif %}
+{%- endfor %}
+{%- set messages = plain.messages %}
+"""
+
+
+def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, model: str) -> tuple[
+        PreTrainedTokenizerBase, str]:
+    """The tokenizer, changed to take images in chats and to pad on the left; and its image token.
+
+    Args:
+        rows: of the language model's embedding. model: its name.
+
+    Raises:
+        InputError: the vocabulary has no token to stand for an image, and the model no row for a
+            new one.
+    """
+    vocabulary = tokenizer.get_vocab()
+    token = next((t for t in IMAGE_TOKENS if t in vocabulary), None)
+    if token is None:
+        if len(tokenizer) >= rows:
+            raise InputError(f"llm.model: {model}: its vocabulary has neither of "
+                             f"{', '.join(IMAGE_TOKENS)}, and the model has no row to spare")
+        token = IMAGE_TOKENS[-1]
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]},
+                                     replace_extra_special_tokens=False)
+    tokenizer.chat_template = (
+        PREAMBLE.replace("IMAGE_TOKEN", token) + tokenizer.chat_template)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, token
+
+
+def image_processor(tower: VisionTower) -> CLIPImageProcessorPil:
+    """Resizes as :func:`vlmds.data.video.resize_frames` does, bit for bit, then normalises."""
+    size = tower.image_size
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+        image_mean=tower.mean.flatten().tolist(), image_std=tower.std.flatten().tolist())
+
+
+def user_message(prompt: str, num_frames: int) -> list[dict]:
+    """The chat of one clip, for ``apply_chat_template``."""
+    return [{"role": "user", "content": [{"type": "image"}] * num_frames
+             + [{"type": "text", "text": prompt}]}]
+
+
+def check_sequence(processor, builder: SequenceBuilder, num_frames: int, image_size: int) -> None:
+    """Raise :class:`InputError` unless the exported processor gives the builder's token ids."""
+    from PIL import Image
+
+    text = processor.apply_chat_template(
+        user_message(builder.prompt, num_frames), add_generation_prompt=True)
+    frames = [Image.new("RGB", (image_size, image_size))] * num_frames
+    ids = processor(images=frames, text=text)["input_ids"][0]
+    image = processor.image_token_id
+    if list(ids) != [image if i == VISUAL else i for i in builder.prompt_ids()]:
+        raise InputError("llm.model: its chat template cannot be carried over: with images in the "
+                         "message it renders another text")

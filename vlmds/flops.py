@@ -1,0 +1,86 @@
+"""Floating-point operations of a training step, from shapes alone. A multiply-add is two.
+
+A frozen weight costs its forward product and the gradient of its input, so about 4N operations a
+position and not the 6N of full training; a trained one costs its own gradient, too. Counted are the
+matrix products: CLIP (forward only), projector, LLM, adapter, causal attention (half of the
+square) and logits where a caption token follows. Norms, activations, embeddings and softmax are
+not. What activation checkpointing computes again is not in a model's operations; it is told apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlmds.models.assemble import Shapes
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Of one sample. clip: forward. projector, llm, head: forward and backward. recomputed: the
+    forward pass of the LLM's layers, which full activation checkpointing repeats."""
+
+    clip: float
+    projector: float
+    llm: float
+    head: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        """Without recomputation."""
+        return self.clip + self.projector + self.llm + self.head
+
+
+def sample_flops(model: Shapes, positions: float, supervised: float, *,
+                 stored_features: bool = False) -> StepFlops:
+    """Operations of one sample in a step.
+
+    Args:
+        model: on the meta device, frozen as the stage says.
+        positions: of the LLM's input. supervised: positions that predict a caption token.
+        stored_features: the data holds CLIP's features.
+    """
+    base = model.captioner.llm.get_base_model()
+    config = base.config
+    frozen = trained = 0
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("lm_head"):
+            if "lora_" not in name:
+                frozen += module.weight.numel()
+            elif module.weight.requires_grad:
+                trained += module.weight.numel()
+    square = 4 * config.num_attention_heads * config.head_dim * positions**2 / 2  # QK and AV
+    forward = 2 * (frozen + trained) * positions + config.num_hidden_layers * square
+    backward = (2 * frozen + 4 * trained) * positions + 2 * config.num_hidden_layers * square
+    head = 2 * config.hidden_size * config.vocab_size * supervised
+    return StepFlops(
+        clip=0.0 if stored_features else clip_flops(model),
+        projector=projector_flops(model), llm=forward + backward, head=2 * head,
+        recomputed=forward)
+
+
+def clip_flops(model: Shapes) -> float:
+    """Forward pass of all frames of a sample."""
+    config = model.tower.config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    width, wide = config.hidden_size, config.intermediate_size
+    layer = 2 * tokens * (4 * width**2 + 2 * width * wide) + 4 * tokens**2 * width
+    patches = 2 * (tokens - 1) * 3 * config.patch_size**2 * width
+    return model.captioner.projector.num_frames * (config.num_hidden_layers * layer + patches)
+
+
+def projector_flops(model: Shapes) -> float:
+    """Forward and, where it is trained, both gradients: three times the forward pass, counted by
+    running it on the meta device. CLIP's features need no gradient, which is not subtracted."""
+    projector = model.captioner.projector
+    dtype = next(projector.parameters()).dtype
+    features = torch.empty(1, projector.num_frames * projector.patches, projector.vision_dim,
+                           dtype=dtype, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        projector(features)
+    trains = any(p.requires_grad for p in projector.parameters())
+    return counter.get_total_flops() * (3 if trains else 1)

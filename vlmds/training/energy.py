@@ -1,0 +1,49 @@
+"""Energy that the GPUs take, from NVML's counter (extra ``energy``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vlmds.training.ranks import sum_over_ranks
+
+
+class EnergyMeter:
+    """Joules of one stage over all ranks, each of which has a GPU of its own.
+
+    Args:
+        read: joules that this rank's GPU has taken so far, or None where nothing counts them.
+        before: joules of the stage's earlier starts.
+    """
+
+    def __init__(self, read: Callable[[], float | None], before: float = 0.0):
+        self._read, self._before = read, before
+        self._start = read()
+
+    def total(self) -> float | None:
+        """On all ranks alike; None if a rank's GPU has no counter."""
+        now = self._read()
+        known = now is not None and self._start is not None
+        taken, unknown = sum_over_ranks([now - self._start if known else 0.0, not known])
+        return None if unknown else self._before + taken
+
+
+def gpu_counter(device: torch.device) -> Callable[[], float | None]:
+    """Reads the joules that a GPU has taken since its driver was loaded (Volta and later); reads
+    None on a CPU, without nvidia-ml-py, and from GPUs that do not count."""
+    if device.type != "cuda":
+        return lambda: None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # By UUID: CUDA_VISIBLE_DEVICES renumbers CUDA's devices, not NVML's.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except ImportError:
+        return lambda: None
+    except pynvml.NVMLError:
+        return lambda: None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # from millijoules

@@ -1,0 +1,179 @@
+"""What a stage looks at on its way: the loss on split val, captions of a part of it, and by one of
+the two which checkpoint is the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vlmds.config import Experiment
+from vlmds.data.loader import Batches, SampleReader, evaluation_positions
+from vlmds.errors import InputError
+from vlmds.evaluation.evaluate import evaluate_subset
+from vlmds.evaluation.metrics import METRICS, tokenizers
+from vlmds.generation import GenerationOptions
+from vlmds.models.assemble import Model
+from vlmds.models.captioner import IGNORE
+from vlmds.models.dora import norms_kept
+from vlmds.training.ema import WeightAverage
+from vlmds.training.monitor import Monitor
+from vlmds.training.preemption import StopRequest
+from vlmds.training.ranks import raise_together, sum_over_ranks
+
+
+@dataclass
+class Standing:
+    """How good the model was found to be; a checkpoint holds it.
+
+    validated, evaluated: steps of the last validation loss and of the last captions.
+    score: what ``training.best_metric`` was last, its sign such that more is better; scored: at
+    which step. best, best_step: the best score so far. worse: scores since then.
+    """
+
+    validated: int = 0
+    evaluated: int = 0
+    score: float | None = None
+    scored: int = 0
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
+
+    def add(self, step: int, score: float) -> None:
+        self.score, self.scored = score, step
+        if math.isfinite(score) and (self.best is None or score > self.best):
+            self.best, self.best_step, self.worse = score, step, 0
+        else:
+            self.worse += 1
+
+
+class Validator:
+    """Of one stage, on this rank; all ranks call its methods alike.
+
+    Args:
+        reader: of split val, unshuffled; None if the data has none.
+        total: optimizer steps of the stage.
+        doing: told what this rank does. ledger: takes samples that could not be read and the step.
+    """
+
+    def __init__(self, experiment: Experiment, model: Model, reader: SampleReader | None,
+                 collate: Callable, device: torch.device, total: int, monitor: Monitor,
+                 stop: StopRequest, average: WeightAverage | None, doing: Callable[..., None],
+                 ledger: Callable[[list[dict], int], object]):
+        self.experiment, self.settings, self.model = experiment, experiment.training, model
+        self.reader, self.collate, self.device, self.total = reader, collate, device, total
+        self.monitor, self.stop, self.average = monitor, stop, average
+        self._doing, self._ledger = doing, ledger
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def look(self, step: int, standing: Standing) -> bool:
+        """Make what is due after optimizer step ``step`` and is not in ``standing`` yet. Returns
+        whether any rank was asked to stop meanwhile; what is missing is then due at the next
+        start."""
+        if self.reader is None:
+            return False
+        settings = self.settings
+        if self._due(step, settings.validate_every) and standing.validated != step:
+            loss = self._loss(step)
+            if loss is None:
+                return True
+            standing.validated = step
+            if settings.best_metric == "loss":
+                standing.add(step, -loss)
+        if self._due(step, settings.evaluate_every) and standing.evaluated != step:
+            metrics = self._captions(step)
+            standing.evaluated = step
+            if settings.best_metric != "loss":
+                standing.add(step, metrics[settings.best_metric]["value"])
+        return False
+
+    def is_over(self, step: int, standing: Standing) -> bool:
+        """Whether the stage ends here, for it has long not become better."""
+        patience = self.settings.early_stopping
+        if patience is None or standing.worse < patience:
+            return False
+        self.monitor.say(f"ends early after step {step} of {self.total}: "
+                         f"{self.settings.best_metric} has not become better {standing.worse} "
+                         f"times in a row; best at step {standing.best_step}")
+        return True
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return every is not None and step > 0 and (step == self.total or step % every == 0)
+
+    @torch.no_grad()
+    def _loss(self, step: int) -> float | None:
+        """Mean loss per caption token over the split; None if any rank was asked to stop."""
+        reader, micro_batch = self.reader, self.settings.micro_batch
+        positions = evaluation_positions(len(reader), micro_batch, self.rank, self.world_size)
+        rounds = math.ceil(len(reader) / (micro_batch * self.world_size))  # of the rank with most
+        batches = Batches(reader, positions, self.collate, self.experiment.data.num_workers)
+        reading = iter(batches)
+        total, tokens, bad = torch.zeros((), device=self.device), 0, []
+        captioner = self.model.captioner.eval()
+        with self._averaged(), norms_kept():
+            for number in range(rounds):
+                self._doing(step, f"validating, batch {number + 1} of {rounds}",
+                            explain=batches.holding)
+                batch = next(reading, {})
+                failures = [batch["failure"]] if "failure" in batch else []
+                if "labels" in batch:
+                    labels = batch["labels"].to(self.device)
+                    total += captioner(
+                        self.model.features(batch), batch["input_ids"].to(self.device), labels)
+                    tokens += int((batch["labels"] != IGNORE).sum())
+                    bad += batch["bad"]
+                stop, failed = sum_over_ranks([self.stop.requested is not None, bool(failures)])
+                raise_together(failed, failures)
+                if stop:
+                    break
+        captioner.train()
+        if stop:
+            return None
+        total, tokens, any_bad = sum_over_ranks([total.item(), tokens, len(bad)])
+        if any_bad:
+            self._ledger(bad, step)
+            limit = self.experiment.data.max_bad_fraction
+            if any_bad > max(1, limit * len(reader)):
+                raise InputError(
+                    f"split val: {any_bad:.0f} of {len(reader)} samples could not be used, more than "
+                    f"data.max_bad_fraction {limit} allows; see the run's ledger.jsonl")
+        self.monitor.validation(step, total / tokens, len(reader))
+        return total / tokens
+
+    def _captions(self, step: int) -> dict[str, dict]:
+        """Metrics of the captions of ``training.evaluate_clips`` clips, as in metrics.json."""
+        self._doing(step, "evaluating captions")
+        with self._averaged():
+            found = evaluate_subset(
+                self.experiment, self.model, self.reader, self.device,
+                clips=self.settings.evaluate_clips,
+                generation=GenerationOptions(self.settings.evaluate_tokens))
+        self.monitor.evaluation(step, found)
+        return found["metrics"]
+
+    def _averaged(self):
+        return self.average.applied() if self.average else nullcontext()
+
+
+def check_validation(experiment: Experiment, has_val: bool, data: Path | str) -> None:
+    """Raise InputError, naming the key, if the settings want what this data or this installation
+    cannot give."""
+    settings = experiment.training
+    wanted = [name for name, value in (
+        ("evaluate_every", settings.evaluate_every), ("early_stopping", settings.early_stopping),
+        ("keep", settings.keep == "best")) if value]
+    if wanted and not has_val:
+        raise InputError(f"training.{wanted[0]}: needs split val, which {data} does not have; pack "
+                         "with --val-fraction, or leave the key out")
+    if settings.best_metric == "loss":
+        return
+    levels = [tokenizer.level for tokenizer in tokenizers()]
+    known = ["loss", *(f"{metric}@{level}" for level in levels for metric in METRICS)]
+    if settings.best_metric not in known:
+        raise InputError(f"training.best_metric: {settings.best_metric!r} is not there; there are "
+                         f"{', '.join(known)} (those @morpheme need the extra korean)")
