@@ -131,7 +131,8 @@ def test_a_peft_folder_is_plain_peft(models, artifacts, captioners, frames, tmp_
     ids = torch.arange(20)[None]
     with torch.no_grad():
         ours = captioners[exp].model.captioner.llm(ids).logits
-        assert torch.equal(llm(ids).logits, ours)
+        # Not bit for bit: vlmds computes DoRA in another order than PEFT.
+        torch.testing.assert_close(llm(ids).logits, ours, rtol=1e-4, atol=1e-4)
         assert not torch.equal(llm.get_base_model()(ids).logits, 0 * ours)
     projector = load_file(tmp_path / "out" / "projector.safetensors")
     for name, tensor in captioners[exp].model.captioner.projector.state_dict().items():
