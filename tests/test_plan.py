@@ -21,11 +21,11 @@ from vlmds.memory import (
     stage_memories,
     stage_memory,
 )
-from vlmds.models.assemble import load_model
+from vlmds.models.assemble import load_model, shapes
 from vlmds.models.language import add_adapter, load_language_model
 from vlmds.models.vision import load_vision_tower
-from vlmds.plan import plan_experiment, shapes
-from vlmds.training.stages import freeze
+from vlmds.plan import plan_experiment
+from vlmds.training.optimizer import freeze
 
 CPU = torch.device("cpu")
 
@@ -142,6 +142,19 @@ def test_activations_follow_checkpointing_length_and_batch(models):
         2 * activations("e3"), rel=0.01)
 
 
+def test_every_nth_layer_lies_between_none_and_all():
+    experiment = load_experiment("e3")
+    model = shapes(experiment)
+    freeze(model.captioner, experiment.stages[1])
+    memories = stage_memories(experiment, experiment.stages[1], model.captioner, model.tower, 1)
+    sizes = [sum(parts.values()) for parts in memories.values()]
+    assert list(memories) == [0, 8, 4, 3, 2, 1] and sizes == sorted(sizes, reverse=True)
+    assert memories[1] == parts(experiment, 1)
+    for every, size in zip(memories, sizes, strict=True):
+        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for CUDA's context
+    assert fewest_recomputed(memories, 1e12) == 0
+
+
 def test_saved_bytes_are_what_autograd_keeps():
     weight = torch.nn.Parameter(torch.ones(8, 4))
     x = torch.ones(16, 4, requires_grad=True)
@@ -183,7 +196,8 @@ def test_plan_says_what_it_assumes(capsys):
     assert main(["plan", "--exp", "e7", "--gpus", "4"]) == 0
     printed = capsys.readouterr().out
     for part in ("assumed: 200e12 useful operations a second", "memory of each of 4 GPUs",
-                 "with activation checkpointing", "are estimates", "global batch: 32"):
+                 "full (auto takes less where it fits) activation checkpointing", "are estimates",
+                 "global batch: 32"):
         assert part in printed, part
 
 
@@ -224,3 +238,15 @@ def test_pooling_shows_in_the_plan(capsys):
 def test_plan_of_no_dataset_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         plan_experiment(load_experiment("e1", [f"data.path={tmp_path / 'none'}"]))
+
+
+def test_no_more_is_recomputed_than_the_memory_asks_for():
+    experiment = load_experiment("e3")
+    model = shapes(experiment)
+    freeze(model.captioner, experiment.stages[1])
+    memories = stage_memories(experiment, experiment.stages[1], model.captioner, model.tower, 1)
+    totals = [sum(parts.values()) for parts in memories.values()]
+    assert list(memories) == [0, 8, 4, 3, 2, 1] and totals == sorted(totals, reverse=True)
+    found = [fewest_recomputed(memories, size) for size in (1e12, 100e9, 60e9, 24e9, 8e9)]
+    assert found[0] == 0 and found[-1] is None
+    assert found[:-1] == sorted(found[:-1], key=list(memories).index)

@@ -34,7 +34,7 @@ from vlmds.models.vision import vision_half
 from vlmds.plan import shapes
 from vlmds.training.ranks import gather, init_distributed, is_main
 from vlmds.training.run import git_commit, versions
-from vlmds.training.stages import freeze
+from vlmds.training.optimizer import freeze
 from vlmds.training.watch import doing
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.training.launch import environment
 from vlmds.bench import train, workload
 from vlmds.bench.clock import StepClock
-from vlmds.bench.scaling import bench_scaling, communication_seconds
+from vlmds.bench.scaling import bench_scaling, communication_seconds, sent_bytes
 from vlmds.errors import InputError
 
 SMALL = ["data.num_frames=2", "training.gradient_accumulation=1"]
@@ -22,6 +22,7 @@ def small_models(monkeypatch):
     """Few rows of the vocabulary: the tests look at losses, not at times."""
     monkeypatch.setattr(workload.TINY_LLM, "vocab_size", 700)
     monkeypatch.setattr(workload.TINY_LLM, "num_hidden_layers", 2)
+    monkeypatch.setattr(workload.TINY_LLM, "layer_types", ["full_attention"] * 2)
 
 
 @pytest.mark.distributed
@@ -86,8 +87,21 @@ def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
 
 
 def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, capsys):
-    assert communication_seconds(1e8, 8, 200) == 0
-    assert communication_seconds(1e8, 512, 200) > communication_seconds(1e8, 64, 200) > 0
-    assert communication_seconds(1e8, 64, 400) < communication_seconds(1e8, 64, 200)
+    assert communication_seconds(1e8, 8, 200, 4) == 0
+    assert communication_seconds(1e8, 512, 200, 4) > communication_seconds(1e8, 64, 200, 4) > 0
+    assert communication_seconds(1e8, 64, 400, 4) < communication_seconds(1e8, 64, 200, 4)
     found = bench_scaling(tmp_path, "h200")
     assert len(found["rows"]) == 8 and (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.distributed
+def test_two_ranks_send_what_the_prediction_counts(small_models, tmp_path, monkeypatch):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "ROUNDS", 1)
+    found = train.bench_train(
+        tmp_path, ["e3"], tiny=True, steps=1, ranks=2,
+        overrides=["data.num_frames=2", "training.gradient_accumulation=2"])
+    row = found["e3"]["rows"][1]
+    # A few bytes more: counts, norms and flags.
+    assert row["sent"] == pytest.approx(sent_bytes(row["trained_bytes"], 2, 2), rel=1e-3)

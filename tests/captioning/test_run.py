@@ -281,7 +281,7 @@ def test_subtitles_of_a_folder_and_of_a_video(artifact, folder, tmp_path):
     one = tmp_path / "one.srt"
     caption_to_file(artifact, one, videos=[str(folder / "a.mp4")], **WINDOW)
     assert one.read_text("utf-8") == (tmp_path / "subs" / "a.srt").read_text("utf-8")
-    with av.open(str(one)) as container:  # FFmpeg reads it as what it is
+    with av.open(str(one), format="srt") as container:
         cues = [(p.pts, p.duration) for p in container.demux(subtitles=0) if p.size]
     rows = [r for r in lines(tmp_path / "one.jsonl") if r["caption"]]
     assert cues == [(1000 * r["start"], 1000) for r in rows] and cues

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.training.conftest import make_shards
-from tests.training.launch import ROOT, SCRIPT, arguments, environment, metrics
+from tests.training.launch import (
+    ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, until_lines,
+)  # fmt: skip
 
 ADDRESSES = ("10.87.65.1", "10.87.65.2")
 TIMEOUT_MINUTES = 0.2
 LAUNCHERS = ("torchrun", "deepspeed")
-START_SECONDS = 120  # until a run has taken the wanted steps
 GRACE_SECONDS = 60  # from the run's own timeout to the end of the last process
 
 
@@ -160,16 +161,6 @@ def codes(processes: list[subprocess.Popen], seconds: float) -> list[int]:
     return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
 
 
-def until_lines(run: Path, lines: int, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while len(metrics(run)) < lines:
-        if any(process.poll() is not None for process in processes):
-            raise RuntimeError("the run ended before the link could be cut; see its logs")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"no {lines} lines of metrics within {START_SECONDS} s")
-        time.sleep(0.002)
-
-
 def last_words(log: Path) -> list[str]:
     """What both sides said of their end."""
     return [f"  node {rank}: {line}" for rank in (0, 1)
@@ -206,7 +197,7 @@ def scenario(folder: Path, models: Path, shards: Path, launcher: str = "torchrun
             log = folder / f"cut{number}"
             with launched(nodes, launcher, log, 29502 + number,
                           arguments(models, shards, cut, *settings)) as processes:
-                until_lines(cut, lines, processes)
+                until_lines(cut, lines, *processes)
                 sever(nodes)
                 began = time.monotonic()
                 ends = codes(processes, TIMEOUT_MINUTES * 60 + GRACE_SECONDS)

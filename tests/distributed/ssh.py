@@ -19,11 +19,13 @@ from pathlib import Path
 
 from tests import tiny
 from tests.distributed.namespaces import (
-    ADDRESSES, GRACE_SECONDS, START_SECONDS, TIMEOUT_MINUTES, Node, Unavailable, cut_silently, ip,
-    kill_all, mend_silence, same_weights, two_nodes, until_lines,
+    ADDRESSES, GRACE_SECONDS, TIMEOUT_MINUTES, Node, Unavailable, cut_silently, ip, kill_all,
+    mend_silence, same_weights, two_nodes,
 )  # fmt: skip
 from tests.training.conftest import make_shards
-from tests.training.launch import ROOT, SCRIPT, arguments, environment, metrics
+from tests.training.launch import (
+    ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, until_lines,
+)  # fmt: skip
 
 SSHD, PDSH, SSH = "/usr/sbin/sshd", "/usr/bin/pdsh", "/usr/bin/ssh"
 
@@ -176,7 +178,7 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
         Unavailable: see :func:`two_nodes` and :func:`prepare`.
     """
     settings = (f"training.timeout_minutes={TIMEOUT_MINUTES}", "stages.0.steps=20",
-                "stages.1.steps=20", "training.validate_every=10", "training.checkpoint_every=5")
+                "stages.1.steps=80", "training.validate_every=10", "training.checkpoint_every=5")
     whole, ended, keys = folder / "whole", folder / "ended", folder / "ssh"
     prepare(keys)
 
@@ -185,7 +187,7 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
 
     with two_nodes() as nodes, sshd(nodes, keys):
         with start(whole, "whole.log") as process:
-            until_lines(whole, 1, [process])
+            until_lines(whole, 1, process)
             places = [rank_of(node) for node in nodes]
             assert all(places), f"no rank on a node: {places}"
             assert process.wait(START_SECONDS) == 0, (folder / "whole.log").read_text()[-3000:]
@@ -196,7 +198,7 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
         print("bad input: exit code 2:\n" + said(folder / "bad.log"))
         for number, (what, (lines, strike, allowed)) in enumerate(ENDS.items()):
             with start(ended, f"end{number}.log") as process:
-                until_lines(ended, lines, [process])
+                until_lines(ended, lines, process)
                 strike(nodes, process)
                 began = time.monotonic()
                 code = process.wait(TIMEOUT_MINUTES * 60 + GRACE_SECONDS)
@@ -207,6 +209,8 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
             print(f"{what}, after {len(metrics(ended))} lines: exit code {code} after {taken:.1f} s, "
                   f"all ranks gone {time.monotonic() - began - taken:.1f} s later\n"
                   + said(folder / f"end{number}.log"))
+            newest = max((ended / "checkpoints").glob("[a-z]*-*"), key=lambda p: p.stat().st_mtime)
+            print(f"  newest checkpoint: {newest.name}")
             assert code in allowed, code
         with start(ended, "last.log") as process:
             assert process.wait(START_SECONDS) == 0, (folder / "last.log").read_text()[-3000:]

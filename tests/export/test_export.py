@@ -132,6 +132,7 @@ def test_a_peft_folder_is_plain_peft(models, artifacts, captioners, frames, tmp_
     ids = torch.arange(20)[None]
     with torch.no_grad():
         ours = captioners[exp].model.captioner.llm(ids).logits
+        # Not bit for bit: vlmds computes DoRA in another order than PEFT.
         assert_close(llm(ids).logits.numpy(), ours.numpy())
         with llm.disable_adapter():
             assert (llm(ids).logits - ours).abs().max() > 1

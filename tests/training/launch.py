@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("faulty.py")
 TIMEOUT = 240
+START_SECONDS = 120  # until a run has taken the wanted steps
 
 
 def arguments(models: Path, shards: Path, run: Path, *overrides: str, exp: str = "e3") -> list[str]:
@@ -87,6 +88,17 @@ def train_and_kill(ranks: int, run: Path, lines: int, *arguments: str,
                    checkpoint: str = "") -> None:
     """As train_until, with SIGKILL for all of it."""
     train_until(ranks, run, lines, lambda process: None, *arguments, checkpoint=checkpoint)
+
+
+def until_lines(run: Path, lines: int, *processes: subprocess.Popen) -> None:
+    """Wait until metrics.jsonl has that many lines; the processes must all live until then."""
+    deadline = time.monotonic() + START_SECONDS
+    while len(_lines(run)) < lines:
+        if any(process.poll() is not None for process in processes):
+            raise RuntimeError(f"{run} ended before line {lines} of its metrics; see its logs")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{run}: no {lines} lines of metrics within {START_SECONDS} s")
+        time.sleep(0.002)
 
 
 def metrics(run: Path) -> list[dict]:

@@ -6,7 +6,9 @@ import subprocess
 
 import pytest
 
-from tests.training.launch import FAULTY, arguments, metrics, train
+from tests.training.launch import (
+    FAULTY, ROOT, TIMEOUT, arguments, command, environment, kill_tree, metrics, train, until_lines,
+)  # fmt: skip
 from tests.training.test_training import assert_same_weights, weights
 from vlmds.training import checkpoint
 
@@ -28,6 +30,23 @@ def test_a_signal_to_any_rank_saves_and_exits_with_3(models, shards, two_ranks, 
     train(2, *args)
     assert metrics(run) == metrics(two_ranks)
     assert_same_weights(weights(run), weights(two_ranks))
+
+
+def test_a_reader_of_the_output_that_is_gone_ends_nothing(models, shards, tmp_path):
+    """As when the ssh or the pipe that a job writes to breaks; a signal still saves and gives 3."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(0, *arguments(models, shards, run, "stages.0.steps=500")), cwd=ROOT,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process.stdout.close()
+    try:
+        until_lines(run, 3, process)
+        process.terminate()
+        assert process.wait(TIMEOUT) == 3
+    finally:
+        kill_tree(process)
+    (newest, *_) = checkpoint.checkpoints(run / "checkpoints", "align")
+    assert checkpoint.read_state(newest)["progress"]["step"] >= 3
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(models, shards, two_ranks, tmp_path):

@@ -7,7 +7,7 @@ from tests import tiny
 from vlmds.config import load_experiment
 from vlmds.memory import checkpoint_bytes, partition_sizes
 from vlmds.plan import shapes
-from vlmds.training.stages import freeze
+from vlmds.training.optimizer import freeze
 
 pytestmark = pytest.mark.distributed
 

@@ -6,7 +6,7 @@ from tests.training.engine_worker import tiny_captioner
 from vlmds.config import load_experiment
 from vlmds.models.language import add_adapter
 from vlmds.training.optimizer import learning_rate, parameter_groups
-from vlmds.training.stages import freeze
+from vlmds.training.optimizer import freeze
 
 
 def stage(**values):

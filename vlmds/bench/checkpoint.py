@@ -24,7 +24,7 @@ from vlmds.training.engine import build_engine
 from vlmds.training.main import default_ds_config
 from vlmds.training.ranks import init_distributed
 from vlmds.training.saver import Saver
-from vlmds.training.stages import freeze
+from vlmds.training.optimizer import freeze
 
 ROUNDS = 4
 WIDTH, VOCABULARY, PATCHES, FRAMES = 512, 151_936, 16, 4

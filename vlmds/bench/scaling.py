@@ -1,10 +1,11 @@
 """`vlmds bench scaling`: how efficient training would be on many GPUs, from counted parts.
 
 A step is the work of :mod:`vlmds.propose` (operations at an assumed share of the card's peak), then
-communication. ZeRO-2 sends 2·bytes·(W−1)/W of the trainables in a step by each rank: it reduces
-gradients and gathers weights, by rings. Between nodes a ring passes each node's links once, shared
-by its GPUs; within a node NVLink is taken to be no limit. Nothing is taken to overlap, and each of
-the 2·(W−1) hops takes LATENCY, so both are upper bounds of what communication costs.
+communication. DeepSpeed's ZeRO-2 all-reduces the gradients of every micro-batch and gathers the
+weights once a step, by rings: a rank sends (2·accumulation + 1)·bytes·(W−1)/W of the trainables,
+which `vlmds bench train --ranks 2` finds, too. Between nodes a ring passes each node's links once,
+shared by its GPUs; within a node NVLink is taken to be no limit. Nothing is taken to overlap, and
+each hop between nodes takes LATENCY.
 """
 
 from __future__ import annotations
@@ -26,13 +27,20 @@ USABLE = 0.85  # share of a link's rate that a ring reaches
 EXPERIMENTS = tuple(f"e{n}" for n in range(1, 9))
 
 
-def communication_seconds(trained_bytes: float, gpus: int, gigabits: float) -> float:
-    """Of a step on all ranks; 0 within one node."""
+def sent_bytes(trained_bytes: float, ranks: int, accumulation: int) -> float:
+    """That each rank sends in an optimizer step."""
+    return (2 * accumulation + 1) * trained_bytes * (ranks - 1) / ranks
+
+
+def communication_seconds(trained_bytes: float, gpus: int, gigabits: float, accumulation: int
+                          ) -> float:
+    """Of an optimizer step on all ranks; 0 within one node."""
     nodes = gpus // PER_NODE
     if nodes <= 1:
         return 0.0
-    sent = 2 * trained_bytes * (gpus - 1) / gpus
-    return sent / (gigabits * 1e9 / 8 * USABLE) + 2 * (nodes - 1) * LATENCY
+    sent = sent_bytes(trained_bytes, gpus, accumulation)
+    hops = (2 * accumulation + 1) * (nodes - 1)
+    return sent / (gigabits * 1e9 / 8 * USABLE) + hops * LATENCY
 
 
 def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
@@ -51,7 +59,8 @@ def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
         row = {"experiment": exp, "step, s": f"{work:.2f}", "trainables, MB": f"{size / 1e6:.0f}"}
         for link in LINKS:
             for gpus in GPUS:
-                efficiency = work / (work + communication_seconds(size, gpus, link))
+                efficiency = work / (work + communication_seconds(
+                    size, gpus, link, training.gradient_accumulation))
                 row[f"{gpus} GPUs, {link} Gb/s"] = f"{efficiency:.1%}"
                 curves.setdefault((exp, link), []).append(efficiency)
         rows.append(row)
