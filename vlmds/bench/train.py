@@ -121,10 +121,10 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
     for variant in variants:
         result = results[variant.name]
         rows.append({
-            "experiment": experiment.name, "variant": variant.name, "ranks": variant.ranks,
-            "loss_difference": differences.get(variant.name),
+            **result, "experiment": experiment.name, "variant": variant.name,
+            "ranks": variant.ranks, "loss_difference": differences.get(variant.name),
             "batch": batch, "flops": asdict(flops) | {"total": flops.total}, "weights": weights,
-            "trained_bytes": trained * (4 if experiment.llm.dtype == "float32" else 2), **result})
+            "trained_bytes": trained * (4 if experiment.llm.dtype == "float32" else 2)})
     return {"rows": rows, "plan": plan}
 
 
