@@ -206,11 +206,11 @@ def _projector_activations(experiment: Experiment, captioner: Captioner) -> int:
 
 def _logits(experiment: Experiment, captioner: Captioner) -> int:
     """Logits stand only where a caption token follows, here of the longest allowed caption: in the
-    model's dtype, in fp32, their log-softmax, and its gradient."""
+    model's dtype, in fp32 if that is another one, their log-softmax, and its gradient."""
     tokens = experiment.training.micro_batch * (experiment.data.max_caption_tokens + 1)
     vocabulary = captioner.llm.get_base_model().config.vocab_size
     size = getattr(torch, experiment.llm.dtype).itemsize
-    return tokens * vocabulary * (size + 3 * 4)
+    return tokens * vocabulary * (3 * 4 + (size if size < 4 else 0))
 
 
 def _tower_activations(experiment: Experiment, tower: nn.Module) -> int:

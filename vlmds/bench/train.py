@@ -22,7 +22,7 @@ from vlmds.bench.workload import CAPTION_TOKENS, Workload, prepare
 from vlmds.config import load_experiment
 from vlmds.flops import sample_flops
 from vlmds.hardware import device_card
-from vlmds.memory import stage_memory
+from vlmds.memory import stage_memories
 from vlmds.models.assemble import shapes
 from vlmds.training.optimizer import freeze
 from vlmds.training.ranks import free_port
@@ -33,7 +33,7 @@ ROUNDS = 2
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 3e-2)}
 STEP_PARTS = ("gradients", "gradient buckets", "activations", "logits", "CLIP forward",
               "one unpacked weight")
-"""Of :func:`vlmds.memory.stage_memory`: what comes and goes within a step."""
+"""Of :func:`vlmds.memory.stage_memories`: what comes and goes within a step."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
         v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1})
     model = shapes(experiment)
     freeze(model.captioner, experiment.stages[work.stage])
-    plan = stage_memory(experiment, experiment.stages[work.stage], model.captioner, model.tower, 1)
     own = results["vlmds"]
+    every = own["recomputed_every"]
+    plan = stage_memories(experiment, experiment.stages[work.stage], model.captioner, model.tower, 1,
+                          (every,))[every]
     batch = experiment.training.micro_batch * experiment.training.gradient_accumulation
     flops = sample_flops(model, own["positions"] / batch, CAPTION_TOKENS)
     trained = sum(p.numel() for p in model.captioner.parameters() if p.requires_grad)

@@ -20,6 +20,7 @@ from vlmds.data.dataset import open_dataset
 from vlmds.files import write
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
+from vlmds.training.activations import checkpointed_layers
 from vlmds.training.main import default_ds_config, leave
 from vlmds.training.monitor import peak_memory
 from vlmds.training.preemption import StopRequest
@@ -105,7 +106,8 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     engine.step = clock.timed("optimizer", engine.step)
     recorder.start()
     trainer.train()
-    return {"resident": resident_parts(model, engine)}
+    return {"resident": resident_parts(model, engine), "recomputed_every": checkpointed_layers(
+        experiment, experiment.stages[number], model.tower is None, device)}
 
 
 def measure(variant: str, work: Workload) -> dict:
