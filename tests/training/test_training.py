@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.training.kills import train_with_kills
-from tests.training.launch import arguments, metrics, train, train_and_kill
+from tests.training.launch import ROOT, arguments, metrics, train, train_and_kill
 from vlmds.files import sha256_of
 
 pytestmark = pytest.mark.distributed
@@ -88,6 +88,17 @@ def test_world_size_may_change_between_starts(models, shards, two_ranks, tmp_pat
     for a, b in zip(metrics(run), metrics(two_ranks), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a
     assert_same_weights(weights(run), weights(two_ranks), rtol=1e-3, atol=2e-4)
+
+
+def test_an_optimizer_in_the_hosts_memory_trains_the_same(models, shards, two_ranks, tmp_path):
+    """Killed and started again, too."""
+    run = tmp_path / "offload"
+    args = [*arguments(models, shards, run), "--ds-config",
+            str(ROOT / "ds_configs" / "zero2_offload.json")]
+    train_and_kill(2, run, 10, *args, checkpoint="finetune-")
+    train(2, *args)
+    assert metrics(run) == metrics(two_ranks)
+    assert_same_weights(weights(run), weights(two_ranks))
 
 
 def test_a_damaged_checkpoint_is_passed_over(models, shards, two_ranks, tmp_path):
