@@ -57,7 +57,7 @@ class VideoCaptioner:
             InputError: no such artifact, a damaged one, or models that it was not trained with.
         """
         artifact = final_artifact(resolve_artifact(artifact))
-        target = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+        target = choose_device(device)
         experiment = artifact_experiment(artifact, overrides)
         model = load_model(experiment, target)
         load_artifact(artifact, model.captioner)
@@ -182,6 +182,11 @@ class _Left(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device of that name; None: the first GPU, else the CPU."""
+    return torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:

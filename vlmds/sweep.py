@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 
 from vlmds.config import Experiment, load_experiment, packaged_experiments
 from vlmds.errors import InputError
@@ -183,14 +182,6 @@ def slurm_script(jobs: list[Job], data: str, launcher: str,
         lines += [f"  {shlex.join(train_command(job, data, launcher))}",
                   f"  {shlex.join(evaluate_command(job, data, launcher, evaluate_options))} ;;"]
     return "\n".join([*lines, "esac", ""])
-
-
-def cpu_environment(ranks: int) -> dict[str, str]:
-    """What CPU ranks need, empty where there are GPUs."""
-    if torch.cuda.device_count() >= ranks:
-        return {}
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
 
 
 def _known(exp: str) -> str:

@@ -25,7 +25,7 @@ from vlmds.hardware import device_card
 from vlmds.memory import stage_memories
 from vlmds.models.assemble import shapes
 from vlmds.training.optimizer import freeze
-from vlmds.training.ranks import free_port
+from vlmds.training.ranks import cpu_environment, free_port
 
 BASELINES = ("reference", "hf", "lora")
 ROUNDS = 2
@@ -139,22 +139,12 @@ def _run(variant: Variant, number: int) -> dict:
                     "--master-port", str(free_port())]
     command += ["-m", "vlmds.bench.train_worker", str(variant.work.folder), variant.code, name,
                 str(variant.work.steps)]
-    done = subprocess.run(command, env=_environment(variant.ranks), capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **cpu_environment(variant.ranks)}, capture_output=True, text=True)
     path = variant.work.folder / f"{name}.json"
     if done.returncode or not path.is_file():
         raise RuntimeError(f"{variant.name} failed with exit code {done.returncode}:\n"
                            f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return json.loads(path.read_text())
-
-
-def _environment(ranks: int) -> dict[str, str]:
-    import torch
-
-    if torch.cuda.is_available():
-        return dict(os.environ)
-    # As many threads in all, however many ranks.
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
 
 
 def check_losses(dtype: str, losses: dict[str, list[float]]) -> dict[str, float]:

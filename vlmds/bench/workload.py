@@ -33,7 +33,7 @@ from vlmds.demo.pretrain import train_tokenizer
 from vlmds.errors import InputError
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import experiment_projector, shapes
-from vlmds.models.pretrained import PUBLISHED_SHAPES, load_config
+from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.vision import vision_half
 from vlmds.training.run import RunFolder
 
@@ -130,8 +130,8 @@ def prepare(folder: Path, exp: str, *, tiny: bool, steps: int, models: Path | No
     base = load_experiment(exp)
     torch.manual_seed(experiment.training.seed)
     make_models(
-        models, TINY_VISION if tiny else published(base.vision.model, "vision.model"),
-        TINY_LLM if tiny else published(base.llm.model, "llm.model"), experiment.llm.dtype)
+        models, TINY_VISION if tiny else published_or_loaded_config(base.vision.model, "vision.model"),
+        TINY_LLM if tiny else published_or_loaded_config(base.llm.model, "llm.model"), experiment.llm.dtype)
     vision = vision_half(load_config(experiment.vision.model, "vision.model"), "vision.model")
     make_data(folder, experiment.data.num_frames, vision.image_size)
     (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
@@ -142,10 +142,6 @@ def prepare(folder: Path, exp: str, *, tiny: bool, steps: int, models: Path | No
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")}}).update()
     make_artifact(work, vision)
     return work
-
-
-def published(name: str, key: str) -> PretrainedConfig:
-    return PUBLISHED_SHAPES.get(name) or load_config(name, key)
 
 
 def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, dtype: str) -> None:

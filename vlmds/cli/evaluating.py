@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from vlmds.cli.generation import add_generation, generation_options
+from vlmds.cli.generation import add_generation, add_loading, generation_options
 from vlmds.errors import InputError
 
 
@@ -68,13 +68,13 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     options = tuple(shlex.split(args.evaluate))
     if args.demo:
         from vlmds.demo.run import RANKS, Size, direction_words, prepare_sweep
-        from vlmds.training.ranks import free_port
+        from vlmds.training.ranks import cpu_environment, free_port
 
         root = (output or Path("demo")).absolute()
         exps = prepare_sweep(root, exps, size or Size())
         data, output, words = str(root / "shards"), root / "runs", [direction_words()]
         options = ("--max-new-tokens", "32", *options)
-        environment = module.cpu_environment(RANKS)
+        environment = cpu_environment(RANKS)
         launcher = launcher or f"deepspeed --num_gpus {RANKS} --master_port {free_port()}"
     if data is None:
         raise InputError("--data: no data given; pass a folder made by vlmds pack")
@@ -108,9 +108,7 @@ def add_evaluate(commands) -> None:
     add_generation(command)
     add("--batch-size", type=int, default=8, help="clips at once (default: 8)")
     add("--again", action="store_true", help="evaluate anew what is finished already")
-    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    add_loading(command)
     command.set_defaults(call=evaluate)
 
 

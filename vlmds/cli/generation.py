@@ -1,4 +1,4 @@
-"""Options of the commands that write captions."""
+"""Options of the commands that load a trained run and write captions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ def add_generation(command) -> None:
     add("--top-p", type=float, default=1.0, help="of sampling: nucleus (default: 1, all tokens)")
     add("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+
+def add_loading(command) -> None:
+    add = command.add_argument
+    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
 
 
 def generation_options(args: argparse.Namespace):

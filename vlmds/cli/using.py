@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vlmds.cli.generation import add_generation, generation_options
+from vlmds.cli.generation import add_generation, add_loading, generation_options
 
 
 def caption(args: argparse.Namespace) -> int:
@@ -62,9 +62,7 @@ def add_caption(commands) -> None:
     add("--workers", type=int, help="decoding processes (default: one per core)")
     add("--deadline", type=float, default=60.0,
         help="seconds that decoding may take, for a video or some windows (default: 60)")
-    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    add_loading(command)
     command.set_defaults(call=caption)
 
 
@@ -82,9 +80,7 @@ def add_serve(commands) -> None:
     add("--allow-urls", action="store_true",
         help="also fetch videos from http(s) URLs that a request names, whatever this machine "
         "can reach")
-    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    add_loading(command)
     command.set_defaults(call=serve)
 
 
@@ -100,7 +96,5 @@ def add_export(commands) -> None:
     add("--merge", action="store_true",
         help="fold the adapter into the language model, in llm.dtype, never in 4 bit")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload it, to a private repository if new")
-    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    add_loading(command)
     command.set_defaults(call=export)

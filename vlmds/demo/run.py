@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vlmds.config import load_experiment
 from vlmds.data.pack import pack
@@ -23,7 +22,7 @@ from vlmds.errors import InputError, SampleError
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.training.main import REPOSITORY
-from vlmds.training.ranks import free_port
+from vlmds.training.ranks import cpu_environment, free_port
 from vlmds.training.run import final_artifact
 
 ATTRIBUTES = ("colour", "shape", "direction")
@@ -165,16 +164,14 @@ def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
     script = REPOSITORY / "launch" / "train.py"
     if not script.is_file():
         raise InputError(f"{script}: not there; the demo runs from a checkout of the repository")
-    command = ["--num_gpus", str(RANKS), "--master_port", str(free_port()), str(script), "--exp", str(settings), "--data", str(shards),
-               "--output", str(run)]
+    command = ["--num_gpus", str(RANKS), "--master_port", str(free_port()), str(script), "--exp",
+               str(settings), "--data", str(shards), "--output", str(run)]
     if overrides:
         command += ["--set", *overrides]
     print(f"  deepspeed {' '.join(command)}", flush=True)
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    if torch.cuda.device_count() < RANKS:
-        threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    environment |= cpu_environment(RANKS)
     launcher = Path(sys.executable).with_name("deepspeed")
     done = subprocess.run([str(launcher), *command], env=environment)
     if done.returncode == 2:

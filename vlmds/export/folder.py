@@ -42,7 +42,7 @@ from vlmds.export.parity import (
 from vlmds.export.processor import user_message
 from vlmds.export.remote import write_remote
 from vlmds.files import new_folder, sha256_of
-from vlmds.inference import VideoCaptioner
+from vlmds.inference import VideoCaptioner, choose_device
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
@@ -83,7 +83,7 @@ def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = 
         return Facts(kind, meta, published, artifact, run_folder, **more)
 
     if format == "hf-llava" or merge:
-        target = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+        target = choose_device(device)
         return _write_folded(artifact, output, format, experiment, published, target, facts)
     with new_folder(output) as new:
         if format == "vlmds":

@@ -67,6 +67,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def cpu_environment(ranks: int) -> dict[str, str]:
+    """What CPU ranks need, empty where there are GPUs."""
+    if torch.cuda.device_count() >= ranks:
+        return {}
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the one that writes and speaks."""
     return int(os.environ.get("RANK", 0)) == 0
