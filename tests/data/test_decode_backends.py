@@ -1,8 +1,13 @@
+from dataclasses import fields
+
+import numpy as np
 import pytest
 from tests.data import backend_table
 from tests.data.decode_memory import growth
 
+from vlmds.data import video
 from vlmds.data.decode_child import FrameDecoder
+from vlmds.errors import SampleError
 
 NAMES = [*backend_table.WRITTEN, *backend_table.DERIVED]
 # The cut transport stream begins with frames that refer to what was cut off.
@@ -44,6 +49,26 @@ def test_every_way_to_decode_is_right_or_refuses(files, decoder, name):
         assert row.packed_pyav == "equal" or row.packed_pyav.endswith(" dB")
     if name in ("truncated.mp4", "cut-h265.ts"):
         assert row.probe.startswith("refused") and row.child.startswith("refused")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith((".mp4", ".mov"))])
+def test_headers_tell_what_decoding_at_opening_would(files, name, monkeypatch):
+    """The probe opens these without FFmpeg's own decoding."""
+    path = files[name]
+    if isinstance(path, str):
+        pytest.skip(path)
+    hasty = probed(path)
+    monkeypatch.setattr(video, "_HASTY", {})
+    assert hasty == probed(path)
+
+
+def probed(path):
+    try:
+        info = video.probe(path.read_bytes())
+    except SampleError as error:
+        return str(error)
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in ((f.name, getattr(info, f.name)) for f in fields(info))}
 
 
 def test_shared_videos(files, decoder, shared_videos):

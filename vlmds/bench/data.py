@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,21 +33,44 @@ from vlmds.data.merge import finish
 from vlmds.data.pack import pack
 from vlmds.data.prepare import Reply
 from vlmds.data.shards import Shard, write_shard
+from vlmds.errors import InputError
 
 FRAMES, SIDE = 8, 336
 PACKED = 150e6  # bytes to pack: the videos are named again and again until there are so many
+VIDEO2DATASET = """\
+import sys
+from video2dataset import video2dataset
+
+if __name__ == "__main__":
+    table, out = sys.argv[1:]
+    video2dataset(
+        table, out, output_format="webdataset", caption_col="caption", config={
+            "subsampling": {}, "storage": {
+                "number_sample_per_shard": 256, "oom_shard_count": 6,
+                "captions_are_subtitles": False},
+            "reading": {"timeout": 60, "sampler": None, "yt_args": {
+                "download_size": 360, "download_audio_rate": 44100, "yt_metadata_args": None}},
+            "distribution": {"processes_count": CORES, "thread_count": CORES, "subjob_size": 1000,
+                             "distributor": "multiprocessing"}})
+"""
 PATCHES, WIDTH = 576, 1024  # of CLIP-ViT-L/14-336's features
 
 
-def bench_data(output: Path, manifest: Path | None = None, clips: int = 16, repeats: int = 3
-               ) -> dict[str, dict[str, float]]:
-    """Run it, print the tables, and write data.json to `output`."""
+def bench_data(
+    output: Path, manifest: Path | None = None, clips: int = 16, repeats: int = 3,
+    video2dataset: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Run it, print the tables, and write data.json to `output`.
+
+    video2dataset: a Python that can import it, to pack with it, too. Its requirements (torch 2.1)
+    don't go with vlmds's.
+    """
     with tempfile.TemporaryDirectory(prefix="vlmds-data-") as place:
         folder = Path(place)
         rows = read_manifest(manifest or make_clips(folder, clips)).rows
         size = sum(Path(row.video).stat().st_size for row in rows)
         print(f"{len(rows)} videos, {size / 1e6:.1f} MB")
-        packing = _packing(folder, rows, repeats)
+        packing = _packing(folder, rows, repeats, video2dataset)
         loading = _loading(folder, rows, repeats)
     result = {"packing": _ratios(packing, "tar + sha256sum"),
               "loading, a sample": _ratios(loading, "bare decode")}
@@ -78,7 +102,9 @@ def make_clips(folder: Path, count: int) -> Path:
     return folder / "manifest.jsonl"
 
 
-def _packing(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
+def _packing(
+    folder: Path, rows: list[ManifestRow], repeats: int, video2dataset: str | None
+) -> dict[str, float]:
     """Seconds for PACKED bytes of videos."""
     out = folder / "out"
     size = sum(Path(row.video).stat().st_size for row in rows)
@@ -111,13 +137,39 @@ def _packing(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
                 writer.write({"__key__": str(number), "mp4": Path(row.video).read_bytes(),
                               "json": {"captions": row.captions}})
 
-    return in_turns({
+    jobs = {
         "tar + sha256sum": fresh(tar),
         "webdataset ShardWriter (no checks)": fresh(shard_writer),
         "vlmds pack --no-verify": fresh(
             lambda out: pack(manifest, out, verify=False, progress=False)),
         "vlmds pack": fresh(lambda out: pack(manifest, out, progress=False)),
-    }, repeats)
+    }
+    if video2dataset:
+        jobs["video2dataset (no checks)"] = fresh(_video2dataset(folder, rows, video2dataset))
+    return in_turns(jobs, repeats)
+
+
+def _video2dataset(
+    folder: Path, rows: list[ManifestRow], python: str
+) -> Callable[[Path], None]:
+    """Packs local files as its users do: a table of them, as many processes as there are cores."""
+    script, listed = folder / "pack_with_video2dataset.py", folder / "many.csv"
+    script.write_text(VIDEO2DATASET.replace("CORES", str(len(os.sched_getaffinity(0)))))
+    listed.write_text("url,caption\n" + "".join(f"{row.video},가\n" for row in rows),
+                      encoding="utf-8")
+
+    def run(out: Path) -> None:
+        subprocess.run([python, str(script), str(listed), str(out / "made")], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                       env=os.environ | {"WANDB_MODE": "disabled"})
+        packed = 0  # it calls a failed shard a success
+        for path in out.rglob("*.tar"):
+            with tarfile.open(path) as tar:
+                packed += sum(name.endswith(".mp4") for name in tar.getnames())
+        if packed != len(rows):
+            raise InputError(f"{python}: video2dataset packed {packed} of {len(rows)} videos")
+
+    return run
 
 
 def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 def data(args: argparse.Namespace) -> int:
     from vlmds.bench.data import bench_data
 
-    bench_data(args.output, args.manifest, args.clips)
+    bench_data(args.output, args.manifest, args.clips, video2dataset=args.video2dataset)
     return 0
 
 
@@ -62,6 +62,8 @@ def add_bench(commands) -> None:
     add = what("data", data, "packing and loading")
     add("--manifest", type=Path, help="these videos instead of made ones")
     add("--clips", type=int, default=16, help="how many to make (default: 16)")
+    add("--video2dataset", metavar="PYTHON", help="pack with it, too: the Python of an environment "
+        "that has it")
     what("scale", scale, "a dataset that grows")
     what("checkpoint", checkpoint, "what saving costs")
     add = what("generate", generate, "captions a second")

@@ -6,10 +6,11 @@ the parent is gone; an idle child sees the end of its socket and exits. A limit 
 a video bomb an error of the child and not the end of the machine.
 
 `DecodePool` has several children (packing, captioning), `FrameDecoder` one (a training reader).
+What is large travels as the descriptor of an anonymous file: nobody copies it through a socket.
 """
 
+import mmap
 import os
-import pickle
 import resource
 import signal
 import socket
@@ -18,7 +19,9 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 import av.logging
@@ -78,7 +81,7 @@ def decode_windows(
             if reply.reason is not None:
                 yield SampleError(reply.reason)
                 continue
-            pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
+            pixels = np.frombuffer(reply.members["rgb"], np.uint8)
             shape = counts[number], num_frames, 3, image_size, image_size
             yield pixels.reshape(shape), reply.facts
 
@@ -134,7 +137,7 @@ class FrameDecoder:
             self._child = None
         if reply.reason is not None:
             raise SampleError(reply.reason)
-        pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
+        pixels = np.frombuffer(reply.members["rgb"], np.uint8)
         return pixels.reshape(num_frames, 3, image_size, image_size)
 
     def close(self) -> None:
@@ -247,7 +250,7 @@ class _Child:
         try:
             self.connection.send(request)
             if data is not None:
-                self.connection.send_bytes(data)
+                _give(self.connection, [data])
         except OSError:
             pass  # it died meanwhile; reply() tells
 
@@ -261,8 +264,8 @@ class _Child:
             # (a stuck network drive) only this ends the wait.
             if not self.connection.poll(self._deadline + GRACE):
                 return self._dead(-signal.SIGALRM)
-            reason, facts, extensions = pickle.loads(self.connection.recv_bytes())
-            reply = Reply(reason, facts, {e: self.connection.recv_bytes() for e in extensions})
+            reason, facts, extensions = self.connection.recv()
+            reply = Reply(reason, facts, dict(zip(extensions, _take(self.connection))))
             self._served += 1
             if self._served == LIFETIME:
                 self.kill()
@@ -327,18 +330,41 @@ def main(descriptor: int, deadline: float) -> None:
         connection.send_bytes(b"ready")
         while True:
             request = connection.recv()
-            data = connection.recv_bytes() if isinstance(request, FramesRequest) else None
+            data = bytes(_take(connection)[0]) if isinstance(request, FramesRequest) else None
             signal.setitimer(signal.ITIMER_REAL, deadline)
             reply = _answer(request, data)
             del data
             signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may take its time to receive
-            connection.send_bytes(pickle.dumps((reply.reason, reply.facts, list(reply.members))))
-            for member in reply.members.values():
-                connection.send_bytes(member)
+            connection.send((reply.reason, reply.facts, list(reply.members)))
+            _give(connection, list(reply.members.values()))
             del reply
             _limit_memory(None)  # the next request is read without one
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _give(connection: Connection, parts: list[bytes]) -> None:
+    """Send bytes that :func:`_take` receives."""
+    connection.send([len(part) for part in parts])
+    if any(parts):
+        with open(os.memfd_create("vlmds"), "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            send_handle(connection, file.fileno(), None)
+
+
+def _take(connection: Connection) -> list[memoryview]:
+    """What :func:`_give` sent; may be written to. It lives as long as any view of it."""
+    sizes = connection.recv()
+    if not any(sizes):
+        return [memoryview(b"")] * len(sizes)
+    descriptor = recv_handle(connection)
+    try:
+        whole = memoryview(mmap.mmap(descriptor, sum(sizes)))
+    finally:
+        os.close(descriptor)
+    ends = list(accumulate(sizes))
+    return [whole[end - size:end] for end, size in zip(ends, sizes)]
 
 
 def _answer(request: "Request | FramesRequest", data: bytes | None) -> Reply:

@@ -48,11 +48,12 @@ class FramesRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reason for rejection, or facts about the video and its members {extension: bytes}."""
+    """A reason for rejection, or facts about the video and its members {extension: bytes, or a view
+    of them}."""
 
     reason: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes] = field(default_factory=dict)
+    members: dict[str, bytes | memoryview] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

@@ -159,7 +159,7 @@ class TarWriter:
         self.offset = 0
         self.sha256 = hashlib.sha256()
 
-    def add(self, name: str, ext: str, data: bytes) -> dict[str, Any]:
+    def add(self, name: str, ext: str, data: bytes | memoryview) -> dict[str, Any]:
         """Append a file; returns {ext, offset, size, crc32} with the offset of its data."""
         info = tarfile.TarInfo(name)  # mode 0644, mtime, uid and gid 0
         info.size = len(data)
@@ -174,7 +174,7 @@ class TarWriter:
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self.offset % tarfile.RECORDSIZE))
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self.sha256.update(data)
         self.offset += len(data)

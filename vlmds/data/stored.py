@@ -42,5 +42,5 @@ def pixels_of(reply: Reply, image_size: int) -> np.ndarray | SampleError:
     """A reply to a request for "pixels" as uint8 [F, 3, image_size, image_size]."""
     if reply.reason is not None:
         return SampleError(reply.reason)
-    pixels = np.frombuffer(bytearray(reply.members["rgb"]), np.uint8)
+    pixels = np.frombuffer(reply.members["rgb"], np.uint8)
     return pixels.reshape(-1, 3, image_size, image_size)

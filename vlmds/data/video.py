@@ -27,6 +27,10 @@ RESIZER = "pil-bicubic-shortest-edge-centre-crop"
 
 Source = str | os.PathLike | bytes
 
+# Open a file without decoding; for each of its first streams.
+_HASTY = {"options": {"probesize": "32", "fpsprobesize": "0"},
+          "stream_options": [{"skip_frame": "all", "threads": "1"}] * 8}
+
 # Codecs of which a packet is a displayed frame, so that packets tell the display times. Elsewhere
 # (VP8 has hidden frames; AVI has no B-frame times) only decoding does.
 _PACKET_IS_FRAME = {"h264", "hevc", "vp9", "av1", "mpeg4"}
@@ -63,7 +67,7 @@ def probe(source: Source) -> VideoInfo:
 
     source: a path, or the file's bytes. Raises SampleError.
     """
-    with reading("cannot be read"), opened(source) as container:
+    with reading("cannot be read"), opened(source, headers_only=True) as container:
         stream = video_stream(container)
         name = container.format.name
         videos = len(container.streams.video)
@@ -209,10 +213,20 @@ def reading(what: str) -> Iterator[None]:
         raise SampleError(f"{what}: {error.strerror}") from error
 
 
-def opened(source: Source) -> av.container.InputContainer:
+def opened(source: Source, headers_only: bool = False) -> av.container.InputContainer:
+    """headers_only: do without the frames that FFmpeg decodes while it opens a file, to learn what
+    the headers may not tell. Those of MP4 and MOV tell all that `probe` asks for."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+    hasty = _HASTY if headers_only and _head(source)[4:8] == b"ftyp" else {}
     # Titles in old code pages must not cost us the video.
-    return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source),
-                   metadata_errors="ignore")
+    return av.open(file, metadata_errors="ignore", **hasty)
+
+
+def _head(source: Source) -> bytes:
+    if isinstance(source, bytes):
+        return source[:8]
+    with open(source, "rb") as file:
+        return file.read(8)
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
