@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from vlmds.config import Experiment, StageConfig
 from vlmds.models.captioner import Captioner
+from vlmds.models.loss import TOKENS
 from vlmds.training.optimizer import parameter_groups
 
 TEXT_POSITIONS = 40
@@ -205,12 +206,14 @@ def _projector_activations(experiment: Experiment, captioner: Captioner) -> int:
 
 
 def _logits(experiment: Experiment, captioner: Captioner) -> int:
-    """Logits stand only where a caption token follows, here of the longest allowed caption: in the
-    model's dtype, in fp32 if that is another one, their log-softmax, and its gradient."""
+    """Logits stand only where a caption token follows, here of the longest allowed caption, and no
+    more of them at once than `token_losses` takes: in fp32, in the model's dtype if that is another
+    one, and the gradient of what goes into them."""
     tokens = experiment.training.micro_batch * (experiment.data.max_caption_tokens + 1)
     vocabulary = captioner.llm.get_base_model().config.vocab_size
     size = getattr(torch, experiment.llm.dtype).itemsize
-    return tokens * vocabulary * (3 * 4 + (size if size < 4 else 0))
+    return (min(tokens, TOKENS) * vocabulary * (4 + (size if size < 4 else 0))
+            + tokens * captioner.projector.llm_dim * size)
 
 
 def _tower_activations(experiment: Experiment, tower: nn.Module) -> int:

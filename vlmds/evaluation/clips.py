@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, SampleError
 from vlmds.generation import GenerationOptions, generate_captions
 from vlmds.models.assemble import Model
-from vlmds.models.captioner import IGNORE
 
 THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 96
 
@@ -216,16 +214,9 @@ class ClipScorer:
         """(sum, tokens) of each caption and its end of turn, given features [B, N, vision_dim]."""
         batch = self.builder.collate_training(
             [self.builder.training(c, p) for c, p in zip(captions, prompts, strict=True)])
-        labels = batch["labels"].to(self.device)
-        captioner = self.model.captioner
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # as Captioner.forward
-        supervised = targets != IGNORE
-        logits = captioner.llm(
-            inputs_embeds=captioner.embed(features, batch["input_ids"].to(self.device)),
-            use_cache=False, logits_to_keep=supervised).logits  # [K, vocabulary]
-        losses = F.cross_entropy(
-            logits.float().flatten(0, -2), targets[supervised], reduction="none").double().cpu()
-        rows = supervised.nonzero()[:, 0].cpu()
+        losses, rows = self.model.captioner.token_losses(
+            features, batch["input_ids"].to(self.device), batch["labels"].to(self.device))
+        losses, rows = losses.double().cpu(), rows.cpu()
         sums = torch.zeros(len(captions), dtype=torch.float64).index_add_(0, rows, -losses)
         return list(zip(sums.tolist(), torch.bincount(rows, minlength=len(captions)).tolist()))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmds.models.dora import norms_kept
+from vlmds.models.loss import can_split, token_losses
 from vlmds.models.projectors import Projector
 
 VISUAL = -200
@@ -47,22 +48,34 @@ class Captioner(nn.Module):
     def forward(self, features: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy over the supervised tokens, fp32 scalar.
 
-        Rows are right-padded and no attention mask is passed: under causal attention padding
-        cannot reach a real token, and SDPA keeps its causal fast path. Logits are computed only
-        where the next token has a label.
-
         Args:
             features: [B, N, vision_dim]; input_ids, labels: int64 [B, L], IGNORE = no loss.
+        """
+        return self.token_losses(features, input_ids, labels)[0].sum()
+
+    def token_losses(
+        self, features: Tensor, input_ids: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each of the K supervised tokens, fp32 [K], and the row it is in, int64 [K].
+
+        Rows are right-padded and no attention mask is passed: under causal attention padding
+        cannot reach a real token, and SDPA keeps its causal fast path. Logits are computed only
+        where the next token has a label, and only some at a time.
+
+        Args: as :meth:`forward`.
         """
         embeds = self.embed(features, input_ids)  # [B, L, llm_dim]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
         supervised = targets != IGNORE  # [B, L] bool, K of them true
+        rows, wanted = supervised.nonzero()[:, 0], targets[supervised]
+        head = self.llm.get_output_embeddings()
+        if can_split(head, self.llm.config.model_type):
+            hidden = self.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            return token_losses(hidden[supervised], head, wanted), rows
         logits = self.llm(
             inputs_embeds=embeds, use_cache=False, logits_to_keep=supervised
         ).logits  # [K, vocabulary]
-        return F.cross_entropy(
-            logits.float().flatten(0, -2), targets[supervised], reduction="sum"
-        )
+        return F.cross_entropy(logits.float().flatten(0, -2), wanted, reduction="none"), rows
 
     @torch.no_grad()
     @norms_kept()
