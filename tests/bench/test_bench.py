@@ -1,8 +1,12 @@
 """Benchmarks run to the end on small work and give figures; what they are is for a person to read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+
+from tests.training.launch import environment
 
 from vlmds.bench import data
 from vlmds.bench.data import bench_data
@@ -26,6 +30,16 @@ def test_data(tmp_path, capsys, monkeypatch):
     loading = result["loading, a sample"]
     assert loading["vlmds, frames store"] < loading["vlmds, video store"]
     assert "| vlmds pack |" in capsys.readouterr().out
+
+
+def test_checkpoint(tmp_path):
+    """In a process of its own, for it makes a process group."""
+    code = ("from pathlib import Path; from vlmds.bench.checkpoint import bench_checkpoint; "
+            f"bench_checkpoint(Path({str(tmp_path)!r}), steps=4, every=2, rounds=1)")
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=300)
+    found = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert set(found["relative_step"]) == {"no checkpoints", "in the background", "in place"}
+    assert found["bytes"] > 1e6
 
 
 def test_generate(tmp_path, capsys):

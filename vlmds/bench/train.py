@@ -179,6 +179,7 @@ def _time_row(row: dict, own: dict) -> dict[str, str]:
              "step": f"{row['step_seconds'] / own['step_seconds']:.2f} x",
              "samples/s": f"{reference:.2f} x",
              "peak memory": f"{row['peak_bytes'] / own['peak_bytes']:.2f} x",
+             "without libraries": f"{_trained_bytes(row) / _trained_bytes(own):.2f} x",
              "of it a step's own": f"{row['step_bytes'] / own['step_bytes']:.2f} x",
              "loss, largest difference": (
                  "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}")}
@@ -195,6 +196,11 @@ def _time_row(row: dict, own: dict) -> dict[str, str]:
               "MFU": f"{rate / card.flops:.1%}" if card else "?",
               "MFU at 4N": f"{four_n / card.flops:.1%}" if card else "?"}
     return cells
+
+
+def _trained_bytes(row: dict) -> int:
+    """The peak without what the process held after its imports."""
+    return row["peak_bytes"] - row["libraries_bytes"]
 
 
 def _share_row(row: dict) -> dict[str, str]:

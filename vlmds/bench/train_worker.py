@@ -124,10 +124,12 @@ def measure(variant: str, work: Workload) -> dict:
     clock.watch_collectives()
     if variant != "hf":  # whose Trainer looks after its own ranks
         clock.device = device = init_distributed(timeout_minutes=10)
+    libraries = peak_memory()  # so far the process has done nothing but import
     recorder = StepRecorder(work, clock, StepMemory(device))
     more = variants[variant](work, recorder, device)
     return {"variant": variant, "device": _device_name(device), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), **recorder.result(), **more, **recorder.memory.result()}
+            "threads": torch.get_num_threads(), "libraries_bytes": libraries,
+            **recorder.result(), **more, **recorder.memory.result()}
 
 
 def _device_name(device: torch.device) -> str:

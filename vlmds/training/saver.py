@@ -2,7 +2,7 @@
 
 ``begin`` copies this rank's partitions to memory of the host and returns; a thread writes them. No
 rank waits for another: whether all ranks have written is one number more in the sum over ranks
-that every step begins with. When it says so, rank 0 gives the checkpoint its name.
+that every step begins with. When it says so, a thread of rank 0 gives the checkpoint its name.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ class Saver:
         self.root, self.stage, self.keep, self._say = root, stage, keep, say
         self.rank = dist.get_rank()
         self._writer: threading.Thread | None = None
+        self._publisher: threading.Thread | None = None  # on rank 0
         self._buffers: dict[str, Tensor] = {}
 
     def begin(self, engine, average: WeightAverage | None, step: int, state: dict) -> None:
         """Start to write the checkpoint of optimizer step ``step``; ``state`` is JSON values, the
         same on every rank."""
-        self.drain()
+        self._settle()
         self._folder = self.root / checkpoint.checkpoint_name(self.stage, step)
         self._state = {**state, "optimizer_steps": checkpoint.optimizer_steps(engine)}
         tensors = self._copy(checkpoint.fragments_to_save(engine, average))
@@ -55,30 +56,46 @@ class Saver:
         return self._writer is not None and not self._writer.is_alive()
 
     def drain(self) -> None:
-        """Wait for the checkpoint that is being written, if any."""
+        """Wait for the checkpoint that is being written, if any; afterwards it has its name, or
+        the reason was told."""
+        self._settle()
+        gather(None)  # a barrier: the first rank to leave may take the others with it
+
+    def _settle(self) -> None:
         if self._writer is not None:
             self._writer.join()
             self.publish()
+        if self._publisher is not None:
+            self._publisher.join()
+            self._publisher = None
 
     def publish(self) -> None:
-        """Once ``finished`` on all ranks: make the files a checkpoint, or tell why not."""
+        """Once ``finished`` on all ranks: make the files a checkpoint, or tell why not. Rank 0 does
+        it in a thread, for a file system may take its time over it."""
         self._writer = None
         results = gather((self._entry, self._problem))
-        problem = next((p for _, p in results if p is not None), None)
         if self.rank == 0:
-            temporary = checkpoint.temporary_name(self._folder)
-            try:
-                if problem is None:
-                    checkpoint.publish(
-                        temporary, self._folder, self._state, [entry for entry, _ in results])
-            except OSError as error:
-                problem = str(error)
+            self._publisher = threading.Thread(
+                target=self._publish, args=(self._folder, self._state, results), daemon=True)
+            self._publisher.start()
+
+    def _publish(self, folder: Path, state: dict, results: list[tuple]) -> None:
+        problem = next((p for _, p in results if p is not None), None)
+        temporary = checkpoint.temporary_name(folder)
+        try:
             if problem is None:
-                checkpoint.prune(self.root, self.stage, self.keep)
-            else:
-                shutil.rmtree(temporary, ignore_errors=True)
-                self._say(f"WARNING: {self._folder.name} not saved: {problem}; training goes on, "
-                          "the earlier checkpoints stand")
+                checkpoint.publish(temporary, folder, state, [entry for entry, _ in results])
+        except Exception as error:  # whatever it is, it must be told
+            problem = str(error)
+        if problem is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._say(f"WARNING: {folder.name} not saved: {problem}; training goes on, the earlier "
+                      "checkpoints stand")
+            return
+        try:
+            checkpoint.prune(self.root, self.stage, self.keep)
+        except Exception as error:
+            self._say(f"WARNING: old checkpoints of {self.root} cannot be removed: {error}")
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """To the host: into pinned memory from a GPU, which is kept for the next time."""
