@@ -209,6 +209,22 @@ def test_missing_shards_are_packed_again_and_the_others_kept(tmp_path, videos):
     assert (out / "train/000000.tar").stat().st_mtime_ns == kept.st_mtime_ns
 
 
+def test_rejected_rows_are_tried_again_when_asked(tmp_path, videos):
+    """Only their shards; the result is that of a packing that found all files whole."""
+    manifest = shutil.copytree(videos, tmp_path / "videos") / "manifest.jsonl"
+    pack(manifest, tmp_path / "whole", **SMALL)
+    whole = (manifest.parent / "v1.mp4").read_bytes()
+    (manifest.parent / "v1.mp4").write_bytes(whole[:200])
+    out = tmp_path / "out"
+    assert sum(pack(manifest, out, **SMALL).rejected.values()) == 1
+    (manifest.parent / "v1.mp4").write_bytes(whole)
+    again = pack(manifest, out, **SMALL)
+    assert sum(again.rejected.values()) == 1 and again.kept_shards == again.shards
+    retried = pack(manifest, out, retry=True, **SMALL)
+    assert not retried.rejected and retried.kept_shards == retried.shards - 1
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_another_manifest_or_other_options_are_refused(tmp_path, videos):
     out = tmp_path / "out"
     pack(videos / "manifest.jsonl", out, **SMALL)

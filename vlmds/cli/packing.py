@@ -18,7 +18,7 @@ def pack(args: argparse.Namespace) -> int:
 
         _refuse(args, "a conversion keeps shards and splits as they are", shard_size=256,
                 shard_bytes=None, val_fraction=0.0, no_verify=False, dedup=False, append=False,
-                engine="local")
+                retry=False, engine="local")
         summary = convert_from_options(
             args.manifest, args.out, args.store or "frames", vision=args.vision,
             feature_layer=args.feature_layer, pool=args.pool, num_frames=args.num_frames,
@@ -34,7 +34,8 @@ def pack(args: argparse.Namespace) -> int:
             image_size=336 if args.image_size is None else args.image_size,
             shard_size=args.shard_size, shard_bytes=_bytes(args.shard_bytes),
             val_fraction=args.val_fraction, verify=not args.no_verify, dedup=args.dedup,
-            append=args.append, merge=args.merge, task=_task(args), engine=args.engine, **common)
+            append=args.append, merge=args.merge, retry=args.retry, task=_task(args),
+            engine=args.engine, **common)
     if not summary.finished:
         print(f"packed the {summary.shards} shards of task {args.task_index} of {args.num_tasks}; "
               "when all tasks are done, join them: vlmds pack "
@@ -55,6 +56,7 @@ def pack(args: argparse.Namespace) -> int:
               f"{args.out / 'ledger.jsonl'} with its reason:")
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")
+        print("once that is mended, or with a longer --deadline, --retry packs their shards anew")
     if summary.known:
         print(f"{summary.known:,} rows have ids that were packed or rejected before, and were left")
     if summary.duplicates:
@@ -120,6 +122,8 @@ def add_pack(commands) -> None:
         help="leave out rows whose video and span an earlier row has")
     add("--append", action="store_true",
         help="add the manifest's new rows to what is packed in OUT, as new shards")
+    add("--retry", action="store_true",
+        help="pack the shards anew that had to reject rows: files are mended, --deadline is longer")
     add("--task-index", type=int, metavar="I", help="pack only part I (from 0) …")
     add("--num-tasks", type=int, metavar="N", help="… of N parts; join them with --merge")
     add("--merge", action="store_true", help="pack nothing; make the dataset of the tasks' parts")

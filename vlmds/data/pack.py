@@ -72,6 +72,7 @@ def pack(
     dedup: bool = False,
     append: bool = False,
     merge: bool = False,
+    retry: bool = False,
     task: tuple[int, int] | None = None,
     engine: str = "local",
     workers: int | None = None,
@@ -83,7 +84,8 @@ def pack(
 
     manifest, out: paths or URLs. val_fraction: share of the rows without a split that go to "val".
     dedup: leave out rows whose video and span an earlier row has. append: add the rows that are new
-    as shards after those there. task: (i, n) packs only the ith of n parts and leaves it to `merge`,
+    as shards after those there. retry: pack the shards anew that had to reject rows (not those that
+    `append` finds there), for their files are mended or `deadline` is longer. task: (i, n) packs only the ith of n parts and leaves it to `merge`,
     which packs nothing, to make the dataset. engine: "ray" packs on a Ray cluster.
     workers: decoding processes, or Ray tasks at once (default: one per core). deadline: seconds a
     video may take. options: fields of :class:`PackOptions`.
@@ -94,7 +96,7 @@ def pack(
     begin = time.monotonic()
     out = as_path(out)
     options = PackOptions(**options)
-    work = _plan(as_path(manifest), out, options, val_fraction, dedup, append)
+    work = _plan(as_path(manifest), out, options, val_fraction, dedup, append, retry)
     if merge and work.todo:
         names = ", ".join(shard.name for shard in work.todo[:3])
         raise InputError(f"{out}: {len(work.todo)} of {len(work.shards)} shards are not packed yet "
@@ -157,7 +159,8 @@ def _pack_on_ray(*arguments) -> None:
 
 
 def _plan(
-    manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool
+    manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool,
+    retry: bool,
 ) -> Work:
     table = read_manifest(manifest, val_fraction)
     rows, unusable = table.rows, list(table.rejects)
@@ -176,7 +179,7 @@ def _plan(
         rows, dropped = _without_duplicates(rows, sizes, base.contents if base else {})
         unusable += dropped
     shards = _shards(rows, options, sizes, base.planned if base else {})
-    todo = unfinished(out, shards, base.planned if base else {})
+    todo = unfinished(out, shards, base.planned if base else {}, retry)
     return Work(shards, todo, unusable, table.ignored_columns, base, known)
 
 

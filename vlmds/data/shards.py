@@ -90,10 +90,13 @@ def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
         "rows": described})).hexdigest()
 
 
-def unfinished(out: Path, shards: Iterable[Shard], base: dict[str, int]) -> list[Shard]:
+def unfinished(
+    out: Path, shards: Iterable[Shard], base: dict[str, int], retry: bool = False
+) -> list[Shard]:
     """The shards without a valid marker.
 
-    base: for each split, how many shards at its start belong to an earlier packing.
+    base: for each split, how many shards at its start belong to an earlier packing. retry: those
+    that had to reject a row, too.
     Raises InputError if `out` holds shards that are neither.
     """
     found = {f"{path.parent.name}/{path.stem}": path for path in out.glob(MARKERS)}
@@ -103,7 +106,8 @@ def unfinished(out: Path, shards: Iterable[Shard], base: dict[str, int]) -> list
         if marker is None or marker["options_hash"] == shard.options_hash:
             known.add(shard.name)
         tar = out / f"{shard.name}.tar"
-        if not marker or marker["count"] and not _has_size(tar, marker["bytes"]):
+        if (not marker or marker["count"] and not _has_size(tar, marker["bytes"])
+                or retry and marker["rejects"]):
             todo.append(shard)
     for name in sorted(found.keys() - known):
         split, number = name.split("/")
