@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from vlmds.data.decode_child import Clip
     from vlmds.data.pack import pack
     from vlmds.errors import InputError, SampleError
-    from vlmds.evaluation.compare import compare, load_run
+    from vlmds.evaluation.compare import compare
     from vlmds.evaluation.evaluate import evaluate_run, read_evaluation
     from vlmds.evaluation.report import write_report
+    from vlmds.evaluation.runs import load_run
     from vlmds.generation import GenerationOptions
     from vlmds.inference import VideoCaptioner
     from vlmds.plan import plan_experiment
@@ -35,9 +36,10 @@ _MODULES = {
     "data.decode_child": ("Clip",),
     "data.pack": ("pack",),
     "errors": ("InputError", "SampleError"),
-    "evaluation.compare": ("compare", "load_run"),
+    "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate_run", "read_evaluation"),
     "evaluation.report": ("write_report",),
+    "evaluation.runs": ("load_run",),
     "generation": ("GenerationOptions",),
     "inference": ("VideoCaptioner",),
     "plan": ("plan_experiment",),

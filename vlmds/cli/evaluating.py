@@ -39,7 +39,8 @@ def compare(args: argparse.Namespace) -> int:
 def write_comparison(runs: list[Path], output: Path, *, evaluation: str | None = None,
                      metric: str | None = None, words: list[str] = (), csv: Path | None = None,
                      latex: Path | None = None) -> None:
-    from vlmds.evaluation.compare import compare, load_run
+    from vlmds.evaluation.compare import compare
+    from vlmds.evaluation.runs import load_run
     from vlmds.evaluation.report import to_csv, to_latex, write_report
     from vlmds.files import write
 

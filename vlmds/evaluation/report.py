@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from vlmds.evaluation.compare import ADAPTERS, PROJECTORS, Group, Run, common_keys, group_runs
+from vlmds.evaluation.compare import ADAPTERS, PROJECTORS, common_keys
+from vlmds.evaluation.runs import Group, Run, group_runs
 from vlmds.files import write
 
 THUMBNAILS = 300
