@@ -14,7 +14,7 @@ from vlmds.config import load_experiment
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.projectors import build_projector
-from vlmds.training.engine import accumulation_steps, build_engine, release
+from vlmds.training.engine import accumulation_steps, build_engine, reduced_once, release
 from vlmds.training.optimizer import learning_rate, set_learning_rate
 from vlmds.training.ranks import init_distributed
 
@@ -55,13 +55,14 @@ def run_stage(model, exp, stage):
     for step in range(STEPS):
         set_learning_rate(engine, learning_rate(step, STEPS, stage))
         total = torch.zeros(())
-        for number in range(accumulation):
-            start = number * micro * world_size + rank * micro
-            rows = slice(start, start + micro)
-            loss = engine(features[rows], ids[rows], labels[rows])
-            engine.backward(loss * world_size / tokens, scale_wrt_gas=False)
-            engine.step()
-            total += loss.detach()
+        with reduced_once(engine):
+            for number in range(accumulation):
+                start = number * micro * world_size + rank * micro
+                rows = slice(start, start + micro)
+                loss = engine(features[rows], ids[rows], labels[rows])
+                engine.backward(loss * world_size / tokens, scale_wrt_gas=False)
+                total += loss.detach()
+        engine.step()
         dist.all_reduce(total)
         seen.append([stage.name, total.item() / tokens, float(engine.get_global_grad_norm())])
     del loss  # its graph holds hooks that hold the engine
