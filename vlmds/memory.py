@@ -88,9 +88,9 @@ def stage_memories(
         parts["weight average"] = 4 * sum(partitions)
     if experiment.llm.load_in_4bit:  # bitsandbytes unpacks one weight at a time
         parts["one unpacked weight"] = size * max(m.weight.numel() for m in _quantised(captioner.llm))
-    # The reduction comes after the backward pass, where its tensors were: a bucket with all gradients
-    # in the model's dtype; then, instead of those in fp32, a copy of what goes out at once and this
-    # rank's part in fp32.
+    # The reduction comes after the backward pass, where its tensors were: a bucket with all
+    # gradients in the model's dtype; then, instead of those in fp32, a copy of what goes out at
+    # once and this rank's part in fp32.
     reduction = size * trained + max(
         0, size * trained // world_size + 4 * sum(partitions) - parts["gradients"])
     passing = sum(parts.get(part, 0) for part in (

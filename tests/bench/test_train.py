@@ -89,6 +89,8 @@ def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
 def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, capsys):
     assert communication_seconds(1e8, 8, 200) == 0
     assert communication_seconds(1e8, 512, 200) > communication_seconds(1e8, 64, 200) > 0
+    # Owners get their part up to 64 ranks; over more, gradients are all-reduced.
+    assert sent_bytes(1.0, 64) == 2 * 63 / 64 and sent_bytes(1.0, 128) == 3 * 127 / 128
     assert communication_seconds(1e8, 64, 400) < communication_seconds(1e8, 64, 200)
     found = bench_scaling(tmp_path, "h200")
     assert len(found["rows"]) == 8 and (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -20,8 +20,8 @@ from vlmds.models.dora import weights_changed
 from vlmds.training.optimizer import parameter_groups, trainable
 
 OWNER_REDUCTIONS = 64
-"""Ranks up to which each part of the gradients is reduced to the rank that owns it, one after the
-other: half the bytes of an all-reduce, but as many rings as ranks, each with a latency of its own."""
+"""Ranks up to which each part of the gradients is reduced to the rank that owns it, one after
+another: half the bytes of an all-reduce, but as many rings as ranks, each with its own latency."""
 
 
 def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:
