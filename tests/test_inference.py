@@ -157,3 +157,16 @@ def test_an_artifact_of_a_stage_without_adapter_makes_none(models, tmp_path):
     load_artifact(tmp_path / "artifact", fresh)
     assert torch.equal(fresh.projector.net[0].weight, captioner.projector.net[0].weight)
     assert not any("lora_" in name for name, _ in fresh.named_parameters())
+
+
+def test_an_artifact_needs_no_attention_that_it_was_trained_with(models, tmp_path):
+    made(models, tmp_path / "artifact")
+    path = tmp_path / "artifact" / "experiment.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("attention: auto", "attention: flash_attention_3"))
+    assert path.read_text() != text
+    llm = VideoCaptioner.from_pretrained(tmp_path / "artifact", device="cpu").model.captioner.llm
+    assert llm.config._attn_implementation == "sdpa"
+    with pytest.raises(InputError, match="llm.attention: flash_attention_3 needs a GPU"):
+        VideoCaptioner.from_pretrained(
+            tmp_path / "artifact", device="cpu", overrides=["llm.attention=flash_attention_3"])

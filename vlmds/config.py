@@ -98,6 +98,9 @@ class LanguageConfig(Section):
     load_in_4bit: bool = True
     """NF4 with double quantisation; false loads the weights in ``dtype``."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """What computes attention; auto takes the newest FlashAttention that is installed, in bfloat16
+    on a GPU that it is made for, else PyTorch's own (sdpa)."""
 
 
 class PeftSection(Section):

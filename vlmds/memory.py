@@ -78,9 +78,9 @@ def stage_memories(
         # What ZeRO-2 spreads over the ranks, in fp32.
         "fp32 copies": 4 * sum(partitions),
         "Adam moments": 8 * sum(partitions),
-        "gradients": 4 * sum(partitions),
-        # Two reduction buckets (overlap_comm) that each hold the gradients of all trainables.
-        "gradient buckets": 2 * size * trained,
+        # In fp32 and whole until the last micro-batch, when they are reduced.
+        "gradients": 4 * trained,
+        "gradient buckets": 0,
         "activations": _projector_activations(experiment, captioner),
         "logits": _logits(experiment, captioner),
         "CLIP forward": 0 if tower is None else _tower_activations(experiment, tower),
@@ -89,12 +89,21 @@ def stage_memories(
         parts["weight average"] = 4 * sum(partitions)
     if experiment.llm.load_in_4bit:  # bitsandbytes unpacks one weight at a time
         parts["one unpacked weight"] = size * max(m.weight.numel() for m in _quantised(captioner.llm))
+    # The reduction comes after the backward pass, where its tensors were: a bucket with all
+    # gradients in the model's dtype; then, instead of those in fp32, a copy of what goes out at
+    # once and this rank's part in fp32.
+    reduction = size * trained + max(
+        0, size * trained // world_size + 4 * sum(partitions) - parts["gradients"])
+    passing = sum(parts.get(part, 0) for part in (
+        "activations", "logits", "CLIP forward", "one unpacked weight"))
     memories = {}
     for every in choices:
         recomputed = math.ceil(layers / every) if every else 0
         # A checkpointed layer keeps its input; the one that is being recomputed, everything.
         kept = (layers - recomputed) * layer + recomputed * hidden + (layer if recomputed else 0)
-        memories[every] = {**parts, "activations": parts["activations"] + kept}
+        memories[every] = {
+            **parts, "activations": parts["activations"] + kept,
+            "gradient buckets": max(0, reduction - passing - kept)}
     return memories
 
 

@@ -125,8 +125,9 @@ def _memory(
     lines.append(
         f"assumes ZeRO-2, micro-batch {training.micro_batch}, {recompute} activation checkpointing, "
         f"captions of {experiment.data.max_caption_tokens} tokens;")
-    lines.append("activations, logits and CLIP forward are estimates; CUDA's context, NCCL and "
-                 "fragmentation come on top")
+    lines.append("gradient buckets count only beyond the activations, in whose place they stand; "
+                 "activations, logits and")
+    lines.append("CLIP forward are estimates; CUDA's context, NCCL and fragmentation come on top")
     return "\n".join(lines)
 
 

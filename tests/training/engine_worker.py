@@ -1,9 +1,14 @@
-"""Two stages of three optimizer steps on a tiny captioner; rank 0 writes what it saw as JSON."""
+"""Two stages of three optimizer steps on a tiny captioner; rank 0 writes what it saw as JSON.
+
+With "plain" among the overrides DeepSpeed reduces the gradients of every micro-batch, as it does by
+itself.
+"""
 
 import gc
 import json
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +19,7 @@ from vlmds.config import load_experiment
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.projectors import build_projector
-from vlmds.training.engine import accumulation_steps, build_engine, release
+from vlmds.training.engine import accumulation_steps, build_engine, reduced_once, release
 from vlmds.training.optimizer import learning_rate, set_learning_rate
 from vlmds.training.ranks import init_distributed
 
@@ -44,52 +49,69 @@ def batch(visual_tokens):
     return features, ids, labels
 
 
-def run_stage(model, exp, stage):
+def accumulate(engine, inputs, scale, plain):
+    """An optimizer step over these micro-batches: the sum of their losses, and the dtypes in which
+    gradients stood before they were reduced."""
+    total = torch.zeros(())
+    with nullcontext() if plain else reduced_once(engine):
+        for batch in inputs:
+            loss = engine(*batch)
+            engine.backward(loss * scale, scale_wrt_gas=False)
+            if plain:
+                engine.step()
+            total += loss.detach()
+        found = {str(p.grad.dtype) for p in engine.module.parameters() if p.grad is not None}
+    if not plain:
+        engine.step()
+    return total, found
+
+
+def run_stage(model, exp, stage, plain):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     accumulation = accumulation_steps(exp, world_size, GLOBAL_BATCH)
     engine = build_engine(model, exp, stage, ROOT / "ds_configs" / "zero2_cpu.json", accumulation)
     features, ids, labels = batch(model.projector.num_tokens)
+    features = features.to(getattr(torch, exp.llm.dtype))
     tokens = int((labels != IGNORE).sum())
     micro = exp.training.micro_batch
     seen = []
     for step in range(STEPS):
         set_learning_rate(engine, learning_rate(step, STEPS, stage))
-        total = torch.zeros(())
-        for number in range(accumulation):
-            start = number * micro * world_size + rank * micro
-            rows = slice(start, start + micro)
-            loss = engine(features[rows], ids[rows], labels[rows])
-            engine.backward(loss * world_size / tokens, scale_wrt_gas=False)
-            engine.step()
-            total += loss.detach()
+        rows = [slice(start, start + micro) for start in range(
+            rank * micro, GLOBAL_BATCH, micro * world_size)]
+        total, dtypes = accumulate(
+            engine, [(features[r], ids[r], labels[r]) for r in rows], world_size / tokens, plain)
         dist.all_reduce(total)
         seen.append([stage.name, total.item() / tokens, float(engine.get_global_grad_norm())])
-    del loss  # its graph holds hooks that hold the engine
     alive = weakref.ref(engine), weakref.ref(engine.optimizer)
     release(engine)
     del engine
     gc.collect()
-    return seen, any(ref() is not None for ref in alive)
+    return seen, any(ref() is not None for ref in alive), sorted(dtypes)
 
 
 def main(output, *overrides):
     init_distributed(timeout_minutes=3)
+    plain = "plain" in overrides
+    overrides = [override for override in overrides if override != "plain"]
     exp = load_experiment("e7", [
         "llm.dtype=float32", "llm.load_in_4bit=false", "peft.dropout=0", "projector.width=32",
         "projector.num_queries=4", "projector.num_heads=2", "data.num_frames=2", *overrides,
     ])
     model = tiny_captioner(exp)
+    model.to(getattr(torch, exp.llm.dtype))
     steps, leaks = [], []
     for stage in exp.stages:
         if "peft" in stage.train:
             model.llm = add_adapter(model.llm, exp.peft)
-        seen, leaked = run_stage(model, exp, stage)
+        seen, leaked, dtypes = run_stage(model, exp, stage, plain)
         steps += seen
         leaks.append(leaked)
     weights = {name: p.double().sum().item() for name, p in model.named_parameters()
                if p.requires_grad}
     if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps({"steps": steps, "leaks": leaks, "weights": weights}))
+        Path(output).write_text(json.dumps({
+            "steps": steps, "leaks": leaks, "weights": weights, "gradients": dtypes}))
     dist.destroy_process_group()
 
 

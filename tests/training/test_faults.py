@@ -78,8 +78,9 @@ def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
     ("kill", "rank 1 was last at align step 3, in forward and backward (v"),
 ])
 def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, told):
-    done = train_with_fault(2, arguments(models, shards, tmp_path / "run"), None, kind=kind, rank=1,
-                            call=3)
+    # In the second of two micro-batches: the gradients of the first are waiting to be reduced.
+    args = arguments(models, shards, tmp_path / "run", "training.micro_batch=1")
+    done = train_with_fault(2, args, None, kind=kind, rank=1, call=6)
     assert told in done.stderr, done.stderr
     assert "at align step 3, in forward and backward (v" in done.stderr  # with the samples
 

@@ -43,6 +43,7 @@ def test_both_stages_train_and_leave_what_the_design_says(two_ranks):
     record = json.loads((two_ranks / "run.json").read_text())
     assert record["global_batch"] == 4 and record["data_fingerprint"]
     assert record["starts"][0]["world_size"] == 2 and record["starts"][0]["versions"]["torch"]
+    assert record["starts"][0]["attention"] == "sdpa"
     assert {p.name for p in (two_ranks / "artifacts" / "align").iterdir()} == {
         "artifact.json", "experiment.yaml", "projector.safetensors"}
     assert {p.name for p in (two_ranks / "checkpoints").iterdir()} == {
@@ -72,7 +73,8 @@ def test_killed_again_and_again_equals_undisturbed(models, shards, two_ranks, tm
     assert metrics(run) == metrics(two_ranks)
     assert_same_weights(weights(run), weights(two_ranks))
     assert len(json.loads((run / "run.json").read_text())["starts"]) >= 3
-    again = train(0, *args)  # a finished run has nothing left to do
+    # A finished run has nothing left to do, nor is it another one with other kernels.
+    again = train(0, *args, "llm.attention=sdpa")
     assert "nothing to do" in again.stdout
     assert metrics(run) == metrics(two_ranks)
 
@@ -91,11 +93,13 @@ def test_world_size_may_change_between_starts(models, shards, two_ranks, tmp_pat
 
 
 def test_an_optimizer_in_the_hosts_memory_trains_the_same(models, shards, two_ranks, tmp_path):
-    """To rounding, for gradient norms are added up in another order; also after a kill."""
+    """To rounding, for gradient norms are added up in another order. A run may change the DeepSpeed
+    configuration between its starts: killed in each stage, it goes from one to the other and back."""
     run = tmp_path / "offload"
-    args = [*arguments(models, shards, run), "--ds-config",
-            str(ROOT / "ds_configs" / "zero2_offload.json")]
-    train_and_kill(2, run, 10, *args, checkpoint="finetune-")
+    args = arguments(models, shards, run)
+    offload = ["--ds-config", str(ROOT / "ds_configs" / "zero2_offload.json")]
+    train_and_kill(2, run, 4, *args, checkpoint="align-")
+    train_and_kill(2, run, 10, *args, *offload, checkpoint="finetune-")
     train(2, *args)
     for a, b in zip(metrics(run), metrics(two_ranks), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6), b

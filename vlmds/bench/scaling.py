@@ -1,11 +1,11 @@
 """`vlmds bench scaling`: how efficient training would be on many GPUs, from counted parts.
 
 A step is the work of :mod:`vlmds.propose` (operations at an assumed share of the card's peak), then
-communication. DeepSpeed's ZeRO-2 all-reduces the gradients of every micro-batch and gathers the
-weights once a step, by rings: a rank sends (2·accumulation + 1)·bytes·(W−1)/W of the trainables,
-which `vlmds bench train --ranks 2` finds, too. Between nodes a ring passes each node's links once,
-shared by its GPUs; within a node NVLink is taken to be no limit. Nothing is taken to overlap, and
-each hop between nodes takes LATENCY.
+communication. Gradients are reduced and weights gathered once an optimizer step, by rings: a rank
+sends 2·bytes·(W−1)/W of the trainables, the least there is, which `vlmds bench train --ranks 2`
+finds, too; or 3·bytes·(W−1)/W beyond OWNER_REDUCTIONS ranks, where gradients are all-reduced.
+Between nodes a ring passes each node's links once, shared by its GPUs; within a node NVLink is
+taken to be no limit. Nothing is taken to overlap, and each hop between nodes takes LATENCY.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vlmds.hardware import find_card
 from vlmds.models.assemble import shapes
 from vlmds.propose import predicted_rate
 from vlmds.training.activations import fewest_that_fits
+from vlmds.training.engine import reduces_to_owners
 from vlmds.training.optimizer import freeze
 
 GPUS, PER_NODE = (8, 64, 512), 8
@@ -27,20 +28,20 @@ USABLE = 0.85  # share of a link's rate that a ring reaches
 EXPERIMENTS = tuple(f"e{n}" for n in range(1, 9))
 
 
-def sent_bytes(trained_bytes: float, ranks: int, accumulation: int) -> float:
+def sent_bytes(trained_bytes: float, ranks: int) -> float:
     """That each rank sends in an optimizer step."""
-    return (2 * accumulation + 1) * trained_bytes * (ranks - 1) / ranks
+    reduction = 1 if reduces_to_owners(ranks) else 2
+    return (reduction + 1) * trained_bytes * (ranks - 1) / ranks
 
 
-def communication_seconds(trained_bytes: float, gpus: int, gigabits: float, accumulation: int
-                          ) -> float:
+def communication_seconds(trained_bytes: float, gpus: int, gigabits: float) -> float:
     """Of an optimizer step on all ranks; 0 within one node."""
     nodes = gpus // PER_NODE
     if nodes <= 1:
         return 0.0
-    sent = sent_bytes(trained_bytes, gpus, accumulation)
-    hops = (2 * accumulation + 1) * (nodes - 1)
-    return sent / (gigabits * 1e9 / 8 * USABLE) + hops * LATENCY
+    rings = gpus + 1 if reduces_to_owners(gpus) else 3
+    return (sent_bytes(trained_bytes, gpus) / (gigabits * 1e9 / 8 * USABLE)
+            + rings * (nodes - 1) * LATENCY)
 
 
 def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
@@ -59,8 +60,7 @@ def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
         row = {"experiment": exp, "step, s": f"{work:.2f}", "trainables, MB": f"{size / 1e6:.0f}"}
         for link in LINKS:
             for gpus in GPUS:
-                efficiency = work / (work + communication_seconds(
-                    size, gpus, link, training.gradient_accumulation))
+                efficiency = work / (work + communication_seconds(size, gpus, link))
                 row[f"{gpus} GPUs, {link} Gb/s"] = f"{efficiency:.1%}"
                 curves.setdefault((exp, link), []).append(efficiency)
         rows.append(row)

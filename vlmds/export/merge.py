@@ -19,8 +19,9 @@ from vlmds.training.run import check_base_weights
 
 
 def unquantised(experiment: Experiment) -> Experiment:
-    """The experiment with its language model in ``llm.dtype`` instead of NF4."""
-    llm = experiment.llm.model_copy(update={"load_in_4bit": False})
+    """The experiment with its language model in ``llm.dtype`` instead of NF4, on any machine's
+    attention."""
+    llm = experiment.llm.model_copy(update={"load_in_4bit": False, "attention": "auto"})
     return experiment.model_copy(update={"llm": llm})
 
 

@@ -94,12 +94,14 @@ def resolve_artifact(name: str | Path) -> Path:
 
 
 def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The artifact's experiment, whose ``llm.model`` is the artifact's own where it holds one.
+    """The artifact's experiment, whose ``llm.model`` is the artifact's own where it holds one, and
+    whose ``llm.attention`` is auto: what it was trained with may not be here.
 
     Raises:
         InputError: not an artifact, a bad override, or another LLM for one that holds its own.
     """
     own = read_artifact(folder)[0].get("llm")
+    overrides = ["llm.attention=auto", *overrides]
     if own is None:
         return load_experiment(folder / "experiment.yaml", overrides)
     if any(override.startswith("llm.model=") for override in overrides):

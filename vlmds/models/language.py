@@ -14,6 +14,7 @@ from transformers import (
 
 from vlmds.config import LanguageConfig, PeftSection
 from vlmds.errors import InputError
+from vlmds.models.attention import attention_for
 from vlmds.models.dora import use_dora
 from vlmds.models.pretrained import load_config, load_weights, loading
 
@@ -35,7 +36,8 @@ def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrained
     """Load the LLM frozen onto ``device``, quantised to NF4 when ``llm.load_in_4bit``.
 
     Raises:
-        InputError: missing or damaged folder, or shapes that do not fit its config.json.
+        InputError: missing or damaged folder, shapes that do not fit its config.json, or an
+            ``llm.attention`` that cannot run here.
     """
     config = load_config(llm.model, "llm.model")
     dtype = getattr(torch, llm.dtype)
@@ -50,7 +52,8 @@ def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrained
         )
     model = load_weights(
         AutoModelForCausalLM, llm.model, "llm.model", config=config, dtype=dtype,
-        quantization_config=quantisation, device_map={"": device}, attn_implementation="sdpa",
+        quantization_config=quantisation, device_map={"": device},
+        attn_implementation=attention_for(llm, device),
     )
     model.requires_grad_(False)
     if llm.load_in_4bit:

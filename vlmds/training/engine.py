@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -16,6 +18,10 @@ from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
 from vlmds.models.dora import weights_changed
 from vlmds.training.optimizer import parameter_groups, trainable
+
+OWNER_REDUCTIONS = 64
+"""Ranks up to which each part of the gradients is reduced to the rank that owns it, one after
+another: half the bytes of an all-reduce, but as many rings as ranks, each with its own latency."""
 
 
 def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:
@@ -99,17 +105,43 @@ def build_engine(
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
             zero[bucket] = trainable(model)
+    if zero.get("use_multi_rank_bucket_allreduce") == "auto":
+        zero["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(dist.get_world_size())
     config.setdefault("steps_per_print", 10**9)  # our own monitor prints
     optimizer = torch.optim.AdamW(
         groups, lr=stage.lr, betas=tuple(training.betas),
         fused=get_accelerator().device_name() == "cuda" or None,
     )
     optimizer.register_step_post_hook(lambda *_: weights_changed())
+    for param in (p for group in groups for p in group["params"]):
+        param.grad_dtype = torch.float32  # micro-batches add up in it, whatever the model's dtype
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     # In fp32 DeepSpeed does not look for gradients that are no numbers; here every dtype does, and
     # such a step is skipped on all ranks.
     engine.optimizer.check_grad_overflow = True
     return engine
+
+
+def reduces_to_owners(world_size: int) -> bool:
+    """Whether ``"auto"`` reduces gradients to the ranks that own them, and not to all."""
+    return world_size <= OWNER_REDUCTIONS
+
+
+@contextmanager
+def reduced_once(engine) -> Iterator[None]:
+    """The backward passes of one optimizer step go inside; ``engine.step()`` follows, once.
+
+    ZeRO-2 by itself reduces the gradients of every micro-batch over the ranks. Here they add up on
+    their rank in fp32, and are rounded to the model's dtype and reduced at the end.
+    """
+    engine.set_gradient_accumulation_boundary(True)  # every step() updates
+    with engine.coalesce_grad_reduction():
+        try:
+            yield
+        except BaseException:
+            # With nothing to reduce this rank can go down at once, instead of waiting for others.
+            engine.optimizer.zero_grad()
+            raise
 
 
 def release(engine) -> None:

@@ -102,8 +102,15 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
         stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
+    on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
     config = args.ds_config or default_ds_config()
     run_stages(experiment, model, dataset, run, config, device, stop, start_from)
+
+
+def note_attention(run: RunFolder, attention: str) -> None:
+    """Say what ``llm.attention`` has become here."""
+    run.note(attention=attention)
+    tell(f"vlmds: attention: {attention}")
 
 
 def leave() -> None:

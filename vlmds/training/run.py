@@ -3,7 +3,7 @@
     experiment.yaml   the resolved experiment
     run.json          global batch, what it is trained from (data fingerprint, hashes of the base
                       weights, how frames are sampled), and for each start: versions, git commit,
-                      world size, command line
+                      world size, command line, what computes attention
     metrics.jsonl     one line per optimizer step, per validation and per evaluation
     samples.jsonl     captions made in training, if training.evaluate_every is set
     ledger.jsonl      every sample that could not be read, and when
@@ -33,6 +33,7 @@ PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes
 # micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
 # compared by fingerprints.
 HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "llm.model",
+            "llm.attention",
             "data.num_workers", "data.verify", "data.max_bad_fraction", "vision.frames_per_call",
             "training.micro_batch", "training.gradient_accumulation", "training.global_batch",
             "training.activation_checkpointing", "training.validate_every",
@@ -67,6 +68,11 @@ class RunFolder:
         """Change the record and write it."""
         self.record |= values
         write(self.path / "run.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+
+    def note(self, **values) -> None:
+        """Add to the record of this start."""
+        self.record["starts"][-1] |= values
+        self.update()
 
     def artifact(self, stage: str) -> Path:
         return self.path / "artifacts" / stage

@@ -37,7 +37,7 @@ from vlmds.training import checkpoint
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
 from vlmds.training.energy import EnergyMeter, gpu_counter
-from vlmds.training.engine import accumulation_steps, build_engine, release
+from vlmds.training.engine import accumulation_steps, build_engine, reduced_once, release
 from vlmds.training.lineage import check_parent, stage_lineage
 from vlmds.training.monitor import Monitor
 from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
@@ -141,7 +141,7 @@ class StageTrainer:
         self.saver.drain()
         self.monitor.energy(progress.step, self.energy.total())
 
-    @norms_kept()  # the weights change at the last micro-batch's end only
+    @norms_kept()  # the weights change at the end only
     def train_step(self, step: int, group: list[dict], waited: float) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
         caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
@@ -150,16 +150,19 @@ class StageTrainer:
         lr = learning_rate(step, self.total, self.stage)
         set_learning_rate(self.engine, lr)
         loss = torch.zeros((), device=self.device)
-        for micro, batch in enumerate(group):
-            self._doing(step, "in forward and backward", batch["keys"])
-            seed_micro_batch(self.experiment.training.seed, self.number, step, micro, self.rank)
-            features = self.model.features(batch)  # [B, F·P, vision width]
-            micro_loss = self.engine(  # summed over the micro-batch's caption tokens
-                features, self._to_device(batch["input_ids"]), self._to_device(batch["labels"]))
-            # The engine averages over ranks; the loss is a sum over them.
-            self.engine.backward(micro_loss * self.world_size / tokens, scale_wrt_gas=False)
-            self.engine.step()  # reduces gradients; updates at the last micro-batch
-            loss += micro_loss.detach()
+        with reduced_once(self.engine):
+            for micro, batch in enumerate(group):
+                self._doing(step, "in forward and backward", batch["keys"])
+                seed_micro_batch(
+                    self.experiment.training.seed, self.number, step, micro, self.rank)
+                features = self.model.features(batch)  # [B, F·P, vision width]
+                micro_loss = self.engine(  # summed over the micro-batch's caption tokens
+                    features, self._to_device(batch["input_ids"]),
+                    self._to_device(batch["labels"]))
+                # The engine averages over ranks; the loss is a sum over them.
+                self.engine.backward(micro_loss * self.world_size / tokens, scale_wrt_gas=False)
+                loss += micro_loss.detach()
+        self.engine.step()
         dist.all_reduce(loss)
         self.progress.step = step + 1
         if self.average is not None:
