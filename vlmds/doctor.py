@@ -57,7 +57,14 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             ("same output", check_same_output), ("dataset", _by_leaders(check_dataset)),
             ("decoding", check_decoding)):
         doing(f"the check {name!r}")
-        for finding in check(patient):
+        try:
+            findings = check(patient)
+        except RuntimeError as error:  # of a collective; what a check finds is no exception
+            _print(name, Finding(FAILED, f"rank {os.environ['RANK']} has lost the others: "
+                                 f"{_first_line(error)}",
+                                 "look at the node whose launcher ended first, and at the link"))
+            return 2
+        for finding in findings:
             failed |= finding.level == FAILED
             if is_main():
                 _print(name, finding)
