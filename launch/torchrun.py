@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from argparse import Namespace
+from ipaddress import ip_address
 from multiprocessing import active_children
 
 import psutil
@@ -36,28 +37,41 @@ def stop_ranks(signum: int, frame) -> None:
     sys.exit(STOPPED if codes == {STOPPED} else 0 if codes == {0} else 1)
 
 
-def settle_addresses(args: Namespace) -> None:
-    """With --rdzv-backend c10d: this node's address, and whether it hosts the rendezvous.
+def settle_rendezvous(args: Namespace) -> None:
+    """Options for --rdzv-backend c10d that torch (2.13) would guess badly; what was given stands.
 
-    torch takes both from the host's own name, which is of no use where that resolves to a loopback
-    address: no node hosts the rendezvous, or ranks of other nodes look for rank 0 on their own. The
-    route to the endpoint tells both, on every node with the same command. What was given stands.
+    This node's address and whether it hosts the rendezvous come from the route to the endpoint. torch
+    asks the host's own name, and where that resolves to a loopback address, no node hosts, or ranks
+    of other nodes look for rank 0 on their own.
+
+    No node is dropped for old heartbeats. They are wall-clock times of another machine: a node whose
+    clock is 15 s off is taken for dead, and the others train without it although --nnodes wants it.
     """
     if args.rdzv_backend != "c10d" or not args.rdzv_endpoint:
         return
-    host, port = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=29400)
+    configured = args.rdzv_conf.split(",") if args.rdzv_conf else []
+    fewest, most = run.parse_min_max_nnodes(args.nnodes)
+    if fewest == most and "keep_alive_max_attempt" not in args.rdzv_conf:
+        configured.append(f"keep_alive_max_attempt={10**8}")  # of 5 s each: years
+    own, target = route(args.rdzv_endpoint)
+    if own is not None and not ip_address(own).is_loopback:
+        args.local_addr = args.local_addr or own
+        if own == target and "is_host" not in args.rdzv_conf:
+            configured.append("is_host=1")
+    args.rdzv_conf = ",".join(configured)
+
+
+def route(endpoint: str) -> tuple[str | None, str | None]:
+    """(the address of this node that packets to the endpoint leave from, the endpoint's address);
+    None where the name does not resolve or no route is there: torch waits for it, and says so."""
+    host, port = parse_rendezvous_endpoint(endpoint, default_port=29400)
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing
-            own = probe.getsockname()[0]
+            probe.connect(target)  # of a datagram socket: sends nothing
+            return probe.getsockname()[0], target[0]
     except OSError:
-        return  # the name does not resolve yet, or there is no route: torch waits, and says so
-    if own in ("::1", "0.0.0.0") or own.startswith("127."):
-        return
-    args.local_addr = args.local_addr or own
-    if own == target[0] and "is_host" not in args.rdzv_conf:
-        args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, "is_host=1")))
+        return None, None
 
 
 def main() -> int:
@@ -68,7 +82,7 @@ def main() -> int:
     signal.signal(signal.SIGUSR1, stop_ranks)
     try:
         args = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
-        settle_addresses(args)
+        settle_rendezvous(args)
         run.run(args)
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
