@@ -144,7 +144,7 @@ def check_links(patient: Patient) -> list[Finding]:
     measures = measure_links(patient.nodes, patient.names, patient.device, patient.seconds)
     if not measures:
         return [Finding(OK, "one rank, nothing to connect")]
-    findings = [_judge_link(measure, measures) for measure in measures]
+    findings = [judge_link(measure, measures) for measure in measures]
     interfaces = {name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
                   if name in os.environ}
     if len(patient.names) > 1 and not interfaces:
@@ -153,7 +153,7 @@ def check_links(patient: Patient) -> list[Finding]:
     return findings
 
 
-def _judge_link(measure: Measure, measures: list[Measure]) -> Finding:
+def judge_link(measure: Measure, measures: list[Measure]) -> Finding:
     if measure.problem:
         return Finding(FAILED, f"{measure.name}: {measure.problem}",
                        "look at the link, firewalls, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; "
@@ -218,14 +218,17 @@ def check_decoding(patient: Patient) -> list[Finding]:
     if problem := next((p for _, p in rates if p), None):
         return [Finding(FAILED, problem)]
     total = sum(r for r, _ in rates)
-    text = (f"{total:,.1f} samples/s by {data.num_workers} reader processes a rank on "
-            f"{os.cpu_count()} cores a node")
-    if patient.wanted is None:
-        return [Finding(OK, text)]
-    text += f", {patient.wanted:g} wanted"
-    mend = ("pack with --store frames or features, or raise data.num_workers where cores are idle")
-    level = OK if total >= 1.2 * patient.wanted else WARNING if total >= patient.wanted else FAILED
-    return [Finding(level, text, "" if level == OK else mend)]
+    return [judge_decoding(total, patient.wanted, f"{total:,.1f} samples/s by {data.num_workers} "
+                           f"reader processes a rank on {os.cpu_count()} cores a node")]
+
+
+def judge_decoding(total: float, wanted: float | None, text: str) -> Finding:
+    """Samples per second that there are against those that training wants."""
+    if wanted is None or total >= 1.2 * wanted:
+        return Finding(OK, text if wanted is None else f"{text}, {wanted:g} wanted")
+    return Finding(WARNING if total >= wanted else FAILED, f"{text}, {wanted:g} wanted",
+                   "pack with --store frames or features, or raise data.num_workers where cores are "
+                   "idle")
 
 
 def _print(name: str, finding: Finding) -> None:
