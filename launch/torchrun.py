@@ -40,12 +40,12 @@ def stop_ranks(signum: int, frame) -> None:
 def settle_rendezvous(args: Namespace) -> None:
     """Options for --rdzv-backend c10d that torch (2.13) would guess badly; what was given stands.
 
-    This node's address and whether it hosts the rendezvous come from the route to the endpoint. torch
-    asks the host's own name, and where that resolves to a loopback address, no node hosts, or ranks
-    of other nodes look for rank 0 on their own.
+    This node's address and whether it hosts the rendezvous come from the route to the endpoint.
+    torch asks the host's own name, and where that resolves to a loopback address, no node hosts, or
+    ranks of other nodes look for rank 0 on their own.
 
-    No node is dropped for old heartbeats. They are wall-clock times of another machine: a node whose
-    clock is 15 s off is taken for dead, and the others train without it although --nnodes wants it.
+    No node is dropped for old heartbeats. They are wall-clock times of another machine: a node
+    whose clock is 15 s off would be taken for dead, and the others train without it, whatever --nnodes.
     """
     if args.rdzv_backend != "c10d" or not args.rdzv_endpoint:
         return

@@ -76,7 +76,7 @@ def test_every_fault_is_named(models, shards, tmp_path):  # noqa: F811
     assert "decord: 0.6.0 on" in failed[0] and "9.9 on" in failed[0]
     assert "same output" in failed[1] and "1e+09 wanted" in failed[2]
     if FAKETIME:
-        assert re.search(r"^warning  clock: clocks differ by up to 7\d{3}\.\d{3} s \(\S+ from \S+\); "
+        assert re.search(r"^warning  clock: clocks differ by up to 7\d{3}\.\d{3} s \(\S+ from \S+\)"
                          r".*; run chrony or ntpd$", printed, re.M), printed
 
 
@@ -87,7 +87,8 @@ def patient(models, output, *overrides):  # noqa: F811
 
 def finding(check, *arguments, seconds=20):
     """The worst of what the check finds, within its time."""
-    return max(within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
+    return max(within(seconds, lambda: check(*arguments)),
+               key=lambda found: LEVELS.index(found.level))
 
 
 def alone(tmp_path, *words, before=(), **variables):
@@ -191,7 +192,8 @@ def test_the_output_is_no_folder_or_too_small(models, tmp_path):  # noqa: F811
     assert found.level == FAILED and found.text.startswith("NotADirectoryError: ")
     found = finding(check_disk, patient(models, tmp_path, "training.keep_checkpoints=100000000"))
     assert found.level == FAILED and "100000002 checkpoints of each stage of e3 need" in found.text
-    assert "training.keep_checkpoints" in found.mend and not (tmp_path / ".doctor-write-0.tmp").exists()
+    assert "training.keep_checkpoints" in found.mend
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_data_not_given_or_cut_short(models, shards, tmp_path):  # noqa: F811
@@ -217,9 +219,9 @@ def test_a_node_that_goes_is_told(models, shards, tmp_path):  # noqa: F811
     words = [sys.executable, str(ROOT / "launch" / "doctor.py"), "--data", str(shards), "--output",
              str(tmp_path), "--seconds", "20", "--set", *tiny.settings(models)]
     first, second = (subprocess.Popen(
-        words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(
-            RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-        for rank in "01")
+        words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=environment(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                        MASTER_PORT=port)) for rank in "01")
     try:
         printed = []
         for line in first.stdout:

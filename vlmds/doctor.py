@@ -17,8 +17,8 @@ from pathlib import Path
 
 from vlmds.config import Experiment
 from vlmds.doctor_local import (
-    FAILED, OK, WARNING, Finding, Patient, check_accelerator, check_dataset, check_disk, check_limits,
-    check_shared_memory, decode_rate,
+    FAILED, OK, WARNING, Finding, Patient, check_accelerator, check_dataset, check_disk,
+    check_limits, check_shared_memory, decode_rate,
 )  # fmt: skip
 from vlmds.doctor_network import Measure, check_clocks, measure_links
 from vlmds.errors import InputError
@@ -46,8 +46,8 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             patient.names.append(f"{host}#{number}" if host in patient.names else host)
         patient.nodes.append(len(patient.names) - 1)
     if is_main():
-        print(f"{len(places)} ranks on {len(patient.names)} nodes: "
-              f"{', '.join(patient.names)}", flush=True)
+        print(f"{len(places)} ranks on {len(patient.names)} nodes: {', '.join(patient.names)}",
+              flush=True)
     failed = False
     for name, check in (
             ("accelerator", _by_each_rank(check_accelerator)), ("versions", check_versions),
@@ -227,8 +227,8 @@ def judge_decoding(total: float, wanted: float | None, text: str) -> Finding:
     if wanted is None or total >= 1.2 * wanted:
         return Finding(OK, text if wanted is None else f"{text}, {wanted:g} wanted")
     return Finding(WARNING if total >= wanted else FAILED, f"{text}, {wanted:g} wanted",
-                   "pack with --store frames or features, or raise data.num_workers where cores are "
-                   "idle")
+                   "pack with --store frames or features, or raise data.num_workers where cores "
+                   "are idle")
 
 
 def _print(name: str, finding: Finding) -> None:

@@ -3,8 +3,8 @@
 `python -m tests.distributed.restarts FOLDER` (as root) trains across two network namespaces under
 launch/torchrun.py, kills the rank of either node and cuts the link for a while; each time the ranks
 must start again by themselves and end as a run that nothing happened to. Addresses exist in the
-namespaces only, the host's name means nothing in them, and where faketime is installed node 1's clock
-is a day behind.
+namespaces only, the host's name means nothing in them, and where faketime is installed node 1's
+clock is a day behind.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def scenario(folder: Path, models: Path, shards: Path, calm: Path, strikes: tupl
             STRIKES[what](nodes)
             began = time.monotonic()
             ends = codes(processes, START_SECONDS + GRACE_SECONDS)
-        sizes = [start["world_size"] for start in json.loads((run / "run.json").read_text())["starts"]]
+        record = json.loads((run / "run.json").read_text())
+        sizes = [start["world_size"] for start in record["starts"]]
         print(f"{what}, after 5 lines of metrics: exit codes {ends[0]} and {ends[1]} "
               f"{time.monotonic() - began:.1f} s later, ranks at each start: {sizes}")
         print("\n".join(last_words(run)))

@@ -158,8 +158,8 @@ class Table:
             capture_output=True, text=True, timeout=300)
         seconds = time.monotonic() - began
         same = metrics(run) == metrics(self.calm)
-        return (f"exit {done.returncode}, {self._from_start(seconds)}, same metrics as an undisturbed "
-                f"run: {same}")
+        return (f"exit {done.returncode}, {self._from_start(seconds)}, same metrics as an "
+                f"undisturbed run: {same}")
 
     def _damaged(self, name: str, damage: Callable[[Path], None]) -> str:
         run = self.run(name)
