@@ -7,12 +7,16 @@ this node, which finish their step and save; the exit code is then 3 if every on
 
 import os
 import signal
+import socket
 import sys
+from argparse import Namespace
+from ipaddress import ip_address
 from multiprocessing import active_children
 
 import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 STOPPED = 3
 KEPT = (2, STOPPED)
@@ -33,6 +37,43 @@ def stop_ranks(signum: int, frame) -> None:
     sys.exit(STOPPED if codes == {STOPPED} else 0 if codes == {0} else 1)
 
 
+def settle_rendezvous(args: Namespace) -> None:
+    """Options for --rdzv-backend c10d that torch (2.13) would guess badly; what was given stands.
+
+    This node's address and whether it hosts the rendezvous come from the route to the endpoint.
+    torch asks the host's own name, and where that resolves to a loopback address, no node hosts, or
+    ranks of other nodes look for rank 0 on their own.
+
+    No node is dropped for old heartbeats. They are wall-clock times of another machine: a node
+    whose clock is 15 s off would be taken for dead, and the others train without it, whatever --nnodes.
+    """
+    if args.rdzv_backend != "c10d" or not args.rdzv_endpoint:
+        return
+    configured = args.rdzv_conf.split(",") if args.rdzv_conf else []
+    fewest, most = run.parse_min_max_nnodes(args.nnodes)
+    if fewest == most and "keep_alive_max_attempt" not in args.rdzv_conf:
+        configured.append(f"keep_alive_max_attempt={10**8}")  # of 5 s each: years
+    own, target = route(args.rdzv_endpoint)
+    if own is not None and not ip_address(own).is_loopback:
+        args.local_addr = args.local_addr or own
+        if own == target and "is_host" not in args.rdzv_conf:
+            configured.append("is_host=1")
+    args.rdzv_conf = ",".join(configured)
+
+
+def route(endpoint: str) -> tuple[str | None, str | None]:
+    """(the address of this node that packets to the endpoint leave from, the endpoint's address);
+    None where the name does not resolve or no route is there: torch waits for it, and says so."""
+    host, port = parse_rendezvous_endpoint(endpoint, default_port=29400)
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # of a datagram socket: sends nothing
+            return probe.getsockname()[0], target[0]
+    except OSError:
+        return None, None
+
+
 def main() -> int:
     # With --rdzv-backend c10d: a store of its own for every restart. In torchrun's shared one, gloo
     # finds the addresses of the ranks that are dead, and no restart ever connects (torch 2.13).
@@ -40,7 +81,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop_ranks)
     signal.signal(signal.SIGUSR1, stop_ranks)
     try:
-        run.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+        args = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+        settle_rendezvous(args)
+        run.run(args)
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
         code = error.get_first_failure()[1].exitcode

@@ -9,76 +9,22 @@ what ranks do together has the process group's timeout.
 from __future__ import annotations
 
 import os
-import resource
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from vlmds.config import Experiment
-from vlmds.data.dataset import Dataset, open_dataset
-from vlmds.data.index import CACHED_SHARDS
-from vlmds.data.loader import Batches, SampleReader
+from vlmds.doctor_local import (
+    FAILED, OK, WARNING, Finding, Patient, check_accelerator, check_dataset, check_disk,
+    check_limits, check_shared_memory, decode_rate,
+)  # fmt: skip
 from vlmds.doctor_network import Measure, check_clocks, measure_links
-from vlmds.errors import InputError, SampleError
-from vlmds.files import sync_file
-from vlmds.memory import checkpoint_bytes
-from vlmds.models.pretrained import published_or_loaded_config
-from vlmds.models.vision import vision_half
-from vlmds.plan import shapes
+from vlmds.errors import InputError
 from vlmds.training.ranks import gather, init_distributed, is_main
 from vlmds.training.run import git_commit, versions
-from vlmds.training.optimizer import freeze
 from vlmds.training.watch import doing
-
-OK, WARNING, FAILED = "ok", "warning", "FAILED"
-GIB = 2**30
-OPEN_FILES = 4096
-WRITE_BYTES, WRITE_CHUNK = 256 << 20, 8 << 20
-
-
-@dataclass(frozen=True)
-class Finding:
-    level: str
-    text: str
-    mend: str = ""
-
-
-@dataclass
-class Patient:
-    """What the checks know of this rank and its job.
-
-    seconds: how long one check may take. samples: dataset samples to read on each node. wanted:
-    samples per second that the training is to reach over all ranks, or None. nodes: the number of
-    each rank's node; names: of the nodes; leader: whether this rank is the first of its node.
-    """
-
-    experiment: Experiment
-    output: Path
-    seconds: float
-    samples: int
-    wanted: float | None
-    device: torch.device
-    nodes: list[int] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-
-    @property
-    def node(self) -> int:
-        return self.nodes[dist.get_rank()]
-
-    @property
-    def leader(self) -> bool:
-        return self.nodes.index(self.node) == dist.get_rank()
-
-    @property
-    def local_ranks(self) -> int:
-        return self.nodes.count(self.node)
 
 
 def examine(experiment: Experiment, output: Path, *, seconds: float, samples: int,
@@ -100,8 +46,8 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             patient.names.append(f"{host}#{number}" if host in patient.names else host)
         patient.nodes.append(len(patient.names) - 1)
     if is_main():
-        print(f"{dist.get_world_size()} ranks on {len(patient.names)} nodes: "
-              f"{', '.join(patient.names)}", flush=True)
+        print(f"{len(places)} ranks on {len(patient.names)} nodes: {', '.join(patient.names)}",
+              flush=True)
     failed = False
     for name, check in (
             ("accelerator", _by_each_rank(check_accelerator)), ("versions", check_versions),
@@ -111,7 +57,14 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             ("same output", check_same_output), ("dataset", _by_leaders(check_dataset)),
             ("decoding", check_decoding)):
         doing(f"the check {name!r}")
-        for finding in check(patient):
+        try:
+            findings = check(patient)
+        except RuntimeError as error:  # of a collective; what a check finds is no exception
+            _print(name, Finding(FAILED, f"rank {os.environ['RANK']} has lost the others: "
+                                 f"{_first_line(error)}",
+                                 "look at the node whose launcher ended first, and at the link"))
+            return 2
+        for finding in findings:
             failed |= finding.level == FAILED
             if is_main():
                 _print(name, finding)
@@ -167,34 +120,6 @@ def within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
     return result
 
 
-def check_accelerator(patient: Patient) -> list[Finding]:
-    """Present, computes, and nobody else's memory on it."""
-    if patient.device.type == "cpu":
-        if os.environ.get("DS_ACCELERATOR") == "cpu":
-            return [Finding(OK, f"CPU, as DS_ACCELERATOR asks; {os.cpu_count()} cores, "
-                            f"{torch.get_num_threads()} threads a rank")]
-        return [Finding(WARNING, "no GPU found, training would run on the CPU",
-                        "install the driver, or set DS_ACCELERATOR=cpu if that is meant")]
-    properties = torch.cuda.get_device_properties(patient.device)
-    ones = torch.ones(1024, 1024, device=patient.device, dtype=torch.bfloat16)
-    if not bool((ones @ ones == 1024).all()):
-        return [Finding(FAILED, f"{patient.device}: a product of matrices came out wrong",
-                        "take this GPU out of service")]
-    driver = torch._C._cuda_getDriverVersion()
-    findings = [Finding(OK, f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, driver "
-                        f"for CUDA {driver // 1000}.{driver % 1000 // 10}, torch for "
-                        f"{torch.version.cuda}")]
-    free, total = torch.cuda.mem_get_info(patient.device)
-    others = total - free - torch.cuda.memory_reserved(patient.device)
-    if others > 0.05 * total:
-        findings.append(Finding(WARNING, f"{patient.device}: {others / GIB:.1f} GiB are in use by "
-                                "others", "end the processes that nvidia-smi lists"))
-    if patient.experiment.llm.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        findings.append(Finding(FAILED, f"{properties.name} has no bfloat16",
-                                "use a GPU of compute capability 8.0 or newer"))
-    return findings
-
-
 def check_versions(patient: Patient) -> list[Finding]:
     """Of every package, and of this source; equal on all ranks."""
     mine = {**versions(), "commit": git_commit() or "none"}
@@ -214,36 +139,12 @@ def check_versions(patient: Patient) -> list[Finding]:
     return findings or [Finding(OK, text)]
 
 
-def check_limits(patient: Patient) -> list[Finding]:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= OPEN_FILES or soft == resource.RLIM_INFINITY:
-        return [Finding(OK, f"{soft:,} open files")]
-    # Each reader process keeps this many shards open, besides its sockets and libraries.
-    level = FAILED if soft < 2 * CACHED_SHARDS else WARNING
-    return [Finding(level, f"only {soft:,} open files", "ulimit -n 65536, in the shell that starts "
-                    "the ranks or in /etc/security/limits.conf")]
-
-
-def check_shared_memory(patient: Patient) -> list[Finding]:
-    """Batches travel from the reader processes to the ranks through /dev/shm."""
-    data, training = patient.experiment.data, patient.experiment.training
-    sample = data.num_frames * 3 * _image_size(patient.experiment) ** 2
-    ahead = 5 * data.num_workers  # batches: four read ahead by each process, and one in its hands
-    need = patient.local_ranks * ahead * training.micro_batch * sample
-    free = shutil.disk_usage("/dev/shm").free
-    text = f"{free / GIB:.2f} GiB free in /dev/shm, readers may hold {need / GIB:.2f} GiB"
-    if free < need:
-        return [Finding(FAILED, text, "docker run --shm-size or --ipc=host; in Kubernetes an "
-                        "emptyDir of medium Memory on /dev/shm; or a smaller data.num_workers")]
-    return [Finding(OK, text)]
-
-
 def check_links(patient: Patient) -> list[Finding]:
     """All-reduce within nodes, between nodes, and over all; wrong sums and slow links."""
     measures = measure_links(patient.nodes, patient.names, patient.device, patient.seconds)
     if not measures:
         return [Finding(OK, "one rank, nothing to connect")]
-    findings = [_judge_link(measure, measures) for measure in measures]
+    findings = [judge_link(measure, measures) for measure in measures]
     interfaces = {name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
                   if name in os.environ}
     if len(patient.names) > 1 and not interfaces:
@@ -252,7 +153,7 @@ def check_links(patient: Patient) -> list[Finding]:
     return findings
 
 
-def _judge_link(measure: Measure, measures: list[Measure]) -> Finding:
+def judge_link(measure: Measure, measures: list[Measure]) -> Finding:
     if measure.problem:
         return Finding(FAILED, f"{measure.name}: {measure.problem}",
                        "look at the link, firewalls, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; "
@@ -274,35 +175,6 @@ def _judge_clocks(patient: Patient, offsets: list[float]) -> list[Finding]:
         return [Finding(WARNING, f"{text} ({patient.names[worst]} from {patient.names[0]}); training "
                         "does not mind, log files and credentials do", "run chrony or ntpd")]
     return [Finding(OK, text)]
-
-
-def check_disk(patient: Patient) -> list[Finding]:
-    """Write speed, flushed to disk, and room for the run's checkpoints."""
-    patient.output.mkdir(parents=True, exist_ok=True)
-    path = patient.output / f".doctor-write-{patient.node}.tmp"
-    chunk, written, begin = os.urandom(WRITE_CHUNK), 0, time.monotonic()
-    try:
-        with path.open("wb") as file:
-            while written < WRITE_BYTES and time.monotonic() - begin < patient.seconds / 4:
-                written += file.write(chunk)
-        flush = time.monotonic()
-        sync_file(path)
-        end = time.monotonic()
-    finally:
-        path.unlink(missing_ok=True)
-    findings = [Finding(OK, f"{patient.output.absolute()}: {written / 1e6 / (end - begin):,.0f} MB/s "
-                        f"written, fsync of {written / 1e6:,.0f} MB took {end - flush:.2f} s")]
-    experiment = patient.experiment
-    kept = experiment.training.keep_checkpoints + 2  # the best, and the one being written
-    need, captioner = 0, shapes(experiment).captioner
-    for stage in experiment.stages:
-        freeze(captioner, stage)
-        need += kept * checkpoint_bytes(experiment, captioner)
-    free = shutil.disk_usage(patient.output).free
-    text = (f"{free / GIB:,.1f} GiB free, {kept} checkpoints of each stage of {experiment.name} need "
-            f"at most {need / GIB:,.2f} GiB")
-    return [*findings, Finding(FAILED, text, "free some, choose another --output, or a smaller "
-                               "training.keep_checkpoints") if free < need else Finding(OK, text)]
 
 
 def check_same_output(patient: Patient) -> list[Finding]:
@@ -332,31 +204,6 @@ def check_same_output(patient: Patient) -> list[Finding]:
     return findings if len(patient.names) > 1 else [f for f in findings if f.level != OK]
 
 
-def check_dataset(patient: Patient) -> list[Finding]:
-    """Sizes of all shards, and checksums of members all over them."""
-    data = patient.experiment.data
-    if data.path is None and data.blend is None:
-        return [Finding(WARNING, "not looked at", "pass --data DIR")]
-    dataset = open_dataset(data)
-    for part, shard in dataset.shards():
-        part.verify([shard], "size")
-    begin, read = time.monotonic(), 0
-    split = "train" if "train" in dataset.splits else dataset.splits[0]
-    reader = _reader(patient, dataset, split)
-    count = min(patient.samples, len(reader))
-    for number in range(count):
-        if time.monotonic() - begin > patient.seconds / 2:
-            count = number
-            break
-        place = reader.order.place(number * len(reader) // count)
-        part = dataset.parts[place.part]
-        row = part.row(split, *next(reader.order.candidates(place)))
-        read += sum(len(member) for member in part.read(row).values())
-    rate = read / 1e6 / max(time.monotonic() - begin, 1e-9)
-    return [Finding(OK, f"{dataset.fingerprint[:12]}: {len(reader):,} samples in {split}; {count} "
-                    f"read and their checksums right, {rate:,.0f} MB/s")]
-
-
 def check_decoding(patient: Patient) -> list[Finding]:
     """Samples per second that the reader processes of all ranks give at once."""
     data = patient.experiment.data
@@ -364,54 +211,24 @@ def check_decoding(patient: Patient) -> list[Finding]:
         return []
     rate, problem = 0.0, None
     try:
-        rate = _decode_rate(patient)
+        rate = decode_rate(patient)
     except Exception as error:  # the other ranks wait for what this one found
         problem = f"{type(error).__name__}: {_first_line(error)}"
     rates = gather((rate, problem))
     if problem := next((p for _, p in rates if p), None):
         return [Finding(FAILED, problem)]
     total = sum(r for r, _ in rates)
-    text = (f"{total:,.1f} samples/s by {data.num_workers} reader processes a rank on "
-            f"{os.cpu_count()} cores a node")
-    if patient.wanted is None:
-        return [Finding(OK, text)]
-    text += f", {patient.wanted:g} wanted"
-    mend = ("pack with --store frames or features, or raise data.num_workers where cores are idle")
-    level = OK if total >= 1.2 * patient.wanted else WARNING if total >= patient.wanted else FAILED
-    return [Finding(level, text, "" if level == OK else mend)]
+    return [judge_decoding(total, patient.wanted, f"{total:,.1f} samples/s by {data.num_workers} "
+                           f"reader processes a rank on {os.cpu_count()} cores a node")]
 
 
-def _decode_rate(patient: Patient) -> float:
-    """Of this rank, after its first batch."""
-    reader = _reader(patient, open_dataset(patient.experiment.data), "train")
-    micro_batch = patient.experiment.training.micro_batch
-    first, stride = dist.get_rank() * micro_batch, dist.get_world_size() * micro_batch
-    batches = [range(first + n * stride, first + n * stride + micro_batch) for n in range(4096)]
-    begin, samples = None, 0
-    stop = time.monotonic() + patient.seconds / 2
-    workers = patient.experiment.data.num_workers
-    for batch in Batches(reader, batches, lambda samples: {"size": len(samples)}, workers):
-        if "failure" in batch:
-            raise SampleError(batch["failure"])
-        now = time.monotonic()
-        if begin is None:
-            begin = now  # starting the processes does not count
-            continue
-        samples += batch["size"]
-        if now > stop or (samples >= patient.samples and now - begin > 1):
-            break
-    return samples / (now - begin)
-
-
-def _reader(patient: Patient, dataset: Dataset, split: str) -> SampleReader:
-    data = patient.experiment.data
-    return SampleReader(dataset, split, data.num_frames, _image_size(patient.experiment),
-                        window=data.shuffle_window)
-
-
-def _image_size(experiment: Experiment) -> int:
-    name = experiment.vision.model
-    return vision_half(published_or_loaded_config(name, "vision.model"), name).image_size
+def judge_decoding(total: float, wanted: float | None, text: str) -> Finding:
+    """Samples per second that there are against those that training wants."""
+    if wanted is None or total >= 1.2 * wanted:
+        return Finding(OK, text if wanted is None else f"{text}, {wanted:g} wanted")
+    return Finding(WARNING if total >= wanted else FAILED, f"{text}, {wanted:g} wanted",
+                   "pack with --store frames or features, or raise data.num_workers where cores "
+                   "are idle")
 
 
 def _print(name: str, finding: Finding) -> None:

@@ -128,11 +128,15 @@ CUTS = {  # name: (lines of metrics before it, cut, mend)
 
 
 def launch_command(node: Node, launcher: str, hostfile: Path, port: int) -> list[str]:
-    """One rank on each of two nodes."""
+    """One rank on each of two nodes; launcher "restarts" is torchrun that starts them again."""
+    torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2",
+                "--nproc_per_node", "1"]
+    if launcher == "restarts":
+        return [*torchrun, "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                f"{ADDRESSES[0]}:{port}", "--rdzv-id", "test", str(SCRIPT)]
     if launcher == "torchrun":
-        return [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2",
-                "--nproc_per_node", "1", "--node_rank", str(node.rank), "--master_addr",
-                ADDRESSES[0], "--master_port", str(port), str(SCRIPT)]
+        return [*torchrun, "--node_rank", str(node.rank), "--master_addr", ADDRESSES[0],
+                "--master_port", str(port), str(SCRIPT)]
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     return [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile),
             "--no_ssh", "--node_rank", str(node.rank), "--master_addr", ADDRESSES[0],
@@ -140,15 +144,18 @@ def launch_command(node: Node, launcher: str, hostfile: Path, port: int) -> list
 
 
 @contextmanager
-def launched(nodes: tuple[Node, Node], launcher: str, log: Path, port: int, train: list[str]
-             ) -> Iterator[list[subprocess.Popen]]:
-    """The launcher on each node, with its output in {log}-{rank}.log; all killed at the end."""
+def launched(nodes: tuple[Node, Node], launcher: str, log: Path, port: int, train: list[str],
+             clock: str | None = None) -> Iterator[list[subprocess.Popen]]:
+    """The launcher on each node, with its output in {log}-{rank}.log; all killed at the end. clock:
+    by how much node 1's is wrong, as faketime takes it."""
     with ExitStack() as stack:
         processes = []
         for node in nodes:
             stack.callback(kill_all, node)
             out = stack.enter_context(Path(f"{log}-{node.rank}.log").open("w"))
             command = launch_command(node, launcher, log.with_suffix(".hosts"), port)
+            if clock and node.rank:
+                command = ["faketime", "-f", clock, *command]
             processes.append(subprocess.Popen(
                 ["ip", "netns", "exec", node.namespace, *command, *train], cwd=ROOT, stdout=out,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,

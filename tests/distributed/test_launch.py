@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from tests.distributed import namespaces
+from tests.distributed import namespaces, restarts
 from tests.training.launch import (
     ROOT, SCRIPT, TIMEOUT, arguments, environment, free_port, kill_tree, metrics, ranks_of,
 )  # fmt: skip
@@ -53,6 +54,31 @@ def test_torchrun_starts_again_after_a_rank_was_killed(models, shards, two_ranks
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
     assert metrics(run) == metrics(two_ranks)
     assert_same_weights(weights(run), weights(two_ranks))
+
+
+def test_torchrun_starts_again_on_both_of_two_nodes(models, shards, two_ranks, tmp_path):
+    """The rank that dies is on the node that hosts the rendezvous. See restarts.py for the rest."""
+    try:
+        restarts.scenario(tmp_path, models, shards, two_ranks, ("kill -9 of the rank on node 0",))
+    except namespaces.Unavailable as problem:
+        pytest.skip(f"no network namespaces here: {problem}")
+
+
+def settled(*words):
+    """launch/torchrun.py's options as torch gets them."""
+    launcher = runpy.run_path(str(ROOT / "launch" / "torchrun.py"))
+    args = launcher["run"].parse_args([*words, "script.py"])
+    launcher["settle_rendezvous"](args)
+    return args.local_addr, args.rdzv_conf
+
+
+def test_options_of_the_rendezvous_that_were_given_stand():
+    c10d = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:29500"]
+    assert settled("--nnodes", "2", "--master_addr", "127.0.0.1") == (None, "")
+    assert settled("--nnodes", "2", *c10d) == (None, "keep_alive_max_attempt=100000000")
+    assert settled("--nnodes", "1:2", *c10d) == (None, "")  # there, who is dead must be known
+    given = ("10.0.0.7", "join_timeout=9,keep_alive_max_attempt=3")
+    assert settled("--local-addr", given[0], "--rdzv-conf", given[1], *c10d) == given
 
 
 RANK = """

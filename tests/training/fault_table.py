@@ -28,7 +28,7 @@ class Table:
         self.models = conftest.tiny.make_models(folder / "models")
         self.shards = conftest.make_shards(folder)
         self.calm = self.run("calm")
-        train(2, *self.arguments(self.calm))
+        self.calm_seconds = self._started(*self.arguments(self.calm))[0]
 
     def run(self, name: str) -> Path:
         return self.folder / name
@@ -80,18 +80,45 @@ class Table:
         return self.strike("gone", 2, "data.max_bad_fraction=0.1", shards=shards, kind="truncate",
                            rank=0, call=3, path=str(shards / "train" / "000000.tar"))
 
+    def fault_shard_deleted_during_the_run(self):
+        """The readers have it open, and so have its bytes."""
+        shards = self.folder / "shards-deleted"
+        shutil.copytree(self.shards, shards)
+        seen = self.strike("deleted", 0, "data.max_bad_fraction=0.1", shards=shards, kind="delete",
+                           rank=0, call=1, path=str(shards / "train" / "000000.tar"))
+        same = metrics(self.run("deleted")) == metrics(self.calm)
+        return f"{seen}\n    same metrics as an undisturbed run: {same}"
+
+    def fault_shard_gone_before_the_start(self):
+        shards = self.folder / "shards-none"
+        shutil.copytree(self.shards, shards)
+        (shards / "train" / "000000.tar").unlink()
+        return self._refused(2, arguments(self.models, shards, self.run("none")))
+
+    def fault_shard_cut_short_before_the_start(self):
+        shards = self.folder / "shards-cut"
+        shutil.copytree(self.shards, shards)
+        os.truncate(shards / "train" / "000000.tar", 1000)
+        return self._refused(2, arguments(self.models, shards, self.run("cut-before")))
+
+    def fault_index_cut_short_before_the_start(self):
+        shards = self.folder / "shards-index"
+        shutil.copytree(self.shards, shards)
+        os.truncate(shards / "index.parquet", 1000)
+        return self._refused(2, arguments(self.models, shards, self.run("index")))
+
     def fault_disk_full(self):
         run = self.run("full")
         (run / "checkpoints").mkdir(parents=True)
         place = str(run / "checkpoints")
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=140k", "tmpfs", place], check=True)
         try:
-            done = train(2, *self.arguments(run))
+            seconds, done = self._started(*self.arguments(run))
             left = [checkpoint.check(p) or "whole" for p in (run / "checkpoints").iterdir()]
         finally:
             subprocess.run(["umount", place], check=True)
         said = next(line for line in done.stdout.splitlines() if "not saved" in line)
-        return f"exit 0, checkpoints left: {left}\n    {said}"
+        return f"exit 0, {self._from_start(seconds)}, checkpoints left: {left}\n    {said}"
 
     def fault_checkpoint_bit_flipped(self):
         return self._damaged("flipped", lambda folder: self._flip(folder / "rank-00000.safetensors"))
@@ -102,6 +129,12 @@ class Table:
             path.write_bytes(path.read_bytes()[:40])
 
         return self._damaged("cut", cut)
+
+    def fault_run_json_truncated(self):
+        run = self.run("run-json")
+        train_and_kill(2, run, 10, *self.arguments(run))
+        os.truncate(run / "run.json", 40)
+        return self._refused(2, self.arguments(run))
 
     def fault_world_size_that_does_not_divide_the_global_batch(self):
         return self._refused(3, self.arguments(self.run("three")))
@@ -121,22 +154,35 @@ class Table:
         wrapper.chmod(0o755)
         run = self.run("clock")
         port = free_port()
+        began = time.monotonic()
         done = subprocess.run(
             ["torchrun", "--nproc_per_node=2", f"--master_port={port}", "--no-python", str(wrapper),
              "python", str(SCRIPT), *self.arguments(run)], env=environment(),
             capture_output=True, text=True, timeout=300)
+        seconds = time.monotonic() - began
         same = metrics(run) == metrics(self.calm)
-        return f"exit {done.returncode}, same metrics as an undisturbed run: {same}"
+        return (f"exit {done.returncode}, {self._from_start(seconds)}, same metrics as an "
+                f"undisturbed run: {same}")
 
     def _damaged(self, name: str, damage: Callable[[Path], None]) -> str:
         run = self.run(name)
         train_and_kill(2, run, 10, *self.arguments(run), checkpoint="finetune-")
         newest = checkpoint.checkpoints(run / "checkpoints", "finetune")[0]
         damage(newest)
-        done = train(2, *self.arguments(run))
+        seconds, done = self._started(*self.arguments(run))
         said = next(line for line in done.stdout.splitlines() if "passed over" in line)
         same = metrics(run) == metrics(self.calm)
-        return f"exit 0, bit-identical to an undisturbed run: {same}\n    {said}"
+        return (f"exit 0, {self._from_start(seconds)}, bit-identical to an undisturbed run: {same}"
+                f"\n    {said}")
+
+    @staticmethod
+    def _started(*args: str) -> tuple[float, subprocess.CompletedProcess]:
+        began = time.monotonic()
+        done = train(2, *args)
+        return time.monotonic() - began, done
+
+    def _from_start(self, seconds: float) -> str:
+        return f"{seconds:.1f} s from the launcher's start ({self.calm_seconds:.1f} undisturbed)"
 
     @staticmethod
     def _flip(path: Path) -> None:

@@ -44,6 +44,8 @@ def faulty_forward(self, *inputs):
                 os.kill(os.getpid(), getattr(signal, FAULT["name"]))
             if kind == "truncate":
                 os.truncate(FAULT["path"], 1000)
+            if kind == "delete":
+                os.unlink(FAULT["path"])
     return loss
 
 
