@@ -38,6 +38,6 @@ def make_shards(folder: Path) -> Path:
 def two_ranks(models, shards, tmp_path_factory):
     """An undisturbed run of e3 on two ranks, under the deepspeed launcher."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    done = train(2, *arguments(models, shards, run))
+    done = train(2, *arguments(models, shards, run), fresh=True)
     assert "finetune step 6/6" in done.stdout
     return run

@@ -11,13 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from tests.training import conftest
-from tests.training.launch import (
-    FAULTY, SCRIPT, arguments, environment, free_port, metrics, train, train_and_kill,
-)  # fmt: skip
+from tests.training import conftest, launch
+from tests.training.launch import FAULTY, SCRIPT, arguments, environment, free_port, metrics
 from vlmds.training import checkpoint
+
+train = partial(launch.train, fresh=True)
+train_and_kill = partial(launch.train_and_kill, fresh=True)
 
 
 class Table:

@@ -15,16 +15,18 @@ from vlmds.training import checkpoint
 pytestmark = pytest.mark.distributed
 
 
-def train_with_fault(ranks, args, expect, **fault):
-    return train(ranks, *args, expect=expect, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault))
+def train_with_fault(ranks, args, expect, fresh=False, **fault):
+    return train(ranks, *args, expect=expect, script=FAULTY, fresh=fresh,
+                 VLMDS_TEST_FAULT=json.dumps(fault))
 
 
-@pytest.mark.parametrize("name, rank", [("SIGTERM", 1), ("SIGUSR1", 0)])
-def test_a_signal_to_any_rank_saves_and_exits_with_3(models, shards, two_ranks, tmp_path, name, rank):
+@pytest.mark.parametrize("name, rank, fresh", [("SIGTERM", 1, True), ("SIGUSR1", 0, False)])
+def test_a_signal_to_any_rank_saves_and_exits_with_3(
+        models, shards, two_ranks, tmp_path, name, rank, fresh):
     """In the fifth step, where no checkpoint is due; the next start goes on bit for bit."""
     run = tmp_path / "run"
     args = arguments(models, shards, run)
-    done = train_with_fault(2, args, 3, kind="signal", name=name, rank=rank, call=5)
+    done = train_with_fault(2, args, 3, fresh, kind="signal", name=name, rank=rank, call=5)
     assert "align: stopped by a signal after step" in done.stderr
     assert "Traceback" not in done.stderr
     train(2, *args)
@@ -78,8 +80,8 @@ def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
     ("kill", "rank 1 was last at align step 3, in forward and backward (v"),
 ])
 def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, told):
-    done = train_with_fault(2, arguments(models, shards, tmp_path / "run"), None, kind=kind, rank=1,
-                            call=3)
+    done = train_with_fault(2, arguments(models, shards, tmp_path / "run"), None, fresh=True,
+                            kind=kind, rank=1, call=3)
     assert told in done.stderr, done.stderr
     assert "at align step 3, in forward and backward (v" in done.stderr  # with the samples
 
