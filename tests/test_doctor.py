@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests import tiny
-from tests.training.conftest import models, shards  # noqa: F401
+from tests.training.fixtures import models, shards  # noqa: F401
 from tests.training.launch import ROOT, environment, free_port, kill_tree
 
 pytestmark = pytest.mark.distributed

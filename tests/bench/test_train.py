@@ -1,14 +1,12 @@
 """What `vlmds bench train` compares is the same training."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.training.launch import environment
+from tests.training.launch import environment, forked
 from vlmds.bench import train, workload
 from vlmds.bench.clock import StepClock
 from vlmds.bench.scaling import bench_scaling, communication_seconds, sent_bytes
@@ -72,17 +70,14 @@ def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
     """Four ranks, each of which sends 2 (W - 1) / W of the tensor in an all-reduce."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, sys, torch, torch.distributed as dist\n"
+        "import torch, torch.distributed as dist\n"
         "from vlmds.bench.clock import StepClock\n"
         "clock = StepClock(torch.device('cpu')); clock.watch_collectives()\n"
-        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/store',\n"
-        "                        rank=int(sys.argv[1]), world_size=4)\n"
+        "dist.init_process_group('gloo')\n"
         "dist.all_reduce(torch.zeros(1000))\n"
         "assert clock.lap()['sent'] == 2 * 3 * 4000 // 4\n"
         "dist.destroy_process_group()\n")
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], env=environment())
-             for rank in range(4)]
-    assert [rank.wait(60) for rank in ranks] == [0] * 4
+    forked(4, str(script), log=tmp_path / "log")
     assert not dist.is_initialized()
 
 

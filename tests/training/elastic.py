@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from tests import tiny
-from tests.training.conftest import make_shards
+from tests.training.fixtures import make_shards
 from tests.training.launch import arguments, metrics, train, train_and_kill
 
 RANKS = (1, 2, 4, 2, 1)

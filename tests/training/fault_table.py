@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.training import conftest, launch
+from tests.training import fixtures, launch
 from tests.training.launch import FAULTY, SCRIPT, arguments, environment, free_port, metrics
 from vlmds.training import checkpoint
 
@@ -27,8 +27,8 @@ class Table:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.models = conftest.tiny.make_models(folder / "models")
-        self.shards = conftest.make_shards(folder)
+        self.models = fixtures.tiny.make_models(folder / "models")
+        self.shards = fixtures.make_shards(folder)
         self.calm = self.run("calm")
         train(2, *self.arguments(self.calm))
 

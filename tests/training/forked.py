@@ -26,7 +26,7 @@ class Forked:
 
     Args:
         ranks: 0 for one process that no launcher has told its rank.
-        words: the script and its arguments.
+        words: the script, or -m and a module, and the arguments.
         env: whole environment of the ranks.
         log: their output goes to log.out and log.err.
     """
@@ -76,9 +76,13 @@ def _parent(ranks: int, words: list[str], env: dict[str, str], cwd: Path, log: P
 
 
 def _run(words: list[str]) -> None:
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).parent))  # as `python SCRIPT` does
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))  # as `python SCRIPT` does
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _finish(main: Callable[[], None]) -> None:

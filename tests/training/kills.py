@@ -70,7 +70,7 @@ def _being_written(run: Path) -> Iterator[tuple[Path, int]]:
 
 
 def main() -> None:
-    from tests.training import conftest, test_training
+    from tests.training import fixtures, test_training
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    models = conftest.tiny.make_models(folder / "models")
-    shards = conftest.make_shards(folder)
+    models = fixtures.tiny.make_models(folder / "models")
+    shards = fixtures.make_shards(folder)
     steps = [f"stages.{n}.steps={options.steps}" for n in (0, 1)]
     print("an undisturbed run first", flush=True)
     train(2, *arguments(models, shards, folder / "calm", *steps), fresh=True)

@@ -56,12 +56,29 @@ def running(ranks: int, *arguments: str, log: Path, script: Path = SCRIPT, fresh
                 command(ranks, *arguments, script=script), env=environment(**env), cwd=ROOT,
                 stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
     else:
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())) if ranks else {}
-        process = Forked(ranks, [str(script), *arguments], environment(**place, **env), ROOT, log)
+        process = fork(ranks, str(script), *arguments, log=log, **env)
     try:
         yield process
     finally:
         kill_tree(process)
+
+
+def fork(ranks: int, *words: str, log: Path, **env: str) -> Forked:
+    """Ranks that run a script, or -m and a module; their output goes to log.out and log.err."""
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())) if ranks else {}
+    return Forked(ranks, list(words), environment(**place, **env), ROOT, log)
+
+
+def forked(ranks: int, *words: str, log: Path, expect: int = 0) -> str:
+    """What such ranks print until their end, on both streams; `expect` is their exit code."""
+    process = fork(ranks, *words, log=log)
+    try:
+        code = process.wait(TIMEOUT)
+    finally:
+        kill_tree(process)
+    printed = "".join(log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    assert code == expect, f"{code}\n{printed[-5000:]}"
+    return printed
 
 
 def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SCRIPT,

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.forked import Forked
-from tests.training.launch import ROOT, TIMEOUT, environment, free_port, kill_tree
+from tests.training.launch import forked
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 pytestmark = pytest.mark.distributed
@@ -14,13 +13,7 @@ pytestmark = pytest.mark.distributed
 
 def run(tmp_path, ranks, *overrides):
     output = tmp_path / f"{ranks}-{'-'.join(overrides) or 'plain'}.json".replace("/", "_")
-    process = Forked(ranks, [str(WORKER), str(output), *overrides],
-                     environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())), ROOT,
-                     output.with_suffix(""))
-    try:
-        assert process.wait(TIMEOUT) == 0, output.with_suffix(".err").read_text()[-3000:]
-    finally:
-        kill_tree(process)
+    forked(ranks, str(WORKER), str(output), *overrides, log=tmp_path / f"log{ranks}")
     return json.loads(output.read_text())
 
 

@@ -1,4 +1,4 @@
-"""Tiny models and a packed dataset, made once."""
+"""Tiny models, a packed dataset and a run, made once a session; tests/conftest.py has them for all."""
 
 from pathlib import Path
 
