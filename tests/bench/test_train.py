@@ -1,6 +1,8 @@
 """What `vlmds bench train` compares is the same training."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +25,20 @@ def small_models(monkeypatch):
     monkeypatch.setattr(workload.TINY_LLM, "layer_types", ["full_attention"] * 2)
 
 
+@pytest.fixture
+def forked_workers(monkeypatch, tmp_path):
+    """Each variant's process is forked; test_two_ranks_… starts them as the command does."""
+    def run(command, **_):
+        printed = forked(0, *command[1:], log=tmp_path / f"log-{command[-2]}")
+        return subprocess.CompletedProcess(command, 0, printed, "")
+
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(run=run))
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("exp", "baselines"), [("e3", ["reference", "hf"]), ("e8", ["reference"])])
-def test_all_variants_train_the_same(small_models, tmp_path, monkeypatch, capsys, exp, baselines):
+def test_all_variants_train_the_same(
+        small_models, forked_workers, tmp_path, monkeypatch, capsys, exp, baselines):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "ROUNDS", 1)

@@ -14,11 +14,27 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+ROOT = Path(__file__).resolve().parents[2]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.training.preloaded"])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a rank."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path,
+            "PYTHONPATH": str(ROOT), **more}
+
+
+def fork_context() -> multiprocessing.context.BaseContext:
+    """For processes that are forked from the server, which runs now."""
+    with mock.patch.dict(os.environ, environment()):
+        forkserver.ensure_running()
+    return _context
 
 
 class Forked:
@@ -31,10 +47,9 @@ class Forked:
         log: their output goes to log.out and log.err.
     """
 
-    def __init__(self, ranks: int, words: list[str], env: dict[str, str], cwd: Path, log: Path):
-        self._process = _context.Process(target=_parent, args=(ranks, words, env, cwd, log))
-        with mock.patch.dict(os.environ, env, clear=True):  # of the server, which this may start
-            self._process.start()
+    def __init__(self, ranks: int, words: list[str], env: dict[str, str], log: Path):
+        self._process = fork_context().Process(target=_parent, args=(ranks, words, env, log))
+        self._process.start()
         self.pid = self._process.pid
 
     @property
@@ -52,10 +67,10 @@ class Forked:
         return self._process.exitcode
 
 
-def _parent(ranks: int, words: list[str], env: dict[str, str], cwd: Path, log: Path) -> None:
+def _parent(ranks: int, words: list[str], env: dict[str, str], log: Path) -> None:
     """Ends with the exit code of the first rank whose own is not 0, once all have ended."""
     os.setsid()
-    os.chdir(cwd)
+    os.chdir(ROOT)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         file = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, 1 if stream is sys.stdout else 2)

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import tiny
-from tests.training.forked import Forked
+from tests.training.forked import ROOT, Forked, environment
 from vlmds.training.ranks import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("faulty.py")
 TIMEOUT = 240
@@ -33,12 +32,6 @@ def command(ranks: int, *arguments: str, script: Path = SCRIPT) -> list[str]:
         return [sys.executable, str(script), *arguments]
     return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks),
             "--master_port", str(free_port()), str(script), *arguments]
-
-
-def environment(**more: str) -> dict:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path,
-            "PYTHONPATH": str(ROOT), **more}
 
 
 @contextmanager
@@ -66,7 +59,7 @@ def running(ranks: int, *arguments: str, log: Path, script: Path = SCRIPT, fresh
 def fork(ranks: int, *words: str, log: Path, **env: str) -> Forked:
     """Ranks that run a script, or -m and a module; their output goes to log.out and log.err."""
     place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())) if ranks else {}
-    return Forked(ranks, list(words), environment(**place, **env), ROOT, log)
+    return Forked(ranks, list(words), environment(**place, **env), log)
 
 
 def forked(ranks: int, *words: str, log: Path, expect: int = 0) -> str:
