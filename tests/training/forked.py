@@ -71,12 +71,14 @@ def _parent(ranks: int, words: list[str], env: dict[str, str], log: Path) -> Non
     """Ends with the exit code of the first rank whose own is not 0, once all have ended."""
     os.setsid()
     os.chdir(ROOT)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
-        file = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        file = os.open(log.with_suffix(suffix), flags, 0o644)
         os.dup2(file, 1 if stream is sys.stdout else 2)
         stream.reconfigure(write_through=True)
     os.environ.clear()
     os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # readers of data start as always
     if not ranks:
         _finish(lambda: _run(words))
     children = []

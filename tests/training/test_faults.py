@@ -75,13 +75,15 @@ def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
     assert "stages.0.lr" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind, told", [
-    ("exception", "vlmds: rank 1: RuntimeError: injected failure"),
-    ("kill", "rank 1 was last at align step 3, in forward and backward (v"),
+@pytest.mark.parametrize("kind, told, fresh", [
+    ("exception", "vlmds: rank 1: RuntimeError: injected failure", False),
+    ("kill", "rank 1 was last at align step 3, in forward and backward (v", True),
 ])
-def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, told):
-    done = train_with_fault(2, arguments(models, shards, tmp_path / "run"), None, fresh=True,
-                            kind=kind, rank=1, call=3)
+def test_a_rank_that_fails_takes_the_job_down_and_is_named(
+        models, shards, tmp_path, kind, told, fresh):
+    """Under a launcher, which ends the other rank, and without one."""
+    done = train_with_fault(2, arguments(models, shards, tmp_path / "run"), None, fresh, kind=kind,
+                            rank=1, call=3)
     assert told in done.stderr, done.stderr
     assert "at align step 3, in forward and backward (v" in done.stderr  # with the samples
 
