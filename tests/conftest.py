@@ -1,5 +1,5 @@
-"""What the tests share: tiny models and a run of them; real clips and the full Qwen vocabulary, when
-they lie beside the project."""
+"""What the tests share: tiny models and a run of them; real clips and the full Qwen vocabulary,
+when they lie beside the project."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
-"""Ranks without a launcher, and without the seconds that a process needs to import PyTorch, DeepSpeed
-and transformers: they are forked from a process that has imported them and done nothing else.
-
-Each rank is a process of its own, with its own environment, that runs the script from its first line;
-what it cannot show is how a launcher starts and ends ranks.
+"""Ranks without a launcher, and without the seconds that a process needs to import PyTorch,
+DeepSpeed and transformers: they are forked from a process that has imported them and done nothing
+else. Each is a process of its own, with its own environment, that runs the script from its first
+line; what it cannot show is how a launcher starts and ends ranks.
 """
 
 import atexit
