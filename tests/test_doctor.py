@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from tests import tiny
-from tests.training.fixtures import models, shards  # noqa: F401
 from tests.training.launch import ROOT, environment, free_port, kill_tree
 
 pytestmark = pytest.mark.distributed
@@ -35,7 +34,7 @@ def examine(models, shards, outputs, *more, environments=({}, {})):
             kill_tree(process)
 
 
-def test_two_healthy_nodes(models, shards, tmp_path):  # noqa: F811
+def test_two_healthy_nodes(models, shards, tmp_path):
     codes, printed = examine(models, shards, [tmp_path, tmp_path])
     assert codes == [0, 0], printed
     for line in ("same output:", "clock: clocks differ by up to", "GB/s", "checksums right",
@@ -44,7 +43,7 @@ def test_two_healthy_nodes(models, shards, tmp_path):  # noqa: F811
     assert "FAILED" not in printed and not list(tmp_path.iterdir())
 
 
-def test_every_fault_is_named(models, shards, tmp_path):  # noqa: F811
+def test_every_fault_is_named(models, shards, tmp_path):
     """Another version and another folder on the second node, and more speed wanted than there is."""
     other = tmp_path / "packages" / "decord-9.9.dist-info"
     other.mkdir(parents=True)

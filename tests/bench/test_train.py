@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.training.launch import environment, forked
-from vlmds.bench import train, workload
+from vlmds.bench import scaling, train, workload
 from vlmds.bench.clock import StepClock
 from vlmds.bench.scaling import bench_scaling, communication_seconds, sent_bytes
 from vlmds.errors import InputError
@@ -27,8 +27,10 @@ def small_models(monkeypatch):
 
 @pytest.fixture
 def forked_workers(monkeypatch, tmp_path):
-    """Each variant's process is forked; test_two_ranks_… starts them as the command does."""
-    def run(command, **_):
+    """Processes of one rank are forked; torchrun starts several."""
+    def run(command, **options):
+        if "torch.distributed.run" in command:
+            return subprocess.run(command, **options)
         printed = forked(0, *command[1:], log=tmp_path / f"log-{command[-2]}")
         return subprocess.CompletedProcess(command, 0, printed, "")
 
@@ -94,16 +96,22 @@ def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
     assert not dist.is_initialized()
 
 
-def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, capsys):
+def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, monkeypatch):
     assert communication_seconds(1e8, 8, 200, 4) == 0
     assert communication_seconds(1e8, 512, 200, 4) > communication_seconds(1e8, 64, 200, 4) > 0
     assert communication_seconds(1e8, 64, 400, 4) < communication_seconds(1e8, 64, 200, 4)
+    monkeypatch.setattr(scaling, "EXPERIMENTS", ("e3", "e8"))
     found = bench_scaling(tmp_path, "h200")
-    assert len(found["rows"]) == 8 and (tmp_path / "scaling.png").stat().st_size > 10_000
+    assert [row["experiment"] for row in found["rows"]] == ["e3", "e8"]
+    efficiency = [float(found["rows"][1][f"{gpus} GPUs, 200 Gb/s"].rstrip("%"))
+                  for gpus in (8, 64, 512)]
+    assert efficiency == sorted(efficiency, reverse=True) and efficiency[0] == 100
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
 @pytest.mark.distributed
-def test_two_ranks_send_what_the_prediction_counts(small_models, tmp_path, monkeypatch):
+def test_two_ranks_send_what_the_prediction_counts(
+        small_models, forked_workers, tmp_path, monkeypatch):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "ROUNDS", 1)
