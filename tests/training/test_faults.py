@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from tests.training.launch import (
-    FAULTY, ROOT, TIMEOUT, arguments, command, environment, kill_tree, metrics, train, until_lines,
+    FAULTY, ROOT, TIMEOUT, arguments, command, environment, forked, kill_tree, metrics, train,
+    until_lines,
 )  # fmt: skip
 from tests.training.test_training import assert_same_weights, weights
 from vlmds.training import checkpoint
@@ -96,6 +97,19 @@ def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tm
     assert "vlmds: rank 1: no progress for 12 s" in done.stderr, done.stderr
     said = next(line for line in done.stderr.splitlines() if "rank 1: it was at align" in line)
     assert "step 3, waiting for data" in said and "reader 0 has had sample v" in said, said
+
+
+def test_the_watch_counts_from_its_start(tmp_path):
+    """Not from the import of its module, which in a notebook may be hours before."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import time, torch.distributed as dist\n"
+        "from vlmds.training import watch\n"
+        "dist.init_process_group('gloo')\n"
+        "watch._since -= 3600\n"
+        "watch.start_watch(timeout_minutes=1, stall_seconds=1)\n"
+        "time.sleep(0.2)\n")
+    forked(1, str(script), log=tmp_path / "log")
 
 
 def test_a_full_disk_costs_checkpoints_not_the_run(models, shards, two_ranks, tmp_path):
