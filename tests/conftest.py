@@ -1,8 +1,11 @@
-"""What the tests share: real clips and the full Qwen vocabulary, when they lie beside the project."""
+"""What the tests share: tiny models and a run of them; real clips and the full Qwen vocabulary,
+when they lie beside the project."""
 
 from pathlib import Path
 
 import pytest
+
+from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.training.conftest import models, shards  # noqa: F401
 from tests.training.launch import ROOT, environment, free_port, kill_tree
 from vlmds.config import load_experiment
 from vlmds.doctor import judge_decoding, judge_link, within
@@ -51,7 +50,7 @@ def examine(models, shards, outputs, *more, environments=({}, {}), wrap=()):
             kill_tree(process)
 
 
-def test_two_healthy_nodes(models, shards, tmp_path):  # noqa: F811
+def test_two_healthy_nodes(models, shards, tmp_path):
     codes, printed = examine(models, shards, [tmp_path, tmp_path])
     assert codes == [0, 0], printed
     for line in ("same output:", "clock: clocks differ by up to", "GB/s", "checksums right",
@@ -60,7 +59,7 @@ def test_two_healthy_nodes(models, shards, tmp_path):  # noqa: F811
     assert "FAILED" not in printed and not list(tmp_path.iterdir())
 
 
-def test_every_fault_is_named(models, shards, tmp_path):  # noqa: F811
+def test_every_fault_is_named(models, shards, tmp_path):
     """Another version, another folder and another time on the second node, and more speed wanted
     than there is."""
     other = tmp_path / "packages" / "decord-9.9.dist-info"

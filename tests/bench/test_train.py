@@ -2,14 +2,14 @@
 
 import json
 import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.training.launch import environment
-from vlmds.bench import train, workload
+from tests.training.launch import environment, forked
+from vlmds.bench import scaling, train, workload
 from vlmds.bench.clock import StepClock
 from vlmds.bench.scaling import bench_scaling, communication_seconds, sent_bytes
 from vlmds.errors import InputError
@@ -25,9 +25,22 @@ def small_models(monkeypatch):
     monkeypatch.setattr(workload.TINY_LLM, "layer_types", ["full_attention"] * 2)
 
 
+@pytest.fixture
+def forked_workers(monkeypatch, tmp_path):
+    """Processes of one rank are forked; torchrun starts several."""
+    def run(command, **options):
+        if "torch.distributed.run" in command:
+            return subprocess.run(command, **options)
+        printed = forked(0, *command[1:], log=tmp_path / f"log-{command[-2]}")
+        return subprocess.CompletedProcess(command, 0, printed, "")
+
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(run=run))
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("exp", "baselines"), [("e3", ["reference", "hf"]), ("e8", ["reference"])])
-def test_all_variants_train_the_same(small_models, tmp_path, monkeypatch, capsys, exp, baselines):
+def test_all_variants_train_the_same(
+        small_models, forked_workers, tmp_path, monkeypatch, capsys, exp, baselines):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "ROUNDS", 1)
@@ -72,32 +85,35 @@ def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
     """Four ranks, each of which sends 2 (W - 1) / W of the tensor in an all-reduce."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, sys, torch, torch.distributed as dist\n"
+        "import torch, torch.distributed as dist\n"
         "from vlmds.bench.clock import StepClock\n"
         "clock = StepClock(torch.device('cpu')); clock.watch_collectives()\n"
-        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/store',\n"
-        "                        rank=int(sys.argv[1]), world_size=4)\n"
+        "dist.init_process_group('gloo')\n"
         "dist.all_reduce(torch.zeros(1000))\n"
         "assert clock.lap()['sent'] == 2 * 3 * 4000 // 4\n"
         "dist.destroy_process_group()\n")
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], env=environment())
-             for rank in range(4)]
-    assert [rank.wait(60) for rank in ranks] == [0] * 4
+    forked(4, str(script), log=tmp_path / "log")
     assert not dist.is_initialized()
 
 
-def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, capsys):
+def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, monkeypatch):
     assert communication_seconds(1e8, 8, 200) == 0
     assert communication_seconds(1e8, 512, 200) > communication_seconds(1e8, 64, 200) > 0
     # Owners get their part up to 64 ranks; over more, gradients are all-reduced.
     assert sent_bytes(1.0, 64) == 2 * 63 / 64 and sent_bytes(1.0, 128) == 3 * 127 / 128
     assert communication_seconds(1e8, 64, 400) < communication_seconds(1e8, 64, 200)
+    monkeypatch.setattr(scaling, "EXPERIMENTS", ("e3", "e8"))
     found = bench_scaling(tmp_path, "h200")
-    assert len(found["rows"]) == 8 and (tmp_path / "scaling.png").stat().st_size > 10_000
+    assert [row["experiment"] for row in found["rows"]] == ["e3", "e8"]
+    efficiency = [float(found["rows"][1][f"{gpus} GPUs, 200 Gb/s"].rstrip("%"))
+                  for gpus in (8, 64, 512)]
+    assert efficiency == sorted(efficiency, reverse=True) and efficiency[0] == 100
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
 @pytest.mark.distributed
-def test_two_ranks_send_no_more_than_they_must(small_models, tmp_path, monkeypatch):
+def test_two_ranks_send_no_more_than_they_must(
+        small_models, forked_workers, tmp_path, monkeypatch):
     """Each rank sends half of the gradients and half of the weights, once, whatever the number of
     micro-batches."""
     for name, value in environment().items():

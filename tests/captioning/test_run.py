@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
+from tests.training.launch import forked
 from vlmds.captioning import pipeline
 from vlmds.captioning.outputs import CaptionFile, find_target
 from vlmds.captioning.pipeline import ahead, caption_records, plan_work
@@ -353,22 +353,10 @@ def test_two_ranks_go_on_with_what_one_has_done(artifact, folder, tmp_path):
     rows = jsonl.read_text("utf-8").splitlines(keepends=True)
     jsonl.write_text("".join(rows[:3]), "utf-8")  # as after a kill
     out.unlink()
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc-per-node=2", "-m", "--", "vlmds.cli",
-                 *command(artifact, "--data", folder, "--out", out, "--window", "1s")]
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                                     "PYTHONPATH": str(ROOT)})
-    try:
-        printed, _ = process.communicate(timeout=120)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    printed = forked(2, "-m", "vlmds.cli",
+                     *command(artifact, "--data", folder, "--out", out, "--window", "1s"),
+                     log=tmp_path / "log", expect=2)  # bad.mp4
     assert printed.count("10 captions (3 were there), 1 failed") == 1, printed[-3000:]
-    assert process.returncode != 0  # bad.mp4
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.glob("ranks*")) == [
         "ranks.csv", "ranks.jsonl", "ranks.settings.json"]

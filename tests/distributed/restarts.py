@@ -22,7 +22,7 @@ from tests.distributed.namespaces import (
     same_weights, two_nodes,
 )  # fmt: skip
 from tests.distributed.ssh import rank_of
-from tests.training.conftest import make_shards
+from tests.training.fixtures import make_shards
 from tests.training.launch import START_SECONDS, arguments, metrics, train, until_lines
 
 CUT_SECONDS = 20  # longer than the run's own timeout, so that ranks end on both sides

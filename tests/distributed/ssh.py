@@ -22,7 +22,7 @@ from tests.distributed.namespaces import (
     ADDRESSES, GRACE_SECONDS, TIMEOUT_MINUTES, Node, Unavailable, cut_silently, ip, kill_all,
     mend_silence, same_weights, two_nodes,
 )  # fmt: skip
-from tests.training.conftest import make_shards
+from tests.training.fixtures import make_shards
 from tests.training.launch import (
     ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, until_lines,
 )  # fmt: skip

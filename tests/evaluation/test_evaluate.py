@@ -1,11 +1,7 @@
 """Evaluation of tiny models: what it says, and that it does not depend on how it was run."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.training.launch import forked
 from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.data.dataset import Dataset
@@ -25,7 +22,6 @@ from vlmds.files import sha256_of
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 
-ROOT = Path(__file__).resolve().parents[2]
 GENERATION = GenerationOptions(max_new_tokens=8)
 OPTIONS = dict(generation=GENERATION)
 
@@ -176,22 +172,9 @@ def test_other_settings_start_anew(run, tmp_path):
 
 @pytest.mark.distributed
 def test_two_ranks_equal_one(result, run, tmp_path):
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--",
-               "vlmds.cli", "evaluate", "--run", str(run), "--output", str(tmp_path / "val"),
-               "--max-new-tokens", "8", "--batch-size", "2"]
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
-    try:
-        printed, _ = process.communicate(timeout=120)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    assert process.returncode == 0, printed[-3000:]
+    printed = forked(2, "-m", "vlmds.cli", "evaluate", "--run", str(run), "--output",
+                     str(tmp_path / "val"), "--max-new-tokens", "8", "--batch-size", "2",
+                     log=tmp_path / "log")
     assert printed.count("saved: ") == 1 and "cider_d@morpheme" in printed
     same(result, tmp_path / "val")
     assert read_evaluation(tmp_path / "val")[0]["timing"]["ranks"] == 2

@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from tests import tiny
-from tests.training.conftest import make_shards
+from tests.training.fixtures import make_shards
 from tests.training.launch import arguments, metrics, train, train_and_kill
 
 RANKS = (1, 2, 4, 2, 1)
@@ -19,15 +19,15 @@ def main() -> None:
     models, shards = tiny.make_models(folder / "models"), make_shards(folder / "data")
     settings = ("training.micro_batch=1", "training.checkpoint_every=1", "stages.0.steps=10",
                 "stages.1.steps=10", "training.validate_every=1000")
-    train(2, *arguments(models, shards, folder / "whole", *settings))
+    train(2, *arguments(models, shards, folder / "whole", *settings), fresh=True)
     run = folder / "elastic"
     args = arguments(models, shards, run, *settings)
     starts = {0: RANKS[0]}  # lines of metrics before each start
     for number, ranks in enumerate(RANKS[:-1], 1):
         train_and_kill(ranks, run, 4 * number + number // 3, *args,
-                       checkpoint="finetune-" if number > 2 else "align-")
+                       checkpoint="finetune-" if number > 2 else "align-", fresh=True)
         starts[len(metrics(run))] = RANKS[number]
-    train(RANKS[-1], *args)
+    train(RANKS[-1], *args, fresh=True)
     whole, elastic = ([r for r in metrics(path) if r["kind"] == "train"]
                       for path in (folder / "whole", run))
     print("| stage, step | loss on 2 ranks | loss of the elastic run | relative difference |")

@@ -11,13 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from tests.training import conftest
-from tests.training.launch import (
-    FAULTY, SCRIPT, arguments, environment, free_port, metrics, train, train_and_kill,
-)  # fmt: skip
+from tests.training import fixtures, launch
+from tests.training.launch import FAULTY, SCRIPT, arguments, environment, free_port, metrics
 from vlmds.training import checkpoint
+
+train = partial(launch.train, fresh=True)
+train_and_kill = partial(launch.train_and_kill, fresh=True)
 
 
 class Table:
@@ -25,8 +27,8 @@ class Table:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.models = conftest.tiny.make_models(folder / "models")
-        self.shards = conftest.make_shards(folder)
+        self.models = fixtures.tiny.make_models(folder / "models")
+        self.shards = fixtures.make_shards(folder)
         self.calm = self.run("calm")
         self.calm_seconds = self._started(*self.arguments(self.calm))[0]
 

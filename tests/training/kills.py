@@ -15,17 +15,19 @@ from tests.training.launch import TIMEOUT, arguments, kill_tree, metrics, runnin
 from vlmds.training import checkpoint
 
 
-def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, seed: int) -> list[str]:
+def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, seed: int,
+                     fresh: bool = False) -> list[str]:
     """Start the run, kill it, and start it again, `kills` times; then let it end.
 
     Half of the kills strike at a random moment of the first `seconds` of a start, the others as
-    soon as a checkpoint is being written. Returns what was seen at each kill.
+    soon as a checkpoint is being written. Returns what was seen at each kill. fresh: see
+    launch.running.
     """
     draw = random.Random(seed)
     seen = []
     for number in range(kills):
         log = run.with_name(f"{run.name}-{number}")
-        with running(2, *args, log=log) as process:
+        with running(2, *args, log=log, fresh=fresh) as process:
             if number % 2:
                 what = _wait_for_save(process, run)
             else:
@@ -44,7 +46,7 @@ def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, see
                     + ("; it had ended before" if over else ""))
         if over:
             break
-    train(2, *args)
+    train(2, *args, fresh=fresh)
     return seen
 
 
@@ -68,7 +70,7 @@ def _being_written(run: Path) -> Iterator[tuple[Path, int]]:
 
 
 def main() -> None:
-    from tests.training import conftest, test_training
+    from tests.training import fixtures, test_training
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
@@ -76,14 +78,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    models = conftest.tiny.make_models(folder / "models")
-    shards = conftest.make_shards(folder)
+    models = fixtures.tiny.make_models(folder / "models")
+    shards = fixtures.make_shards(folder)
     steps = [f"stages.{n}.steps={options.steps}" for n in (0, 1)]
     print("an undisturbed run first", flush=True)
-    train(2, *arguments(models, shards, folder / "calm", *steps))
+    train(2, *arguments(models, shards, folder / "calm", *steps), fresh=True)
     seconds = 12.0
     seen = train_with_kills(folder / "killed", arguments(models, shards, folder / "killed", *steps),
-                            options.kills, seconds, options.seed)
+                            options.kills, seconds, options.seed, fresh=True)
     print("\n".join(seen))
     assert metrics(folder / "killed") == metrics(folder / "calm")
     test_training.assert_same_weights(

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import tiny
+from tests.training.forked import ROOT, Forked, environment
 from vlmds.training.ranks import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("faulty.py")
 TIMEOUT = 240
@@ -27,40 +27,60 @@ def arguments(models: Path, shards: Path, run: Path, *overrides: str, exp: str =
 
 
 def command(ranks: int, *arguments: str, script: Path = SCRIPT) -> list[str]:
-    """`deepspeed --num_gpus N launch/train.py …`, or the plain script for one process."""
+    """`deepspeed --num_gpus N launch/train.py …`, or the plain script for one process (0 ranks)."""
     if not ranks:
         return [sys.executable, str(script), *arguments]
     return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks),
             "--master_port", str(free_port()), str(script), *arguments]
 
 
-def environment(**more: str) -> dict:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path,
-            "PYTHONPATH": str(ROOT), **more}
-
-
 @contextmanager
-def running(ranks: int, *arguments: str, log: Path, script: Path = SCRIPT,
-            **env: str) -> Iterator[subprocess.Popen]:
+def running(ranks: int, *arguments: str, log: Path, script: Path = SCRIPT, fresh: bool = False,
+            **env: str) -> Iterator[subprocess.Popen | Forked]:
     """A started training, whose output goes to log.out and log.err; killed at the end with all
-    its descendants."""
-    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
-        process = subprocess.Popen(
-            command(ranks, *arguments, script=script), env=environment(**env), cwd=ROOT, stdout=out,
-            stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
-        try:
-            yield process
-        finally:
-            kill_tree(process)
+    its descendants.
+
+    fresh: started by :func:`command`, as by a user, and not :class:`Forked`, which is five to ten
+    seconds faster. It matters where a launcher's part in a start or an end is tested.
+    """
+    if fresh:
+        with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
+            process = subprocess.Popen(
+                command(ranks, *arguments, script=script), env=environment(**env), cwd=ROOT,
+                stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
+    else:
+        process = fork(ranks, str(script), *arguments, log=log, **env)
+    try:
+        yield process
+    finally:
+        kill_tree(process)
+
+
+def fork(ranks: int, *words: str, log: Path, **env: str) -> Forked:
+    """Ranks that run a script, or -m and a module; their output goes to log.out and log.err."""
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())) if ranks else {}
+    return Forked(ranks, list(words), environment(**place, **env), log)
+
+
+def forked(ranks: int, *words: str, log: Path, expect: int = 0) -> str:
+    """What such ranks print until their end, on both streams; `expect` is their exit code."""
+    process = fork(ranks, *words, log=log)
+    try:
+        code = process.wait(TIMEOUT)
+    finally:
+        kill_tree(process)
+    printed = "".join(log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    assert code == expect, f"{code}\n{printed[-5000:]}"
+    return printed
 
 
 def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SCRIPT,
-          timeout: float = TIMEOUT, **env: str) -> subprocess.CompletedProcess:
-    """Run to the end; the exit code must be `expect` (None: any but 0)."""
+          timeout: float = TIMEOUT, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
+    """Run to the end; the exit code must be `expect` (None: any but 0). fresh: see
+    :func:`running`."""
     run = Path(arguments[arguments.index("--output") + 1])
     log = run.with_name(f"{run.name}-log")
-    with running(ranks, *arguments, log=log, script=script, **env) as process:
+    with running(ranks, *arguments, log=log, script=script, fresh=fresh, **env) as process:
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -71,12 +91,13 @@ def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SC
 
 
 def train_until(ranks: int, run: Path, lines: int, act: Callable[[subprocess.Popen], None],
-                *arguments: str, checkpoint: str = "") -> None:
+                *arguments: str, checkpoint: str = "", fresh: bool = False) -> None:
     """Run until metrics.jsonl has that many lines and, as checkpoints are written in the
     background, until one whose name starts like `checkpoint` is there; then `act`, then kill what
     is left."""
     deadline = time.monotonic() + TIMEOUT
-    with running(ranks, *arguments, log=run.with_name(f"{run.name}-until")) as process:
+    with running(ranks, *arguments, log=run.with_name(f"{run.name}-until"),
+                 fresh=fresh) as process:
         while len(_lines(run)) < lines or not _has_checkpoint(run, checkpoint):
             assert process.poll() is None, "training ended before its time"
             assert time.monotonic() < deadline
@@ -85,9 +106,10 @@ def train_until(ranks: int, run: Path, lines: int, act: Callable[[subprocess.Pop
 
 
 def train_and_kill(ranks: int, run: Path, lines: int, *arguments: str,
-                   checkpoint: str = "") -> None:
+                   checkpoint: str = "", fresh: bool = False) -> None:
     """As train_until, with SIGKILL for all of it."""
-    train_until(ranks, run, lines, lambda process: None, *arguments, checkpoint=checkpoint)
+    train_until(ranks, run, lines, lambda process: None, *arguments, checkpoint=checkpoint,
+                fresh=fresh)
 
 
 def until_lines(run: Path, lines: int, *processes: subprocess.Popen) -> None:
@@ -107,7 +129,7 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in _lines(run)]
 
 
-def kill_tree(process: subprocess.Popen) -> None:
+def kill_tree(process: subprocess.Popen | Forked) -> None:
     """SIGKILL a process and all its descendants, and wait until they are gone."""
     children = descendants(process.pid)
     for pid in (process.pid, *children):

@@ -61,7 +61,7 @@ def plain_dora(model):
 
 def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    from tests.training.conftest import make_shards
+    from tests.training.fixtures import make_shards
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

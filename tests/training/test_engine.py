@@ -1,14 +1,11 @@
 """The engine on real ranks (gloo, CPU): world size must not show in losses or gradients."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from vlmds.training.ranks import free_port
+from tests.training.launch import forked
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 pytestmark = pytest.mark.distributed
@@ -16,11 +13,7 @@ pytestmark = pytest.mark.distributed
 
 def run(tmp_path, ranks, *overrides):
     output = tmp_path / f"{ranks}-{'-'.join(overrides) or 'plain'}.json".replace("/", "_")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-               "--master_port", str(free_port()), str(WORKER), str(output), *overrides]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, timeout=420, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked(ranks, str(WORKER), str(output), *overrides, log=tmp_path / f"log{ranks}")
     return json.loads(output.read_text())
 
 

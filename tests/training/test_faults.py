@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from tests.training.launch import (
-    FAULTY, ROOT, TIMEOUT, arguments, command, environment, kill_tree, metrics, train, until_lines,
+    FAULTY, ROOT, TIMEOUT, arguments, command, environment, forked, kill_tree, metrics, train,
+    until_lines,
 )  # fmt: skip
 from tests.training.test_training import assert_same_weights, weights
 from vlmds.training import checkpoint
@@ -15,16 +16,18 @@ from vlmds.training import checkpoint
 pytestmark = pytest.mark.distributed
 
 
-def train_with_fault(ranks, args, expect, **fault):
-    return train(ranks, *args, expect=expect, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault))
+def train_with_fault(ranks, args, expect, fresh=False, **fault):
+    return train(ranks, *args, expect=expect, script=FAULTY, fresh=fresh,
+                 VLMDS_TEST_FAULT=json.dumps(fault))
 
 
-@pytest.mark.parametrize("name, rank", [("SIGTERM", 1), ("SIGUSR1", 0)])
-def test_a_signal_to_any_rank_saves_and_exits_with_3(models, shards, two_ranks, tmp_path, name, rank):
+@pytest.mark.parametrize("name, rank, fresh", [("SIGTERM", 1, True), ("SIGUSR1", 0, False)])
+def test_a_signal_to_any_rank_saves_and_exits_with_3(
+        models, shards, two_ranks, tmp_path, name, rank, fresh):
     """In the fifth step, where no checkpoint is due; the next start goes on bit for bit."""
     run = tmp_path / "run"
     args = arguments(models, shards, run)
-    done = train_with_fault(2, args, 3, kind="signal", name=name, rank=rank, call=5)
+    done = train_with_fault(2, args, 3, fresh, kind="signal", name=name, rank=rank, call=5)
     assert "align: stopped by a signal after step" in done.stderr
     assert "Traceback" not in done.stderr
     train(2, *args)
@@ -73,14 +76,16 @@ def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
     assert "stages.0.lr" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind, told", [
-    ("exception", "vlmds: rank 1: RuntimeError: injected failure"),
-    ("kill", "rank 1 was last at align step 3, in forward and backward (v"),
+@pytest.mark.parametrize("kind, told, fresh", [
+    ("exception", "vlmds: rank 1: RuntimeError: injected failure", False),
+    ("kill", "rank 1 was last at align step 3, in forward and backward (v", True),
 ])
-def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, told):
-    # In the second of two micro-batches: the gradients of the first are waiting to be reduced.
+def test_a_rank_that_fails_takes_the_job_down_and_is_named(
+        models, shards, tmp_path, kind, told, fresh):
+    """Under a launcher, which ends the other rank, and without one. In the second of two
+    micro-batches: the gradients of the first are waiting to be reduced."""
     args = arguments(models, shards, tmp_path / "run", "training.micro_batch=1")
-    done = train_with_fault(2, args, None, kind=kind, rank=1, call=6)
+    done = train_with_fault(2, args, None, fresh, kind=kind, rank=1, call=6)
     assert told in done.stderr, done.stderr
     assert "at align step 3, in forward and backward (v" in done.stderr  # with the samples
 
@@ -93,6 +98,19 @@ def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tm
     assert "vlmds: rank 1: no progress for 12 s" in done.stderr, done.stderr
     said = next(line for line in done.stderr.splitlines() if "rank 1: it was at align" in line)
     assert "step 3, waiting for data" in said and "reader 0 has had sample v" in said, said
+
+
+def test_the_watch_counts_from_its_start(tmp_path):
+    """Not from the import of its module, which in a notebook may be hours before."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import time, torch.distributed as dist\n"
+        "from vlmds.training import watch\n"
+        "dist.init_process_group('gloo')\n"
+        "watch._since -= 3600\n"
+        "watch.start_watch(timeout_minutes=1, stall_seconds=1)\n"
+        "time.sleep(0.2)\n")
+    forked(1, str(script), log=tmp_path / "log")
 
 
 def test_a_full_disk_costs_checkpoints_not_the_run(models, shards, two_ranks, tmp_path):

@@ -33,8 +33,8 @@ def start_watch(timeout_minutes: float, stall_seconds: float) -> None:
     global _store
     if dist.get_world_size() > 1:
         _store = dist.PrefixStore("vlmds", dist.distributed_c10d._get_default_store())
+    doing("starting")  # first: this module may have been imported long ago
     threading.Thread(target=_watch, args=(timeout_minutes * 60, stall_seconds), daemon=True).start()
-    doing("starting")
 
 
 def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models and a packed dataset, made once."""
+"""Tiny models, a packed dataset and a run, made once a session; tests/conftest.py has them for all."""
 
 from pathlib import Path
 
@@ -38,6 +38,6 @@ def make_shards(folder: Path) -> Path:
 def two_ranks(models, shards, tmp_path_factory):
     """An undisturbed run of e3 on two ranks, under the deepspeed launcher."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    done = train(2, *arguments(models, shards, run))
+    done = train(2, *arguments(models, shards, run), fresh=True)
     assert "finetune step 6/6" in done.stdout
     return run

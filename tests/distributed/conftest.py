@@ -1,1 +1,0 @@
-from tests.training.conftest import models, shards, two_ranks  # noqa: F401
