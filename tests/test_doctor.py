@@ -79,7 +79,7 @@ def test_every_fault_is_named(models, shards, tmp_path):
                          r".*; run chrony or ntpd$", printed, re.M), printed
 
 
-def patient(models, output, *overrides):  # noqa: F811
+def patient(models, output, *overrides):
     return Patient(load_experiment("e3", [*tiny.settings(models), *overrides]), output, seconds=5,
                    samples=20, wanted=None, device=torch.device("cpu"), nodes=[0], names=["here"])
 
@@ -98,7 +98,7 @@ def alone(tmp_path, *words, before=(), **variables):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_one_machine_with_everything_wrong(models, shards, tmp_path):  # noqa: F811
+def test_one_machine_with_everything_wrong(models, shards, tmp_path):
     """Few open files, little shared memory, a disk that does not answer, a damaged shard."""
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
@@ -168,7 +168,7 @@ def test_decoding_is_held_against_what_is_wanted(total, level):
     assert bool(found.mend) == (level != OK)
 
 
-def test_limits_warn_before_they_hurt(models, tmp_path):  # noqa: F811
+def test_limits_warn_before_they_hurt(models, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
@@ -179,13 +179,13 @@ def test_limits_warn_before_they_hurt(models, tmp_path):  # noqa: F811
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_machine_without_a_gpu_is_warned_of(models, tmp_path, monkeypatch):  # noqa: F811
+def test_a_machine_without_a_gpu_is_warned_of(models, tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     found = finding(check_accelerator, patient(models, tmp_path))
     assert found.level == WARNING and "no GPU found" in found.text
 
 
-def test_the_output_is_no_folder_or_too_small(models, tmp_path):  # noqa: F811
+def test_the_output_is_no_folder_or_too_small(models, tmp_path):
     (tmp_path / "file").touch()
     found = finding(check_disk, patient(models, tmp_path / "file" / "runs"))
     assert found.level == FAILED and found.text.startswith("NotADirectoryError: ")
@@ -195,7 +195,7 @@ def test_the_output_is_no_folder_or_too_small(models, tmp_path):  # noqa: F811
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_data_not_given_or_cut_short(models, shards, tmp_path):  # noqa: F811
+def test_data_not_given_or_cut_short(models, shards, tmp_path):
     found = finding(check_dataset, patient(models, tmp_path))
     assert (found.level, found.text) == (WARNING, "not looked at")
     cut = tmp_path / "cut"
@@ -205,7 +205,7 @@ def test_data_not_given_or_cut_short(models, shards, tmp_path):  # noqa: F811
     assert found.level == FAILED and "000001.tar" in found.text
 
 
-def test_a_node_that_never_comes_is_told(models, tmp_path):  # noqa: F811
+def test_a_node_that_never_comes_is_told(models, tmp_path):
     code, printed = alone(
         tmp_path, "--seconds", "0.5", "--set", *tiny.settings(models), RANK="0", WORLD_SIZE="2",
         LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -213,7 +213,7 @@ def test_a_node_that_never_comes_is_told(models, tmp_path):  # noqa: F811
     assert "FAILED   ranks: rank 0 cannot join the others at 127.0.0.1: " in printed
 
 
-def test_a_node_that_goes_is_told(models, shards, tmp_path):  # noqa: F811
+def test_a_node_that_goes_is_told(models, shards, tmp_path):
     port = str(free_port())
     words = [sys.executable, str(ROOT / "launch" / "doctor.py"), "--data", str(shards), "--output",
              str(tmp_path), "--seconds", "20", "--set", *tiny.settings(models)]
