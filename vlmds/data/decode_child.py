@@ -228,7 +228,9 @@ class _Child:
             # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
             self._process = subprocess.Popen(
                 [sys.executable, "-c", command],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+                # There is a child for each core; NumPy would start a thread for each, too.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
         self.connection = Connection(ours.detach())
         self.alive = True
         self._owner = os.getpid()
@@ -316,10 +318,7 @@ os.register_at_fork(after_in_child=_Child._forked)
 
 def main(descriptor: int, deadline: float) -> None:
     """The child: answer requests until the parent closes the connection."""
-    import decord  # before the first deadline starts
-
     av.logging.set_level(av.logging.PANIC)  # what matters becomes a reason
-    decord.logging.set_level(decord.logging.QUIET)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have ignored it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         # Schedulers signal all processes of a job; this one ends when its parent does.

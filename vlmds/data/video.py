@@ -27,8 +27,8 @@ RESIZER = "pil-bicubic-shortest-edge-centre-crop"
 
 Source = str | os.PathLike | bytes
 
-# Open a file without decoding; for each of its first streams.
-_HASTY = {"options": {"probesize": "32", "fpsprobesize": "0"},
+# Opens a file without decoding; for each of its first streams.
+_HEADERS_ONLY = {"options": {"probesize": "32", "fpsprobesize": "0"},
           "stream_options": [{"skip_frame": "all", "threads": "1"}] * 8}
 
 # Codecs of which a packet is a displayed frame, so that packets tell the display times. Elsewhere
@@ -67,15 +67,23 @@ def probe(source: Source) -> VideoInfo:
 
     source: a path, or the file's bytes. Raises SampleError.
     """
-    with reading("cannot be read"), opened(source, headers_only=True) as container:
+    return _probe(source, _is_mp4(source)) or _probe(source, hasty=False)
+
+
+def _probe(source: Source, hasty: bool) -> VideoInfo | None:
+    """hasty: open by the headers, and ask for the first frame as soon as the first packet is in; None
+    if there is none."""
+    with reading("cannot be read"), opened(source, headers_only=hasty) as container:
         stream = video_stream(container)
         name = container.format.name
         videos = len(container.streams.video)
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         base = packet_base = Fraction(stream.time_base)
         codec = stream.codec_context.codec.canonical_name
-        packets, only_idr, first = _read_packets(container, stream)
+        packets, only_idr, first = _read_packets(container, stream, hasty)
         if first is None:
+            if hasty:
+                return None
             raise SampleError("no frames")
 
     hidden = sum(p.hidden for p in packets)
@@ -215,18 +223,18 @@ def reading(what: str) -> Iterator[None]:
 
 def opened(source: Source, headers_only: bool = False) -> av.container.InputContainer:
     """headers_only: do without the frames that FFmpeg decodes while it opens a file, to learn what
-    the headers may not tell. Those of MP4 and MOV tell all that `probe` asks for."""
+    the headers may not tell."""
     file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-    hasty = _HASTY if headers_only and _head(source)[4:8] == b"ftyp" else {}
     # Titles in old code pages must not cost us the video.
-    return av.open(file, metadata_errors="ignore", **hasty)
+    return av.open(file, metadata_errors="ignore", **(_HEADERS_ONLY if headers_only else {}))
 
 
-def _head(source: Source) -> bytes:
+def _is_mp4(source: Source) -> bool:
+    """MP4 or MOV, whose headers tell all that `probe` asks for."""
     if isinstance(source, bytes):
-        return source[:8]
-    with open(source, "rb") as file:
-        return file.read(8)
+        return source[4:8] == b"ftyp"
+    with reading("cannot be read"), open(source, "rb") as file:
+        return file.read(8)[4:] == b"ftyp"
 
 
 def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
@@ -243,16 +251,23 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
     return stream
 
 
-def _read_packets(container, stream) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
+def _read_packets(
+    container, stream, hasty: bool
+) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
     """All packets, in decoding order, whether every keyframe resets the decoder (IDR), and the
-    first frame."""
+    first frame; nothing if, `hasty`, the first packet alone does not give it."""
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
     packets, only_idr, first = [], True, None
     for packet in container.demux(stream):
         if first is None:
             with reading("cannot be decoded"):
-                first = next(iter(packet.decode()), None)
+                frames = packet.decode()
+                if hasty and not frames:
+                    frames = stream.codec_context.decode(None)  # as if nothing came after it
+                first = next(iter(frames), None)
+            if hasty and first is None:
+                return [], False, None
         if not packet.size:
             continue
         if packet.is_keyframe and only_idr:
@@ -361,6 +376,7 @@ def decode_decord(source: Source, info: FrameTable, indices: np.ndarray) -> np.n
     """The frames `indices`, by decord alone: uint8 [F, height, width, 3]. Raises SampleError."""
     import decord
 
+    decord.logging.set_level(decord.logging.QUIET)  # what matters becomes a reason
     try:
         reader = decord.VideoReader(
             io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1)
