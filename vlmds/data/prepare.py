@@ -159,8 +159,9 @@ def read_file(path: str) -> bytes:
 def _read_local(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            # Not MAX_BYTES: so many would be reserved first, which takes longer than reading.
-            return file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES))
+            # Not simply MAX_BYTES: so many would be reserved first, which takes longer than reading.
+            size = os.fstat(file.fileno()).st_size or MAX_BYTES  # 0: a pipe, that has none
+            return file.read(min(size, MAX_BYTES))
     except FileNotFoundError:
         raise
     except OSError as error:
