@@ -139,7 +139,7 @@ if is_main():
 
 
 def test_a_link_without_an_answer_in_time_is_told(tmp_path):
-    """For real: no link moves 16 MiB in a millisecond."""
+    """For real: no link moves 16 MiB in a millisecond, and some do not even connect in one."""
     port = str(free_port())
     ranks = [subprocess.Popen(
         [sys.executable, "-c", SLOW], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
@@ -151,7 +151,8 @@ def test_a_link_without_an_answer_in_time_is_told(tmp_path):
     finally:
         for process in ranks:
             kill_tree(process)
-    assert re.search("^FAILED a and b: .*1ms.* look at the link, firewalls", printed, re.M), printed
+    assert re.search("^FAILED a and b: .*(1ms|[Tt]imeout).* look at the link, firewalls", printed,
+                     re.M), printed
 
 
 def test_a_slow_link_is_held_against_the_others():

@@ -53,13 +53,13 @@ def measure_links(nodes: list[int], names: list[str], device: torch.device, seco
 
 def _measure(kind: str, name: str, ranks: list[int], device: torch.device, seconds: float
              ) -> Measure:
-    group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))
     rate, problem = 0.0, None
-    if dist.get_rank() in ranks:
-        try:
+    try:
+        group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))  # connects, or fails to
+        if dist.get_rank() in ranks:
             rate = _all_reduce_rate(group, len(ranks), device)
-        except RuntimeError as error:
-            problem = str(error).splitlines()[0]
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
     results = [result for rank, result in enumerate(gather((rate, problem))) if rank in ranks]
     if problem is None and dist.get_rank() in ranks:
         dist.destroy_process_group(group)
