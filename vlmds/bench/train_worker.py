@@ -116,9 +116,12 @@ def measure(variant: str, work: Workload) -> dict:
     Args:
         variant: "vlmds", or the name of a baseline.
     """
-    from vlmds.bench.baselines import measure_hf, measure_reference
-
-    variants = {"vlmds": measure_vlmds, "reference": measure_reference, "hf": measure_hf}
+    if variant == "vlmds":
+        run = measure_vlmds
+    elif variant == "reference":
+        from vlmds.bench.baselines import measure_reference as run
+    else:
+        from vlmds.bench.baseline_hf import measure_hf as run
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     clock = StepClock(device)
     clock.watch_collectives()
@@ -126,7 +129,7 @@ def measure(variant: str, work: Workload) -> dict:
         clock.device = device = init_distributed(timeout_minutes=10)
     libraries = peak_memory()  # so far the process has done nothing but import
     recorder = StepRecorder(work, clock, StepMemory(device))
-    more = variants[variant](work, recorder, device)
+    more = run(work, recorder, device)
     return {"variant": variant, "device": _device_name(device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "libraries_bytes": libraries,
             **recorder.result(), **more, **recorder.memory.result()}
