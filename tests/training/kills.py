@@ -62,11 +62,11 @@ def _wait_for_save(process, run: Path) -> str:
 
 
 def _being_written(run: Path) -> Iterator[tuple[Path, int]]:
-    for path in (run / "checkpoints").glob(".*.tmp/*"):
-        try:
+    try:
+        for path in (run / "checkpoints").glob(".*.tmp/*"):
             yield path, path.stat().st_ino
-        except OSError:
-            pass  # it has its name now
+    except OSError:
+        pass  # it has its name now
 
 
 def main() -> None:
