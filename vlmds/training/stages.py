@@ -41,6 +41,7 @@ from vlmds.training.engine import accumulation_steps, build_engine, reduced_once
 from vlmds.training.lineage import check_parent, stage_lineage
 from vlmds.training.monitor import Monitor
 from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
+from vlmds.training.overlap import FeaturesAhead
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import gather, on_main, raise_together, sum_over_ranks
 from vlmds.training.run import RunFolder
@@ -95,6 +96,7 @@ class StageTrainer:
         self.collate = training_collate(SequenceBuilder(
             model.tokenizer, data.prompt, model.captioner.projector.num_tokens,
             data.max_caption_tokens))
+        self.features_ahead = FeaturesAhead(model, device)
         self.engine = build_engine(
             model.captioner, experiment, self.stage, ds_config, self.accumulation)
         self.average = (
@@ -151,12 +153,12 @@ class StageTrainer:
         set_learning_rate(self.engine, lr)
         loss = torch.zeros((), device=self.device)
         with reduced_once(self.engine):
-            for micro, batch in enumerate(group):
+            for micro, (batch, features) in enumerate(zip(group, self.features_ahead(group))):
                 self._doing(step, "in forward and backward", batch["keys"])
                 seed_micro_batch(
                     self.experiment.training.seed, self.number, step, micro, self.rank)
-                features = self.model.features(batch)  # [B, F·P, vision width]
-                micro_loss = self.engine(  # summed over the micro-batch's caption tokens
+                # features: [B, F·P, vision width]; the loss is summed over the caption tokens.
+                micro_loss = self.engine(
                     features, self._to_device(batch["input_ids"]),
                     self._to_device(batch["labels"]))
                 # The engine averages over ranks; the loss is a sum over them.
