@@ -28,8 +28,9 @@ RESIZER = "pil-bicubic-shortest-edge-centre-crop"
 Source = str | os.PathLike | bytes
 
 # Opens a file without decoding; for each of its first streams.
-_HEADERS_ONLY = {"options": {"probesize": "32", "fpsprobesize": "0"},
-          "stream_options": [{"skip_frame": "all", "threads": "1"}] * 8}
+_HEADERS_ONLY = {
+    "options": {"probesize": "32", "fpsprobesize": "0"},
+    "stream_options": [{"skip_frame": "all", "threads": "1"}] * 8}
 
 # Codecs of which a packet is a displayed frame, so that packets tell the display times. Elsewhere
 # (VP8 has hidden frames; AVI has no B-frame times) only decoding does.
@@ -263,7 +264,7 @@ def _read_packets(
         if first is None:
             with reading("cannot be decoded"):
                 frames = packet.decode()
-                if hasty and not frames:
+                if hasty and not frames and packet.size:
                     frames = stream.codec_context.decode(None)  # as if nothing came after it
                 first = next(iter(frames), None)
             if hasty and first is None:
