@@ -65,9 +65,14 @@ DERIVED: dict[str, tuple[str, Callable[[Path, Path], object]]] = {  # name: sour
 
 
 def _flipped(data: bytes) -> bytes:
-    """A few bits of the frames' data turned."""
+    """A few bits of the frames' data turned; in an MP4 not of the table behind it, for that can make
+    another sound video of it."""
     damaged = bytearray(data)
-    for at in range(len(data) // 3, 2 * len(data) // 3, max(len(data) // 15, 1)):
+    begin, end = 0, len(data)
+    if (at := data.find(b"mdat")) >= 0:
+        begin, end = at + 4, at - 4 + int.from_bytes(data[at - 4:at], "big")
+    size = end - begin
+    for at in range(begin + size // 2, begin + 5 * size // 6, max(size // 15, 1)):
         damaged[at] ^= 0x55
     return bytes(damaged)
 
