@@ -74,7 +74,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=300, help="of each stage")
+    parser.add_argument("--steps", type=int, default=500, help="of each stage")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
@@ -83,7 +83,7 @@ def main() -> None:
     steps = [f"stages.{n}.steps={options.steps}" for n in (0, 1)]
     print("an undisturbed run first", flush=True)
     train(2, *arguments(models, shards, folder / "calm", *steps), fresh=True)
-    seconds = 8.0  # a start takes most of it
+    seconds = 12.0  # a start takes more than half of it
     seen = train_with_kills(folder / "killed", arguments(models, shards, folder / "killed", *steps),
                             options.kills, seconds, options.seed, fresh=True)
     print("\n".join(seen))
