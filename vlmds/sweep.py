@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from vlmds.config import Experiment, load_experiment, packaged_experiments
 from vlmds.errors import InputError
 from vlmds.models.artifact import is_artifact, weights_sha256

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from tests.training.launch import environment
-
 from vlmds.bench import data
 from vlmds.bench.data import bench_data
 from vlmds.bench.generate import bench_generate

@@ -10,8 +10,8 @@ from tests.evaluation.conftest import make_run
 from vlmds.errors import InputError
 from vlmds.evaluation import compare as module
 from vlmds.evaluation.compare import compare, factors, holm, verdict
-from vlmds.evaluation.runs import group_runs, load_run
 from vlmds.evaluation.evaluate import evaluate_run
+from vlmds.evaluation.runs import group_runs, load_run
 from vlmds.evaluation.words import words_told
 from vlmds.generation import GenerationOptions
 

@@ -139,7 +139,8 @@ def _run(variant: Variant, number: int) -> dict:
                     "--master-port", str(free_port())]
     command += ["-m", "vlmds.bench.train_worker", str(variant.work.folder), variant.code, name,
                 str(variant.work.steps)]
-    done = subprocess.run(command, env={**os.environ, **cpu_environment(variant.ranks)}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **cpu_environment(variant.ranks)},
+                          capture_output=True, text=True)
     path = variant.work.folder / f"{name}.json"
     if done.returncode or not path.is_file():
         raise RuntimeError(f"{variant.name} failed with exit code {done.returncode}:\n"

@@ -129,9 +129,10 @@ def prepare(folder: Path, exp: str, *, tiny: bool, steps: int, models: Path | No
         f"data.path={folder / 'shards'}", *overrides])
     base = load_experiment(exp)
     torch.manual_seed(experiment.training.seed)
-    make_models(
-        models, TINY_VISION if tiny else published_or_loaded_config(base.vision.model, "vision.model"),
-        TINY_LLM if tiny else published_or_loaded_config(base.llm.model, "llm.model"), experiment.llm.dtype)
+    shapes_of = (TINY_VISION, TINY_LLM) if tiny else (
+        published_or_loaded_config(base.vision.model, "vision.model"),
+        published_or_loaded_config(base.llm.model, "llm.model"))
+    make_models(models, *shapes_of, experiment.llm.dtype)
     vision = vision_half(load_config(experiment.vision.model, "vision.model"), "vision.model")
     make_data(folder, experiment.data.num_frames, vision.image_size)
     (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")

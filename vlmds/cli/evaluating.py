@@ -40,8 +40,8 @@ def write_comparison(runs: list[Path], output: Path, *, evaluation: str | None =
                      metric: str | None = None, words: list[str] = (), csv: Path | None = None,
                      latex: Path | None = None) -> None:
     from vlmds.evaluation.compare import compare
-    from vlmds.evaluation.runs import load_run
     from vlmds.evaluation.report import to_csv, to_latex, write_report
+    from vlmds.evaluation.runs import load_run
     from vlmds.files import write
 
     loaded = [load_run(path, evaluation) for path in runs]

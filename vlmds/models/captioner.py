@@ -67,15 +67,16 @@ class Captioner(nn.Module):
         embeds = self.embed(features, input_ids)  # [B, L, llm_dim]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
         supervised = targets != IGNORE  # [B, L] bool, K of them true
-        rows, wanted = supervised.nonzero()[:, 0], targets[supervised]
+        places = supervised.nonzero(as_tuple=True)  # found once: each time waits for the GPU
+        wanted = targets[places]
         head = self.llm.get_output_embeddings()
         if can_split(head, self.llm.config.model_type):
             hidden = self.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            return token_losses(hidden[supervised], head, wanted), rows
+            return token_losses(hidden[places], head, wanted), places[0]
         logits = self.llm(
             inputs_embeds=embeds, use_cache=False, logits_to_keep=supervised
         ).logits  # [K, vocabulary]
-        return F.cross_entropy(logits.float().flatten(0, -2), wanted, reduction="none"), rows
+        return F.cross_entropy(logits.float().flatten(0, -2), wanted, reduction="none"), places[0]
 
     @torch.no_grad()
     @norms_kept()
