@@ -3,6 +3,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from tests.data.conftest import picture, write_video
 from vlmds.data import decode_child, video
-from vlmds.data.decode_child import FrameDecoder
+from vlmds.data.decode_child import DecodePool, FrameDecoder
+from vlmds.data.prepare import Request
 from vlmds.errors import SampleError
 
 ASK = {"num_frames": 2, "image_size": 32}
@@ -123,6 +125,42 @@ def test_a_long_file_is_decoded_and_one_that_takes_too_long_is_ended(tmp_path, d
     hasty.close()
 
 
+def test_a_child_that_neither_answers_nor_ends_is_given_up(tmp_path, small, monkeypatch):
+    """A stopped process, for want of one at a drive that hangs: the alarm does not end it either."""
+    path = tmp_path / "v.mp4"
+    path.write_bytes(small)
+    stopped = []
+
+    def requests():
+        request = Request(str(path), None, None, "facts", 0, 0)
+        yield request
+        (child,) = pool._idle
+        stopped.append(child.pid)
+        os.kill(child.pid, signal.SIGSTOP)
+        monkeypatch.setattr(decode_child, "GRACE", -59.5)  # of the deadline of 60 s, 0.5 s are left
+        yield request
+        monkeypatch.undo()
+        yield request
+
+    with DecodePool(1, deadline=60.0) as pool:
+        replies = pool.map(requests())
+        facts = next(replies).facts
+        watch = threading.Timer(20, lambda: os.kill(*stopped, signal.SIGKILL))  # for the test's sake
+        watch.start()
+        assert next(replies).reason == "decoder hung: stopped after 60 s"
+        watch.cancel()
+        assert ended(*stopped)
+        assert next(replies).facts == facts
+
+
+def test_a_child_that_does_not_start_is_no_fault_of_the_video(decoder, small, monkeypatch):
+    monkeypatch.setattr(decode_child, "START", 0.0)
+    with pytest.raises(RuntimeError, match="the decoding process did not start within 0 s"):
+        decoder.frames(small, **ASK)
+    with pytest.raises(RuntimeError, match="did not start"), DecodePool(2, deadline=60.0) as pool:
+        list(pool.map([Request("v.mp4", None, None, "facts", 0, 0)]))
+
+
 def test_a_frame_larger_than_memory_is_refused(tmp_path, decoder, small):
     path = write_video(tmp_path / "v.webm", frames=3, codec="libvpx")
     data = bytearray(path.read_bytes())
@@ -156,5 +194,5 @@ time.sleep(60)"""
 
 
 def test_the_child_imports_no_torch():
-    code = "import sys, vlmds.data.decode_child, decord; sys.exit('torch' in sys.modules)"
+    code = "import sys, vlmds.data.decode_child_main, decord; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
