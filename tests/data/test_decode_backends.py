@@ -58,7 +58,7 @@ def test_headers_tell_what_decoding_at_opening_would(files, name, monkeypatch):
     if isinstance(path, str):
         pytest.skip(path)
     hasty = probed(path)
-    monkeypatch.setattr(video, "_is_mp4", lambda source: False)
+    monkeypatch.setattr(video, "is_mp4", lambda source: False)
     assert hasty == probed(path)
 
 

@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 from vlmds.data import video
+from vlmds.data.container import opened, reading, video_stream
 from vlmds.data.video import VideoInfo
 from vlmds.errors import SampleError
 
@@ -155,8 +156,8 @@ def _copy(
     if not info.by_pts:
         return None, 0.0
     begin, end = info.pts[[first, last]] + info.start_time
-    with video.reading("cannot be read"), video.opened(data) as container:
-        stream = video.video_stream(container)
+    with reading("cannot be read"), opened(data) as container:
+        stream = video_stream(container)
         packets = [p for p in container.demux(stream) if p.size]
         base = stream.time_base
         times = [float(p.pts * base) for p in packets]
@@ -200,7 +201,7 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
                "x264-params": "threads=1:cpu-independent=1:open-gop=0"}
     buffer = io.BytesIO()
     with (
-        video.reading("cannot be repaired"),
+        reading("cannot be repaired"),
         av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as out,
     ):
         stream = None
@@ -235,8 +236,8 @@ def _rate(info: VideoInfo) -> Fraction:
 
 def _time_base(data: bytes, times: np.ndarray) -> Fraction:
     """The stream's time base if it can state the times, else microseconds."""
-    with video.opened(data) as container:
-        base = video.video_stream(container).time_base
+    with opened(data) as container:
+        base = video_stream(container).time_base
     exact = np.allclose(np.round(times / float(base)) * float(base), times, rtol=0, atol=1e-7)
     return base if exact and base.denominator < 1 << 31 else Fraction(1, 1_000_000)
 
