@@ -153,6 +153,38 @@ def test_a_child_that_neither_answers_nor_ends_is_given_up(tmp_path, small, monk
         assert next(replies).facts == facts
 
 
+def test_a_repair_has_a_time_and_a_reason_of_its_own(tmp_path, monkeypatch):
+    """With a child in which it takes too long, and which notes when its alarm will strike."""
+    (tmp_path / "sitecustomize.py").write_text(f"""import signal, time
+from pathlib import Path
+from vlmds.data import repair
+
+def write(*_):
+    Path({str(tmp_path)!r}, "new").write_text(str(signal.getitimer(signal.ITIMER_REAL)[0]))
+    Path({str(tmp_path)!r}, "new").rename(Path({str(tmp_path)!r}, "left"))
+    time.sleep(600)
+
+repair._write, repair.FRAME_SECONDS, repair.MEGAPIXEL_SECONDS = write, 100.0, 1e5
+""")
+    here = Path(decode_child.__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{here}", prepend=os.pathsep)
+    path = write_video(tmp_path / "v.ts", frames=10)
+    child = decode_child._Child(60.0)
+    try:
+        child.send(Request(str(path), None, None, "video", 2, 32))
+        assert child.hear() is None and child.due < time.monotonic() + 60 + decode_child.GRACE
+        assert child.hear() is None and child.due > time.monotonic() + 4000
+        end = time.monotonic() + 60
+        while not (tmp_path / "left").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert 4000 < float((tmp_path / "left").read_text()) <= 4132
+        os.kill(child.pid, signal.SIGALRM)
+        # 60 s, and for each of 10 frames of 64 x 48 100 s and 307.2 s.
+        assert child.hear().reason == "repair took too long: stopped after 4132 s"
+    finally:
+        child.kill()
+
+
 def test_a_child_that_does_not_start_is_no_fault_of_the_video(decoder, small, monkeypatch):
     monkeypatch.setattr(decode_child, "START", 0.0)
     with pytest.raises(RuntimeError, match="the decoding process did not start within 0 s"):

@@ -2,7 +2,8 @@
 
 Neither FFmpeg nor decord can be interrupted from Python, so each child asks the kernel for SIGALRM
 before it starts on a video. Its default action ends the process whatever it is doing, even when
-the parent is gone; an idle child sees the end of its socket and exits.
+the parent is gone; an idle child sees the end of its socket and exits. A repair takes long where a
+video does: the child says how long it gives itself, in place of the deadline.
 
 A process that hangs in the kernel (a stuck network drive) outlives even that: a while later the
 parent gives it up and goes on without it.
@@ -279,15 +280,19 @@ class _Child:
         return reply
 
     def hear(self) -> Reply | None:
-        """What the child says, or why it has ended; None: only that it has started. There must be
-        something to hear, or this waits."""
+        """What the child says, or why it has ended; None: only that it has started, or begins a
+        repair, which takes its time. There must be something to hear, or this waits."""
         try:
             if not self._ready:
                 self.connection.recv_bytes()
                 self._ready = True
                 self._start_clock()
                 return None
-            reason, facts, extensions = self.connection.recv()
+            message = self.connection.recv()
+            if isinstance(message, float):
+                self._start_clock(message, "repair took too long")
+                return None
+            reason, facts, extensions = message
             reply = Reply(reason, facts, dict(zip(extensions, take(self.connection))))
         except (EOFError, OSError):
             try:
@@ -308,15 +313,19 @@ class _Child:
             raise RuntimeError(f"the decoding process did not start within {START:g} s")
         return self._dead(-signal.SIGALRM)
 
-    def _start_clock(self) -> None:
-        self.due = time.monotonic() + self._deadline + GRACE
+    def _start_clock(self, seconds: float | None = None, excess: str = "decoder hung") -> None:
+        """seconds: that the child gives itself (default: the deadline). excess: what it is if they
+        do not suffice."""
+        seconds = self._deadline if seconds is None else seconds
+        self.due = time.monotonic() + seconds + GRACE
+        self._excess = f"{excess}: stopped after {seconds:g} s"
 
     def _dead(self, code: int) -> Reply:
         self.kill()
         if not self._ready:
             raise RuntimeError(f"the decoding process did not start (exit code {code})")
         if code == -signal.SIGALRM:
-            return Reply(f"decoder hung: stopped after {self._deadline:g} s")
+            return Reply(self._excess)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return Reply(f"decoder crashed: {how}")
 

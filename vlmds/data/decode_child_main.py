@@ -3,8 +3,10 @@
 A limit on its memory makes a video bomb an error of this process and not the end of the machine.
 """
 
+import math
 import resource
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import av.logging
@@ -25,13 +27,19 @@ def main(descriptor: int, deadline: float) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     connection = Connection(descriptor)
+
+    def more_time(seconds: float) -> None:
+        whole = float(math.ceil(deadline + seconds))
+        connection.send(whole)  # before the alarm can strike
+        signal.setitimer(signal.ITIMER_REAL, whole)
+
     try:
         connection.send_bytes(b"ready")
         while True:
             request = connection.recv()
             data = bytes(take(connection)[0]) if isinstance(request, FramesRequest) else None
             signal.setitimer(signal.ITIMER_REAL, deadline)
-            reply = _answer(request, data)
+            reply = _answer(request, data, more_time)
             del data
             signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may take its time to receive
             connection.send((reply.reason, reply.facts, list(reply.members)))
@@ -42,12 +50,14 @@ def main(descriptor: int, deadline: float) -> None:
         return
 
 
-def _answer(request: Request | FramesRequest, data: bytes | None) -> Reply:
+def _answer(
+    request: Request | FramesRequest, data: bytes | None, more_time: Callable[[float], None]
+) -> Reply:
     try:
         if isinstance(request, Request):
             data = read_file(request.video)
             _limit_memory(MEMORY + 3 * len(data))  # a mended copy, and its writing
-            return prepare(request, data)
+            return prepare(request, data, more_time)
         _limit_memory(MEMORY + len(data))
         return read_frames(data, request)
     except SampleError as error:
