@@ -20,9 +20,9 @@ from tests.data.conftest import write_manifest, write_video
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
 from vlmds.data.index import ShardIndex
-from vlmds.data.loader import read_jpegs
 from vlmds.data.pack import pack
 from vlmds.data.pack_report import write_report
+from vlmds.data.stored import read_jpegs
 from vlmds.errors import InputError
 from vlmds.models.vision import load_vision_tower
 
@@ -140,8 +140,7 @@ def test_a_features_store_is_plain_webdataset_and_safetensors(sources, tower, tm
     for i, sample in enumerate(samples):
         (name, features), = load(sample["safetensors"]).items()
         members = frames.read(frames.row("train", 0, i))
-        members.pop("json")
-        pixels = torch.from_numpy(read_jpegs(members))[None]
+        pixels = torch.from_numpy(read_jpegs(members, frames.meta))[None]
         assert name == "features" and features.shape == (tiny.FRAMES * 4, 48)
         torch.testing.assert_close(features, tower(pixels)[0].to(torch.bfloat16))
 

@@ -58,7 +58,7 @@ def test_headers_tell_what_decoding_at_opening_would(files, name, monkeypatch):
     if isinstance(path, str):
         pytest.skip(path)
     hasty = probed(path)
-    monkeypatch.setattr(video, "_is_mp4", lambda source: False)
+    monkeypatch.setattr(video, "is_mp4", lambda source: False)
     assert hasty == probed(path)
 
 
@@ -77,5 +77,5 @@ def test_shared_videos(files, decoder, shared_videos):
 
 
 def test_memory_does_not_grow(tmp_path):
-    before, after = growth(tmp_path, decodes=900, warm_up=150)
-    assert after - before < 40e6
+    found = growth(tmp_path, decodes=450, warm_up=150)
+    assert max(found.values()) < 3000, found

@@ -3,6 +3,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from tests.data.conftest import picture, write_video
 from vlmds.data import decode_child, video
-from vlmds.data.decode_child import FrameDecoder
+from vlmds.data.decode_child import DecodePool, FrameDecoder
+from vlmds.data.prepare import Request
 from vlmds.errors import SampleError
 
 ASK = {"num_frames": 2, "image_size": 32}
@@ -123,6 +125,74 @@ def test_a_long_file_is_decoded_and_one_that_takes_too_long_is_ended(tmp_path, d
     hasty.close()
 
 
+def test_a_child_that_neither_answers_nor_ends_is_given_up(tmp_path, small, monkeypatch):
+    """A stopped process, for want of one at a drive that hangs: the alarm does not end it either."""
+    path = tmp_path / "v.mp4"
+    path.write_bytes(small)
+    stopped = []
+
+    def requests():
+        request = Request(str(path), None, None, "facts", 0, 0)
+        yield request
+        (child,) = pool._idle
+        stopped.append(child.pid)
+        os.kill(child.pid, signal.SIGSTOP)
+        monkeypatch.setattr(decode_child, "GRACE", -59.5)  # of the deadline of 60 s, 0.5 s are left
+        yield request
+        monkeypatch.undo()
+        yield request
+
+    with DecodePool(1, deadline=60.0) as pool:
+        replies = pool.map(requests())
+        facts = next(replies).facts
+        watch = threading.Timer(20, lambda: os.kill(*stopped, signal.SIGKILL))  # for the test's sake
+        watch.start()
+        assert next(replies).reason == "decoder hung: stopped after 60 s"
+        watch.cancel()
+        assert ended(*stopped)
+        assert next(replies).facts == facts
+
+
+def test_a_repair_has_a_time_and_a_reason_of_its_own(tmp_path, monkeypatch):
+    """With a child in which it takes too long, and which notes when its alarm will strike."""
+    (tmp_path / "sitecustomize.py").write_text(f"""import signal, time
+from pathlib import Path
+from vlmds.data import repair
+
+def write(*_):
+    Path({str(tmp_path)!r}, "new").write_text(str(signal.getitimer(signal.ITIMER_REAL)[0]))
+    Path({str(tmp_path)!r}, "new").rename(Path({str(tmp_path)!r}, "left"))
+    time.sleep(600)
+
+repair._write, repair.FRAME_SECONDS, repair.MEGAPIXEL_SECONDS = write, 100.0, 1e5
+""")
+    here = Path(decode_child.__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{here}", prepend=os.pathsep)
+    path = write_video(tmp_path / "v.ts", frames=10)
+    child = decode_child._Child(60.0)
+    try:
+        child.send(Request(str(path), None, None, "video", 2, 32))
+        assert child.hear() is None and child.due < time.monotonic() + 60 + decode_child.GRACE
+        assert child.hear() is None and child.due > time.monotonic() + 4000
+        end = time.monotonic() + 60
+        while not (tmp_path / "left").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert 4000 < float((tmp_path / "left").read_text()) <= 4132
+        os.kill(child.pid, signal.SIGALRM)
+        # 60 s, and for each of 10 frames of 64 x 48 100 s and 307.2 s.
+        assert child.hear().reason == "repair took too long: stopped after 4132 s"
+    finally:
+        child.kill()
+
+
+def test_a_child_that_does_not_start_is_no_fault_of_the_video(decoder, small, monkeypatch):
+    monkeypatch.setattr(decode_child, "START", 0.0)
+    with pytest.raises(RuntimeError, match="the decoding process did not start within 0 s"):
+        decoder.frames(small, **ASK)
+    with pytest.raises(RuntimeError, match="did not start"), DecodePool(2, deadline=60.0) as pool:
+        list(pool.map([Request("v.mp4", None, None, "facts", 0, 0)]))
+
+
 def test_a_frame_larger_than_memory_is_refused(tmp_path, decoder, small):
     path = write_video(tmp_path / "v.webm", frames=3, codec="libvpx")
     data = bytearray(path.read_bytes())
@@ -156,5 +226,5 @@ time.sleep(60)"""
 
 
 def test_the_child_imports_no_torch():
-    code = "import sys, vlmds.data.decode_child, decord; sys.exit('torch' in sys.modules)"
+    code = "import sys, vlmds.data.decode_child_main, decord; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

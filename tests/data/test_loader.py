@@ -178,6 +178,34 @@ def test_a_damaged_sample_is_replaced_and_told(dataset, collate, tmp_path):
     assert batch["bad"] == [record] and len(batch["keys"]) == 3
 
 
+@pytest.mark.parametrize("name, data, reason", [
+    ("json", b'{"captions": []}', "captions are no list"), ("json", b'["x"]', "cannot be read"),
+    ("json", '{"captions": ["가"], "prompt": 5}'.encode(), "the prompt is no text"),
+    ("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n", "frame 0: cannot identify"),
+    ("0.jpg", None, f"{FRAMES - 1} frames, not {FRAMES}"), ("mp4", None, "0 videos, not one"),
+    ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n", "cannot be ")])
+def test_a_sample_that_is_not_what_a_store_holds_is_replaced(
+        dataset, collate, monkeypatch, name, data, reason):
+    """Its checksums are right: somebody else packed it."""
+    source = reader(dataset)
+    row = source.row(0)
+    if not any(member.ext == name for member in row.members):
+        pytest.skip("the other store's")
+    read = ShardIndex.read
+
+    def other(index, asked):
+        members = read(index, asked)
+        if asked.key != row.key:
+            return members
+        return {k: v for k, v in {**members, name: data}.items() if v is not None}
+
+    monkeypatch.setattr(ShardIndex, "read", other)
+    (batch,) = Batches(source, [range(3)], collate, 0)
+    (record,) = batch["bad"]
+    assert record["key"] == row.key and reason in record["reason"]
+    assert len(batch["keys"]) == 3 and row.key != batch["keys"][0]
+
+
 def test_a_deleted_shard_is_named(dataset, tmp_path):
     shutil.copytree(dataset.root, tmp_path / "copy")
     source = reader(ShardIndex.open(tmp_path / "copy"))

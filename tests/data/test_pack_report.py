@@ -13,6 +13,7 @@ from PIL import Image
 from tests.data.conftest import write_manifest, write_video
 
 from vlmds.data import pack_report
+from vlmds.data.index import ShardIndex
 from vlmds.data.pack import pack
 from vlmds.data.pack_report import categories, histogram, write_report
 from vlmds.errors import InputError
@@ -109,6 +110,20 @@ def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
     page = Page(write_report(copy).read_text("utf-8"))
     assert len(page.images()) == 2 * pack_report.SHEET_FRAMES
     assert "not shown: val/000000.tar" in page.text
+
+
+@pytest.mark.parametrize("name, data", [
+    ("json", b'{"captions": []}'), ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\n"),
+    *((f"{i}.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n") for i in range(6))])
+def test_a_sample_that_is_not_what_a_store_holds_costs_its_picture_alone(
+        packed, monkeypatch, name, data):
+    read = ShardIndex.read
+    monkeypatch.setattr(ShardIndex, "read", lambda index, row: {
+        k: data if k == name and row.key == "v1" else v for k, v in read(index, row).items()})
+    shown = len(Page(write_report(packed).read_text("utf-8")).images())
+    asked = any(member.ext == name for member in ShardIndex.open(packed).row("train", 0, 1).members)
+    asked = asked and name not in ("1.jpg", "4.jpg")  # of six, four are shown
+    assert shown == (2 if asked else 3) * pack_report.SHEET_FRAMES
 
 
 def test_no_dataset_no_page(tmp_path):

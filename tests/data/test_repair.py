@@ -35,6 +35,18 @@ def test_a_transport_stream_is_copied_and_equal(tmp_path):
     assert same_frames(data, info, (None, None), mended) == np.inf
 
 
+def test_the_time_it_may_take_grows_with_the_frames(tmp_path):
+    asked = []
+    for name, frames, width in (
+            ("a.ts", 10, 64), ("b.ts", 30, 64), ("c.ts", 30, 128), ("sound.mp4", 30, 64)):
+        data = write_video(tmp_path / name, frames=frames, width=width).read_bytes()
+        repair.mend(data, video.probe(data), more_time=asked.append)
+    assert np.allclose(asked, [frames * (repair.FRAME_SECONDS + area * repair.MEGAPIXEL_SECONDS) for
+                               frames, area in ((10, 0.003072), (30, 0.003072), (30, 0.006144))])
+    repair.mend(data, video.probe(data), 0.5, 1.0, asked.append)  # a part of a sound file
+    assert asked[3:] == [asked[1]]
+
+
 @pytest.mark.parametrize("turned", [0, 90, 270])
 def test_an_edit_list_that_hides_frames_is_encoded_away(tmp_path, turned):
     whole = write_video(tmp_path / "whole.mp4", **GOPS)

@@ -128,7 +128,9 @@ HOSTILE = {  # what is sent, as (file, name of the file), and the answer
                   "the form cannot be read"),
     "HTML": (lambda clip, tmp: (b"<html><script>alert(1)</script></html>", "a.html"), 422,
              "cannot be read"),
-    "bomb": (lambda clip, tmp: (tar_bomb(), "a.tar.gz"), 422, "no video stream"),
+    "bomb": (lambda clip, tmp: (tar_bomb(), "a.tar.gz"), 422, "not a video file"),
+    "playlist": (lambda clip, tmp: (b"ffconcat version 1.0\nfile /etc/passwd\n", "a.mp4"), 422,
+                 "not a video file"),
 }
 
 

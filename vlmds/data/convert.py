@@ -28,13 +28,12 @@ from tqdm import tqdm
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
-from vlmds.data.loader import read_jpegs
 from vlmds.data.manifest import ManifestRow, Reject
 from vlmds.data.merge import finish
 from vlmds.data.pack import PackSummary, shown
 from vlmds.data.prepare import Reply
 from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_shard
-from vlmds.data.stored import decode_stored, pixels_of
+from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
 
@@ -245,7 +244,8 @@ def _read_jpegs(
 
     def load(members: dict[str, bytes] | SampleError) -> np.ndarray | SampleError:
         try:
-            return members if isinstance(members, SampleError) else read_jpegs(members)
+            return (members if isinstance(members, SampleError)
+                    else read_jpegs(members, index.meta))
         except SampleError as error:
             return error
 
@@ -254,7 +254,6 @@ def _read_jpegs(
         for row in rows:
             try:
                 members = index.read(row)
-                del members["json"]
             except SampleError as error:
                 members = error
             ahead.append(executor.submit(load, members))

@@ -2,38 +2,37 @@
 
 Neither FFmpeg nor decord can be interrupted from Python, so each child asks the kernel for SIGALRM
 before it starts on a video. Its default action ends the process whatever it is doing, even when
-the parent is gone; an idle child sees the end of its socket and exits. A limit on its memory makes
-a video bomb an error of the child and not the end of the machine.
+the parent is gone; an idle child sees the end of its socket and exits. A repair takes long where a
+video does: the child says how long it gives itself, in place of the deadline.
+
+A process that hangs in the kernel (a stuck network drive) outlives even that: a while later the
+parent gives it up and goes on without it.
 
 `DecodePool` has several children (packing, captioning), `FrameDecoder` one (a training reader).
-What is large travels as the descriptor of an anonymous file: nobody copies it through a socket.
 """
 
-import mmap
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
-import av.logging
 import numpy as np
 
-from vlmds.data.prepare import FramesRequest, Reply, Request, prepare, read_file, read_frames
+from vlmds.data.handover import give, take
+from vlmds.data.prepare import FramesRequest, Reply, Request
 from vlmds.errors import SampleError
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
-MEMORY = 6 << 30  # bytes of address space for a child, besides its video
 LIFETIME = 2000  # videos after which a child is replaced: the decoders leak a few KB on some files
-GRACE = 30.0  # seconds past the deadline after which the parent itself ends a child
+START = 300.0  # seconds that a child may take to start: Python may lie on a slow network drive
+GRACE = 30.0  # seconds past the deadline after which the parent gives a child up
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,9 @@ class DecodePool:
                 position += 1
                 yield reply
             elif self._busy:
-                for connection in wait(list(self._busy)):
-                    child, index = self._busy.pop(connection)
-                    done[index] = self._finish(child)
-                    held += done[index].size
+                for index, reply in self._answers():
+                    done[index] = reply
+                    held += reply.size
             else:
                 return
 
@@ -195,19 +193,32 @@ class DecodePool:
         self._busy[child.connection] = child, index
         child.send(request)
 
-    def _finish(self, child: "_Child") -> Reply:
-        reply = child.reply()
-        if child.alive:
-            self._idle.append(child)
-        else:
-            self._vacant += 1
-        return reply
+    def _answers(self) -> Iterator[tuple[int, Reply]]:
+        """Wait until a child says something or has to be given up; (index, reply) of those that are
+        done then."""
+        due = min(child.due for child, _ in self._busy.values())
+        heard = wait(list(self._busy), max(due - time.monotonic(), 0.0))
+        for connection, (child, index) in list(self._busy.items()):
+            if connection not in heard and time.monotonic() < child.due:
+                continue
+            reply = child.hear() if connection in heard else child.give_up()
+            if reply is None:
+                continue
+            del self._busy[connection]
+            if child.alive:
+                self._idle.append(child)
+            else:
+                self._vacant += 1
+            yield index, reply
 
     def __enter__(self) -> "DecodePool":
         return self
 
     def __exit__(self, *_) -> None:
-        for child in [*self._idle, *(child for child, _ in self._busy.values())]:
+        children = [*self._idle, *(child for child, _ in self._busy.values())]
+        for child in children:
+            child.terminate()  # all before one is waited for
+        for child in children:
             child.kill()
 
 
@@ -215,14 +226,15 @@ class _Child:
     """The parent's end of one child process.
 
     closed: killed, or (after a fork) left to the process that started it.
-    alive: whether it may be sent another request.
+    alive: whether it may be sent another request. due: when it is to be given up unless it has
+    said something (`time.monotonic`).
     """
 
     _all: "weakref.WeakSet[_Child]" = weakref.WeakSet()
 
     def __init__(self, deadline: float):
         ours, theirs = socket.socketpair()
-        command = (f"from vlmds.data.decode_child import main; "
+        command = (f"from vlmds.data.decode_child_main import main; "
                    f"main({theirs.fileno()}, {float(deadline)})")
         with theirs:
             # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
@@ -236,6 +248,7 @@ class _Child:
         self._owner = os.getpid()
         self._deadline = deadline
         self._ready = False
+        self.due = time.monotonic() + START
         self._served = 0
         self._all.add(self)
 
@@ -249,56 +262,89 @@ class _Child:
 
     def send(self, request: "Request | FramesRequest", data: bytes | None = None) -> None:
         """Send a request; data: the video's bytes, for a FramesRequest."""
+        if self._ready:
+            self._start_clock()
         try:
             self.connection.send(request)
             if data is not None:
-                _give(self.connection, [data])
+                give(self.connection, [data])
         except OSError:
             pass  # it died meanwhile; reply() tells
 
     def reply(self) -> Reply:
         """Wait for the answer to the request. A dead child's is the reason."""
+        reply = None
+        while reply is None:
+            heard = self.connection.poll(max(self.due - time.monotonic(), 0.0))
+            reply = self.hear() if heard else self.give_up()
+        return reply
+
+    def hear(self) -> Reply | None:
+        """What the child says, or why it has ended; None: only that it has started, or begins a
+        repair, which takes its time. There must be something to hear, or this waits."""
         try:
             if not self._ready:
                 self.connection.recv_bytes()
                 self._ready = True
-            # The child's own alarm comes first, but where the kernel keeps a process from dying
-            # (a stuck network drive) only this ends the wait.
-            if not self.connection.poll(self._deadline + GRACE):
-                return self._dead(-signal.SIGALRM)
-            reason, facts, extensions = self.connection.recv()
-            reply = Reply(reason, facts, dict(zip(extensions, _take(self.connection))))
-            self._served += 1
-            if self._served == LIFETIME:
-                self.kill()
-            return reply
+                self._start_clock()
+                return None
+            message = self.connection.recv()
+            if isinstance(message, float):
+                self._start_clock(message, "repair took too long")
+                return None
+            reason, facts, extensions = message
+            reply = Reply(reason, facts, dict(zip(extensions, take(self.connection))))
         except (EOFError, OSError):
             try:
                 code = self._process.wait(timeout=5.0)  # the socket closes a moment before
             except subprocess.TimeoutExpired:
                 code = -signal.SIGKILL
             return self._dead(code)
+        self._served += 1
+        if self._served == LIFETIME:
+            self.kill()
+        return reply
+
+    def give_up(self) -> Reply:
+        """End a child that has said nothing until it was due; its own alarm should have struck
+        before. Returns the reason."""
+        if not self._ready:
+            self.kill()
+            raise RuntimeError(f"the decoding process did not start within {START:g} s")
+        return self._dead(-signal.SIGALRM)
+
+    def _start_clock(self, seconds: float | None = None, excess: str = "decoder hung") -> None:
+        """seconds: that the child gives itself (default: the deadline). excess: what it is if they
+        do not suffice."""
+        seconds = self._deadline if seconds is None else seconds
+        self.due = time.monotonic() + seconds + GRACE
+        self._excess = f"{excess}: stopped after {seconds:g} s"
 
     def _dead(self, code: int) -> Reply:
         self.kill()
         if not self._ready:
             raise RuntimeError(f"the decoding process did not start (exit code {code})")
         if code == -signal.SIGALRM:
-            return Reply(f"decoder hung: stopped after {self._deadline:g} s")
+            return Reply(self._excess)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return Reply(f"decoder crashed: {how}")
 
+    def terminate(self) -> None:
+        """Ask the kernel to end the process, which takes a moment."""
+        self.alive = False
+        if not self.closed:
+            self._process.kill()
+
     def kill(self) -> None:
         """End the process, unless it has ended."""
-        self.alive = False
+        self.terminate()
         if self.closed:
             return
         self.connection.close()
-        self._process.kill()
         try:
-            self._process.wait(timeout=5.0)
+            self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            pass  # the kernel ends it when it can
+            pass  # the kernel ends it when it can; nobody waits for that
 
     def __del__(self):
         if os.getpid() == getattr(self, "_owner", None):
@@ -314,80 +360,3 @@ class _Child:
 
 
 os.register_at_fork(after_in_child=_Child._forked)
-
-
-def main(descriptor: int, deadline: float) -> None:
-    """The child: answer requests until the parent closes the connection."""
-    av.logging.set_level(av.logging.PANIC)  # what matters becomes a reason
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have ignored it
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        # Schedulers signal all processes of a job; this one ends when its parent does.
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    connection = Connection(descriptor)
-    try:
-        connection.send_bytes(b"ready")
-        while True:
-            request = connection.recv()
-            data = bytes(_take(connection)[0]) if isinstance(request, FramesRequest) else None
-            signal.setitimer(signal.ITIMER_REAL, deadline)
-            reply = _answer(request, data)
-            del data
-            signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may take its time to receive
-            connection.send((reply.reason, reply.facts, list(reply.members)))
-            _give(connection, list(reply.members.values()))
-            del reply
-            _limit_memory(None)  # the next request is read without one
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-
-
-def _give(connection: Connection, parts: list[bytes]) -> None:
-    """Send bytes that :func:`_take` receives."""
-    connection.send([len(part) for part in parts])
-    if any(parts):
-        with open(os.memfd_create("vlmds"), "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            send_handle(connection, file.fileno(), None)
-
-
-def _take(connection: Connection) -> list[memoryview]:
-    """What :func:`_give` sent; may be written to. It lives as long as any view of it."""
-    sizes = connection.recv()
-    if not any(sizes):
-        return [memoryview(b"")] * len(sizes)
-    descriptor = recv_handle(connection)
-    try:
-        whole = memoryview(mmap.mmap(descriptor, sum(sizes)))
-    finally:
-        os.close(descriptor)
-    ends = list(accumulate(sizes))
-    return [whole[end - size:end] for end, size in zip(ends, sizes)]
-
-
-def _answer(request: "Request | FramesRequest", data: bytes | None) -> Reply:
-    try:
-        if isinstance(request, Request):
-            data = read_file(request.video)
-            _limit_memory(MEMORY + 3 * len(data))  # a mended copy, and its writing
-            return prepare(request, data)
-        _limit_memory(MEMORY + len(data))
-        return read_frames(data, request)
-    except SampleError as error:
-        return Reply(str(error))
-    except MemoryError:
-        return Reply(f"out of memory: decoding needs more than {MEMORY >> 30} GiB")
-
-
-def _limit_memory(size: int | None) -> None:
-    """Limit this process to `size` more bytes of address space than it has now; None: no limit
-    but that with which it was started."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = hard
-    if size is not None:
-        with open("/proc/self/statm", "rb") as file:
-            soft = int(file.read().split()[0]) * resource.getpagesize() + size
-        if hard != resource.RLIM_INFINITY:
-            soft = min(soft, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

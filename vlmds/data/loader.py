@@ -9,8 +9,6 @@ learn of it and none is left waiting.
 
 from __future__ import annotations
 
-import io
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +17,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlmds.data.dataset import Dataset, DatasetOrder
@@ -29,6 +26,7 @@ from vlmds.data.frame_table import DESCRIBED
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.order import micro_batch_positions
 from vlmds.data.prompt import SequenceBuilder
+from vlmds.data.stored import read_description, read_jpegs, read_video
 from vlmds.errors import InputError, SampleError
 
 
@@ -119,16 +117,13 @@ class SampleReader:
         self, index: ShardIndex, row: SampleRow, position: int, epoch: int, bad: list[dict]
     ) -> Sample:
         members = index.read(row)
-        try:
-            meta = json.loads(members.pop("json"))
-            captions = meta["captions"]
-        except (KeyError, ValueError, TypeError) as error:
-            raise SampleError(f"its description cannot be read: {type(error).__name__}") from None
+        meta = read_description(members)
+        captions = meta["captions"]
         frames = features = None
         if index.store == "features":
             features = decode_features(members, index.meta)
         elif index.store == "frames":
-            frames = read_jpegs(members)
+            frames = read_jpegs(members, index.meta)
         else:
             frames = self._decode_video(row, meta, members)
         # Clips with several captions show each in turn.
@@ -136,13 +131,12 @@ class SampleReader:
                       meta.get("prompt"), bad, features)
 
     def _decode_video(self, row: SampleRow, meta: dict, members: dict[str, bytes]) -> np.ndarray:
-        (data,) = members.values()
         # Shards that an older vlmds packed do not say it: the child probes.
         described = {name: meta.get(name) for name in DESCRIBED} if "timing" in meta else None
         # The decoder that packing found to be right for this file, not the one probed now.
         return self._decoder.frames(
-            data, num_frames=self.num_frames, image_size=self.image_size, start=row.start,
-            end=row.end, decoder=row.decoder, described=described)
+            read_video(members), num_frames=self.num_frames, image_size=self.image_size,
+            start=row.start, end=row.end, decoder=row.decoder, described=described)
 
 
 class Positions(IterableDataset):
@@ -277,15 +271,3 @@ def visual_inputs(samples: list[Sample]) -> dict[str, torch.Tensor]:
     if samples[0].features is not None:
         return {"features": torch.stack([s.features for s in samples])}
     return {"frames": torch.from_numpy(np.stack([s.frames for s in samples]))}
-
-
-def read_jpegs(members: dict[str, bytes]) -> np.ndarray:
-    """{"0.jpg": …} -> uint8 [F, 3, S, S]."""
-    frames = []
-    for number in range(len(members)):
-        try:
-            with Image.open(io.BytesIO(members[f"{number}.jpg"])) as image:
-                frames.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-        except (KeyError, OSError) as error:
-            raise SampleError(f"frame {number}: {error}") from error
-    return np.stack(frames)

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,7 @@ from PIL import Image
 
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.index import SampleRow, ShardIndex
-from vlmds.data.stored import decode_stored, pixels_of
+from vlmds.data.stored import decode_stored, pixels_of, read_description, read_jpeg
 from vlmds.errors import SampleError
 from vlmds.files import write
 
@@ -226,10 +225,10 @@ def spread(index: ShardIndex, most: int) -> list[SampleRow]:
     return rows
 
 
-def _read_json(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
-    """The sample's description alone, without its (large) other members."""
+def _captions(index: ShardIndex, row: SampleRow) -> list[str]:
+    """Read without the sample's (large) other members. Raises SampleError."""
     only = tuple(member for member in row.members if member.ext == "json")
-    return json.loads(index.read(replace(row, members=only))["json"])
+    return read_description(index.read(replace(row, members=only)))["captions"]
 
 
 def _caption_lengths(index: ShardIndex) -> tuple[list[int], int]:
@@ -237,7 +236,7 @@ def _caption_lengths(index: ShardIndex) -> tuple[list[int], int]:
     lengths, rows = [], 0
     for row in spread(index, CAPTION_ROWS):
         try:
-            captions = _read_json(index, row)["captions"]
+            captions = _captions(index, row)
         except SampleError:
             continue  # damaged since it was packed; training tells
         rows += 1
@@ -251,7 +250,7 @@ def _contact_sheet(index: ShardIndex) -> list[Clip]:
     clips = []
     for row, found in zip(rows, pictures(index, rows), strict=True):
         try:
-            caption = _read_json(index, row)["captions"][0]
+            caption = _captions(index, row)[0]
             if len(caption) > CAPTION_SHOWN:
                 caption = caption[:CAPTION_SHOWN] + "…"
         except SampleError as error:
@@ -266,15 +265,15 @@ def _stored_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[
     """A few of the JPEGs of each sample, made small; none from a features store."""
     results: list[list[str] | SampleError] = []
     for row in rows:
-        jpegs = [member for member in row.members if member.ext.endswith(".jpg")]
-        jpegs.sort(key=lambda member: int(member.ext.split(".")[0]))
-        wanted = [jpegs[i] for i in _evenly(len(jpegs))]
+        numbers = _evenly(sum(member.ext.endswith(".jpg") for member in row.members))
+        names = {f"{number}.jpg" for number in numbers}
+        wanted = tuple(member for member in row.members if member.ext in names)
         try:
-            data = index.read(replace(row, members=tuple(wanted)))
-            images = [Image.open(io.BytesIO(data[member.ext])) for member in wanted]
-            results.append([_data_uri(image) for image in images])
-        except (SampleError, OSError) as error:
-            results.append(SampleError(str(error)))
+            data = index.read(replace(row, members=wanted))
+            results.append([_data_uri(read_jpeg(data, i, index.meta["image_size"]))
+                            for i in numbers])
+        except SampleError as error:
+            results.append(error)
     return results
 
 
@@ -286,7 +285,7 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
                                    image_size=SHEET_SIDE):
             frames = pixels_of(reply, SHEET_SIDE)
             if not isinstance(frames, SampleError):
-                frames = [_data_uri(Image.fromarray(f)) for f in frames.transpose(0, 2, 3, 1)]
+                frames = [_data_uri(frame) for frame in frames]
             results.append(frames)
     return results
 
@@ -297,8 +296,10 @@ def _evenly(count: int) -> list[int]:
     return [int((i + 0.5) * count / wanted) for i in range(wanted)]
 
 
-def _data_uri(image: Image.Image) -> str:
+def _data_uri(frame: np.ndarray) -> str:
+    """frame: uint8 [3, S, S]"""
     buffer = io.BytesIO()
-    image.convert("RGB").resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BICUBIC).save(
+    image = Image.fromarray(frame.transpose(1, 2, 0))
+    image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BICUBIC).save(
         buffer, "JPEG", quality=70)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

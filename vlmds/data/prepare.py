@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,8 +62,13 @@ class Reply:
         return sum(len(member) for member in self.members.values())
 
 
-def prepare(request: Request, data: bytes) -> Reply:
-    """Probe the video (a file's bytes) and make its members. Raises SampleError."""
+def prepare(
+    request: Request, data: bytes, more_time: Callable[[float], None] | None = None
+) -> Reply:
+    """Probe the video (a file's bytes) and make its members. Raises SampleError.
+
+    more_time: told how many more seconds it takes than most, if it does (see `repair.mend`).
+    """
     info = video.probe(data)
     if request.store == "facts":
         return Reply(facts=_facts(info))
@@ -70,7 +76,7 @@ def prepare(request: Request, data: bytes) -> Reply:
         return Reply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
-        reply = _prepare_video(request, data, info)
+        reply = _prepare_video(request, data, info, more_time)
         reply.facts["content"] = content
         return reply
 
@@ -90,11 +96,14 @@ def _images(request: Request, data: bytes, info: video.VideoInfo) -> np.ndarray:
     return video.resize_frames(frames, request.image_size)
 
 
-def _prepare_video(request: Request, data: bytes, info: video.VideoInfo) -> Reply:
+def _prepare_video(
+    request: Request, data: bytes, info: video.VideoInfo,
+    more_time: Callable[[float], None] | None,
+) -> Reply:
     """The file itself, or what `repair.mend` makes of it."""
     span = (request.num_frames, request.start, request.end)
     video.pick(info, *span)
-    mended = repair.mend(data, info, request.start, request.end)
+    mended = repair.mend(data, info, request.start, request.end, more_time)
     extension = _extension(request.video, info.container)
     facts = {}
     if mended is not None:

@@ -18,9 +18,8 @@ from PIL import Image
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, bytes_per_sample, decode_features, encode_features
 from vlmds.data.index import SampleRow, ShardIndex
-from vlmds.data.loader import read_jpegs
 from vlmds.data.pack_report import spread
-from vlmds.data.stored import decode_stored, pixels_of
+from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import SampleError
 
 SAMPLES = 6
@@ -107,6 +106,7 @@ def _video_prices(
 ) -> list[Price]:
     """Of the data as it is, and of the frames that it would become."""
     seconds, frame_sizes, frame_seconds = [], [], []
+    shape = {"num_frames": num_frames, "image_size": image_size}
     begin = time.monotonic()
     for index, rows in chosen:
         with DecodePool(1, deadline=SECONDS) as pool:
@@ -122,7 +122,7 @@ def _video_prices(
                     seconds.append(elapsed)
                     jpegs = _jpegs(frames)
                     frame_sizes.append(sum(map(len, jpegs.values())))
-                    frame_seconds.append(_timed(lambda: read_jpegs(jpegs)))
+                    frame_seconds.append(_timed(lambda: read_jpegs(jpegs, shape)))
                 if time.monotonic() - begin > SECONDS:
                     break
             replies.close()
@@ -140,8 +140,7 @@ def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Pr
         for row in rows:
             try:
                 members = index.read(row)
-                del members["json"]
-                seconds.append(_timed(lambda: read_jpegs(members)))
+                seconds.append(_timed(lambda: read_jpegs(members, index.meta)))
             except SampleError:
                 continue  # damaged since it was packed; training tells
     return Price("frames", "frames (this data)", _mean_size(chosen), float(np.mean(seconds or [0.0])),

@@ -8,7 +8,7 @@ Sound is left out. Every other file stays as it is.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -16,11 +16,15 @@ import av
 import numpy as np
 
 from vlmds.data import video
+from vlmds.data.container import opened, reading, video_stream
 from vlmds.data.video import VideoInfo
 from vlmds.errors import SampleError
 
 CRF = 18  # of x264: visually lossless for most content
 MIN_PSNR = 30.0  # dB, of each frame that was encoded again
+# Seconds that a repair may take for each frame of the video, and for each megapixel of the frame:
+# several times what one core needs to decode it, encode it, and compare the two.
+FRAME_SECONDS, MEGAPIXEL_SECONDS = 0.01, 0.3
 
 _STREAM_FORMATS = {"mpegts", "mpeg"}  # no table of frames: readers find the times each in its way
 _EXACT_PIX_FMTS = {"yuv420p", "yuvj420p", "yuv444p", "yuvj444p"}  # encoded without conversion
@@ -60,12 +64,14 @@ def flaw(info: VideoInfo) -> str | None:
 
 
 def mend(
-    data: bytes, info: VideoInfo, start: float | None = None, end: float | None = None
+    data: bytes, info: VideoInfo, start: float | None = None, end: float | None = None,
+    more_time: Callable[[float], None] | None = None,
 ) -> Mended | None:
     """A file of which any reader gives the frames of [start, end] (seconds; default: the video)
     that the original `data` gives; None if the original may stay.
 
     A sound original of which a part is asked for stays too if the part cannot be had smaller.
+    more_time: told, before the work begins, how many seconds it may take.
     Raises SampleError: the original cannot be decoded, or the new file is not like it.
     """
     reason = flaw(info)
@@ -76,8 +82,12 @@ def mend(
     first, last = (int(i) for i in video.pick_frames(info.pts, np.array([begin, stop])))
     # One more frame, so that the new file does not end before the span.
     last = min(last + 1, info.frames - 1)
+    part = (first, last) != (0, info.frames - 1)
+    if more_time is not None and (part or reason):
+        megapixels = info.width * info.height / 1e6
+        more_time(info.frames * (FRAME_SECONDS + MEGAPIXEL_SECONDS * megapixels))
     found = None
-    if (first, last) != (0, info.frames - 1):
+    if part:
         try:
             found = _write(data, info, first, last, begin, stop, reason or "cut")
         except SampleError:
@@ -155,8 +165,8 @@ def _copy(
     if not info.by_pts:
         return None, 0.0
     begin, end = info.pts[[first, last]] + info.start_time
-    with video.reading("cannot be read"), video.opened(data) as container:
-        stream = video.video_stream(container)
+    with reading("cannot be read"), opened(data) as container:
+        stream = video_stream(container)
         packets = [p for p in container.demux(stream) if p.size]
         base = stream.time_base
         times = [float(p.pts * base) for p in packets]
@@ -200,7 +210,7 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
                "x264-params": "threads=1:cpu-independent=1:open-gop=0"}
     buffer = io.BytesIO()
     with (
-        video.reading("cannot be repaired"),
+        reading("cannot be repaired"),
         av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as out,
     ):
         stream = None
@@ -235,8 +245,8 @@ def _rate(info: VideoInfo) -> Fraction:
 
 def _time_base(data: bytes, times: np.ndarray) -> Fraction:
     """The stream's time base if it can state the times, else microseconds."""
-    with video.opened(data) as container:
-        base = video.video_stream(container).time_base
+    with opened(data) as container:
+        base = video_stream(container).time_base
     exact = np.allclose(np.round(times / float(base)) * float(base), times, rtol=0, atol=1e-7)
     return base if exact and base.denominator < 1 << 31 else Fraction(1, 1_000_000)
 

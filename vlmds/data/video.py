@@ -9,28 +9,20 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import numpy as np
-from av.stream import Disposition
 from PIL import Image
 
-from vlmds.data.frame_table import MAX_PIXELS, FrameTable
+from vlmds.data.container import Source, is_mp4, is_sealed, opened, reading, video_stream
+from vlmds.data.frame_table import FrameTable
 from vlmds.errors import SampleError
 
 SAMPLER = "centre-of-equal-spans"
 RESIZER = "pil-bicubic-shortest-edge-centre-crop"
-
-Source = str | os.PathLike | bytes
-
-# Opens a file without decoding; for each of its first streams.
-_HEADERS_ONLY = {
-    "options": {"probesize": "32", "fpsprobesize": "0"},
-    "stream_options": [{"skip_frame": "all", "threads": "1"}] * 8}
 
 # Codecs of which a packet is a displayed frame, so that packets tell the display times. Elsewhere
 # (VP8 has hidden frames; AVI has no B-frame times) only decoding does.
@@ -68,7 +60,7 @@ def probe(source: Source) -> VideoInfo:
 
     source: a path, or the file's bytes. Raises SampleError.
     """
-    return _probe(source, _is_mp4(source)) or _probe(source, hasty=False)
+    return _probe(source, is_mp4(source)) or _probe(source, hasty=False)
 
 
 def _probe(source: Source, hasty: bool) -> VideoInfo | None:
@@ -213,45 +205,6 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turns FFmpeg's and the system's errors into a SampleError without the file's path."""
-    try:
-        yield
-    except (av.FFmpegError, OSError) as error:
-        raise SampleError(f"{what}: {error.strerror}") from error
-
-
-def opened(source: Source, headers_only: bool = False) -> av.container.InputContainer:
-    """headers_only: do without the frames that FFmpeg decodes while it opens a file, to learn what
-    the headers may not tell."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-    # Titles in old code pages must not cost us the video.
-    return av.open(file, metadata_errors="ignore", **(_HEADERS_ONLY if headers_only else {}))
-
-
-def _is_mp4(source: Source) -> bool:
-    """MP4 or MOV, whose headers tell all that `probe` asks for."""
-    if isinstance(source, bytes):
-        return source[4:8] == b"ftyp"
-    with reading("cannot be read"), open(source, "rb") as file:
-        return file.read(8)[4:] == b"ftyp"
-
-
-def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
-    stream = container.streams.best("video")
-    if stream is None or stream.disposition & Disposition.attached_pic:
-        raise SampleError("no video stream")
-    if stream.width * stream.height > MAX_PIXELS:
-        raise SampleError(f"frame too large: {stream.width} x {stream.height} pixels; the limit is "
-                          f"{MAX_PIXELS >> 20} megapixels")
-    stream.thread_type = "NONE"
-    stream.codec_context.options = {
-        "err_detect": "explode",  # an error for damage, not a guess
-        "max_pixels": str(MAX_PIXELS)}
-    return stream
-
-
 def _read_packets(
     container, stream, hasty: bool
 ) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
@@ -377,6 +330,8 @@ def decode_decord(source: Source, info: FrameTable, indices: np.ndarray) -> np.n
     """The frames `indices`, by decord alone: uint8 [F, height, width, 3]. Raises SampleError."""
     import decord
 
+    if not is_sealed(source):  # decord would go where it points
+        raise SampleError("cannot be decoded: decord is for MP4 and Matroska files alone")
     decord.logging.set_level(decord.logging.QUIET)  # what matters becomes a reason
     try:
         reader = decord.VideoReader(

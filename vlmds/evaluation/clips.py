@@ -9,7 +9,6 @@ not depend on whose references it is held against. Blank frames give one caption
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from vlmds.config import Experiment
 from vlmds.data.loader import Batches, SampleReader, visual_inputs
 from vlmds.data.prompt import SequenceBuilder
+from vlmds.data.stored import read_description
 from vlmds.errors import InputError, SampleError
 from vlmds.generation import GenerationOptions, generate_captions
 from vlmds.models.assemble import Model
@@ -54,7 +54,7 @@ def read_text(reader: SampleReader, position: int) -> ClipText | Unreadable:
     row = reader.row(position)
     only_json = replace(row, members=tuple(m for m in row.members if m.ext == "json"))
     try:
-        meta = json.loads(reader.index_of(position).read(only_json)["json"])
+        meta = read_description(reader.index_of(position).read(only_json))
     except SampleError as error:
         return Unreadable(position, row.key, str(error))
     end = row.duration if row.end is None else row.end
