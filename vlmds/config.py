@@ -139,8 +139,9 @@ class DataConfig(Section):
     """Reader processes per rank; 0 decodes in the training process."""
     max_bad_fraction: Fraction = 0.01
     """Share of unreadable samples above which all ranks stop."""
-    verify: Literal["sha256", "size"] = "sha256"
-    """How shards are checked at start; sha256 reads every byte once, split over the ranks."""
+    verify: Literal["sha256", "size"] = "size"
+    """How shards are checked at every start; sha256 reads every byte, split over the ranks. (What is
+    read in training is checked against the index in any case.)"""
 
     @model_validator(mode="after")
     def _one_source(self):
