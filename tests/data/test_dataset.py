@@ -92,6 +92,15 @@ def test_parts_that_do_not_fit_are_refused(two, tmp_path):
         open_dataset(DataConfig(blend=[parts[0], BlendPart(path=str(tmp_path / "gone"))]))
 
 
+def test_every_part_of_a_blend_must_have_what_is_trained_on(two, tmp_path):
+    other = packed(tmp_path, "c", 2, val=2)
+    dataset = Dataset([ShardIndex.open(two[0]), ShardIndex.open(other)], [1.0, 9.0])
+    with pytest.raises(InputError, match=f"data.blend: no split 'train' in {other}"):
+        DatasetOrder(dataset, "train", seed=1)
+    only = Dataset([ShardIndex.open(two[1]), ShardIndex.open(other)], [1.0, 1.0])
+    assert len(DatasetOrder(only, "val", shuffle=False)) == 3
+
+
 @pytest.fixture
 def remote(two):
     """Dataset a at a URL."""
