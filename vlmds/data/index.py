@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -163,12 +163,18 @@ class ShardIndex:
     def row(self, split: str, shard_pos: int, i: int) -> SampleRow:
         """Sample `i` of the split's shard at `shard_pos` (a position in `shards(split)`).
 
-        Raises InputError if that part of the index is damaged.
+        Raises InputError if that part of the index is damaged, or the index is no longer the one
+        that was opened.
         """
-        if not 0 <= i < self.shards(split)[shard_pos].count:
+        shard = self.shards(split)[shard_pos]
+        if not 0 <= i < shard.count:
             raise IndexError(f"{split}: shard {shard_pos} has no sample {i}")
         table = self._tables.get(self._first_group[split] + shard_pos)
-        values = table.slice(i, 1).to_pylist()[0]
+        rows = table.slice(i, 1).to_pylist()
+        if not rows or (rows[0]["split"], rows[0]["shard"]) != (split, shard.shard):
+            raise InputError(f"{self.root / 'index.parquet'}: sample {i} of {shard.path} is not where "
+                             "dataset.json says; run vlmds pack again")
+        values = rows[0]
         values["members"] = tuple(Member(**member) for member in values["members"])
         return SampleRow(**values)
 
@@ -225,7 +231,11 @@ class ShardIndex:
         path = self.root / "index.parquet"
         try:
             if self._index is None:
-                source = path.open("rb") if hasattr(path, "fs") else path
+                # pyarrow's own file reads without moving a position, which a fork would share.
+                source = path.open("rb") if hasattr(path, "fs") else pa.OSFile(str(path))
+                if _footer_sha256(source) != self.meta["index_footer_sha256"]:
+                    raise InputError(f"{path}: not the one that was opened; the dataset has been packed "
+                                     "anew, or appended to, since then: start again")
                 self._index = pq.ParquetFile(source, page_checksum_verification=True)
             return self._index.read_row_group(group, use_threads=False)
         except (OSError, pa.ArrowException) as error:
@@ -255,11 +265,16 @@ class ShardIndex:
 def footer_sha256(path: Path) -> str:
     """Of a Parquet file's footer: where its columns lie, which the pages' checksums do not cover."""
     with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 8, 0))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(end - 8 - length, 0))
-        return hashlib.sha256(file.read()).hexdigest()
+        return _footer_sha256(file)
+
+
+def _footer_sha256(file: "BinaryIO | pa.NativeFile") -> str:
+    file.seek(0, os.SEEK_END)
+    end = file.tell()
+    file.seek(max(end - 8, 0))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(end - 8 - length, 0))
+    return hashlib.sha256(file.read()).hexdigest()
 
 
 class LocalFile:
