@@ -1,11 +1,15 @@
 """Blends, remote datasets and their cache."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -171,6 +175,57 @@ def test_a_cache_that_cannot_be_written_costs_speed_only(two, remote, tmp_path, 
     expected = all_frames(two[0])
     assert np.array_equal(all_frames(remote, ShardCache(tmp_path / "small", 100)), expected)
     assert capsys.readouterr().err.count("larger than data.cache_gb allows") == 1
+
+
+class AsyncFiles(AsyncFileSystem):
+    """Local files behind the machinery of http, s3 and gs, which does not survive a fork."""
+
+    protocol = "asyncfiles"
+    local = LocalFileSystem()
+
+    async def _info(self, path, **_):
+        return {**self.local.info(path), "name": path}
+
+    async def _cat_file(self, path, start=None, end=None, **_):
+        return self.local.cat_file(path, start, end)
+
+    def _open(self, path, mode="rb", **_):
+        return AsyncFile(self, path, mode, size=self.local.size(path))
+
+
+class AsyncFile(AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        return self.fs.cat_file(self.path, start=start, end=end)
+
+
+def _read_forked(index, queue):
+    queue.put([_read_or_say(index, shard) for shard in (0, 1)])
+
+
+def _read_or_say(index, shard):
+    try:
+        return index.read(index.row("train", shard, 1))["json"]
+    except (SampleError, InputError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_remote_dataset_is_read_on_in_a_fork(two, tmp_path, cached):
+    fsspec.register_implementation("asyncfiles", AsyncFiles, clobber=True)
+    cache = ShardCache(tmp_path / "cache", 1e9) if cached else None
+    index = ShardIndex.open(f"asyncfiles://{two[0]}", cache)
+    expected = [_read_or_say(ShardIndex.open(two[0]), shard) for shard in (0, 1)]
+    assert _read_or_say(index, 0) == expected[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_forked, args=(index, queue))
+    child.start()
+    try:
+        assert queue.get(timeout=20) == expected
+    finally:
+        child.kill()
+        child.join()
+    assert _read_or_say(index, 1) == expected[1]
 
 
 def _fetch_in_a_process(root, folder, queue):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
@@ -112,6 +113,7 @@ class ShardIndex:
             self._shards.setdefault(entry["split"], []).append(ShardInfo(**entry))
         self.splits = sorted(self._shards)
         self._open_caches()
+        _INDEXES.add(self)
 
     @classmethod
     def open(cls, root: str | Path, cache: ShardCache | None = None) -> "ShardIndex":
@@ -255,11 +257,28 @@ class ShardIndex:
                 return LocalFile(local)
         return _RemoteFile(path)
 
+    def _after_fork(self) -> None:
+        """Connections to another machine belong to the parent; the child makes its own."""
+        if "://" in str(self.root):  # asking for its .fs could make one before fsspec's own hook
+            self.root = as_path(str(self.root))
+            self._open_caches()
+
     def __getstate__(self) -> tuple:
         return self.root, self.meta, self.cache
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
+
+
+_INDEXES: weakref.WeakSet[ShardIndex] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for index in list(_INDEXES):
+        index._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def footer_sha256(path: Path) -> str:
