@@ -127,7 +127,8 @@ class DataConfig(Section):
     cache_dir: str | None = None
     """Where shards of a remote dataset are kept on this machine; null reads them remotely."""
     cache_gb: PositiveFloat = 100.0
-    """Most that ``cache_dir`` may hold, in 10^9 bytes; the shards used longest ago go first."""
+    """Most that ``cache_dir`` may hold, in 10^9 bytes; the shards used longest ago go first. Less
+    than ``shuffle_window`` shards need is slow: each is fetched many times."""
     decode_seconds: PositiveFloat = 60.0
     """How long the decoding of one video may take before the sample counts as unreadable."""
     num_frames: PositiveInt = 8

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -169,6 +170,35 @@ def test_a_shard_that_arrives_damaged_is_not_kept(remote, tmp_path):
     with pytest.raises(SampleError, match="its sha256 is not the one in dataset.json"):
         index.read(index.row("train", 0, 0))
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
+
+
+def test_shards_that_have_left_the_cache_take_no_room(remote, tmp_path):
+    index = ShardIndex.open(remote)
+    largest = max(shard.bytes for shard in index.shards("train"))
+    index = ShardIndex.open(remote, ShardCache(tmp_path / "cache", largest))
+    for _ in range(2):
+        for shard in (0, 1):
+            assert index.read(index.row("train", shard, 0))
+    links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+             if os.path.exists(f"/proc/self/fd/{name}")]
+    assert not [link for link in links if str(tmp_path) in link and "deleted" in link]
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+def test_a_cached_shard_that_goes_bad_is_fetched_again(remote, tmp_path):
+    index = ShardIndex.open(remote, ShardCache(tmp_path / "cache", 1e9))
+    row = index.row("train", 0, 1)
+    expected = index.read(row)
+    copy = tmp_path / "cache" / f"{index.shards('train')[0].sha256}.tar"
+    good = copy.read_bytes()
+    data = bytearray(good)
+    data[row.members[1].offset + 9] ^= 1
+    copy.write_bytes(data)
+    assert index.read(row) == expected and copy.read_bytes() == good
+    wrong = replace(row.members[0], crc32=row.members[0].crc32 ^ 1)  # the index, not the copy
+    with pytest.raises(SampleError, match="its crc32 is not the index's"):
+        index.read(replace(row, members=(wrong,)))
+    assert copy.read_bytes() == good
 
 
 def test_a_cache_that_cannot_be_written_costs_speed_only(two, remote, tmp_path, capsys):

@@ -183,8 +183,20 @@ class ShardIndex:
     def read(self, row: SampleRow) -> dict[str, bytes]:
         """The sample's members {extension: bytes}, "json" among them, checked against the index.
 
-        Nothing is extracted or unpickled. Raises SampleError naming shard, key and member.
+        Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced.
+        Raises SampleError naming shard, key and member.
         """
+        try:
+            return self._read(row)
+        except SampleError:
+            if self.cache is None or "://" not in str(self.root):
+                raise
+            if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
+                raise
+            self._files.clear()
+        return self._read(row)
+
+    def _read(self, row: SampleRow) -> dict[str, bytes]:
         path = f"{row.split}/{row.shard:06d}.tar"
         members = {}
         for member in row.members:
@@ -227,7 +239,9 @@ class ShardIndex:
         self._index: pq.ParquetFile | None = None
         self._by_number: dict[tuple[str, int], ShardInfo] | None = None
         self._tables = _Cache(self._read_group, lambda table: None)
-        self._files = _Cache(self._open_shard, lambda file: file.close())
+        # A copy that has left the cache takes its room on the disk for as long as it is open.
+        copies = self.cache is not None and "://" in str(self.root)
+        self._files = _Cache(self._open_shard, lambda file: file.close(), 1 if copies else CACHED_SHARDS)
 
     def _read_group(self, group: int) -> pa.Table:
         path = self.root / "index.parquet"
@@ -244,14 +258,17 @@ class ShardIndex:
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); "
                              "run vlmds pack again") from None
 
+    def _info(self, split: str, shard: int) -> ShardInfo:
+        if self._by_number is None:
+            self._by_number = {(s.split, s.shard): s for ss in self._shards.values() for s in ss}
+        return self._by_number[split, shard]
+
     def _open_shard(self, number: tuple[str, int]) -> "LocalFile | _RemoteFile":
         path = self.root / f"{number[0]}/{number[1]:06d}.tar"
         if not hasattr(path, "fs"):
             return LocalFile(os.open(path, os.O_RDONLY))
         if self.cache is not None:
-            if self._by_number is None:
-                self._by_number = {(s.split, s.shard): s for ss in self._shards.values() for s in ss}
-            shard = self._by_number[number]
+            shard = self._info(*number)
             local = self.cache.fetch(path, shard.sha256, shard.bytes)
             if local is not None:
                 return LocalFile(local)
@@ -337,18 +354,22 @@ class _RemoteFile:
 class _Cache(Generic[Key, Value]):
     """The values last used, made on demand."""
 
-    def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None]):
-        self._make, self._drop = make, drop
+    def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None],
+                 limit: int = CACHED_SHARDS):
+        self._make, self._drop, self._limit = make, drop, limit
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
     def get(self, key: Key) -> Value:
         if key not in self._values:
             self._values[key] = self._make(key)
-            if len(self._values) > CACHED_SHARDS:
+            if len(self._values) > self._limit:
                 self._drop(self._values.popitem(last=False)[1])
         self._values.move_to_end(key)
         return self._values[key]
 
+    def clear(self) -> None:
+        while self._values:
+            self._drop(self._values.popitem()[1])
+
     def __del__(self) -> None:
-        for value in self._values.values():
-            self._drop(value)
+        self.clear()
