@@ -1,6 +1,6 @@
 import pytest
 
-from vlmds.config import load_experiment, packaged_experiments, parse_experiment, to_yaml
+from vlmds.config import DataConfig, load_experiment, packaged_experiments, parse_experiment, to_yaml
 from vlmds.errors import InputError
 
 MATRIX = {  # name: (projector, adapter, owner, priority)
@@ -100,3 +100,7 @@ def test_unknown_experiment_and_loops(tmp_path):
 def test_missing_key_is_named():
     with pytest.raises(InputError, match="x.yaml: vision: required key is missing"):
         parse_experiment({"name": "x"}, "x.yaml")
+
+
+def test_a_start_reads_no_shard_unless_asked():
+    assert DataConfig().verify == "size"

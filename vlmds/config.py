@@ -127,7 +127,8 @@ class DataConfig(Section):
     cache_dir: str | None = None
     """Where shards of a remote dataset are kept on this machine; null reads them remotely."""
     cache_gb: PositiveFloat = 100.0
-    """Most that ``cache_dir`` may hold, in 10^9 bytes; the shards used longest ago go first."""
+    """Most that ``cache_dir`` may hold, in 10^9 bytes; the shards used longest ago go first. Less
+    than ``shuffle_window`` shards need is slow: each is fetched many times."""
     decode_seconds: PositiveFloat = 60.0
     """How long the decoding of one video may take before the sample counts as unreadable."""
     num_frames: PositiveInt = 8
@@ -139,8 +140,9 @@ class DataConfig(Section):
     """Reader processes per rank; 0 decodes in the training process."""
     max_bad_fraction: Fraction = 0.01
     """Share of unreadable samples above which all ranks stop."""
-    verify: Literal["sha256", "size"] = "sha256"
-    """How shards are checked at start; sha256 reads every byte once, split over the ranks."""
+    verify: Literal["sha256", "size"] = "size"
+    """How shards are checked at every start; sha256 reads every byte, split over the ranks. (What is
+    read in training is checked against the index in any case.)"""
 
     @model_validator(mode="after")
     def _one_source(self):

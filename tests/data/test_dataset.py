@@ -1,11 +1,16 @@
 """Blends, remote datasets and their cache."""
 
+import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +97,15 @@ def test_parts_that_do_not_fit_are_refused(two, tmp_path):
         open_dataset(DataConfig(blend=[parts[0], BlendPart(path=str(tmp_path / "gone"))]))
 
 
+def test_every_part_of_a_blend_must_have_what_is_trained_on(two, tmp_path):
+    other = packed(tmp_path, "c", 2, val=2)
+    dataset = Dataset([ShardIndex.open(two[0]), ShardIndex.open(other)], [1.0, 9.0])
+    with pytest.raises(InputError, match=f"data.blend: no split 'train' in {other}"):
+        DatasetOrder(dataset, "train", seed=1)
+    only = Dataset([ShardIndex.open(two[1]), ShardIndex.open(other)], [1.0, 1.0])
+    assert len(DatasetOrder(only, "val", shuffle=False)) == 3
+
+
 @pytest.fixture
 def remote(two):
     """Dataset a at a URL."""
@@ -158,10 +172,90 @@ def test_a_shard_that_arrives_damaged_is_not_kept(remote, tmp_path):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
 
 
+def test_shards_that_have_left_the_cache_take_no_room(remote, tmp_path):
+    index = ShardIndex.open(remote)
+    largest = max(shard.bytes for shard in index.shards("train"))
+    index = ShardIndex.open(remote, ShardCache(tmp_path / "cache", largest))
+    for _ in range(2):
+        for shard in (0, 1):
+            assert index.read(index.row("train", shard, 0))
+    links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+             if os.path.exists(f"/proc/self/fd/{name}")]
+    assert not [link for link in links if str(tmp_path) in link and "deleted" in link]
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+def test_a_cached_shard_that_goes_bad_is_fetched_again(remote, tmp_path):
+    index = ShardIndex.open(remote, ShardCache(tmp_path / "cache", 1e9))
+    row = index.row("train", 0, 1)
+    expected = index.read(row)
+    copy = tmp_path / "cache" / f"{index.shards('train')[0].sha256}.tar"
+    good = copy.read_bytes()
+    data = bytearray(good)
+    data[row.members[1].offset + 9] ^= 1
+    copy.write_bytes(data)
+    assert index.read(row) == expected and copy.read_bytes() == good
+    wrong = replace(row.members[0], crc32=row.members[0].crc32 ^ 1)  # the index, not the copy
+    with pytest.raises(SampleError, match="its crc32 is not the index's"):
+        index.read(replace(row, members=(wrong,)))
+    assert copy.read_bytes() == good
+
+
 def test_a_cache_that_cannot_be_written_costs_speed_only(two, remote, tmp_path, capsys):
     expected = all_frames(two[0])
     assert np.array_equal(all_frames(remote, ShardCache(tmp_path / "small", 100)), expected)
     assert capsys.readouterr().err.count("larger than data.cache_gb allows") == 1
+
+
+class AsyncFiles(AsyncFileSystem):
+    """Local files behind the machinery of http, s3 and gs, which does not survive a fork."""
+
+    protocol = "asyncfiles"
+    local = LocalFileSystem()
+
+    async def _info(self, path, **_):
+        return {**self.local.info(path), "name": path}
+
+    async def _cat_file(self, path, start=None, end=None, **_):
+        return self.local.cat_file(path, start, end)
+
+    def _open(self, path, mode="rb", **_):
+        return AsyncFile(self, path, mode, size=self.local.size(path))
+
+
+class AsyncFile(AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        return self.fs.cat_file(self.path, start=start, end=end)
+
+
+def _read_forked(index, queue):
+    queue.put([_read_or_say(index, shard) for shard in (0, 1)])
+
+
+def _read_or_say(index, shard):
+    try:
+        return index.read(index.row("train", shard, 1))["json"]
+    except (SampleError, InputError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_remote_dataset_is_read_on_in_a_fork(two, tmp_path, cached):
+    fsspec.register_implementation("asyncfiles", AsyncFiles, clobber=True)
+    cache = ShardCache(tmp_path / "cache", 1e9) if cached else None
+    index = ShardIndex.open(f"asyncfiles://{two[0]}", cache)
+    expected = [_read_or_say(ShardIndex.open(two[0]), shard) for shard in (0, 1)]
+    assert _read_or_say(index, 0) == expected[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_forked, args=(index, queue))
+    child.start()
+    try:
+        assert queue.get(timeout=20) == expected
+    finally:
+        child.kill()
+        child.join()
+    assert _read_or_say(index, 1) == expected[1]
 
 
 def _fetch_in_a_process(root, folder, queue):

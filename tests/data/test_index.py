@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from tests.data.conftest import write_manifest
 from vlmds.data.index import CACHED_SHARDS, ShardIndex
 from vlmds.data.pack import pack
 from vlmds.errors import InputError, SampleError
@@ -77,6 +78,24 @@ def test_a_damaged_page_of_the_index_is_never_used(dataset):
             assert "index.parquet: damaged" in str(error)
         damage(dataset / "index.parquet", at)
     assert refused > 0
+
+
+@pytest.mark.parametrize("same_footer", [False, True])
+def test_an_index_that_is_replaced_after_opening_is_never_used(tmp_path, videos, same_footer):
+    rows = [json.loads(line) for line in (videos / "manifest.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["video"] = str(videos / row["video"])
+    out = tmp_path / "out"
+    options = {"shard_size": 1, "num_frames": 2, "progress": False}
+    pack(write_manifest(tmp_path / "m1.jsonl", rows[:1] + rows[-1:]), out, **options)
+    opened = ShardIndex.open(out)
+    pack(write_manifest(tmp_path / "m2.jsonl", rows), out, append=True, **options)
+    if same_footer:  # an index that contradicts its dataset.json
+        opened.meta["index_footer_sha256"] = ShardIndex.open(out).meta["index_footer_sha256"]
+    message = "is not where dataset.json says" if same_footer else "not the one that was opened"
+    with pytest.raises(InputError, match=f"index.parquet: .*{message}"):
+        opened.row("val", 0, 0)
+    assert ShardIndex.open(out).row("val", 0, 0).key == "e0"
 
 
 def test_damaged_shards_are_named(dataset):

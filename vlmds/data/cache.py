@@ -57,6 +57,18 @@ class ShardCache:
                 self._told = True
             return None
 
+    def drop_if_damaged(self, sha256: str) -> bool:
+        """Read the copy of a shard again and remove it if it is not what ``sha256`` says. Returns
+        whether there was one: what was read from it may then be had anew."""
+        path = self.folder / f"{sha256}.tar"
+        try:
+            with self._locked(f"{sha256}.lock"):
+                if sha256_of(path) != sha256:
+                    path.unlink()
+                return True
+        except OSError:
+            return False
+
     def _download(self, source: Path, path: Path, sha256: str) -> None:
         temporary = path.with_suffix(".tmp")  # one process at a time: the lock is held
         try:

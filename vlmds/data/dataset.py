@@ -97,11 +97,19 @@ class DatasetOrder:
 
     Args:
         shuffle: false gives the stored order, part after part, for validation.
+
+    Raises:
+        InputError: no part has the split; or, if shuffled, one has not.
     """
 
     def __init__(self, dataset: Dataset, split: str, seed: int = 0, window: int = 16,
                  shuffle: bool = True):
         self.numbers = dataset.having(split)
+        lacking = [part.root for part in dataset.parts if split not in part.splits]
+        if shuffle and lacking:
+            raise InputError(f"data.blend: no split {split!r} in {', '.join(map(str, lacking))}, so "
+                             "its weight would count for nothing; pack it with that split, or leave "
+                             "it out")
         self.orders = [
             # The part goes into the high bits, above the stage, so that no two parts are alike.
             SampleOrder([shard.count for shard in dataset.parts[i].shards(split)],

@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import re
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,6 +113,7 @@ class ShardIndex:
             self._shards.setdefault(entry["split"], []).append(ShardInfo(**entry))
         self.splits = sorted(self._shards)
         self._open_caches()
+        _INDEXES.add(self)
 
     @classmethod
     def open(cls, root: str | Path, cache: ShardCache | None = None) -> "ShardIndex":
@@ -163,20 +165,38 @@ class ShardIndex:
     def row(self, split: str, shard_pos: int, i: int) -> SampleRow:
         """Sample `i` of the split's shard at `shard_pos` (a position in `shards(split)`).
 
-        Raises InputError if that part of the index is damaged.
+        Raises InputError if that part of the index is damaged, or the index is no longer the one
+        that was opened.
         """
-        if not 0 <= i < self.shards(split)[shard_pos].count:
+        shard = self.shards(split)[shard_pos]
+        if not 0 <= i < shard.count:
             raise IndexError(f"{split}: shard {shard_pos} has no sample {i}")
         table = self._tables.get(self._first_group[split] + shard_pos)
-        values = table.slice(i, 1).to_pylist()[0]
+        rows = table.slice(i, 1).to_pylist()
+        if not rows or (rows[0]["split"], rows[0]["shard"]) != (split, shard.shard):
+            raise InputError(f"{self.root / 'index.parquet'}: sample {i} of {shard.path} is not where "
+                             "dataset.json says; run vlmds pack again")
+        values = rows[0]
         values["members"] = tuple(Member(**member) for member in values["members"])
         return SampleRow(**values)
 
     def read(self, row: SampleRow) -> dict[str, bytes]:
         """The sample's members {extension: bytes}, "json" among them, checked against the index.
 
-        Nothing is extracted or unpickled. Raises SampleError naming shard, key and member.
+        Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced.
+        Raises SampleError naming shard, key and member.
         """
+        try:
+            return self._read(row)
+        except SampleError:
+            if self.cache is None or "://" not in str(self.root):
+                raise
+            if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
+                raise
+            self._files.clear()
+        return self._read(row)
+
+    def _read(self, row: SampleRow) -> dict[str, bytes]:
         path = f"{row.split}/{row.shard:06d}.tar"
         members = {}
         for member in row.members:
@@ -219,31 +239,46 @@ class ShardIndex:
         self._index: pq.ParquetFile | None = None
         self._by_number: dict[tuple[str, int], ShardInfo] | None = None
         self._tables = _Cache(self._read_group, lambda table: None)
-        self._files = _Cache(self._open_shard, lambda file: file.close())
+        # A copy that has left the cache takes its room on the disk for as long as it is open.
+        copies = self.cache is not None and "://" in str(self.root)
+        self._files = _Cache(self._open_shard, lambda file: file.close(), 1 if copies else CACHED_SHARDS)
 
     def _read_group(self, group: int) -> pa.Table:
         path = self.root / "index.parquet"
         try:
             if self._index is None:
-                source = path.open("rb") if hasattr(path, "fs") else path
+                # pyarrow's own file reads without moving a position, which a fork would share.
+                source = path.open("rb") if hasattr(path, "fs") else pa.OSFile(str(path))
+                if _footer_sha256(source) != self.meta["index_footer_sha256"]:
+                    raise InputError(f"{path}: not the one that was opened; the dataset has been packed "
+                                     "anew, or appended to, since then: start again")
                 self._index = pq.ParquetFile(source, page_checksum_verification=True)
             return self._index.read_row_group(group, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); "
                              "run vlmds pack again") from None
 
+    def _info(self, split: str, shard: int) -> ShardInfo:
+        if self._by_number is None:
+            self._by_number = {(s.split, s.shard): s for ss in self._shards.values() for s in ss}
+        return self._by_number[split, shard]
+
     def _open_shard(self, number: tuple[str, int]) -> "LocalFile | _RemoteFile":
         path = self.root / f"{number[0]}/{number[1]:06d}.tar"
         if not hasattr(path, "fs"):
             return LocalFile(os.open(path, os.O_RDONLY))
         if self.cache is not None:
-            if self._by_number is None:
-                self._by_number = {(s.split, s.shard): s for ss in self._shards.values() for s in ss}
-            shard = self._by_number[number]
+            shard = self._info(*number)
             local = self.cache.fetch(path, shard.sha256, shard.bytes)
             if local is not None:
                 return LocalFile(local)
         return _RemoteFile(path)
+
+    def _after_fork(self) -> None:
+        """Connections to another machine belong to the parent; the child makes its own."""
+        if "://" in str(self.root):  # asking for its .fs could make one before fsspec's own hook
+            self.root = as_path(str(self.root))
+            self._open_caches()
 
     def __getstate__(self) -> tuple:
         return self.root, self.meta, self.cache
@@ -252,14 +287,30 @@ class ShardIndex:
         self.__init__(*state)
 
 
+_INDEXES: weakref.WeakSet[ShardIndex] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for index in list(_INDEXES):
+        index._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def footer_sha256(path: Path) -> str:
     """Of a Parquet file's footer: where its columns lie, which the pages' checksums do not cover."""
     with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 8, 0))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(end - 8 - length, 0))
-        return hashlib.sha256(file.read()).hexdigest()
+        return _footer_sha256(file)
+
+
+def _footer_sha256(file: "BinaryIO | pa.NativeFile") -> str:
+    file.seek(0, os.SEEK_END)
+    end = file.tell()
+    file.seek(max(end - 8, 0))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(end - 8 - length, 0))
+    return hashlib.sha256(file.read()).hexdigest()
 
 
 class LocalFile:
@@ -303,18 +354,22 @@ class _RemoteFile:
 class _Cache(Generic[Key, Value]):
     """The values last used, made on demand."""
 
-    def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None]):
-        self._make, self._drop = make, drop
+    def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None],
+                 limit: int = CACHED_SHARDS):
+        self._make, self._drop, self._limit = make, drop, limit
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
     def get(self, key: Key) -> Value:
         if key not in self._values:
             self._values[key] = self._make(key)
-            if len(self._values) > CACHED_SHARDS:
+            if len(self._values) > self._limit:
                 self._drop(self._values.popitem(last=False)[1])
         self._values.move_to_end(key)
         return self._values[key]
 
+    def clear(self) -> None:
+        while self._values:
+            self._drop(self._values.popitem()[1])
+
     def __del__(self) -> None:
-        for value in self._values.values():
-            self._drop(value)
+        self.clear()
