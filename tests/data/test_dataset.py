@@ -61,7 +61,8 @@ def test_a_blend_is_exact_over_a_block_and_near_it_anywhere(weights, seed):
     for part, share in enumerate(counts):
         places = [place for found, place in located if found == part]
         assert places == list(range(places[0], places[0] + len(places))) if places else True
-        assert abs(len(places) - 600 * share / BLOCK) <= 3
+        # Less than one away at each end in time, and in places by what the other parts are.
+        assert abs(len(places) - 600 * share / BLOCK) < 2 * max(1, len(weights) - 1)
 
 
 def test_a_blend_reads_each_part_once_before_any_twice(two):
