@@ -222,6 +222,28 @@ def test_killed_at_random_and_started_again(videos, clean, tmp_path):
     assert contents(tmp_path / "out") == clean
 
 
+def test_a_kill_between_a_tar_and_its_marker_leaves_no_broken_shard(tmp_path):
+    """Packing a shard anew; tars are padded, so that the new one is as large as the old."""
+    for i in range(4):
+        write_video(tmp_path / f"v{i}.mp4", frames=4, width=32, height=32)
+    manifest = write_manifest(tmp_path / "m.jsonl", [
+        {"video": f"v{i}.mp4", "caption": "글"} for i in range(4)])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    pack(manifest, whole, **{**SMALL, "shard_size": 4})
+    (tmp_path / "v0.mp4").rename(tmp_path / "hold")
+    pack(manifest, out, **{**SMALL, "shard_size": 4})
+    (tmp_path / "hold").rename(tmp_path / "v0.mp4")
+    assert (out / "train/000000.tar").stat().st_size == (whole / "train/000000.tar").stat().st_size
+    code = ("import os, signal, sys\nfrom vlmds.data import pack, shards\n"
+            "shards.write = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "pack.pack(sys.argv[1], sys.argv[2], retry=True, shard_size=4, workers=1, "
+            "progress=False)\n")
+    done = subprocess.run([sys.executable, "-c", code, str(manifest), str(out)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert pack(manifest, out, **{**SMALL, "shard_size": 4}).kept_shards == 0
+    assert contents(out) == contents(whole)
+
+
 def test_a_ray_cluster_packs_the_same_also_when_a_worker_is_killed(videos, clean, tmp_path):
     pytest.importorskip("ray")
     out = tmp_path / "out"

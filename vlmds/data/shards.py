@@ -129,7 +129,7 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
     """Write the shard's tar, unless it has no sample, and then its marker. Takes a reply for each
     of its rows."""
     rejects, index_rows = [], []
-    tar = out / f"{shard.name}.tar"
+    tar, marker = out / f"{shard.name}.tar", out / f"{shard.name}.json"
     with replacing(tar) as file:
         writer = TarWriter(file)
         for row in shard.rows:
@@ -140,14 +140,18 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
                 rejects.append(asdict(Reject(
                     row.row, row.id, row.source, reply.reason, shard.split, shard.number)))
         writer.close()
+        told = json_line({
+            "count": len(index_rows), "bytes": writer.offset if index_rows else 0,
+            "sha256": writer.sha256.hexdigest() if index_rows else None,
+            "options_hash": shard.options_hash, "rejects": rejects, "rows": index_rows,
+        })
+        # A marker of other bytes must not outlive the tar that it is of, wherever we are killed. One
+        # of these bytes is another process's, which is done with the same shard.
+        if marker.exists() and marker.read_bytes() != told:
+            marker.unlink(missing_ok=True)
     if not index_rows:
         tar.unlink(missing_ok=True)  # another process may be at the same shard
-    marker = {
-        "count": len(index_rows), "bytes": writer.offset if index_rows else 0,
-        "sha256": writer.sha256.hexdigest() if index_rows else None,
-        "options_hash": shard.options_hash, "rejects": rejects, "rows": index_rows,
-    }
-    write(out / f"{shard.name}.json", json_line(marker))
+    write(marker, told)
 
 
 def json_line(value: Any) -> bytes:
