@@ -83,6 +83,7 @@ def run_stage(model, exp, stage, plain):
             engine, [(features[r], ids[r], labels[r]) for r in rows], world_size / tokens, plain)
         dist.all_reduce(total)
         seen.append([stage.name, total.item() / tokens, float(engine.get_global_grad_norm())])
+    assert not engine.tput_timer.config.enabled  # it would wait for the GPU before every forward pass
     alive = weakref.ref(engine), weakref.ref(engine.optimizer)
     release(engine)
     del engine

@@ -34,6 +34,9 @@ def faulty_forward(self, *inputs):
         if kind == "nan" and calls["forward"] in FAULT["calls"]:
             strike()
             return loss * float("nan")
+        if kind == "infinite" and calls["forward"] in FAULT["calls"]:  # its gradient is finite
+            strike()
+            return loss + float("inf")
         if kind != "stuck" and calls["forward"] == FAULT.get("call"):
             strike()
             if kind == "exception":

@@ -1,6 +1,7 @@
 """Activation checkpointing: the same gradients, and as little of it as fits."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ def test_settings(value, expected):
     """On a CPU auto is none."""
     experiment = setting(value)
     assert checkpointed_layers(experiment, experiment.stages[0], False, CPU) == expected
+
+
+def test_auto_looks_at_the_gpu_also_outside_of_a_job(monkeypatch):
+    """As the baselines of `vlmds bench train` do."""
+    experiment = setting("auto")
+    for memory, expected in ((1e15, 0), (1e9, 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda device: SimpleNamespace(total_memory=memory))
+        assert checkpointed_layers(
+            experiment, experiment.stages[0], False, torch.device("cuda:0")) == expected
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "sometimes", "1.5"])

@@ -24,6 +24,10 @@ def test_auto_takes_the_experiments_values(name):
     ({"optimizer": {"type": "Adam"}}, r'optimizer is {"type": "Adam"}, but the experiment sets it by'),
     ({"scheduler": {"type": "WarmupLR"}}, "stages.*.schedule"),
     ({"fp16": {"enabled": True}}, "llm.dtype"),
+    ({"scheduler": "cosine"}, "stages.*.schedule"),
+    ({"bf16": True}, "bf16 is true, not an object"),
+    ({"zero_optimization": None}, "zero_optimization is null, not an object"),
+    ([1], "not a JSON object"),
 ])
 def test_what_contradicts_the_experiment_is_refused_with_both(tmp_path, content, told):
     path = tmp_path / "ds.json"

@@ -52,9 +52,10 @@ def test_a_reader_of_the_output_that_is_gone_ends_nothing(models, shards, tmp_pa
     assert checkpoint.read_state(newest)["progress"]["step"] >= 3
 
 
-def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(models, shards, two_ranks, tmp_path):
+@pytest.mark.parametrize("kind", ["nan", "infinite"])
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(models, shards, two_ranks, tmp_path, kind):
     run = tmp_path / "run"
-    done = train_with_fault(2, arguments(models, shards, run), 0, kind="nan", rank=1, calls=[3])
+    done = train_with_fault(2, arguments(models, shards, run), 0, kind=kind, rank=1, calls=[3])
     assert "align step 3 skipped: its loss or gradient is not a finite number" in done.stdout
     records = [r for r in metrics(run) if r["kind"] == "train"]
     skipped = [r for r in records if r.get("skipped")]

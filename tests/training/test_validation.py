@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.launch import arguments, metrics, train
+from tests.training.launch import FAULTY, arguments, metrics, train
 from tests.training.test_training import assert_same_weights, checkpoint_tensors, weights
 from vlmds.config import load_experiment
 from vlmds.errors import InputError
@@ -64,6 +64,20 @@ def test_a_stage_that_becomes_worse_ends_early_with_its_best_weights(models, sha
     saved = checkpoint_tensors(run / "checkpoints" / f"finetune-{best:07d}", "weight")
     for name, tensor in load_file(artifact / "projector.safetensors").items():
         assert torch.equal(tensor, saved[f"projector.{name}"].view_as(tensor)), name
+
+
+@pytest.mark.distributed
+def test_captions_that_are_due_wait_when_a_stop_was_asked_for(models, shards, tmp_path):
+    """They take long, and whoever sends the signal waits for the checkpoint alone."""
+    run = tmp_path / "run"
+    words = arguments(models, shards, run, "training.evaluate_every=3", "training.evaluate_tokens=4")
+    train(2, *words, expect=3, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(
+        {"kind": "signal", "name": "SIGTERM", "rank": 1, "call": 3}))
+    assert [r["step"] for r in metrics(run) if r["kind"] == "train"] == [1, 2, 3]
+    assert not [r for r in metrics(run) if r["kind"] == "eval"]
+    train(2, *words)
+    assert [(r["stage"], r["step"]) for r in metrics(run) if r["kind"] == "eval"] == [
+        (stage, step) for stage in ("align", "finetune") for step in (3, 6)]
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from vlmds.models.dora import norms_kept
 from vlmds.models.loss import can_split, token_losses
@@ -49,7 +49,8 @@ class Captioner(nn.Module):
         """Summed cross-entropy over the supervised tokens, fp32 scalar.
 
         Args:
-            features: [B, N, vision_dim]; input_ids, labels: int64 [B, L], IGNORE = no loss.
+            features: [B, N, vision_dim]; input_ids, labels: int64 [B, L], IGNORE = no loss. Labels
+                are best left on the host: to find on a GPU where they are, the host waits for it.
         """
         return self.token_losses(features, input_ids, labels)[0].sum()
 
@@ -67,14 +68,16 @@ class Captioner(nn.Module):
         embeds = self.embed(features, input_ids)  # [B, L, llm_dim]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
         supervised = targets != IGNORE  # [B, L] bool, K of them true
-        places = supervised.nonzero(as_tuple=True)  # found once: each time waits for the GPU
-        wanted = targets[places]
+        found = supervised.nonzero(as_tuple=True)
+        wanted, *places = (t.to(embeds.device, non_blocking=True) for t in (targets[found], *found))
         head = self.llm.get_output_embeddings()
         if can_split(head, self.llm.config.model_type):
-            hidden = self.llm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            return token_losses(hidden[places], head, wanted), places[0]
+            hidden = self.llm.get_decoder()(
+                inputs_embeds=embeds, use_cache=False, **without_mask(self.llm.config)
+            ).last_hidden_state
+            return token_losses(hidden[tuple(places)], head, wanted), places[0]
         logits = self.llm(
-            inputs_embeds=embeds, use_cache=False, logits_to_keep=supervised
+            inputs_embeds=embeds, use_cache=False, logits_to_keep=supervised.to(embeds.device)
         ).logits  # [K, vocabulary]
         return F.cross_entropy(logits.float().flatten(0, -2), wanted, reduction="none"), places[0]
 
@@ -97,3 +100,11 @@ class Captioner(nn.Module):
         return self.llm.generate(
             inputs_embeds=self.embed(features, input_ids), attention_mask=attention_mask,
             generation_config=config, **more)
+
+
+def without_mask(config: PreTrainedConfig) -> dict[str, dict]:
+    """Arguments that tell Qwen3 that its causal attention wants no mask, as it would find by
+    itself, but by looking at positions on the GPU, for which the host waits. Others find it."""
+    plain = (config.model_type == "qwen3" and config._attn_implementation != "eager"
+             and not config.use_sliding_window)
+    return {"attention_mask": {"full_attention": None}} if plain else {}

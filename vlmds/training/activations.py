@@ -4,13 +4,13 @@ and which compute them again."""
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from vlmds.config import Experiment, StageConfig
 from vlmds.memory import fewest_recomputed, stage_memories
 from vlmds.models.assemble import shapes
 from vlmds.models.captioner import Captioner
 from vlmds.training.optimizer import freeze
+from vlmds.training.ranks import place
 
 
 def checkpointed_layers(
@@ -29,7 +29,7 @@ def checkpointed_layers(
     if device.type != "cuda":
         return 0
     capacity = torch.cuda.get_device_properties(device).total_memory
-    return fewest_that_fits(experiment, stage, stored_features, capacity, dist.get_world_size())
+    return fewest_that_fits(experiment, stage, stored_features, capacity, place()[1])
 
 
 def fewest_that_fits(experiment: Experiment, stage: StageConfig, stored_features: bool,

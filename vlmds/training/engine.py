@@ -58,11 +58,13 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"--ds-config {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--ds-config {path}: not a JSON object of DeepSpeed's settings")
     for name, setting in (("optimizer", "stages.*.lr and training.betas"),
                           ("scheduler", "stages.*.schedule"), ("fp16", "llm.dtype"),
                           ("amp", "llm.dtype")):
         block = config.get(name)
-        if block and block.get("enabled", True):
+        if block and not (isinstance(block, dict) and block.get("enabled") is False):
             raise InputError(f"{path.name}: {name} is {json.dumps(block)}, but the experiment sets "
                              f"it by {setting}; delete it there")
     for dotted, value in values.items():
@@ -70,6 +72,9 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
         node = config
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{path.name}: {part} is {json.dumps(node)}, not an object; write "
+                                 f"{{}} there or leave it out")
         if node.get(leaf, "auto") not in ("auto", value):
             raise InputError(
                 f"{path.name}: {dotted} is {node[leaf]!r}, but the experiment needs {value!r}; "
@@ -108,6 +113,8 @@ def build_engine(
     if zero.get("use_multi_rank_bucket_allreduce") == "auto":
         zero["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(dist.get_world_size())
     config.setdefault("steps_per_print", 10**9)  # our own monitor prints
+    # And measures: DeepSpeed's timer would wait for the GPU before every forward pass.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     optimizer = torch.optim.AdamW(
         groups, lr=stage.lr, betas=tuple(training.betas),
         fused=get_accelerator().device_name() == "cuda" or None,

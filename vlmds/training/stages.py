@@ -134,8 +134,9 @@ class StageTrainer:
             self._doing(step, "waiting for data", explain=batches.holding)
             started = time.perf_counter()
             group = list(islice(reading, self.accumulation))
-            stop = self.train_step(step, group, time.perf_counter() - started)
-            stop = self.validator.look(progress.step, standing) or stop
+            # Asked to stop, a look that is due waits for the next start.
+            stop = (self.train_step(step, group, time.perf_counter() - started)
+                    or self.validator.look(progress.step, standing))
             if stop or self._checkpoint_due():
                 self.save_checkpoint()
             if stop:
@@ -159,10 +160,12 @@ class StageTrainer:
                     self.experiment.training.seed, self.number, step, micro, self.rank)
                 # features: [B, F·P, vision width]; the loss is summed over the caption tokens.
                 micro_loss = self.engine(
-                    features, self._to_device(batch["input_ids"]),
-                    self._to_device(batch["labels"]))
+                    features, self._to_device(batch["input_ids"]), batch["labels"])
+                # A loss that is no number makes a gradient that is none, which all ranks notice.
+                sound = 1 + 0 * micro_loss.detach()
                 # The engine averages over ranks; the loss is a sum over them.
-                self.engine.backward(micro_loss * self.world_size / tokens, scale_wrt_gas=False)
+                self.engine.backward(
+                    micro_loss * sound * self.world_size / tokens, scale_wrt_gas=False)
                 loss += micro_loss.detach()
         self.engine.step()
         dist.all_reduce(loss)

@@ -86,6 +86,9 @@ class Validator:
             if settings.best_metric == "loss":
                 standing.add(step, -loss)
         if self._due(step, settings.evaluate_every) and standing.evaluated != step:
+            (stop,) = sum_over_ranks([self.stop.requested is not None])
+            if stop:
+                return True
             metrics = self._captions(step)
             standing.evaluated = step
             if settings.best_metric != "loss":
@@ -122,9 +125,8 @@ class Validator:
                 batch = next(reading, {})
                 failures = [batch["failure"]] if "failure" in batch else []
                 if "labels" in batch:
-                    labels = batch["labels"].to(self.device)
-                    total += captioner(
-                        self.model.features(batch), batch["input_ids"].to(self.device), labels)
+                    total += captioner(self.model.features(batch),
+                                       batch["input_ids"].to(self.device), batch["labels"])
                     tokens += int((batch["labels"] != IGNORE).sum())
                     bad += batch["bad"]
                 stop, failed = sum_over_ranks([self.stop.requested is not None, bool(failures)])
