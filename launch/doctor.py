@@ -1,8 +1,13 @@
 """`vlmds doctor` under a launcher: put it where launch/train.py would stand."""
 
+import os
 import sys
 
 from vlmds.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["doctor", *sys.argv[1:]]))
+    code = main(["doctor", *sys.argv[1:]])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python's own end takes connections down, and aborts where the other side is gone.
+    os._exit(code)

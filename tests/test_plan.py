@@ -196,7 +196,7 @@ def test_plan_prices_every_store_of_typical_clips(capsys):
 def test_plan_says_what_it_assumes(capsys):
     assert main(["plan", "--exp", "e7", "--gpus", "4"]) == 0
     printed = capsys.readouterr().out
-    for part in ("assumed: 200e12 useful operations a second", "memory of each of 4 GPUs",
+    for part in ("predicted on h100; give --gpu", "memory of each of 4 GPUs",
                  "full (auto takes less where it fits) activation checkpointing", "are estimates",
                  "global batch: 32"):
         assert part in printed, part

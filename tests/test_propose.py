@@ -11,6 +11,7 @@ from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import CARDS, device_card, find_card
+from vlmds.memory import longest
 from vlmds.models.assemble import load_model, shapes
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
@@ -72,10 +73,33 @@ def test_a_larger_card_takes_more_and_nothing_fits_a_small_one():
         proposals(load_experiment("e3", ["training.global_batch=8"]), shape, find_card("h200"), 3, False)
 
 
+def test_of_equally_fast_ones_the_largest_micro_batch_is_proposed():
+    """With 64 visual tokens a small micro-batch waits for weights and launches."""
+    experiment = load_experiment("e7")
+    found = proposals(experiment, shapes(experiment), find_card("h200"), 1, False)
+    assert [p.micro_batch for p in found if not p.in_4bit][0] == 8
+    rates = {p.micro_batch: p.rate for p in found if not p.in_4bit}
+    assert rates[8] > rates[2] > rates[1]
+
+
+def test_a_long_prompt_takes_memory():
+    model = shapes(load_experiment("e7")).captioner
+    assert longest(load_experiment("e7", [f"data.prompt={'가' * 1016}"]), model) == (
+        longest(load_experiment("e7"), model) + 1000)
+
+
+def test_the_plan_tells_how_long_stages_of_known_steps_take(capsys):
+    assert main(["plan", "--exp", "e7", "--gpus", "2", "--samples-per-second", "4", "--set",
+                 "stages.0.epochs=null", "stages.0.steps=3600"]) == 0
+    assert "3,600 steps, about 2.0 h" in capsys.readouterr().out  # of 16 samples, 8 a second
+
+
 def test_the_plan_proposes(capsys):
     assert main(["plan", "--exp", "e7", "--gpu", "a100-40", "--set", "training.global_batch=8"]) == 0
     printed = capsys.readouterr().out
     assert "on a100-40 (40 GB)" in printed and "<- fastest" in printed
+    fastest = next(line for line in printed.splitlines() if "<- fastest" in line).split()[-3]
+    assert f"stores at {float(fastest):.3g} samples/s per GPU (predicted of the fastest" in printed
     assert main(["plan", "--exp", "e7", "--gpu", "h201"]) == 2
     assert "known are b200, h200" in capsys.readouterr().err
 

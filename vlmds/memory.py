@@ -22,8 +22,9 @@ from vlmds.training.optimizer import parameter_groups
 
 TEXT_POSITIONS = 40
 """What the chat template, a prompt and a short caption add to the visual tokens."""
-PROMPT_POSITIONS = 32
-"""What the chat template and a short prompt add to the visual tokens and the caption."""
+PROMPT_POSITIONS, PROMPT_CHARACTERS = 32, 16
+"""What the chat template and a prompt of so many characters add to the visual tokens and the
+caption. Each character more counts as a token, which is rather too many."""
 EVERY = (0, 8, 4, 3, 2, 1)
 """What activation checkpointing may be: no layer, or every n-th; the fastest first."""
 CONTEXT_BYTES, USABLE = 1.5e9, 0.94
@@ -109,7 +110,8 @@ def stage_memories(
 
 def longest(experiment: Experiment, captioner: Captioner) -> int:
     """Positions of a sample with the longest caption."""
-    return captioner.projector.num_tokens + PROMPT_POSITIONS + experiment.data.max_caption_tokens
+    text = PROMPT_POSITIONS + max(0, len(experiment.data.prompt) - PROMPT_CHARACTERS)
+    return captioner.projector.num_tokens + text + experiment.data.max_caption_tokens
 
 
 def partition_sizes(

@@ -10,19 +10,17 @@ from vlmds.data.prices import cheapest, needs, prices
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
 from vlmds.hardware import find_card
-from vlmds.memory import TEXT_POSITIONS, checkpoint_bytes, stage_memory
+from vlmds.memory import checkpoint_bytes, stage_memory
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import load_tokenizer
-from vlmds.models.vision import patches_per_frame
-from vlmds.propose import proposal_table, proposals
+from vlmds.propose import predicted_rate, proposal_table, proposals
 from vlmds.training.optimizer import freeze
 from vlmds.training.stages import stage_steps
 
 CORES_PER_GPU = 8.0
-ASSUMED_FLOPS = 200e12
-"""Useful operations a second on one GPU: two thirds of an A100's peak in bfloat16. Rather too many
-than too few, so that the cores named here are enough."""
+ASSUMED_CARD = "h100"
+"""Whose predicted rate stands for an unknown one's. A fast one: the cores named then are enough."""
 EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
 
 
@@ -49,17 +47,26 @@ def plan_experiment(
     data = experiment.data
     card = find_card(gpu) if gpu else None
     dataset = open_dataset(data) if data.path or data.blend else None
+    stored = dataset is not None and dataset.store == "features"
     model = shapes(experiment)
-    sections = [
-        _heading(experiment), _parameters(experiment, model),
-        _memory(experiment, model, gpus, dataset), _schedule(experiment, dataset, gpus),
-        _stores(experiment, model, dataset, samples_per_second, cores_per_gpu),
-        _sample(experiment, model.captioner.projector.num_tokens)]
+    sections = [_heading(experiment), _parameters(experiment, model),
+                _memory(experiment, model, gpus, dataset)]
+    found = proposals(experiment, model, card, gpus, stored) if card else []
     if card:
-        stored = dataset is not None and dataset.store == "features"
-        sections.insert(3, proposal_table(
-            proposals(experiment, model, card, gpus, stored), card, gpus, experiment))
-    return "\n\n".join(sections)
+        sections.append(proposal_table(found, card, gpus, experiment))
+    rate, how = samples_per_second, "given"
+    if rate is None and found:
+        rate, how = found[0].rate, f"predicted of the fastest on {card.name}"
+    hours = rate  # of an assumed card they would be worth nothing
+    if rate is None:
+        freeze(model.captioner, experiment.stages[-1])
+        rate = predicted_rate(
+            experiment, experiment.stages[-1], model, find_card(ASSUMED_CARD), 0, stored)
+        how = f"predicted on {ASSUMED_CARD}; give --gpu, or --samples-per-second when it is known"
+    return "\n\n".join([
+        *sections, _schedule(experiment, dataset, gpus, hours),
+        _stores(model, dataset, rate, how, cores_per_gpu),
+        _sample(experiment, model.captioner.projector.num_tokens)])
 
 
 def _heading(experiment: Experiment) -> str:
@@ -131,20 +138,12 @@ def _memory(
     return "\n".join(lines)
 
 
-def _stores(
-    experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float | None,
-    cores: float,
-) -> str:
+def _stores(model: Shapes, dataset: Dataset | None, rate: float, how: str, cores: float) -> str:
     """What each store costs, and the cheapest that keeps the GPUs fed."""
     vision = model.tower.config
     projector = model.captioner.projector
     found = prices(dataset.parts if dataset else [], projector.num_frames, vision.image_size,
                    projector.patches, vision.hidden_size)
-    how = "given"
-    if rate is None:
-        rate, how = _assumed_rate(experiment, model), (
-            f"assumed: {ASSUMED_FLOPS / 1e12:.0f}e12 useful operations a second on each; "
-            "give --samples-per-second when it is known")
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
     of = f"{samples:,} samples" if dataset else "per 10,000 samples"
@@ -170,22 +169,10 @@ def _stores(
     return "\n".join(lines)
 
 
-def _assumed_rate(experiment: Experiment, model: Shapes) -> float:
-    """Samples a second that one GPU would train, from operations alone: two for each weight of the
-    language model and position in the forward pass, as many for the gradient of its input (its
-    weights are frozen), and again for recomputation; two for each of CLIP's weights and patches."""
-    llm = model.captioner.llm
-    embedding = llm.get_input_embeddings().weight.numel()
-    weights = _count(llm) - embedding * (1 if llm.config.tie_word_embeddings else 2)
-    passes = 3 if experiment.training.activation_checkpointing else 2
-    projector = model.captioner.projector
-    positions = projector.num_tokens + TEXT_POSITIONS
-    patches = projector.num_frames * patches_per_frame(model.tower.config)
-    operations = 2 * passes * weights * positions + 2 * _count(model.tower) * patches
-    return ASSUMED_FLOPS / operations
-
-
-def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int) -> str:
+def _schedule(
+    experiment: Experiment, dataset: Dataset | None, gpus: int, rate: float | None
+) -> str:
+    """rate: samples a second on one GPU, if it is known."""
     training = experiment.training
     batch, how = training.global_batch, "training.global_batch"
     if batch is None:
@@ -194,11 +181,14 @@ def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int) -> str
                f"{training.gradient_accumulation} x {gpus} GPU{'s' if gpus > 1 else ''}")
     lines = [f"global batch: {batch} ({how})"]
     for stage in experiment.stages:
+        steps = stage.steps
         length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
         if dataset and not stage.steps:
             samples = dataset.count("train")
             steps = stage_steps(stage, samples, batch)
             length += f" of {samples:,} samples = {steps:,} steps"
+        if steps and rate:
+            length += f", about {steps * batch / (rate * gpus) / 3600:,.1f} h"
         lines.append(f"stage {stage.name}: trains {' and '.join(stage.train)}, lr {stage.lr:g}, "
                      f"{length}")
     if dataset is None:

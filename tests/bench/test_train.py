@@ -58,6 +58,41 @@ def test_all_variants_train_the_same(
     assert not list(tmp_path.glob("train-*"))  # the weights are gone
 
 
+def test_figures_of_a_gpu():
+    """Rates of several ranks are all ranks', shares of the peak each rank's; baselines count no
+    positions."""
+    own = {"experiment": "e3", "variant": "vlmds", "ranks": 1, "device": "NVIDIA H200", "batch": 8,
+           "step_seconds": 2.0, "positions": 40_000, "peak_bytes": 2e10, "libraries_bytes": 0,
+           "step_bytes": 1e9, "loss_difference": None, "weights": 8e9, "flops": {"total": 1e14}}
+    row = train._time_row(own, own)
+    assert row["tokens/s"] == "20,000" and row["samples/s"] == "4.00"
+    assert row["MFU at 4N"] == f"{4 * 8e9 * 20_000 / 989e12:.1%}"
+    two = train._time_row({**own, "ranks": 2, "positions": 80_000}, own)
+    assert two["tokens/s"] == "40,000" and two["MFU at 4N"] == row["MFU at 4N"] and two["MFU"] == row["MFU"]
+    other = train._time_row({**own, "variant": "hf", "positions": 0, "step_seconds": 4.0}, own)
+    assert other["tokens/s"] == "10,000"
+
+
+@pytest.mark.distributed
+def test_a_baseline_that_fails_is_left_out(
+        small_models, forked_workers, tmp_path, monkeypatch, capsys):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "ROUNDS", 1)
+    run = train._run
+
+    def failing(variant, number):
+        if variant.name == "reference":
+            raise RuntimeError("reference failed with exit code 1: out of memory")
+        return run(variant, number)
+
+    monkeypatch.setattr(train, "_run", failing)
+    found = train.bench_train(
+        tmp_path, ["e3"], tiny=True, baselines=["reference"], steps=1, overrides=SMALL)
+    assert [row["variant"] for row in found["e3"]["rows"]] == ["vlmds"]
+    assert "reference is left out" in capsys.readouterr().out
+
+
 def test_other_losses_are_refused_with_both():
     assert train.check_losses("float32", {"a": [2.0, 1.0], "b": [2.0, 1.0005]}) == {
         "b": pytest.approx(5e-4)}

@@ -48,7 +48,8 @@ def bench_checkpoint(
     freeze(captioner, stage)
     engine = build_engine(captioner, experiment, stage, default_ds_config(), 1)
     batch = _batch(captioner.projector.num_tokens, device)
-    folder = Path(tempfile.mkdtemp(prefix="vlmds-checkpoint-", dir=output.parent))
+    output.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=output))
     try:
         savers = {"no checkpoints": None,
                   "in the background": Saver(folder / "a", "bench", 1, print),

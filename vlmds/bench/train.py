@@ -16,10 +16,13 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from vlmds.bench.baselines import check_baseline
 from vlmds.bench.measure import save, table
 from vlmds.bench.workload import CAPTION_TOKENS, Workload, prepare
 from vlmds.config import load_experiment
+from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import device_card
 from vlmds.memory import stage_memories
@@ -57,9 +60,13 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
         ranks: more than 1 also measures so many ranks against one.
 
     Raises:
-        InputError: an experiment that a baseline cannot train, or a wrong override.
-        RuntimeError: a variant failed, or its loss is not that of the others.
+        InputError: an experiment that a baseline cannot train, a wrong override, or fewer GPUs than
+            ranks.
+        RuntimeError: vlmds itself failed, or a loss is not that of the others.
     """
+    gpus = torch.cuda.device_count()
+    if not tiny and 0 < gpus < ranks:
+        raise InputError(f"--ranks {ranks}: this machine has {gpus} GPUs; take as many or fewer")
     for exp in exps:
         for baseline in baselines:
             check_baseline(baseline, load_experiment(exp, overrides))
@@ -102,7 +109,16 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
     for number in range(ROUNDS):
         for variant in variants:
             print(f"vlmds bench: {exp}: {variant.name}, round {number + 1} of {ROUNDS}", flush=True)
-            result = _run(variant, number)
+            try:
+                result = _run(variant, number)
+            except RuntimeError as error:
+                if variant.name == "vlmds":
+                    raise
+                # Out of memory, say, where ours is not: the others' figures still count.
+                print(f"vlmds bench: {exp}: {error}\nvlmds bench: {variant.name} is left out")
+                results.pop(variant.name, None)
+                variants = [v for v in variants if v is not variant]
+                continue
             best = results.setdefault(variant.name, result)
             if result["step_seconds"] < best["step_seconds"]:
                 results[variant.name] = result
@@ -139,8 +155,10 @@ def _run(variant: Variant, number: int) -> dict:
                     "--master-port", str(free_port())]
     command += ["-m", "vlmds.bench.train_worker", str(variant.work.folder), variant.code, name,
                 str(variant.work.steps)]
-    done = subprocess.run(command, env={**os.environ, **cpu_environment(variant.ranks)},
-                          capture_output=True, text=True)
+    environment = {**os.environ, **cpu_environment(variant.ranks)}
+    if variant.ranks == 1:  # Trainer would take all GPUs that it sees
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     path = variant.work.folder / f"{name}.json"
     if done.returncode or not path.is_file():
         raise RuntimeError(f"{variant.name} failed with exit code {done.returncode}:\n"
@@ -175,6 +193,7 @@ def _heading(row: dict, tiny: bool) -> str:
 def _time_row(row: dict, own: dict) -> dict[str, str]:
     """Against vlmds' own; absolute figures on a GPU only: a CPU's are worth nothing elsewhere."""
     samples = row["batch"] * row["ranks"] / row["step_seconds"]
+    positions = own["positions"] * row["ranks"]  # of all ranks; baselines do not count them
     reference = own["step_seconds"] * samples / row["batch"]
     cells = {"experiment": row["experiment"], "variant": row["variant"],
              "step": f"{row['step_seconds'] / own['step_seconds']:.2f} x",
@@ -188,10 +207,10 @@ def _time_row(row: dict, own: dict) -> dict[str, str]:
         return cells
     rate = row["flops"]["total"] * samples / row["ranks"]
     card = device_card(row["device"])
-    four_n = 4 * row["weights"] * row["positions"] / row["step_seconds"]
+    four_n = 4 * row["weights"] * own["positions"] / row["step_seconds"]
     cells |= {"step": f"{row['step_seconds']:.3f} s ({cells['step']})",
               "samples/s": f"{samples:.2f}",
-              "tokens/s": f"{row['positions'] / row['step_seconds']:,.0f}",
+              "tokens/s": f"{positions / row['step_seconds']:,.0f}",
               "peak memory": f"{row['peak_bytes'] / 1e9:.1f} GB ({cells['peak memory']})",
               "model TFLOP/s": f"{rate / 1e12:.0f}",
               "MFU": f"{rate / card.flops:.1%}" if card else "?",

@@ -164,6 +164,7 @@ def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, d
             torch.set_default_dtype(before)
         model.save_pretrained(folder / name, max_shard_size="2GB")
         del model
+        torch.cuda.empty_cache()  # the measured processes want it; no error without a GPU
     side = vision_half(vision, "vision.model").image_size
     CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
                           ).save_pretrained(folder / "clip")
