@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from vlmds.data.pack import pack
 from vlmds.data.pack_report import write_report
 from vlmds.data.stored import read_jpegs
 from vlmds.errors import InputError
+from vlmds.files import as_path
 from vlmds.models.vision import load_vision_tower
 
 FRAMES = dict(num_frames=tiny.FRAMES, image_size=tiny.SIDE)
@@ -266,6 +268,31 @@ def test_a_damaged_source_is_refused_by_name(sources, tower, tmp_path):
     with pytest.raises(InputError, match="train/000002.tar: damaged"):
         to_features(tmp_path / "copy", tmp_path / "out", tower)
     assert not (tmp_path / "out/dataset.json").exists()
+
+
+def test_a_damaged_description_is_refused_by_its_shards_name(sources, tmp_path):
+    source = shutil.copytree(sources / "video", tmp_path / "source")
+    member = next(m for m in ShardIndex.open(source).row("train", 0, 0).members if m.ext == "json")
+    with (source / "train" / "000000.tar").open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"X")
+    with pytest.raises(InputError, match="000000.tar: damaged, its sha256"):
+        convert(source, tmp_path / "out", store="frames", num_frames=2, image_size=28, progress=False)
+
+
+def test_a_conversion_may_go_to_a_url(sources, tmp_path):
+    fs = fsspec.filesystem("memory")
+    options = dict(store="frames", num_frames=2, image_size=28, progress=False)
+    convert(sources / "video", tmp_path / "out", **options)
+    try:
+        convert(sources / "video", "memory://converted", **options)
+        assert str(write_report(as_path("memory://converted"))).endswith("pack_report.html")
+        shards = [path for path in fs.find("/converted") if path.endswith(".tar")]
+        assert shards and all(
+            fs.cat(path) == (tmp_path / "out" / path.removeprefix("/converted/")).read_bytes()
+            for path in shards)
+    finally:
+        fs.rm("/converted", recursive=True)
 
 
 def test_another_target_in_the_same_folder_is_refused(sources, tower, tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -13,13 +14,14 @@ import pytest
 import webdataset as wds
 from tests.data.conftest import write_manifest, write_video
 
+from vlmds.cli import main, packing
 from vlmds.data import video
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.prepare import Request
 from vlmds.data.index import ShardIndex
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
-from vlmds.files import machine
+from vlmds.files import machine, replacing
 
 SMALL = {"shard_size": 2, "num_frames": 3, "image_size": 32, "progress": False}
 
@@ -291,6 +293,35 @@ pack({str(folder / 'manifest.jsonl')!r}, {str(out)!r}, workers=1, deadline={dead
     (tmp_path / "v5.mp4").replace(folder / "v5.mp4")
     assert pack(folder / "manifest.jsonl", out, **SMALL).kept_shards == 2
     assert contents(out) == contents(tmp_path / "clean")
+
+
+def test_the_command_tells_a_stop_and_a_bad_place_in_one_line(tmp_path, videos, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["pack", str(videos / "manifest.jsonl"), str(tmp_path / "file" / "out")]
+    assert main(words) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("vlmds: ") and str(tmp_path / "file") in told and "Not a directory" in told
+    monkeypatch.setattr(packing, "_pack", interrupted)
+    assert main(words) == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("vlmds: stopped; finished shards are kept")
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_told_with_the_place(tmp_path):
+    """A write that fails names no file by itself."""
+    with pytest.raises(OSError) as error, replacing(tmp_path / "shard.tar"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path / "shard.tar")
+
+
+def test_a_log_gets_lines(tmp_path, videos, capsys, monkeypatch):
+    monkeypatch.setattr("vlmds.data.pack.LOG_SECONDS", 1e-3)
+    pack(videos / "manifest.jsonl", tmp_path / "out", **{**SMALL, "progress": True})
+    lines = [line for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.strip()]
+    assert lines[-1].startswith("pack: ") and "rejects=" in lines[-1] and "left" in lines[-1]
 
 
 def test_packing_imports_no_torch():

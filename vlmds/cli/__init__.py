@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 
 from vlmds.cli import bench, evaluating, packing, planning, using
 from vlmds.errors import InputError
+
+
+# What is wrong with a disk or a path that the user named, and not with the program.
+UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,6 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
         return args.call(args)
     except InputError as error:
         print(f"vlmds: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in UNUSABLE or error.filename is None:
+            raise
+        print(f"vlmds: {error.filename}: {error.strerror}; make room there, or name another place",
+              file=sys.stderr)
         return 2
 
 

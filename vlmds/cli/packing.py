@@ -11,8 +11,16 @@ from vlmds.files import as_path
 
 
 def pack(args: argparse.Namespace) -> int:
-    common = dict(quality=args.quality, workers=args.workers, deadline=args.deadline,
-                  progress=sys.stderr.isatty())
+    try:
+        return _pack(args)
+    except KeyboardInterrupt:
+        print("vlmds: stopped; finished shards are kept, the same command goes on from there",
+              file=sys.stderr)
+        return 3
+
+
+def _pack(args: argparse.Namespace) -> int:
+    common = dict(quality=args.quality, workers=args.workers, deadline=args.deadline)
     if (as_path(args.manifest) / "dataset.json").is_file():
         from vlmds.data.convert import convert_from_options  # which brings in PyTorch
 

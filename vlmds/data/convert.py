@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.manifest import ManifestRow, Reject
 from vlmds.data.merge import finish
-from vlmds.data.pack import PackSummary, shown
+from vlmds.data.pack import PackSummary, meter, shown
 from vlmds.data.prepare import Reply
 from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_shard
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
+from vlmds.files import as_path
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
@@ -98,7 +98,7 @@ def convert(
     is not possible, a damaged source, or an `out` that holds something else.
     """
     begin = time.monotonic()
-    index, out = ShardIndex.open(source), Path(out)
+    index, out = ShardIndex.open(source), as_path(out)
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
     sources = [_Source(position, info) for split in index.splits
                for position, info in enumerate(index.shards(split))]
@@ -112,10 +112,11 @@ def convert(
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
     with (
         DecodePool(workers, deadline) as pool,
-        tqdm(total=total, desc=f"to {store}", unit="sample", disable=not progress) as bar,
+        meter(total, f"to {store}", "sample", progress) as bar,
     ):
         made = _made(index, [source for _, source in pending], target, tower, pool, workers)
         for shard, from_shard in pending:
+            index.verify([from_shard.info], "sha256")
             told = [(row, _description(index, row)) for row in from_shard.rows(index)]
             replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
             shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
@@ -218,7 +219,6 @@ def _made(
 
     def rows() -> Iterator[SampleRow]:
         for source in sources:
-            index.verify([source.info], "sha256")
             yield from source.rows(index)
 
     options = {"num_frames": target.num_frames, "image_size": target.image_size}

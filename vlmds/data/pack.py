@@ -6,6 +6,7 @@ result is the same to the byte. `shards.py` writes a shard, `merge.py` makes a d
 """
 
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from vlmds.files import as_path, sha256_of
 
 ENGINES = ("local", "ray")
 ATTEMPTS = 4
+LOG_SECONDS = 30.0  # between the lines of progress in a log
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def pack_here(
     requests = (request(row, options) for shard in shards for row in shard.rows)
     with (
         DecodePool(lanes, deadline) as pool,
-        tqdm(total=rows, desc="pack", unit="video", disable=not progress) as bar,
+        meter(rows, "pack", "video", progress) as bar,
     ):
         replies = shown(pool.map(requests), bar)
         for shard in shards:
@@ -140,6 +142,15 @@ def pack_here(
 def request(row: ManifestRow, options: PackOptions) -> Request:
     return Request(row.video, row.start, row.end, options.store, options.num_frames,
                    options.image_size, options.quality, options.verify)
+
+
+def meter(total: int, what: str, unit: str, progress: bool) -> tqdm:
+    """A progress bar with rate, time left and rejects; where nobody looks at a terminal, a line of
+    a log every LOG_SECONDS."""
+    lines = {} if sys.stderr.isatty() else {
+        "delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, "bar_format":
+        "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}\n"}
+    return tqdm(total=total, desc=what, unit=unit, disable=not progress, **lines)
 
 
 def shown(replies: Iterable[Reply], bar: tqdm) -> Iterator[Reply]:

@@ -77,8 +77,9 @@ def write_report(out: Path) -> Path:
     Raises InputError if `out` holds no readable dataset.
     """
     index = ShardIndex.open(out)
-    table = pq.read_table(out / "index.parquet", columns=[
-        "num_captions", "duration", "fps", "width", "height", "codec", "decoder"])
+    with (out / "index.parquet").open("rb") as file:
+        table = pq.read_table(file, columns=[
+            "num_captions", "duration", "fps", "width", "height", "codec", "decoder"])
     reasons = _reject_reasons(out / "ledger.jsonl")
     lengths, caption_rows = _caption_lengths(index)
     total = table.num_rows

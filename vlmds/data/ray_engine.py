@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vlmds.data.pack import meter
 from vlmds.data.shards import PackOptions, Shard
 from vlmds.errors import InputError
 
@@ -37,7 +38,7 @@ def pack_on_ray(
     pending: dict = {}
     rows = sum(len(shard.rows) for shard in shards)
     try:
-        with tqdm(total=rows, desc="pack", unit="video", disable=not progress) as bar:
+        with meter(rows, "pack", "video", progress) as bar:
             for shard in shards:
                 if len(pending) == limit:
                     _collect(ray, pending, bar)
