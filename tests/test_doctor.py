@@ -13,11 +13,12 @@ import torch
 from tests import tiny
 from tests.training.launch import ROOT, environment, free_port, kill_tree
 from vlmds.config import load_experiment
-from vlmds.doctor import judge_decoding, judge_link, within
+from vlmds.doctor import judge_decoding, judge_link, step_rate, within
 from vlmds.doctor_local import (
     FAILED, OK, WARNING, Patient, check_accelerator, check_dataset, check_disk, check_limits,
 )  # fmt: skip
 from vlmds.doctor_network import Measure
+from vlmds.hardware import find_card
 
 pytestmark = pytest.mark.distributed
 
@@ -168,6 +169,14 @@ def test_decoding_is_held_against_what_is_wanted(total, level):
     found = judge_decoding(total, 100, "all")
     assert (found.level, found.text) == (level, "all, 100 wanted")
     assert bool(found.mend) == (level != OK)
+
+
+def test_without_a_wish_decoding_is_held_against_the_gpus(models, shards):
+    found = judge_decoding(90, 100, "all", guessed=True)
+    assert (found.level, found.text) == (WARNING, "all, 100 predicted of the GPUs")
+    rates = [step_rate(load_experiment("e3", [*tiny.settings(models), f"data.path={shards}"]),
+                       find_card(card)) for card in ("b200", "rtx4090")]
+    assert rates[0] > rates[1] > 0
 
 
 def test_limits_warn_before_they_hurt(models, tmp_path):

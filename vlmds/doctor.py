@@ -15,13 +15,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from vlmds.config import Experiment
+from vlmds.data.dataset import open_dataset
 from vlmds.doctor_local import (
     FAILED, OK, WARNING, Finding, Patient, check_accelerator, check_dataset, check_disk,
     check_limits, check_shared_memory, decode_rate,
 )  # fmt: skip
 from vlmds.doctor_network import Measure, check_clocks, measure_links
 from vlmds.errors import InputError
+from vlmds.hardware import Card, device_card
+from vlmds.models.assemble import shapes
+from vlmds.propose import predicted_rate
+from vlmds.training.optimizer import freeze
 from vlmds.training.ranks import gather, init_distributed, is_main
 from vlmds.training.run import git_commit, versions
 from vlmds.training.watch import doing
@@ -218,15 +225,31 @@ def check_decoding(patient: Patient) -> list[Finding]:
     if problem := next((p for _, p in rates if p), None):
         return [Finding(FAILED, problem)]
     total = sum(r for r, _ in rates)
-    return [judge_decoding(total, patient.wanted, f"{total:,.1f} samples/s by {data.num_workers} "
-                           f"reader processes a rank on {os.cpu_count()} cores a node")]
+    text = (f"{total:,.1f} samples/s by {data.num_workers} reader processes a rank on "
+            f"{os.cpu_count()} cores a node")
+    if patient.wanted is not None or patient.device.type != "cuda":
+        return [judge_decoding(total, patient.wanted, text)]
+    card = device_card(torch.cuda.get_device_name(patient.device))
+    return [judge_decoding(total, card and len(rates) * step_rate(patient.experiment, card), text,
+                           guessed=True)]
 
 
-def judge_decoding(total: float, wanted: float | None, text: str) -> Finding:
-    """Samples per second that there are against those that training wants."""
-    if wanted is None or total >= 1.2 * wanted:
-        return Finding(OK, text if wanted is None else f"{text}, {wanted:g} wanted")
-    return Finding(WARNING if total >= wanted else FAILED, f"{text}, {wanted:g} wanted",
+def step_rate(experiment: Experiment, card: Card) -> float:
+    """Samples a second that one GPU is predicted to train, in the stage that takes most."""
+    model, stage = shapes(experiment), experiment.stages[-1]
+    freeze(model.captioner, stage)
+    stored = open_dataset(experiment.data).store == "features"
+    return predicted_rate(experiment, stage, model, card, 0, stored)
+
+
+def judge_decoding(total: float, wanted: float | None, text: str, guessed: bool = False) -> Finding:
+    """Samples per second that there are against those that training wants. guessed: from shapes."""
+    if wanted is None:
+        return Finding(OK, text)
+    text = f"{text}, {wanted:.4g} {'predicted of the GPUs' if guessed else 'wanted'}"
+    if total >= 1.2 * wanted:
+        return Finding(OK, text)
+    return Finding(WARNING if guessed or total >= wanted else FAILED, text,
                    "pack with --store frames or features, or raise data.num_workers where cores "
                    "are idle")
 

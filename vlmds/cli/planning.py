@@ -57,7 +57,8 @@ def add_doctor(commands) -> None:
     add("--data", help="packed dataset to look at")
     add("--output", type=Path, default=Path("runs"), help="where runs will be (default: ./runs)")
     add("--samples-per-second", type=float, metavar="X",
-        help="that the training is to reach over all ranks; decoding is held against it")
+        help="that the training is to reach over all ranks; decoding is held against it (default: what "
+        "shapes predict of the GPUs)")
     add("--samples", type=int, default=64, help="to read on each node (default: 64)")
     add("--seconds", type=float, default=30.0, help="that one check may take (default: 30)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
