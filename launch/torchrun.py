@@ -15,11 +15,25 @@ from multiprocessing import active_children
 
 import psutil
 from torch.distributed import run
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.launcher import api
 
 STOPPED = 3
 KEPT = (2, STOPPED)
+
+
+class Agent(LocalElasticAgent):
+    """Starts no ranks again that were stopped or had bad input: their next start would be the same."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        codes = {failure.exitcode for failure in result.failures.values()}
+        if codes and codes <= set(KEPT):
+            self._remaining_restarts = 0
+        return result
 
 
 def stop_ranks(signum: int, frame) -> None:
@@ -83,6 +97,7 @@ def main() -> int:
     try:
         args = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
         settle_rendezvous(args)
+        api.LocalElasticAgent = Agent  # torchrun has no option for it
         run.run(args)
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)

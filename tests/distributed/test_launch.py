@@ -84,23 +84,24 @@ def test_options_of_the_rendezvous_that_were_given_stand():
 RANK = """
 import os, signal, sys, time
 signal.signal(signal.{name}, lambda *_: (time.sleep(0.5), sys.exit(3)))
-open(f"{{sys.argv[1]}}/up-{{os.environ['RANK']}}", "w").close()
+open(f"{{sys.argv[1]}}/up-{{os.environ['RANK']}}", "a").write("x")
 time.sleep({sleep}); sys.exit({code})
 """
 
 
-@pytest.mark.parametrize(("name", "expect"), [("SIGTERM", 3), ("SIGUSR1", 3), (None, 2)])
+@pytest.mark.parametrize(("name", "expect"), [("SIGTERM", 3), ("SIGUSR1", 3), (None, 2), (None, 3)])
 def test_the_exit_code_of_the_ranks_is_kept(tmp_path, name, expect):
-    """Stopped ranks are waited for, and not started again although restarts are left."""
+    """Stopped ranks are waited for. Neither they nor those with bad input are started again
+    although restarts are left."""
     script = tmp_path / "rank.py"
-    script.write_text(RANK.format(name=name or "SIGTERM", sleep=TIMEOUT if name else 0, code=2))
-    restarts = ["--max-restarts", "3"] if name else []
-    process = launch(tmp_path, *restarts, str(script), str(tmp_path))
+    script.write_text(RANK.format(name=name or "SIGTERM", sleep=TIMEOUT if name else 0, code=expect))
+    process = launch(tmp_path, "--max-restarts", "3", str(script), str(tmp_path))
     try:
         if name:
             until(lambda: len(list(tmp_path.glob("up-*"))) == 2, process)
             os.kill(process.pid, signal.Signals[name])
         wait(process, tmp_path, expect)
+        assert {up.read_text() for up in tmp_path.glob("up-*")} == {"x"}
     finally:
         kill_tree(process)
 

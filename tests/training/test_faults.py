@@ -133,6 +133,21 @@ def test_a_full_disk_costs_checkpoints_not_the_run(models, shards, two_ranks, tm
         subprocess.run(["umount", str(run / "checkpoints")], check=True, timeout=30)
 
 
+def test_a_stop_without_a_checkpoint_is_not_told_as_one_with(models, shards, tmp_path):
+    """A scheduler starts what ended with 3 again, here for ever."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(run / "checkpoints")]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, timeout=30).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        done = train_with_fault(2, arguments(models, shards, run), 2, kind="signal", name="SIGTERM",
+                                rank=1, call=3)
+        assert "stopped by a signal after step 4 of 6, but align-0000004 not saved" in done.stderr
+    finally:
+        subprocess.run(["umount", str(run / "checkpoints")], check=True, timeout=30)
+
+
 def test_changed_base_weights_are_refused_by_name(models, shards, two_ranks, tmp_path):
     import shutil
 

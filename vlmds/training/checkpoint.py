@@ -15,7 +15,9 @@ This module is the format; :mod:`vlmds.training.saver` writes it without stoppin
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"  # there if training.ema_decay is set
+SHARED_SECONDS = 30.0  # after which a file that another node wrote is taken not to be on a shared disk
 
 
 @dataclass(frozen=True)
@@ -71,26 +74,49 @@ def write_part(temporary: Path, rank: int, tensors: dict[str, Tensor]) -> dict:
 
 
 def publish(temporary: Path, folder: Path, state: dict, entries: list[dict]) -> None:
-    """Give the files of all ranks the name that makes them a checkpoint. Raises OSError.
+    """Give the files of all ranks the name that makes them a checkpoint.
 
     Args:
         state: JSON values that ``read_state`` gives back.
+
+    Raises:
+        OSError: disk full, and the like; or a rank's file is not here.
     """
+    for entry in entries:
+        _wait_for(temporary / entry["file"], entry["bytes"])
     meta = {"version": VERSION, "state": state, "files": entries}
     (temporary / "checkpoint.json").write_text(json.dumps(meta, ensure_ascii=False))
     publish_folder(temporary, folder)
+
+
+def _wait_for(path: Path, size: int) -> None:
+    """Another node's file may show late on a network drive; on a disk of that node it never does."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not path.is_file() or path.stat().st_size != size:
+        if time.monotonic() > deadline:
+            raise OSError(f"{path.name} is not in {path.parent}; put --output on a file system that "
+                          "all nodes share")
+        time.sleep(0.1)
 
 
 def prune(root: Path, stage: str, keep: int) -> None:
     """Remove a stage's checkpoints but the newest ``keep`` and the one of the best score."""
     folders = checkpoints(root, stage)
     scores = {folder: score for folder in reversed(folders)
-              if (score := read_state(folder)["score"]) is not None}
+              if (score := _score(folder)) is not None and math.isfinite(score)}
     best = max(scores, key=scores.get) if scores else None  # of equal ones the first
     for folder in folders[keep:]:
         if folder != best:
             # First the name goes, so that no moment shows a checkpoint with files missing.
             shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+
+
+def _score(folder: Path) -> float | None:
+    """A checkpoint's score; a damaged one has none, and goes when it is old."""
+    try:
+        return read_state(folder)["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def remove_unfinished(root: Path) -> None:

@@ -6,7 +6,6 @@ Every optimizer step has its line in metrics.jsonl; steps are written in groups 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import resource
@@ -18,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment
+from vlmds.training.journal import Journal
 from vlmds.training.watch import tell
 
 
@@ -27,12 +27,15 @@ class Monitor:
     Args:
         folder: the run's.
         first_step: optimizer steps of the whole run before this one, for the x-axis of charts.
+        identity: of the run among all of the W&B project; default: the experiment's name.
     """
 
-    def __init__(self, folder: Path, experiment: Experiment, active: bool, first_step: int = 0):
+    def __init__(self, folder: Path, experiment: Experiment, active: bool, first_step: int = 0,
+                 identity: str | None = None):
         self.active = active
         self.every = experiment.logging.every
-        self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+        self._metrics, self._samples = (
+            Journal(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
         self._pending: list[dict] = []
         self._charts = self._wandb = None
         if not active:
@@ -46,8 +49,8 @@ class Monitor:
             import wandb
 
             self._wandb = wandb.init(
-                project=experiment.logging.wandb_project, name=experiment.name, dir=str(folder),
-                id=experiment.name, resume="allow", config=experiment.model_dump())
+                project=experiment.logging.wandb_project, name=folder.name, dir=str(folder),
+                id=identity or experiment.name, resume="allow", config=experiment.model_dump())
 
     def start_stage(self, stage: str, first: int, total: int, steps_before: int) -> None:
         """Steps [first, total) of a stage follow; earlier stages had ``steps_before`` steps."""
@@ -138,6 +141,8 @@ class Monitor:
             tell(f"vlmds: {text}")
 
     def close(self) -> None:
+        self._metrics.add([])  # what a full disk would not take yet
+        self._samples.add([])
         if self._charts:
             self._charts.close()
         if self._wandb:
@@ -146,29 +151,34 @@ class Monitor:
     def _write(self, records: list[dict]) -> None:
         if not self.active:
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        self._metrics.add(records)
         for record in records:
             numbers = {f"{record['kind']}/{k}": v for k, v in record.items()
                        if k not in ("kind", "stage", "step") and v is not None}
             x = self.steps_before + record["step"]
-            if self._charts:
-                for name, value in numbers.items():
-                    self._charts.add_scalar(name, value, x)
+            for name, value in numbers.items():
+                self._chart("add_scalar", name, value, x)
             if self._wandb:
                 self._wandb.log(numbers, step=x)
 
     def _write_samples(self, samples: list[dict]) -> None:
         if not self.active:
             return
-        with self.samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
-        if self._charts:
-            rows = [f"| {s['key']} | {' / '.join(s['references'])} | {s['caption']} |"
-                    for s in samples]
-            self._charts.add_text("captions", "\n".join(
-                ["| clip | references | caption |", "|---|---|---|", *rows]),
-                self.steps_before + samples[0]["step"])
+        self._samples.add(samples)
+        rows = [f"| {s['key']} | {' / '.join(s['references'])} | {s['caption']} |" for s in samples]
+        self._chart("add_text", "captions", "\n".join(
+            ["| clip | references | caption |", "|---|---|---|", *rows]),
+            self.steps_before + samples[0]["step"])
+
+    def _chart(self, call: str, *arguments) -> None:
+        """Tell TensorBoard, whose writer raises what went wrong in its thread."""
+        if self._charts is None:
+            return
+        try:
+            getattr(self._charts, call)(*arguments)
+        except Exception as error:
+            self.say(f"WARNING: no more TensorBoard: {error}")
+            self._charts = None
 
     def _show(self, record: dict) -> None:
         done = record["step"] - self._stage_first

@@ -1,7 +1,7 @@
 """The run folder: what one run of one experiment records, and where a restart goes on.
 
     experiment.yaml   the resolved experiment
-    run.json          global batch, what it is trained from (data fingerprint, hashes of the base
+    run.json          a name of its own, global batch, what it is trained from (data fingerprint, hashes of the base
                       weights, how frames are sampled), and for each start: versions, git commit,
                       world size, command line, what computes attention
     metrics.jsonl     one line per optimizer step, per validation and per evaluation
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.errors import InputError
 from vlmds.files import write
 from vlmds.models.artifact import is_artifact
+from vlmds.training.journal import Journal
 
 PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "webdataset",
             "decord", "av")
@@ -48,6 +50,9 @@ class RunFolder:
 
     path: Path
     record: dict
+
+    def __post_init__(self):
+        self._ledger = Journal(self.path / "ledger.jsonl")
 
     @classmethod
     def read(cls, path: Path) -> dict:
@@ -82,8 +87,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def add_to_ledger(self, records: list[dict]) -> None:
-        with (self.path / "ledger.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        self._ledger.add(records)
 
     def rewind(self, stages: list[str], stage: int, step: int) -> None:
         """Drop the metrics and ledger lines of steps that will be taken (again) from here on:
@@ -123,7 +127,7 @@ def open_run(
     if not record_path.is_file():
         wanted = training.global_batch or (
             training.micro_batch * training.gradient_accumulation * world_size)
-        record = {"global_batch": wanted, **origin, "starts": []}
+        record = {"id": secrets.token_hex(4), "global_batch": wanted, **origin, "starts": []}
     elif resume == "never":
         raise InputError(f"--output {path}: holds a run already and --resume is never; "
                          "choose another folder")

@@ -38,6 +38,7 @@ class Saver:
         self._writer: threading.Thread | None = None
         self._publisher: threading.Thread | None = None  # on rank 0
         self._buffers: dict[str, Tensor] = {}
+        self._unsaved: str | None = None  # on rank 0: why the last one has no name
 
     def begin(self, engine, average: WeightAverage | None, step: int, state: dict) -> None:
         """Start to write the checkpoint of optimizer step ``step``; ``state`` is JSON values, the
@@ -55,11 +56,12 @@ class Saver:
         """Whether this rank has written (or failed to) what is not published yet."""
         return self._writer is not None and not self._writer.is_alive()
 
-    def drain(self) -> None:
-        """Wait for the checkpoint that is being written, if any; afterwards it has its name, or
-        the reason was told."""
+    def drain(self) -> str | None:
+        """Wait for the checkpoint that is being written, if any. Afterwards it has its name, or
+        the reason was told, and is returned on every rank."""
         self._settle()
-        gather(None)  # a barrier: the first rank to leave may take the others with it
+        # Also a barrier: the first rank to leave may take the others with it.
+        return gather(self._unsaved)[0]
 
     def _settle(self) -> None:
         if self._writer is not None:
@@ -82,15 +84,16 @@ class Saver:
     def _publish(self, folder: Path, state: dict, results: list[tuple]) -> None:
         problem = next((p for _, p in results if p is not None), None)
         temporary = checkpoint.temporary_name(folder)
+        self._unsaved = None
         try:
             if problem is None:
                 checkpoint.publish(temporary, folder, state, [entry for entry, _ in results])
         except Exception as error:  # whatever it is, it must be told
             problem = str(error)
         if problem is not None:
+            self._unsaved = f"{folder.name} not saved: {problem}"
             shutil.rmtree(temporary, ignore_errors=True)
-            self._say(f"WARNING: {folder.name} not saved: {problem}; training goes on, the earlier "
-                      "checkpoints stand")
+            self._say(f"WARNING: {self._unsaved}; training goes on, the earlier checkpoints stand")
             return
         try:
             checkpoint.prune(self.root, self.stage, self.keep)

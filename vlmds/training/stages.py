@@ -231,7 +231,11 @@ class StageTrainer:
                          f"{standing.best_step}, the best")
 
     def _stop(self) -> None:
-        self.saver.drain()
+        problem = self.saver.drain()
+        if problem:  # a scheduler that starts what was stopped again would do so for ever
+            raise InputError(f"{self.stage.name}: stopped by a signal after step "
+                             f"{self.progress.step} of {self.total}, but {problem}; the same command "
+                             "goes on from the checkpoint before")
         raise Stopped(f"{self.stage.name}: stopped by a signal after step {self.progress.step} of "
                       f"{self.total}, checkpoint saved; the same command goes on from there")
 
@@ -360,7 +364,8 @@ def run_stages(
               for stage in experiment.stages]
     if dist.get_rank() == 0:
         run.rewind(names, first, step)
-    monitor = Monitor(run.path, experiment, dist.get_rank() == 0, sum(totals[:first]) + step)
+    monitor = Monitor(run.path, experiment, dist.get_rank() == 0, sum(totals[:first]) + step,
+                      run.record.get("id"))
     for number in range(first, len(names)):
         prepare_stage(model, experiment, number, run, device)
         trainer = StageTrainer(experiment, number, model, dataset, run, ds_config, device, monitor,
