@@ -6,7 +6,11 @@ class InputError(Exception):
 
     The message is one line that names the file or key and the mend. Commands print it
     without a traceback and exit with code 2.
+
+    shared: every rank of the job has raised it, so that one may tell for all.
     """
+
+    shared = False
 
 
 class SampleError(Exception):

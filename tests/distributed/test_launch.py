@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed import namespaces, restarts
 from tests.training.launch import (
-    ROOT, SCRIPT, TIMEOUT, arguments, environment, free_port, kill_tree, metrics, ranks_of,
+    ROOT, SCRIPT, TIMEOUT, arguments, environment, fork, free_port, kill_tree, metrics, ranks_of,
 )  # fmt: skip
 from tests.training.test_training import assert_same_weights, weights
 
@@ -104,6 +104,35 @@ def test_the_exit_code_of_the_ranks_is_kept(tmp_path, name, expect):
         assert {up.read_text() for up in tmp_path.glob("up-*")} == {"x"}
     finally:
         kill_tree(process)
+
+
+def node(tmp_path, rank, port, *words):
+    """The one rank of a node, started by hand; its output is in node{rank}.out and .err."""
+    return fork(0, str(SCRIPT), *words, log=tmp_path / f"node{rank}", RANK=str(rank), LOCAL_RANK="0",
+                WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def test_what_only_another_node_finds_is_told_there(tmp_path):
+    process = node(tmp_path, 1, str(free_port()), "--exp", str(tmp_path / "e7.yaml"))
+    try:
+        assert process.wait(TIMEOUT) == 2
+    finally:
+        kill_tree(process)
+    assert f"vlmds: rank 1: {tmp_path / 'e7.yaml'}" in (tmp_path / "node1.err").read_text()
+
+
+def test_nodes_with_different_experiments_are_refused(models, shards, tmp_path):
+    port = str(free_port())
+    nodes = [node(tmp_path, rank, port, *arguments(models, shards, tmp_path / "run", f"stages.1.lr={lr}"))
+             for rank, lr in enumerate((0.1, 0.2))]
+    try:
+        assert [process.wait(TIMEOUT) for process in nodes] == [2, 2]
+    finally:
+        for process in nodes:
+            kill_tree(process)
+    told = [(tmp_path / f"node{rank}.err").read_text() for rank in (0, 1)]
+    assert "--exp: stages.1.lr 0.1 and 0.2 on ranks 0 and 1; give all nodes the same" in told[0]
+    assert "stages.1.lr" not in told[1] and not (tmp_path / "run").exists()
 
 
 def test_a_link_cut_silently_ends_both_sides_and_the_run_goes_on(models, shards, tmp_path):

@@ -7,6 +7,7 @@ found before the slow part. See the README for what each argument does.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -27,12 +28,17 @@ from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps
 from vlmds.training.lineage import base_revisions, base_weights, inherit
 from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import init_distributed, is_main, on_main, together
-from vlmds.training.run import RunFolder, check_same_experiment, open_run
+from vlmds.training.ranks import (
+    gather, init_distributed, is_main, on_main, shared_error, together,
+)  # fmt: skip
+from vlmds.training.run import RunFolder, check_same_experiment, flat_settings, open_run
 from vlmds.training.stages import run_stages
 from vlmds.training.validation import check_validation
 from vlmds.training.watch import doing, last_words, tell
 
+# Keys that may differ between nodes.
+OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
+             "llm.model")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -56,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, Stopped) as error:
         if is_main():
             tell(f"vlmds: {error}", sys.stderr)
+        elif not getattr(error, "shared", True) and os.environ.get("LOCAL_RANK") == "0":
+            # What only this node finds, such as a file that is not on it; rank 0 may still be waiting.
+            tell(f"vlmds: rank {os.environ['RANK']}: {error}", sys.stderr)
         leave()
         return 2 if isinstance(error, InputError) else 3
     except BaseException as error:
@@ -76,6 +85,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     stop = StopRequest()
     device = init_distributed(
         experiment.training.timeout_minutes, experiment.logging.stall_seconds)
+    config = args.ds_config or default_ds_config()
+    check_same_everywhere(experiment, config)
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
@@ -103,7 +114,6 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
-    config = args.ds_config or default_ds_config()
     run_stages(experiment, model, dataset, run, config, device, stop, start_from)
 
 
@@ -111,6 +121,24 @@ def note_attention(run: RunFolder, attention: str) -> None:
     """Say what ``llm.attention`` has become here."""
     run.note(attention=attention)
     tell(f"vlmds: attention: {attention}")
+
+
+def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
+    """Raise InputError, naming the keys, on all ranks unless all have the same experiment, but for
+    where things lie on their nodes, and the same DeepSpeed JSON."""
+    content = ds_config.read_bytes() if ds_config.is_file() else b""
+    settings = {key: value for key, value in flat_settings(experiment.model_dump()).items()
+                if key not in OF_A_NODE}
+    digests = gather(hashlib.sha256(repr(sorted(settings.items())).encode() + content).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    all_settings = gather(settings)
+    keys = [f"{key} {all_settings[0].get(key)!r} and {all_settings[other].get(key)!r}"
+            for key in sorted(all_settings[0].keys() | all_settings[other].keys())
+            if all_settings[0].get(key) != all_settings[other].get(key)]
+    where = f"--exp: {'; '.join(keys)}" if keys else f"--ds-config {ds_config}: another file"
+    raise shared_error(f"{where} on ranks 0 and {other}; give all nodes the same")
 
 
 def leave() -> None:

@@ -141,7 +141,7 @@ def together(make: Callable[[], Result]) -> Result:
         problem = str(error)
     problem = next((p for p in gather(problem) if p is not None), None)
     if problem is not None:
-        raise InputError(problem)
+        raise shared_error(problem)
     return value
 
 
@@ -149,4 +149,11 @@ def raise_together(failed: float, mine: list[str]) -> None:
     """Raise InputError on every rank with the first of all ranks' problems, if ``failed``, the sum
     over ranks of whether there is one, is not 0."""
     if failed:
-        raise InputError(next(problem for problems in gather(mine) for problem in problems))
+        raise shared_error(next(problem for problems in gather(mine) for problem in problems))
+
+
+def shared_error(problem: str) -> InputError:
+    """An InputError that every rank raises."""
+    error = InputError(problem)
+    error.shared = True
+    return error
