@@ -1,6 +1,7 @@
 """Real runs: launcher, two ranks, both stages, on tiny models."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.training.kills import train_with_kills
-from tests.training.launch import ROOT, arguments, metrics, train, train_and_kill
+from tests.training.launch import FAULTY, ROOT, arguments, metrics, train, train_and_kill
 from vlmds.files import sha256_of
+from vlmds.training import checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -144,6 +146,45 @@ def test_start_from_another_runs_checkpoint(models, shards, two_ranks, tmp_path)
     assert_same_weights(weights(run), weights(two_ranks))
 
 
+def test_a_start_from_an_earlier_checkpoint_of_the_run_survives_a_kill(
+        models, shards, two_ranks, tmp_path):
+    """What came after it is out of the way: neither stands for this start's, nor is it lost."""
+    run = tmp_path / "run"
+    shutil.copytree(two_ranks, run)
+    words = [*arguments(models, shards, run), "--resume",
+             str(checkpoint.checkpoints(run / "checkpoints", "align")[-1])]
+    train(2, *words, expect=None, script=FAULTY,
+          VLMDS_TEST_FAULT=json.dumps({"kind": "kill", "rank": 1, "call": 2}))
+    (aside,) = run.glob("before-start-*")
+    assert {"artifacts-align", "artifacts-finetune"} < {path.name for path in aside.iterdir()}
+    assert not (run / "artifacts" / "finetune").exists()
+    train(2, *words)
+    assert metrics(run) == metrics(two_ranks)
+    assert_same_weights(weights(run), weights(two_ranks))
+    assert len(list(run.glob("before-start-*"))) == 1
+
+
+def test_a_checkpoint_of_another_origin_is_refused(models, shards, two_ranks, tmp_path):
+    start = ["--resume", str(next((two_ranks / "checkpoints").glob("finetune-*")))]
+    other = shutil.copytree(shards, tmp_path / "other")
+    meta = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps({**meta, "index_sha256": "0" * 64}))
+    run = tmp_path / "run"
+    done = train(0, *arguments(models, other, run), *start, expect=2)
+    assert "was trained on other data" in done.stderr
+    done = train(0, *arguments(models, shards, run, "training.global_batch=8"), *start, expect=2)
+    assert "was trained with training.global_batch 4, not 8" in done.stderr
+    assert not run.exists()  # and so the start with what is right is not refused
+
+
+def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    for more in (["training.global_batch=3"], ["--ds-config", str(config)], ["--resume", "/nowhere"]):
+        train(0, *arguments(models, shards, tmp_path / "run"), *more, expect=2)
+        assert not (tmp_path / "run").exists(), more
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nf4_with_dora_trains_every_parameter_also_after_validation(models, shards, tmp_path, dtype):
     """bitsandbytes repacks 4-bit weights in an eval pass on some CPUs; gradients then vanish.
@@ -166,8 +207,6 @@ def test_nf4_with_dora_trains_every_parameter_also_after_validation(models, shar
 
 
 def test_damaged_data_is_refused_by_name_on_all_ranks(models, shards, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     shard = copy / "train" / "000001.tar"

@@ -84,6 +84,19 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
     return config
 
 
+def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int) -> dict:
+    """The DeepSpeed JSON with all that the experiment sets; see :func:`resolve_ds_config`."""
+    training = experiment.training
+    return resolve_ds_config(path, {
+        "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16.enabled": experiment.llm.dtype == "bfloat16",
+        "zero_optimization.stage": 2,
+    })
+
+
 def build_engine(
     model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path,
     accumulation: int,
@@ -98,14 +111,7 @@ def build_engine(
     groups = parameter_groups(model, stage, training)
     if not groups:
         raise InputError(f"stages: {stage.name}: nothing is trainable")
-    config = resolve_ds_config(ds_config, {
-        "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
-        "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": training.max_grad_norm,
-        "bf16.enabled": experiment.llm.dtype == "bfloat16",
-        "zero_optimization.stage": 2,
-    })
+    config = experiment_ds_config(ds_config, experiment, accumulation)
     zero = config["zero_optimization"]
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB

@@ -21,11 +21,11 @@ from vlmds.config import Experiment, load_experiment
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
-from vlmds.files import absolute
+from vlmds.files import absolute, new_folder
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
-from vlmds.training.engine import accumulation_steps
+from vlmds.training.engine import accumulation_steps, experiment_ds_config
 from vlmds.training.lineage import base_revisions, base_weights, inherit
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
@@ -103,11 +103,9 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(lambda: open_run(
         output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
         command=sys.argv))
-    accumulation_steps(experiment, dist.get_world_size(), run.global_batch)  # or InputError
-    if start_from is not None:
-        on_main(lambda: adopt(start_from, experiment, run))
-    if args.from_run is not None:
-        on_main(lambda: inherit(args.from_run, experiment, run))
+    accumulation = accumulation_steps(experiment, dist.get_world_size(), run.global_batch)
+    experiment_ds_config(config, experiment, accumulation)  # or InputError, before the slow part
+    run = on_main(lambda: begin(run, experiment, start_from, args.from_run))
     doing("loading the models")
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
@@ -157,21 +155,66 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
         part.verify([shard], experiment.data.verify)
 
 
-def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
-    """Make ready to start from the checkpoint ``folder``, of this run or of another one, whose
-    finished stages are then copied here."""
+def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, from_run: Path | None
+          ) -> RunFolder:
+    """Check what the run is to grow from, then write the run and take that over. Returns the run."""
+    again = start_from is not None and run.record.get("resumed_from") == str(start_from.resolve())
+    if again:
+        tell(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
+    elif start_from is not None:
+        check_adoptable(start_from, experiment, run)
+        run.record["resumed_from"] = str(start_from.resolve())
+    if from_run is not None:
+        inherit(from_run, experiment, run)
+    if start_from is not None and not again:
+        adopt(start_from, experiment, run)
+    run.begin(experiment)
+    return run
+
+
+def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> None:
+    """Raise InputError unless the checkpoint ``folder`` is sound and of a run like this one."""
     problem = checkpoint.check(folder)
     if problem:
         raise InputError(f"--resume {folder}: not a usable checkpoint: {problem}")
     other = folder.resolve().parents[1]
-    if other == run.path.resolve():
-        return
     check_same_experiment(other, experiment)
-    for stage in experiment.stages:
-        if stage.name == checkpoint.read_state(folder)["stage"]:
-            break
-        shutil.copytree(other / "artifacts" / stage.name, run.artifact(stage.name),
-                        dirs_exist_ok=True)
+    if other != run.path.resolve() and any(run.path.glob("checkpoints/[a-z]*")):
+        raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another "
+                         "--output")
+    lineage = checkpoint.read_state(folder)["lineage"]
+    for name, what in (("data_fingerprint", "on other data"), ("weights", "from other base weights"),
+                       ("sampling", "on frames that were sampled or resized otherwise")):
+        if lineage.get(name, run.record[name]) != run.record[name]:
+            raise InputError(f"--resume {folder}: was trained {what}; give the same, or start anew")
+    theirs = RunFolder.read(other)["global_batch"]
+    if theirs != run.global_batch:
+        raise InputError(f"--resume {folder}: was trained with training.global_batch {theirs}, not "
+                         f"{run.global_batch}; set that")
+
+
+def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
+    """Make ready to start from the checkpoint ``folder``: of another run, whose finished stages are
+    copied here; or of this one, whose later checkpoints and artifacts are moved out of the way."""
+    names = [stage.name for stage in experiment.stages]
+    number = names.index(checkpoint.read_state(folder)["stage"])
+    other = folder.resolve().parents[1]
+    if other != run.path.resolve():
+        for name in names[:number]:
+            with new_folder(run.artifact(name)) as new:
+                shutil.copytree(other / "artifacts" / name, new, dirs_exist_ok=True)
+        return
+    later = [found for found in checkpoint.checkpoints(run.checkpoints, names[number])
+             if found.name > folder.name]
+    for name in names[number + 1:]:
+        later += checkpoint.checkpoints(run.checkpoints, name)
+    later += [run.artifact(name) for name in names[number:] if run.artifact(name).exists()]
+    if later:
+        aside = run.path / f"before-start-{len(run.record['starts'])}"
+        aside.mkdir(exist_ok=True)
+        tell(f"vlmds: what came after {folder.name} is moved to {aside}")
+        for found in later:
+            found.rename(aside / f"{found.parent.name}-{found.name}")
 
 
 def default_ds_config() -> Path:

@@ -74,6 +74,11 @@ class RunFolder:
         self.record |= values
         write(self.path / "run.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
 
+    def begin(self, experiment: Experiment) -> None:
+        """Write what this start is of."""
+        write(self.path / "experiment.yaml", to_yaml(experiment))
+        self.update()
+
     def note(self, **values) -> None:
         """Add to the record of this start."""
         self.record["starts"][-1] |= values
@@ -111,7 +116,8 @@ def open_run(
     path: Path, experiment: Experiment, resume: str, *, origin: dict, world_size: int,
     command: list[str],
 ) -> RunFolder:
-    """Create a run folder, or open the one there to go on with it; one process calls it.
+    """A new run, or the one in the folder to go on with it; one process calls it. Nothing is
+    written before :meth:`RunFolder.begin`: a start that is refused leaves no run behind.
 
     Args:
         resume: "auto" goes on with what is there, "never" wants a new folder.
@@ -145,10 +151,7 @@ def open_run(
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
         "world_size": world_size, "versions": versions(), "git": git_commit(),
         "host": platform.node()})
-    write(path / "experiment.yaml", to_yaml(experiment))
-    run = RunFolder(path, record)
-    run.update()
-    return run
+    return RunFolder(path, record)
 
 
 def final_artifact(path: Path) -> Path:

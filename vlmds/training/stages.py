@@ -341,7 +341,7 @@ def run_stages(
     """All stages that are not finished.
 
     Args:
-        start_from: a checkpoint folder to start its stage from, instead of the run's latest.
+        start_from: a checkpoint folder to start its stage from, where the run has none of its own.
 
     Raises:
         Stopped: on all ranks, when a rank was asked to stop; a checkpoint is saved.
@@ -349,16 +349,16 @@ def run_stages(
     names = [stage.name for stage in experiment.stages]
     finished = [is_artifact(run.artifact(name)) for name in names]
     first = finished.index(False) if False in finished else len(names)
-    if start_from is not None:
-        first = names.index(checkpoint.read_state(start_from)["stage"])
     if first == len(names):
         if dist.get_rank() == 0:
             tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
-    found = (start_from, checkpoint.read_state(start_from)) if start_from else (
-        checkpoint.latest_checkpoint(run.checkpoints, names[first]))
+    found = checkpoint.latest_checkpoint(run.checkpoints, names[first])
+    if found is None and start_from is not None:
+        state = checkpoint.read_state(start_from)
+        found = (start_from, state) if state["stage"] == names[first] else None
     step = found[1]["progress"]["step"] if found else 0
     totals = [stage_steps(stage, dataset.count("train"), run.global_batch)
               for stage in experiment.stages]
