@@ -137,10 +137,15 @@ def test_a_changed_experiment_is_refused_with_the_keys(models, shards, two_ranks
     assert metrics(two_ranks) == before
 
 
-def test_start_from_another_runs_checkpoint(models, shards, two_ranks, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_start_from_another_runs_checkpoint(models, shards, two_ranks, tmp_path, killed):
     run = tmp_path / "branch"
-    start = two_ranks / "checkpoints" / "finetune-0000004"
-    train(2, *arguments(models, shards, run), "--resume", str(start))
+    start = ["--resume", str(two_ranks / "checkpoints" / "finetune-0000004")]
+    if killed:  # before its first checkpoint; then it goes on from there by itself
+        train(2, *arguments(models, shards, run), *start, expect=None, script=FAULTY,
+              VLMDS_TEST_FAULT=json.dumps({"kind": "kill", "rank": 1, "call": 1}))
+        start = []
+    train(2, *arguments(models, shards, run), *start)
     assert metrics(run) == [r for r in metrics(two_ranks)
                             if r["stage"] == "finetune" and r["step"] > 4]
     assert_same_weights(weights(run), weights(two_ranks))

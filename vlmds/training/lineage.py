@@ -68,13 +68,15 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
 
 
 def inherit(other: Path, experiment: Experiment, run: RunFolder) -> None:
-    """``--from RUN``: take all stages but the last from another run instead of training them.
+    """``--from RUN``: take all stages but the last from another run instead of training them. What
+    they were goes into the run's record, which the caller writes.
 
     Raises:
         InputError: the other run has not finished them, or its projector was trained for another
             projector, vision tower, language model, number of frames, prompt or sampling.
     """
     record = RunFolder.read(other)
+    taken = []
     for stage in experiment.stages[:-1]:
         source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
         if not is_artifact(source):
@@ -94,10 +96,12 @@ def inherit(other: Path, experiment: Experiment, run: RunFolder) -> None:
                 raise InputError(f"--from {other}: {run.path} has a stage {stage.name} already, "
                                  "and it is another one; choose another --output")
             continue
+        taken.append((stage.name, source, target, {
+            "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}))
+    for name, source, target, told in taken:
         with new_folder(target) as new:
             shutil.copytree(source, new, dirs_exist_ok=True)
-        run.update(inherited={**run.record.get("inherited", {}), stage.name: {
-            "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}})
+        run.record.setdefault("inherited", {})[name] = told
 
 
 def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:

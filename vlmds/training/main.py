@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -112,7 +113,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
-    run_stages(experiment, model, dataset, run, config, device, stop, start_from)
+    run_stages(experiment, model, dataset, run, config, device, stop)
 
 
 def note_attention(run: RunFolder, attention: str) -> None:
@@ -126,7 +127,7 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
     where things lie on their nodes, and the same DeepSpeed JSON."""
     content = ds_config.read_bytes() if ds_config.is_file() else b""
     settings = {key: value for key, value in flat_settings(experiment.model_dump()).items()
-                if key not in OF_A_NODE}
+                if key not in OF_A_NODE and not re.fullmatch(r"data\.blend\.\d+\.path", key)}
     digests = gather(hashlib.sha256(repr(sorted(settings.items())).encode() + content).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
@@ -158,12 +159,14 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
 def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, from_run: Path | None
           ) -> RunFolder:
     """Check what the run is to grow from, then write the run and take that over. Returns the run."""
-    again = start_from is not None and run.record.get("resumed_from") == str(start_from.resolve())
+    origin = run.record.get("resumed_from", {})
+    again = start_from is not None and origin.get("checkpoint") == str(start_from.resolve())
     if again:
         tell(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
     elif start_from is not None:
         check_adoptable(start_from, experiment, run)
-        run.record["resumed_from"] = str(start_from.resolve())
+        run.record["resumed_from"] = {"checkpoint": str(start_from.resolve()),
+                                      "stage": checkpoint.read_state(start_from)["stage"]}
     if from_run is not None:
         inherit(from_run, experiment, run)
     if start_from is not None and not again:

@@ -1,9 +1,10 @@
 """The run folder: what one run of one experiment records, and where a restart goes on.
 
     experiment.yaml   the resolved experiment
-    run.json          a name of its own, global batch, what it is trained from (data fingerprint, hashes of the base
-                      weights, how frames are sampled), and for each start: versions, git commit,
-                      world size, command line, what computes attention
+    run.json          a name of its own, global batch, what it is trained from (data fingerprint,
+                      hashes of the base weights, how frames are sampled, checkpoint or run that it
+                      grew from), and for each start: versions, git commit, world size, command
+                      line, what computes attention
     metrics.jsonl     one line per optimizer step, per validation and per evaluation
     samples.jsonl     captions made in training, if training.evaluate_every is set
     ledger.jsonl      every sample that could not be read, and when

@@ -336,14 +336,12 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
 
 def run_stages(
     experiment: Experiment, model: Model, dataset: Dataset, run: RunFolder, ds_config: Path,
-    device: torch.device, stop: StopRequest, start_from: Path | None = None,
+    device: torch.device, stop: StopRequest,
 ) -> None:
     """All stages that are not finished.
 
-    Args:
-        start_from: a checkpoint folder to start its stage from, where the run has none of its own.
-
     Raises:
+        InputError: the checkpoint that the run grew from (``--resume PATH``) is needed, and gone.
         Stopped: on all ranks, when a rank was asked to stop; a checkpoint is saved.
     """
     names = [stage.name for stage in experiment.stages]
@@ -356,9 +354,14 @@ def run_stages(
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
     found = checkpoint.latest_checkpoint(run.checkpoints, names[first])
-    if found is None and start_from is not None:
-        state = checkpoint.read_state(start_from)
-        found = (start_from, state) if state["stage"] == names[first] else None
+    origin = run.record.get("resumed_from", {})
+    if found is None and origin.get("stage") == names[first]:
+        folder = Path(origin["checkpoint"])
+        problem = on_main(lambda: checkpoint.check(folder))
+        if problem:
+            raise InputError(f"{run.path}: grew from {folder}, which cannot be used ({problem}); "
+                             "restore it, or choose another --output")
+        found = folder, checkpoint.read_state(folder)
     step = found[1]["progress"]["step"] if found else 0
     totals = [stage_steps(stage, dataset.count("train"), run.global_batch)
               for stage in experiment.stages]
