@@ -134,6 +134,22 @@ def test_an_appending_that_was_killed_goes_on(videos, tmp_path, last):
     ShardIndex.open(tmp_path / "killed").verify_index()
 
 
+def test_rows_that_are_mended_in_the_manifest_are_appended(videos, tmp_path):
+    """Files that could not be packed are for --retry."""
+    good = [json.loads(line) for line in (videos / "manifest.jsonl").read_text().splitlines()][:3]
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    for row in good:
+        row["video"] = str(videos / row["video"])
+    bad = {"video": str(tmp_path / "bad.mp4"), "caption": "x", "split": "train"}
+    old = write_manifest(tmp_path / "old.jsonl", [good[0], {**good[1], "caption": ""}, bad])
+    pack(old, tmp_path / "out", **SMALL)
+    new = write_manifest(tmp_path / "new.jsonl", [*good[:2], bad])
+    assert pack(new, tmp_path / "out", append=True, **SMALL).known == 2
+    assert {row.key for row in rows(tmp_path / "out")} == {"v0", "v1"}
+    told = [json.loads(line)["reason"] for line in (tmp_path / "out/ledger.jsonl").read_text().splitlines()]
+    assert len(told) == 1 and told[0].startswith("cannot be read")
+
+
 def test_appending_drops_copies_of_what_is_packed(videos, tmp_path):
     lines = (videos / "manifest.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     old = videos / "old.jsonl"

@@ -179,11 +179,13 @@ def _plan(
     usable = len(rows)
     if base is not None:
         _check_same_options(out, base, options)
-        rejected = {reject.id for reject in base.rejects}
+        # Those that the manifest itself made unusable belong to no shard: mended, they are new.
+        rejected = {reject.id for reject in base.rejects if reject.shard is not None}
         rows = [row for row in rows if row.key not in base.keys and row.id not in rejected]
         seen = {(r.id, r.video, r.reason) for r in unusable}
-        unusable += [r for r in base.rejects
-                     if r.shard is None and (r.id, r.video, r.reason) not in seen]
+        mended = {named for row in rows for named in ((None, row.source), (row.id, row.source))}
+        unusable += [r for r in base.rejects if r.shard is None and (r.id, r.video) not in mended
+                     and (r.id, r.video, r.reason) not in seen]
     known = usable - len(rows)
     sizes = _Sizes() if dedup or options.shard_bytes else None
     if dedup:
