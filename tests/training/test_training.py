@@ -196,7 +196,8 @@ def test_nf4_with_dora_trains_every_parameter_also_after_validation(models, shar
     Every parameter's first moment must keep growing after the validation at step 2."""
     run = tmp_path / "nf4"
     train(2, *arguments(models, shards, run, *tiny.RESAMPLER, "llm.load_in_4bit=true",
-                        f"llm.dtype={dtype}", "training.validate_every=2", "training.keep_checkpoints=9", exp="e8"))
+                        f"llm.dtype={dtype}", "training.validate_every=2",
+                        "training.keep_checkpoints=9", exp="e8"))
     moments = []
     for step in (2, 4, 6):
         tensors = {}

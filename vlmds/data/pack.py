@@ -87,8 +87,9 @@ def pack(
     manifest, out: paths or URLs. val_fraction: share of the rows without a split that go to "val".
     dedup: leave out rows whose video and span an earlier row has. append: add the rows that are new
     as shards after those there. retry: pack the shards anew that had to reject rows (not those that
-    `append` finds there), for their files are mended or `deadline` is longer. task: (i, n) packs only the ith of n parts and leaves it to `merge`,
-    which packs nothing, to make the dataset. engine: "ray" packs on a Ray cluster.
+    `append` finds there), for their files are mended or `deadline` is longer. task: (i, n) packs
+    only the ith of n parts and leaves it to `merge`, which packs nothing, to make the dataset.
+    engine: "ray" packs on a Ray cluster.
     workers: decoding processes, or Ray tasks at once (default: one per core). deadline: seconds a
     video may take. options: fields of :class:`PackOptions`.
 
