@@ -264,7 +264,7 @@ def test_a_ray_cluster_packs_the_same_also_when_a_worker_is_killed(videos, clean
 
 
 def test_a_network_error_does_not_change_the_plan(monkeypatch):
-    from vlmds.data import pack as module
+    from vlmds.data import layout as module
 
     calls = []
 
@@ -281,3 +281,64 @@ def test_a_network_error_does_not_change_the_plan(monkeypatch):
         module._ask("v.mp4", 0, lambda: flaky(99))
     calls.clear()
     assert module._ask("v.mp4", 0, lambda: flaky(99, FileNotFoundError())) == 0 and len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{"shard_bytes": 4_500}, {"dedup": True}])
+def test_a_mended_file_goes_into_its_place_in_the_plan(videos, tmp_path, options, monkeypatch):
+    """Videos are looked at once, by the first start; who comes later only reads what it wrote."""
+    from vlmds.data import layout
+
+    folder = shutil.copytree(videos, tmp_path / "in")
+    manifest, out, options = folder / "manifest.jsonl", tmp_path / "out", SMALL | options
+    (folder / "again.mp4").rename(tmp_path / "hold")
+    pack(manifest, out, task=(0, 2), **options)
+    (plan,) = out.glob("plan-*.jsonl")
+    assert [json.loads(line)[0] for line in plan.read_bytes().splitlines()].count(0) == 2
+    monkeypatch.setattr(layout, "_size", None)
+    monkeypatch.setattr(layout, "_digest", None)
+    pack(manifest, out, task=(1, 2), **options)
+    pack(manifest, out, merge=True, **options)
+    before = contents(out)
+    (tmp_path / "hold").rename(folder / "again.mp4")
+    again = pack(manifest, out, **options)
+    assert again.kept_shards == again.shards and contents(out) == before
+    retried = pack(manifest, out, retry=True, **options)
+    assert retried.kept_shards < retried.shards
+    assert "again" in {row.key for row in rows(out)}
+    after = contents(out)
+    assert {name for name in before if name.endswith(".tar")} <= {*after}
+    assert after[plan.name] == before[plan.name]
+
+
+def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
+    """What another task wrote while this one looked is what counts."""
+    from vlmds.data import layout
+
+    options = SMALL | {"shard_bytes": 4_500}
+    pack(videos / "manifest.jsonl", tmp_path / "first", **options)
+    (plan,) = (tmp_path / "first").glob("plan-*.jsonl")
+
+    def slow(videos, *rest):
+        (tmp_path / "out").mkdir()
+        shutil.copy(plan, tmp_path / "out")
+        return [(1, None)] * len(videos)
+
+    monkeypatch.setattr(layout, "_look_up", slow)
+    pack(videos / "manifest.jsonl", tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "first")
+    (tmp_path / "out" / plan.name).write_text("[1, null]\n")
+    with pytest.raises(InputError, match="plan-.*damaged; delete it"):
+        pack(videos / "manifest.jsonl", tmp_path / "out", **options)
+
+
+def test_a_start_that_packs_nothing_leaves_no_plan(videos, tmp_path):
+    """The folder of videos was not mounted, for one."""
+    manifest = shutil.copy(videos / "manifest.jsonl", tmp_path)
+    options = SMALL | {"shard_bytes": 4_500}
+    with pytest.raises(InputError, match="nothing was packed"):
+        pack(manifest, tmp_path / "out", **options)
+    for path in videos.glob("*.mp4"):
+        shutil.copy(path, tmp_path)
+    pack(manifest, tmp_path / "out", **options)
+    pack(videos / "manifest.jsonl", tmp_path / "clean", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")

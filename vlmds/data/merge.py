@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
+from vlmds.data.layout import PLANS
 from vlmds.data.manifest import Reject
 from vlmds.data.shards import MARKERS, Shard, json_line, read_marker
 from vlmds.errors import InputError
@@ -148,11 +149,13 @@ def remove_leftovers(out: Path) -> None:
 
 
 def _nothing_packed(out: Path, shards: list[Shard], rejects: list[Reject]) -> InputError:
-    """Leave the ledger, but no marker, so that the next run tries again."""
+    """Leave the ledger, but no marker and no plan, so that the next run tries again."""
     rejects.sort(key=lambda reject: reject.row)
     write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
     for shard in shards:
         (out / f"{shard.name}.json").unlink(missing_ok=True)
+    for plan in out.glob(PLANS):
+        plan.unlink(missing_ok=True)
     reasons = Counter(reject.reason for reject in rejects).most_common(1)
     cause = f"most common reason: {reasons[0][0]}" if reasons else "the manifest is empty"
     return InputError(f"{out}: nothing was packed; {cause}; see {out / 'ledger.jsonl'}")
