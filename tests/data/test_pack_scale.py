@@ -342,3 +342,83 @@ def test_a_start_that_packs_nothing_leaves_no_plan(videos, tmp_path):
     pack(manifest, tmp_path / "out", **options)
     pack(videos / "manifest.jsonl", tmp_path / "clean", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def append(folder, out, table, **options):
+    return pack(write_manifest(folder / "m.jsonl", table), out, append=True, **SMALL | options)
+
+
+def ids_of(out):
+    """Where the rows' videos came from, by id."""
+    return {told[0]: told[2] for path in sorted(out.glob("*/*.json"))
+            for told in json.loads(path.read_bytes())["inputs"]}
+
+
+def test_another_video_of_the_same_name_is_appended(videos, tmp_path):
+    """Also where the manifest lists the newest first, and one with a given id is told."""
+    for name, source in (("old", "v0"), ("new", "v1")):
+        (tmp_path / name).mkdir()
+        shutil.copy(videos / f"{source}.mp4", tmp_path / name / "clip.mp4")
+    old, new = ({"video": f"{name}/clip.mp4", "caption": "글"} for name in ("old", "new"))
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", [old, old | {"id": "mine"}]), out, **SMALL)
+    summary = append(tmp_path, out, [new, old, old | {"end": 0.3}, new | {"id": "mine"}])
+    assert summary.known == 1 and summary.rejected == {"duplicate id": 1}
+    found = {"clip": "old/clip.mp4", "mine": "old/clip.mp4", "clip-2": "new/clip.mp4",
+             "clip-3": "old/clip.mp4"}
+    assert ids_of(out) == found
+    assert append(tmp_path, out, [old | {"end": 0.3}, new, old]).known == 3
+    assert ids_of(out) == found and {row.key for row in rows(out)} == set(found)
+
+
+def test_rows_mended_in_the_manifest_are_appended(videos, tmp_path):
+    for path in videos.glob("*.mp4"):
+        shutil.copy(path, tmp_path)
+    table = [{"video": "v0.mp4", "caption": "글"}, {"video": "v1.mp4", "caption": ""},
+             {"video": "v2.mp4", "caption": "글", "split": "../x"},
+             {"video": "gone.mp4", "caption": "글", "id": "moved"}, {"caption": "글", "id": "bare"},
+             {"video": "v4.mp4", "caption": ""}]
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", table), out, **SMALL)
+    table[1]["caption"], table[2]["split"], table[3]["video"] = "글", "val", "v3.mp4"
+    table[4]["video"] = "v5.mp4"
+    summary = append(tmp_path, out, table[:5])
+    assert {row.key for row in rows(out)} == {"v0", "v1", "v2", "moved", "bare"}
+    assert summary.rejected == {"file not found": 1, "empty caption": 1}
+    again = append(tmp_path, out, table[:5])
+    assert again.known == 5 and again.rejected == summary.rejected
+
+
+def test_copies_that_were_left_out_stay_out(videos, tmp_path):
+    for name in ("v1", "again"):
+        shutil.copy(videos / f"{name}.mp4", tmp_path)
+    table = [{"video": "v1.mp4", "caption": "글"}, {"video": "again.mp4", "caption": "글"}]
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", table), out, dedup=True, **SMALL)
+    summary = append(tmp_path, out, table)
+    assert summary.known == 2 and summary.rejected == {"duplicate content": 1}
+    assert [row.key for row in rows(out)] == ["v1"]
+
+
+def test_a_new_key_is_not_one_that_is_packed(videos, tmp_path):
+    shutil.copy(videos / "v0.mp4", tmp_path)
+    row = {"video": "v0.mp4", "caption": "글"}
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", [row | {"id": "a.b"}]), out, **SMALL)
+    (key,) = (found.key for found in rows(out))
+    assert append(tmp_path, out, [row | {"id": key}]).packed == 2
+
+
+def test_what_an_older_vlmds_packed_is_known_by_its_ids(videos, tmp_path):
+    """Its markers do not tell the rows' inputs."""
+    for name in ("v0", "v1"):
+        shutil.copy(videos / f"{name}.mp4", tmp_path)
+    table = [{"video": "v0.mp4", "caption": "글"}, {"video": "gone.mp4", "caption": "글"}]
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", table), out, **SMALL)
+    for path in out.glob("*/*.json"):
+        marker = json.loads(path.read_bytes())
+        del marker["inputs"]
+        path.write_text(json.dumps(marker))
+    summary = append(tmp_path, out, [*table, {"video": "v1.mp4", "caption": "글"}])
+    assert summary.known == 2 and summary.packed == 2

@@ -86,11 +86,12 @@ def pack(
 
     manifest, out: paths or URLs. val_fraction: share of the rows without a split that go to "val".
     dedup: leave out rows whose video and span an earlier row has. append: add the rows that are new
-    as shards after those there. retry: pack the shards anew that had to reject rows (not those that
-    `append` finds there), for their files are mended or `deadline` is longer. task: (i, n) packs only the ith of n parts and leaves it to `merge`,
-    which packs nothing, to make the dataset. engine: "ray" packs on a Ray cluster.
-    workers: decoding processes, or Ray tasks at once (default: one per core). deadline: seconds a
-    video may take. options: fields of :class:`PackOptions`.
+    (their source or span, as written), or were mended in the manifest, as shards after those there.
+    retry: pack the shards anew that had to reject rows (not those that `append` finds there), for
+    their files are mended or `deadline` is longer. task: (i, n) packs only the ith of n parts and
+    leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs on a Ray
+    cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
+    seconds a video may take. options: fields of :class:`PackOptions`.
 
     Rows that cannot be packed go to ledger.jsonl. Raises InputError if nothing was packed, if the
     manifest cannot be read, or if `out` holds a dataset of another manifest or other options.
@@ -173,18 +174,15 @@ def _plan(
     manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool,
     retry: bool,
 ) -> Work:
-    table = read_manifest(manifest, val_fraction)
-    rows, unusable = table.rows, list(table.rejects)
     base = Base.read(out) if append else None
-    usable = len(rows)
     if base is not None:
         _check_same_options(out, base, options)
-        rejected = {reject.id for reject in base.rejects}
-        rows = [row for row in rows if row.key not in base.keys and row.id not in rejected]
-        seen = {(r.id, r.video, r.reason) for r in unusable}
-        unusable += [r for r in base.rejects
-                     if r.shard is None and (r.id, r.video, r.reason) not in seen]
-    known = usable - len(rows)
+    table = read_manifest(manifest, val_fraction, known=base.known if base else None)
+    rows, unusable = table.rows, list(table.rejects)
+    if base is not None:
+        rows = [row for row in rows if not base.has(row)]
+        unusable += base.still_unusable(table)
+    known = len(table.rows) - len(rows)
     packed = base.contents if base else {}
     facts = facts_of(out, rows, options, dedup, packed)
     if dedup:
