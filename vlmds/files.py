@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             path.fs.put_file(file.name, path.path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{machine()}~{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -76,6 +76,35 @@ def write(path: Path, data: bytes | str) -> None:
     """Replace the file's content, atomically."""
     with replacing(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """Make the file, whole and on disk, unless there is one: of processes that start together the
+    first one's stays. (At a URL the last one's may.)"""
+    if hasattr(path, "fs"):
+        if not path.exists():
+            write(path, data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # some file systems have no links; there, the last one's may stay
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    """Where this process writes what will be `path`."""
+    return path.with_name(f".{path.name}.{machine()}~{os.getpid()}.tmp")
 
 
 @contextmanager

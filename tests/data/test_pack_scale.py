@@ -280,7 +280,7 @@ def test_a_ray_cluster_packs_the_same_also_when_a_worker_is_killed(videos, clean
 
 
 def test_a_network_error_does_not_change_the_plan(monkeypatch):
-    from vlmds.data import pack as module
+    from vlmds.data import layout as module
 
     calls = []
 
@@ -297,3 +297,144 @@ def test_a_network_error_does_not_change_the_plan(monkeypatch):
         module._ask("v.mp4", 0, lambda: flaky(99))
     calls.clear()
     assert module._ask("v.mp4", 0, lambda: flaky(99, FileNotFoundError())) == 0 and len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{"shard_bytes": 4_500}, {"dedup": True}])
+def test_a_mended_file_goes_into_its_place_in_the_plan(videos, tmp_path, options, monkeypatch):
+    """Videos are looked at once, by the first start; who comes later only reads what it wrote."""
+    from vlmds.data import layout
+
+    folder = shutil.copytree(videos, tmp_path / "in")
+    manifest, out, options = folder / "manifest.jsonl", tmp_path / "out", SMALL | options
+    (folder / "again.mp4").rename(tmp_path / "hold")
+    pack(manifest, out, task=(0, 2), **options)
+    (plan,) = out.glob("plan-*.jsonl")
+    assert [json.loads(line)[0] for line in plan.read_bytes().splitlines()].count(0) == 2
+    monkeypatch.setattr(layout, "_size", None)
+    monkeypatch.setattr(layout, "_digest", None)
+    pack(manifest, out, task=(1, 2), **options)
+    pack(manifest, out, merge=True, **options)
+    before = contents(out)
+    (tmp_path / "hold").rename(folder / "again.mp4")
+    again = pack(manifest, out, **options)
+    assert again.kept_shards == again.shards and contents(out) == before
+    retried = pack(manifest, out, retry=True, **options)
+    assert retried.kept_shards < retried.shards
+    assert "again" in {row.key for row in rows(out)}
+    after = contents(out)
+    assert {name for name in before if name.endswith(".tar")} <= {*after}
+    assert after[plan.name] == before[plan.name]
+
+
+def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
+    """What another task wrote while this one looked is what counts."""
+    from vlmds.data import layout
+
+    options = SMALL | {"shard_bytes": 4_500}
+    pack(videos / "manifest.jsonl", tmp_path / "first", **options)
+    (plan,) = (tmp_path / "first").glob("plan-*.jsonl")
+
+    def slow(videos, *rest):
+        (tmp_path / "out").mkdir()
+        shutil.copy(plan, tmp_path / "out")
+        return [(1, None)] * len(videos)
+
+    monkeypatch.setattr(layout, "_look_up", slow)
+    pack(videos / "manifest.jsonl", tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "first")
+    (tmp_path / "out" / plan.name).write_text("[1, null]\n")
+    with pytest.raises(InputError, match="plan-.*damaged; delete it"):
+        pack(videos / "manifest.jsonl", tmp_path / "out", **options)
+
+
+def test_a_start_that_packs_nothing_leaves_no_plan(videos, tmp_path):
+    """The folder of videos was not mounted, for one."""
+    manifest = shutil.copy(videos / "manifest.jsonl", tmp_path)
+    options = SMALL | {"shard_bytes": 4_500}
+    with pytest.raises(InputError, match="nothing was packed"):
+        pack(manifest, tmp_path / "out", **options)
+    for path in videos.glob("*.mp4"):
+        shutil.copy(path, tmp_path)
+    pack(manifest, tmp_path / "out", **options)
+    pack(videos / "manifest.jsonl", tmp_path / "clean", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def append(folder, out, table, **options):
+    return pack(write_manifest(folder / "m.jsonl", table), out, append=True, **SMALL | options)
+
+
+def ids_of(out):
+    """Where the rows' videos came from, by id."""
+    return {told[0]: told[2] for path in sorted(out.glob("*/*.json"))
+            for told in json.loads(path.read_bytes())["inputs"]}
+
+
+def test_another_video_of_the_same_name_is_appended(videos, tmp_path):
+    """Also where the manifest lists the newest first, and one with a given id is told."""
+    for name, source in (("old", "v0"), ("new", "v1")):
+        (tmp_path / name).mkdir()
+        shutil.copy(videos / f"{source}.mp4", tmp_path / name / "clip.mp4")
+    old, new = ({"video": f"{name}/clip.mp4", "caption": "글"} for name in ("old", "new"))
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", [old, old | {"id": "mine"}]), out, **SMALL)
+    summary = append(tmp_path, out, [new, old, old | {"end": 0.3}, new | {"id": "mine"}])
+    assert summary.known == 1 and summary.rejected == {"duplicate id": 1}
+    found = {"clip": "old/clip.mp4", "mine": "old/clip.mp4", "clip-2": "new/clip.mp4",
+             "clip-3": "old/clip.mp4"}
+    assert ids_of(out) == found
+    assert append(tmp_path, out, [old | {"end": 0.3}, new, old]).known == 3
+    assert ids_of(out) == found and {row.key for row in rows(out)} == set(found)
+
+
+def test_rows_mended_in_the_manifest_are_appended(videos, tmp_path):
+    for path in videos.glob("*.mp4"):
+        shutil.copy(path, tmp_path)
+    table = [{"video": "v0.mp4", "caption": "글"}, {"video": "v1.mp4", "caption": ""},
+             {"video": "v2.mp4", "caption": "글", "split": "../x"},
+             {"video": "gone.mp4", "caption": "글", "id": "moved"}, {"caption": "글", "id": "bare"},
+             {"video": "v4.mp4", "caption": ""}]
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", table), out, **SMALL)
+    table[1]["caption"], table[2]["split"], table[3]["video"] = "글", "val", "v3.mp4"
+    table[4]["video"] = "v5.mp4"
+    summary = append(tmp_path, out, table[:5])
+    assert {row.key for row in rows(out)} == {"v0", "v1", "v2", "moved", "bare"}
+    assert summary.rejected == {"file not found": 1, "empty caption": 1}
+    again = append(tmp_path, out, table[:5])
+    assert again.known == 5 and again.rejected == summary.rejected
+
+
+def test_copies_that_were_left_out_stay_out(videos, tmp_path):
+    for name in ("v1", "again"):
+        shutil.copy(videos / f"{name}.mp4", tmp_path)
+    table = [{"video": "v1.mp4", "caption": "글"}, {"video": "again.mp4", "caption": "글"}]
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", table), out, dedup=True, **SMALL)
+    summary = append(tmp_path, out, table)
+    assert summary.known == 2 and summary.rejected == {"duplicate content": 1}
+    assert [row.key for row in rows(out)] == ["v1"]
+
+
+def test_a_new_key_is_not_one_that_is_packed(videos, tmp_path):
+    shutil.copy(videos / "v0.mp4", tmp_path)
+    row = {"video": "v0.mp4", "caption": "글"}
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", [row | {"id": "a.b"}]), out, **SMALL)
+    (key,) = (found.key for found in rows(out))
+    assert append(tmp_path, out, [row | {"id": key}]).packed == 2
+
+
+def test_what_an_older_vlmds_packed_is_known_by_its_ids(videos, tmp_path):
+    """Its markers do not tell the rows' inputs."""
+    for name in ("v0", "v1"):
+        shutil.copy(videos / f"{name}.mp4", tmp_path)
+    table = [{"video": "v0.mp4", "caption": "글"}, {"video": "gone.mp4", "caption": "글"}]
+    out = tmp_path / "out"
+    pack(write_manifest(tmp_path / "m.jsonl", table), out, **SMALL)
+    for path in out.glob("*/*.json"):
+        marker = json.loads(path.read_bytes())
+        del marker["inputs"]
+        path.write_text(json.dumps(marker))
+    summary = append(tmp_path, out, [*table, {"video": "v1.mp4", "caption": "글"}])
+    assert summary.known == 2 and summary.packed == 2

@@ -64,11 +64,10 @@ def _pack(args: argparse.Namespace) -> int:
               f"{args.out / 'ledger.jsonl'} with its reason:")
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")
-        print("once their files are mended, or with a longer --deadline, --retry packs their shards "
+        print("once the files are mended, or with a longer --deadline, --retry packs their shards "
               "anew; rows that are mended in the manifest are added by --append")
     if summary.known:
-        print(f"{summary.known:,} rows have ids (by default the file's name without its ending) that "
-              "were packed or rejected before, and were left; another video wants another id")
+        print(f"{summary.known:,} rows were packed or rejected before, and were left")
     if summary.duplicates:
         print(f"{summary.duplicates:,} groups of samples have the same content, see "
               f"{args.out / 'duplicates.jsonl'}; --dedup leaves all but the first out")

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,18 +60,33 @@ class Manifest:
     ignored_columns: list[str]
 
 
+@dataclass(frozen=True)
+class Known:
+    """Rows of earlier manifests, as far as their shards tell them. inputs: (source, start, end) ->
+    the ids of the rows that have it, rejected ones too. ids, keys: of those that are packed."""
+
+    inputs: dict[tuple, list[str]] = field(default_factory=dict)
+    ids: set[str] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+
+    def has(self, row: ManifestRow) -> bool:
+        return row.id in self.inputs.get((row.source, row.start, row.end), ())
+
+
 class _BadRow(Exception):
     """Why one row is rejected."""
 
 
 def read_manifest(
-    path: str | Path, val_fraction: float = 0.0, *, captions: bool = True
+    path: str | Path, val_fraction: float = 0.0, *, captions: bool = True,
+    known: Known | None = None,
 ) -> Manifest:
     """Read a CSV, TSV, JSONL or Parquet manifest (UTF-8, told apart by extension).
 
     Rows without a split go to "train", or, for a `val_fraction` share of the ids, to "val";
     which ones depends on the id alone. Whether a video exists is found out when it is packed.
-    captions: false reads no captions, which rows then need not have.
+    captions: false reads no captions, which rows then need not have. known: rows that have an id
+    from before keep it, and no other row gets the id or the key of one that is packed.
 
     Raises InputError if the file cannot be read or lacks the column `video` or `caption`.
     """
@@ -84,7 +99,7 @@ def read_manifest(
             raise InputError(f"{path}: no column {name!r}; it has {', '.join(columns) or 'none'}")
 
     folder = path.parent if hasattr(path, "fs") else path.resolve().parent
-    ids = _Ids({str(r["id"]) for r in records if not _is_missing(r.get("id"))})
+    ids = _Ids({str(r["id"]) for r in records if not _is_missing(r.get("id"))}, known or Known())
     rows, rejects = [], []
     for number, record in enumerate(records, 1):
         try:
@@ -168,7 +183,7 @@ def _row(
         raise _BadRow(f"bad split: {split!r}; use letters, digits, - and _")
 
     video = source if "://" in source else str(folder / source)
-    sample_id = ids.claim(number, _text(record, "id"), source, (video, start, end))
+    sample_id = ids.claim(number, _text(record, "id"), video, (source, start, end))
     if split is None:
         split = "val" if _unit_interval(sample_id) < val_fraction else "train"
     prompt = _text(record, "prompt")
@@ -177,25 +192,34 @@ def _row(
 
 
 class _Ids:
-    """Gives every row an id and a key that no other row has."""
+    """Gives every row an id and a key that no other row has, but a known row its former id."""
 
-    def __init__(self, explicit: set[str]):
+    def __init__(self, explicit: set[str], known: Known):
         self._explicit = explicit  # of the whole manifest, so that no default id takes one
+        self._known = known
+        self._former = {sample_id for ids in known.inputs.values() for sample_id in ids}
         self._rows: dict[str, int] = {}
         self._spans: dict[tuple, tuple[str, int]] = {}  # of rows with a default id
         self._stems: dict[str, int] = {}  # the last suffix tried
-        self._keys: set[str] = set()
+        self._keys = set(known.keys)
 
-    def claim(self, row: int, explicit: str | None, source: str, span: tuple) -> str:
-        """The row's id: its own, or the stem of its video made unique by -2, -3, …"""
+    def claim(self, row: int, explicit: str | None, video: str, named: tuple) -> str:
+        """The row's id: its own, or the one it had, or the stem of its video made unique by -2,
+        -3, … named: (source, start, end)."""
+        source, span = named[0], (video, *named[1:])
+        former = self._known.inputs.get(named, ())
         if explicit is None:
             if span in self._spans:
                 raise _BadRow(self._duplicate(*self._spans[span]))
-            sample_id = next(i for i in self._defaults(source)
-                             if i not in self._rows and i not in self._explicit)
+            sample_id = next((i for i in former if i not in self._explicit), None) or next(
+                i for i in self._defaults(source)
+                if not (i in self._rows or i in self._explicit or i in self._former))
             self._spans[span] = (sample_id, row)
         elif explicit in self._rows:
             raise _BadRow(self._duplicate(explicit, self._rows[explicit]))
+        elif explicit in self._known.ids and explicit not in former:
+            raise _BadRow(f"duplicate id: {explicit!r} is packed, with another video, start or end; "
+                          "give another id")
         else:
             sample_id = explicit
         self._rows[sample_id] = row

@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
-from vlmds.data.manifest import Reject
+from vlmds.data.layout import PLANS
+from vlmds.data.manifest import Known, Manifest, ManifestRow, Reject
 from vlmds.data.shards import MARKERS, Shard, json_line, read_marker
 from vlmds.errors import InputError
 from vlmds.files import replacing, sha256_of, temporary_owner, write
@@ -25,14 +27,17 @@ DAY = 86400.0
 class Base:
     """What an earlier packing left in a folder, which --append goes on from.
 
-    planned: for each split, how many shard numbers are taken. keys: of all samples. rejects: rows
-    that could not be packed. contents: (sha256, start, end) of a sample's video -> its key.
+    planned: for each split, how many shard numbers are taken. known: its rows, by what they ask for.
+    keys, ids: of samples and rejected rows that the markers tell no more of. unusable: the ledger's
+    rows that are in no shard. contents: (sha256, start, end) of a sample's video -> its key.
     described: what dataset.json says of the store.
     """
 
     planned: dict[str, int]
+    known: Known
     keys: set[str]
-    rejects: list[Reject]
+    ids: set[str]
+    unusable: list[Reject]
     contents: dict[tuple, str]
     described: dict[str, Any]
 
@@ -50,15 +55,47 @@ class Base:
             raise InputError(f"{path}: not there; --append goes on from a finished packing") from None
         with (out / "ledger.jsonl").open(encoding="utf-8") as file:
             rejects = [Reject(**json.loads(line)) for line in file]
-        base = cls(meta["planned"], set(), [r for r in rejects if r.shard is None], {}, meta)
+        base = cls(meta["planned"], Known(), set(), set(), [r for r in rejects if r.shard is None],
+                   {}, meta)
         for shard in base.shards(out):
             marker = read_marker(out / f"{shard.name}.json")
-            base.rejects.extend(Reject(**reject) for reject in marker["rejects"])
+            base._learn(marker)
             for row in marker["rows"]:
-                base.keys.add(row["key"])
                 if row.get("content"):
                     base.contents.setdefault(tuple(row["content"]), row["key"])
         return base
+
+    def _learn(self, marker: dict[str, Any]) -> None:
+        """Note the rows of a shard."""
+        packed = {row["key"] for row in marker["rows"]}
+        rejected = {reject["id"] for reject in marker["rejects"]}
+        for sample_id, key, *named in marker.get("inputs", ()):
+            self.known.inputs.setdefault(tuple(named), []).append(sample_id)
+            if key in packed:
+                self.known.ids.add(sample_id)
+                self.known.keys.add(key)
+            packed.discard(key)
+            rejected.discard(sample_id)
+        self.keys.update(packed)
+        self.ids.update(rejected)
+
+    @cached_property
+    def left_out(self) -> set[tuple]:
+        """(id, source) of the rows that were fit to be packed, but are copies."""
+        return {(reject.id, reject.video) for reject in self.unusable if reject.split is not None}
+
+    def has(self, row: ManifestRow) -> bool:
+        """Whether the row is packed, or was rejected when that was tried, or left out as a copy."""
+        return (self.known.has(row) or row.key in self.keys or row.id in self.ids
+                or (row.id, row.source) in self.left_out)
+
+    def still_unusable(self, manifest: Manifest) -> list[Reject]:
+        """The rows in no shard that this manifest does not decide anew: copies that were left out,
+        and what it no longer has."""
+        names = {row.source for row in manifest.rows} | {row.id for row in manifest.rows} | {
+            reject.video or reject.id for reject in manifest.rejects}
+        return [reject for reject in self.unusable
+                if reject.split is not None or (reject.video or reject.id) not in names]
 
     def shards(self, out: Path) -> list[Shard]:
         """Its shards, by name only."""
@@ -148,11 +185,13 @@ def remove_leftovers(out: Path) -> None:
 
 
 def _nothing_packed(out: Path, shards: list[Shard], rejects: list[Reject]) -> InputError:
-    """Leave the ledger, but no marker, so that the next run tries again."""
+    """Leave the ledger, but no marker and no plan, so that the next run tries again."""
     rejects.sort(key=lambda reject: reject.row)
     write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
     for shard in shards:
         (out / f"{shard.name}.json").unlink(missing_ok=True)
+    for plan in out.glob(PLANS):
+        plan.unlink(missing_ok=True)
     reasons = Counter(reject.reason for reject in rejects).most_common(1)
     cause = f"most common reason: {reasons[0][0]}" if reasons else "the manifest is empty"
     return InputError(f"{out}: nothing was packed; {cause}; see {out / 'ledger.jsonl'}")

@@ -2,31 +2,31 @@
 
 Which rows a shard has, and with which bytes, follows from the manifest and the options alone: so any
 number of processes and machines can share the work, stop and start again at any time, and the
-result is the same to the byte. `shards.py` writes a shard, `merge.py` makes a dataset of them.
+result is the same to the byte. `layout.py` says which rows make a shard, `shards.py` writes it,
+`merge.py` makes a dataset of them.
 """
 
 import os
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool
+from vlmds.data.layout import facts_of, shards_of, without_duplicates
 from vlmds.data.manifest import ManifestRow, Reject, read_manifest
 from vlmds.data.merge import Base, Finished, finish
 from vlmds.data.prepare import Reply, Request
-from vlmds.data.shards import PackOptions, Shard, options_hash, unfinished, write_shard
+from vlmds.data.shards import PackOptions, Shard, unfinished, write_shard
 from vlmds.errors import InputError
-from vlmds.files import as_path, sha256_of
+from vlmds.files import as_path
 
 ENGINES = ("local", "ray")
-ATTEMPTS = 4
 LOG_SECONDS = 30.0  # between the lines of progress in a log
 
 
@@ -86,12 +86,12 @@ def pack(
 
     manifest, out: paths or URLs. val_fraction: share of the rows without a split that go to "val".
     dedup: leave out rows whose video and span an earlier row has. append: add the rows that are new
-    as shards after those there. retry: pack the shards anew that had to reject rows (not those that
-    `append` finds there), for their files are mended or `deadline` is longer. task: (i, n) packs
-    only the ith of n parts and leaves it to `merge`, which packs nothing, to make the dataset.
-    engine: "ray" packs on a Ray cluster.
-    workers: decoding processes, or Ray tasks at once (default: one per core). deadline: seconds a
-    video may take. options: fields of :class:`PackOptions`.
+    (their source or span, as written), or were mended in the manifest, as shards after those there.
+    retry: pack the shards anew that had to reject rows (not those that `append` finds there), for
+    their files are mended or `deadline` is longer. task: (i, n) packs only the ith of n parts and
+    leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs on a Ray
+    cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
+    seconds a video may take. options: fields of :class:`PackOptions`.
 
     Rows that cannot be packed go to ledger.jsonl. Raises InputError if nothing was packed, if the
     manifest cannot be read, or if `out` holds a dataset of another manifest or other options.
@@ -174,25 +174,21 @@ def _plan(
     manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool,
     retry: bool,
 ) -> Work:
-    table = read_manifest(manifest, val_fraction)
-    rows, unusable = table.rows, list(table.rejects)
     base = Base.read(out) if append else None
-    usable = len(rows)
     if base is not None:
         _check_same_options(out, base, options)
-        # Those that the manifest itself made unusable belong to no shard: mended, they are new.
-        rejected = {reject.id for reject in base.rejects if reject.shard is not None}
-        rows = [row for row in rows if row.key not in base.keys and row.id not in rejected]
-        seen = {(r.id, r.video, r.reason) for r in unusable}
-        mended = {named for row in rows for named in ((None, row.source), (row.id, row.source))}
-        unusable += [r for r in base.rejects if r.shard is None and (r.id, r.video) not in mended
-                     and (r.id, r.video, r.reason) not in seen]
-    known = usable - len(rows)
-    sizes = _Sizes() if dedup or options.shard_bytes else None
+    table = read_manifest(manifest, val_fraction, known=base.known if base else None)
+    rows, unusable = table.rows, list(table.rejects)
+    if base is not None:
+        rows = [row for row in rows if not base.has(row)]
+        unusable += base.still_unusable(table)
+    known = len(table.rows) - len(rows)
+    packed = base.contents if base else {}
+    facts = facts_of(out, rows, options, dedup, packed)
     if dedup:
-        rows, dropped = _without_duplicates(rows, sizes, base.contents if base else {})
+        rows, dropped = without_duplicates(rows, facts, packed)
         unusable += dropped
-    shards = _shards(rows, options, sizes, base.planned if base else {})
+    shards = shards_of(rows, options, facts, base.planned if base else {})
     todo = unfinished(out, shards, base.planned if base else {}, retry)
     return Work(shards, todo, unusable, table.ignored_columns, base, known)
 
@@ -207,99 +203,3 @@ def _check_same_options(out: Path, base: Base, options: PackOptions) -> None:
         if base.described.get(name) != value:
             raise InputError(f"{out}: was packed with {name} {base.described.get(name)!r}, not "
                              f"{value!r}; append with the same options, or pack into another folder")
-
-
-def _shards(
-    rows: list[ManifestRow], options: PackOptions, sizes: "_Sizes | None", taken: dict[str, int]
-) -> list[Shard]:
-    """All shards in order of (split, number); which rows a shard has never depends on rejects.
-
-    taken: for each split, how many numbers belong to shards that are there already.
-    """
-    splits: dict[str, list[ManifestRow]] = defaultdict(list)
-    for row in rows:
-        splits[row.split].append(row)
-    shards = []
-    for split, members in sorted(splits.items()):
-        number = taken.get(split, 0)
-        for part in _cut(members, options, sizes):
-            shards.append(Shard(split, number, part, options_hash(part, options)))
-            number += 1
-    return shards
-
-
-def _cut(
-    rows: list[ManifestRow], options: PackOptions, sizes: "_Sizes | None"
-) -> Iterator[list[ManifestRow]]:
-    """The rows of a split in parts of at most shard_size rows and shard_bytes bytes of videos (but
-    at least one row)."""
-    part: list[ManifestRow] = []
-    total = 0
-    for row in rows:
-        size = sizes[row.video] if options.shard_bytes else 0
-        full = len(part) == options.shard_size or (
-            options.shard_bytes is not None and total + size > options.shard_bytes)
-        if part and full:
-            yield part
-            part, total = [], 0
-        part.append(row)
-        total += size
-    if part:
-        yield part
-
-
-def _without_duplicates(
-    rows: list[ManifestRow], sizes: "_Sizes", packed: dict[tuple, str]
-) -> tuple[list[ManifestRow], list[Reject]]:
-    """The rows but those whose video, byte for byte, and span an earlier row or one of the `packed`
-    samples has, and the ledger's records of those. Only what may have a double is read."""
-    alike = Counter((sizes[row.video], row.start, row.end) for row in rows)
-    first = dict(packed)  # content and span -> who has it
-    kept, dropped = [], []
-    for row in rows:
-        size = sizes[row.video]
-        digest = None
-        if size and (packed or alike[size, row.start, row.end] > 1):
-            digest = _ask(row.video, None, lambda row=row: sha256_of(as_path(row.video)))
-        content = (digest, row.start, row.end)
-        if digest is not None and content in first:
-            dropped.append(Reject(row.row, row.id, row.source, "duplicate content: the same as "
-                                  f"{first[content]!r}", row.split))
-        else:
-            kept.append(row)
-            if digest is not None:
-                first[content] = row.id
-    return kept, dropped
-
-
-class _Sizes(dict):
-    """Bytes of a video (path or URL), looked up once; 0 if it cannot be had."""
-
-    def __missing__(self, video: str) -> int:
-        self[video] = _ask(
-            video, 0, lambda: int(fsspec.core.url_to_fs(video)[0].size(video) or 0))
-        return self[video]
-
-
-def _ask(video: str, default, make: Callable):
-    """What `make` returns of a video; the default where there is no such file or it may not be
-    read, which packing then tells.
-
-    Which row goes into which shard depends on the answer, so it must be the same whenever and
-    wherever it is asked: other errors, such as a network's, are tried again.
-
-    Raises:
-        InputError: it fails again and again.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            return make()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
-                ValueError, ImportError):  # the last two: a protocol that nobody knows
-            return default
-        except Exception as error:  # each protocol's driver has its own
-            if attempt + 1 == ATTEMPTS:
-                raise InputError(f"{video}: cannot be looked at to plan the shards: "
-                                 f"{type(error).__name__}: {error}; mend that and start again "
-                                 "(nothing is lost)") from error
-            time.sleep(2.0**attempt)

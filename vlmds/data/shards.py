@@ -127,8 +127,12 @@ def read_marker(path: Path) -> dict[str, Any]:
 
 def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
     """Write the shard's tar, unless it has no sample, and then its marker. Takes a reply for each
-    of its rows."""
+    of its rows.
+
+    The marker's `inputs` say what the rows ask for, [id, key, source, start, end] each, rejected
+    ones too; --append goes by them. Rows that no manifest has (number 0) are not among them."""
     rejects, index_rows = [], []
+    inputs = [[row.id, row.key, row.source, row.start, row.end] for row in shard.rows if row.row]
     tar, marker = out / f"{shard.name}.tar", out / f"{shard.name}.json"
     with replacing(tar) as file:
         writer = TarWriter(file)
@@ -144,7 +148,7 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
             "count": len(index_rows), "bytes": writer.offset if index_rows else 0,
             "sha256": writer.sha256.hexdigest() if index_rows else None,
             "options_hash": shard.options_hash, "rejects": rejects, "rows": index_rows,
-        })
+            "inputs": inputs})
         # A marker of other bytes must not outlive the tar that it is of, wherever we are killed. One
         # of these bytes is another process's, which is done with the same shard.
         if marker.exists() and marker.read_bytes() != told:
