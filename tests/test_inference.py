@@ -32,9 +32,9 @@ def made(models, folder, exp="e7", *overrides):
     """An artifact with random weights that are not those of a fresh model."""
     extra = tiny.RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*tiny.settings(models), *extra, *overrides])
-    torch.manual_seed(5)
     model = load_model(experiment, CPU)
     model.captioner.llm = add_adapter(model.captioner.llm, experiment.peft)
+    torch.manual_seed(5)
     with torch.no_grad():
         for name, p in model.captioner.named_parameters():
             if "lora_" in name or name.startswith("projector"):
