@@ -1,11 +1,15 @@
 """What the tests share: tiny models and a run of them; real clips and the full Qwen vocabulary,
 when they lie beside the project."""
 
+import os
 from pathlib import Path
+
+# No test asks the real hub; those of downloads have a hub of their own. Before the first import of it.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
+from tests.training.fixtures import models, shards, two_ranks  # noqa: E402, F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

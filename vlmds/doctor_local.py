@@ -19,6 +19,7 @@ from vlmds.data.loader import Batches, SampleReader
 from vlmds.errors import SampleError
 from vlmds.files import sync_file
 from vlmds.memory import checkpoint_bytes
+from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.vision import vision_half
 from vlmds.plan import shapes
@@ -150,6 +151,16 @@ def check_disk(patient: Patient) -> list[Finding]:
                                "training.keep_checkpoints") if free < need else Finding(OK, text)]
 
 
+def check_models(patient: Patient) -> list[Finding]:
+    """The pretrained models are on this machine, or can be downloaded."""
+    findings = []
+    for section in (patient.experiment.vision, patient.experiment.llm):
+        found = presence(section)
+        level = OK if found.here else FAILED if found.missing is None else WARNING
+        findings.append(Finding(level, f"{section.model}: {found.text}"))
+    return findings
+
+
 def check_dataset(patient: Patient) -> list[Finding]:
     """Sizes of all shards, and checksums of members all over them."""
     data = patient.experiment.data
@@ -205,5 +216,5 @@ def _reader(patient: Patient, dataset: Dataset, split: str) -> SampleReader:
 
 
 def _image_size(experiment: Experiment) -> int:
-    name = experiment.vision.model
-    return vision_half(published_or_loaded_config(name, "vision.model"), name).image_size
+    vision = experiment.vision
+    return vision_half(published_or_loaded_config(vision), vision.model).image_size

@@ -13,6 +13,7 @@ from vlmds.hardware import find_card
 from vlmds.memory import checkpoint_bytes, stage_memory
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
+from vlmds.models.fetch import presence
 from vlmds.models.language import load_tokenizer
 from vlmds.propose import predicted_rate, proposal_table, proposals
 from vlmds.training.optimizer import freeze
@@ -49,7 +50,7 @@ def plan_experiment(
     dataset = open_dataset(data) if data.path or data.blend else None
     stored = dataset is not None and dataset.store == "features"
     model = shapes(experiment)
-    sections = [_heading(experiment), _parameters(experiment, model),
+    sections = [_heading(experiment), _presence(experiment), _parameters(experiment, model),
                 _memory(experiment, model, gpus, dataset)]
     found = proposals(experiment, model, card, gpus, stored) if card else []
     if card:
@@ -73,6 +74,15 @@ def _heading(experiment: Experiment) -> str:
     precision = "NF4" if experiment.llm.load_in_4bit else experiment.llm.dtype
     return (f"{experiment.name}: {experiment.vision.model} -> {experiment.projector.type} -> "
             f"{experiment.llm.model} ({precision}) with {experiment.peft.type.upper()}")
+
+
+def _presence(experiment: Experiment) -> str:
+    """Whether the models are on this machine, and how much is to be downloaded."""
+    lines = ["models"]
+    for section in (experiment.vision, experiment.llm):
+        found = presence(section)
+        lines.append(f"  {section.model}: {found.text}")
+    return "\n".join(lines)
 
 
 def _parameters(experiment: Experiment, model: Shapes) -> str:
@@ -206,7 +216,7 @@ def _splits(dataset: Dataset) -> str:
 def _sample(experiment: Experiment, visual_tokens: int) -> str:
     """One sample as the model sees it, run by run of equal kind, with where loss falls."""
     try:
-        tokenizer = load_tokenizer(experiment.llm.model, local_files_only=True)
+        tokenizer = load_tokenizer(experiment.llm, local_files_only=True)
     except InputError:
         return (f"sample: not shown, the tokenizer of {experiment.llm.model} is not on this machine "
                 "(tokenizer files are enough, weights are not needed)")

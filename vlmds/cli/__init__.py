@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "Training itself: deepspeed launch/train.py --exp e7.yaml --data DIR")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (packing.add_pack, planning.add_plan, planning.add_doctor, using.add_caption,
+    for add in (packing.add_pack, planning.add_plan, planning.add_doctor, planning.add_fetch, using.add_caption,
                 using.add_serve, using.add_export, evaluating.add_evaluate, evaluating.add_compare,
                 evaluating.add_sweep, bench.add_bench, planning.add_demo):
         add(commands)

@@ -145,6 +145,7 @@ def convert_from_options(
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig
+    from vlmds.models.hub import looks_local
     from vlmds.models.pretrained import quiet_libraries
     from vlmds.models.vision import load_vision_tower
 
@@ -159,7 +160,9 @@ def convert_from_options(
         if pool < 1:
             raise InputError(f"--pool: {pool} is less than 1")
         quiet_libraries()
-        config = VisionConfig(model=vision, feature_layer=feature_layer, pool=pool)
+        name, _, revision = (vision, "", "") if looks_local(vision) else vision.partition("@")
+        config = VisionConfig(model=name, revision=revision or None, feature_layer=feature_layer,
+                              pool=pool)
         cuda = torch.cuda.is_available()
         tower = load_vision_tower(
             config, torch.bfloat16 if cuda else torch.float32,

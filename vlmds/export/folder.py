@@ -232,7 +232,7 @@ def _name_base(path: Path, experiment: Experiment, meta: dict) -> None:
 def _template(experiment: Experiment) -> str | None:
     """The chat template, None where the language model is not on this machine."""
     try:
-        return load_tokenizer(experiment.llm.model, local_files_only=True).chat_template
+        return load_tokenizer(experiment.llm, local_files_only=True).chat_template
     except InputError:
         return None
 

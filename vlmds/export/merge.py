@@ -46,7 +46,7 @@ def check_base(artifact: Path, experiment: Experiment) -> None:
     if recorded is None:
         return
     found = {name: sha256_of(path) for name, path in base_files(experiment).items()}
-    found["llm/tokenizer"] = tokenizer_sha256(experiment.llm.model)
+    found["llm/tokenizer"] = tokenizer_sha256(experiment.llm)
     try:
         check_base_weights(recorded, found, experiment, artifact)
     except InputError as error:

@@ -30,7 +30,7 @@ from vlmds.errors import InputError
 from vlmds.files import new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
-from vlmds.models.pretrained import looks_local
+from vlmds.models.hub import looks_local
 from vlmds.models.vision import VisionTower
 
 FORMAT, VERSION = "vlmds-artifact", 2
@@ -100,14 +100,27 @@ def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         InputError: not an artifact, a bad override, or another LLM for one that holds its own.
     """
-    own = read_artifact(folder)[0].get("llm")
-    overrides = ["llm.attention=auto", *overrides]
+    meta, trained = read_artifact(folder)
+    own = meta.get("llm")
+    overrides = ["llm.attention=auto", *_revisions(meta, trained, overrides), *overrides]
     if own is None:
         return load_experiment(folder / "experiment.yaml", overrides)
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(f"--set llm.model: {folder} holds its own language model, into which its "
                          "adapter is folded; leave it out")
     return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])
+
+
+def _revisions(meta: dict, trained: Experiment, overrides: Sequence[str]) -> list[str]:
+    """Overrides that pin the commits an artifact of version 2 was trained from, which its experiment
+    does not name yet. A model that is overridden is another one."""
+    found = []
+    for part, commit in (meta["lineage"].get("revisions") or {}).items():
+        section = getattr(trained, part)
+        if (commit and section.revision is None and not looks_local(section.model)
+                and not any(text.startswith(f"{part}.model=") for text in overrides)):
+            found.append(f"{part}.revision={commit}")
+    return found
 
 
 def read_artifact(folder: Path) -> tuple[dict, Experiment]:

@@ -15,6 +15,7 @@ from transformers import (
 
 from vlmds.config import Experiment
 from vlmds.models.captioner import Captioner
+from vlmds.models.fetch import fetch_models
 from vlmds.models.language import (
     add_adapter,
     check_vocabulary,
@@ -54,7 +55,8 @@ class Model:
 def load_model(
     experiment: Experiment, device: torch.device, stored_tower: str | None = None
 ) -> Model:
-    """The pretrained parts of the experiment and a fresh projector, without an adapter.
+    """The pretrained parts of the experiment and a fresh projector, without an adapter. All ranks of
+    a job call it alike; what is missing on this machine is downloaded.
 
     Args:
         stored_tower: fingerprint of the tower whose features the data holds, which the caller has
@@ -63,10 +65,10 @@ def load_model(
     Raises:
         InputError: a part cannot be loaded, or parts do not fit each other.
     """
+    experiment = fetch_models(experiment)
     dtype = getattr(torch, experiment.llm.dtype)
-    tokenizer = load_tokenizer(experiment.llm.model)
-    name = experiment.vision.model
-    vision = vision_half(load_config(name, "vision.model"), name)
+    tokenizer = load_tokenizer(experiment.llm)
+    vision = vision_half(load_config(experiment.vision), experiment.vision.model)
     tower = None if stored_tower else load_vision_tower(experiment.vision, dtype, device)
     llm = load_language_model(experiment.llm, device)
     check_vocabulary(llm, tokenizer, experiment.llm.model)
@@ -101,9 +103,8 @@ def shapes(experiment: Experiment) -> Shapes:
     Raises:
         InputError: a model's configuration cannot be loaded, or parts do not fit.
     """
-    vision = vision_half(published_or_loaded_config(experiment.vision.model, "vision.model"),
-                         experiment.vision.model)
-    language = published_or_loaded_config(experiment.llm.model, "llm.model")
+    vision = vision_half(published_or_loaded_config(experiment.vision), experiment.vision.model)
+    language = published_or_loaded_config(experiment.llm)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
         captioner = Captioner(experiment_projector(experiment, vision, language), llm)

@@ -24,10 +24,11 @@ from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, new_folder
 from vlmds.models.assemble import load_model
+from vlmds.models.fetch import fetch_models
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps, experiment_ds_config
-from vlmds.training.lineage import base_revisions, base_weights, inherit
+from vlmds.training.lineage import base_weights, inherit, recorded_revisions
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
     gather, init_distributed, is_main, on_main, shared_error, together,
@@ -39,7 +40,7 @@ from vlmds.training.watch import doing, last_words, tell
 
 # Keys that may differ between nodes.
 OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
-             "llm.model")
+             "vision.revision", "llm.model", "llm.revision")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -91,14 +92,18 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
-    on_main(lambda: check_tower(dataset, experiment))
     check_validation(experiment, "val" in dataset.splits, dataset.root)
+    doing("looking for the pretrained models")
+    resumed = args.resume not in ("auto", "never")
+    experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(
+        output, Path(args.resume).resolve().parents[1] if resumed else None, args.from_run)))
+    on_main(lambda: check_tower(dataset, experiment))
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
         "weights": base_weights(experiment),
-        "revisions": on_main(lambda: base_revisions(experiment))}
+        "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision}}
     resume = args.resume
     start_from = None if resume in ("auto", "never") else Path(resume)
     run = on_main(lambda: open_run(

@@ -7,9 +7,12 @@ host, and a message over NCCL would make the host wait for the GPU.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
@@ -18,10 +21,13 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.errors import InputError
-from vlmds.training.watch import start_watch
+from vlmds.files import machine
+from vlmds.training.watch import doing, start_watch
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+REPORT_SECONDS, WAIT_SECONDS = 5.0, 0.5
+"""Between two reports of a long piece of work, and between two looks at whether it is done."""
 _turns = 0
 _control: dist.ProcessGroup | None = None
 
@@ -157,3 +163,69 @@ def shared_error(problem: str) -> InputError:
     error = InputError(problem)
     error.shared = True
     return error
+
+
+def on_each_cache(work: Callable[[Callable[[str], None]], None], folder: Path) -> None:
+    """Call ``work`` on one rank for each disk that ``folder`` lies on, while the others wait. All
+    ranks call it alike.
+
+    Unlike a collective, the waiting has no fixed timeout: it lasts as long as some rank reports. Only
+    when no report has come for the job's timeout does the watchdog end it.
+
+    Args:
+        work: gets a function to report progress with, which any thread may call.
+
+    Raises:
+        InputError: on every rank, if ``work`` raises one on any.
+    """
+    if not dist.is_initialized():
+        work(lambda text: None)
+        return
+    global _turns
+    _turns += 1
+    store = dist.PrefixStore(f"cache-{_turns}", dist.distributed_c10d._get_default_store())
+    problem, reported = None, [time.monotonic()]
+
+    def report(text: str) -> None:
+        if time.monotonic() - reported[0] > REPORT_SECONDS:
+            reported[0] = time.monotonic()
+            doing(text)
+            store.add("reports", 1)
+
+    if _first_of_cache(folder):
+        try:
+            work(report)
+        except InputError as error:
+            problem = str(error)
+    store.add("finished", 1)
+    reports = -1
+    while store.add("finished", 0) < dist.get_world_size():
+        if (now := store.add("reports", 0)) != reports:
+            reports = now
+            doing("waiting for another rank's download")
+        time.sleep(WAIT_SECONDS)
+
+    def outcome() -> None:
+        if problem is not None:
+            raise InputError(problem)
+
+    together(outcome)
+
+
+def _first_of_cache(folder: Path) -> bool:
+    """Whether this rank is the first that sees ``folder`` as it is here. Nodes may share it."""
+    machines = gather(machine())
+    mine = machines.index(machine())
+    token = folder / f".vlmds-{secrets.token_hex(8)}.tmp"
+    if dist.get_rank() == mine:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        except OSError:  # it cannot be written: whoever needs to will report that
+            pass
+    names = gather(token.name if dist.get_rank() == mine else None)
+    first = next(rank for rank, name in enumerate(names)
+                 if rank == mine or (name is not None and (folder / name).exists()))
+    gather(None)  # all have looked
+    token.unlink(missing_ok=True)
+    return first == dist.get_rank()

@@ -35,8 +35,8 @@ PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes
 # Keys that may differ when a run is resumed: they do not change what is learned. The size of a
 # micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
 # compared by fingerprints.
-HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "llm.model",
-            "llm.attention",
+HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "vision.revision",
+            "llm.model", "llm.revision", "llm.attention",
             "data.num_workers", "data.verify", "data.max_bad_fraction", "vision.frames_per_call",
             "training.micro_batch", "training.gradient_accumulation", "training.global_batch",
             "training.activation_checkpointing", "training.validate_every",
