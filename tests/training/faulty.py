@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlmds.data.loader import SampleReader
 from vlmds.models.captioner import Captioner
-from vlmds.training.main import main
+from vlmds.cli import main
 
 FAULT = json.loads(os.environ["VLMDS_TEST_FAULT"])
 MINE = int(os.environ.get("RANK", 0)) == FAULT["rank"]
@@ -63,4 +63,4 @@ def faulty_load(self, position):
 Captioner.forward, SampleReader.load = faulty_forward, faulty_load
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

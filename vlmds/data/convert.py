@@ -145,7 +145,6 @@ def convert_from_options(
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig
-    from vlmds.models.pretrained import quiet_libraries
     from vlmds.models.vision import load_vision_tower
 
     if store != "features":
@@ -158,7 +157,6 @@ def convert_from_options(
     if vision is not None:
         if pool < 1:
             raise InputError(f"--pool: {pool} is less than 1")
-        quiet_libraries()
         config = VisionConfig(model=vision, feature_layer=feature_layer, pool=pool)
         cuda = torch.cuda.is_available()
         tower = load_vision_tower(
