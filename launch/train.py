@@ -1,8 +1,8 @@
-"""The target of `deepspeed launch/train.py --exp e7.yaml`; see vlmds/training/main.py."""
+"""The target of `deepspeed launch/train.py --exp e7.yaml`: `vlmds train` under a launcher."""
 
 import sys
 
-from vlmds.training.main import main
+from vlmds.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -5,7 +5,6 @@ import pytest
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.cli import main
-from vlmds.training.main import main as train
 
 
 def test_pack_counts_every_reject_and_goes_on(tmp_path, capsys):
@@ -62,7 +61,7 @@ def test_training_refuses_bad_input_in_one_line(arguments, message, capsys, monk
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0"), monkeypatch.delenv("RANK")  # restored whatever training sets
-    assert train(arguments) == 2
+    assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and message in error[0]
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vlmds.checks import check_experiment
 from vlmds.config import Experiment
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import CACHED_SHARDS
@@ -162,15 +163,16 @@ def check_models(patient: Patient) -> list[Finding]:
 
 
 def check_dataset(patient: Patient) -> list[Finding]:
-    """Sizes of all shards, and checksums of members all over them."""
+    """Sizes of all shards, checksums of members all over them, and all that training would refuse
+    for this data and number of ranks."""
     data = patient.experiment.data
     if data.path is None and data.blend is None:
         return [Finding(WARNING, "not looked at", "pass --data DIR")]
     dataset = open_dataset(data)
     for part, shard in dataset.shards():
         part.verify([shard], "size")
-    begin, read = time.monotonic(), 0
-    split = "train" if "train" in dataset.splits else dataset.splits[0]
+    check_experiment(patient.experiment, shapes(patient.experiment), dataset, place()[1])
+    begin, read, split = time.monotonic(), 0, "train"
     reader = _reader(patient, dataset, split)
     count = min(patient.samples, len(reader))
     for number in range(count):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
+from vlmds.checks import check_experiment, sequence_builder, training_reader
 from vlmds.config import Experiment
 from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.index import SampleRow
 from vlmds.data.prices import cheapest, needs, prices
 from vlmds.data.prompt import SequenceBuilder
-from vlmds.errors import InputError
+from vlmds.data.stored import read_description
+from vlmds.data.video import sample_times
+from vlmds.errors import InputError, SampleError
 from vlmds.hardware import find_card
 from vlmds.memory import checkpoint_bytes, stage_memory
 from vlmds.models.assemble import Shapes, shapes
@@ -39,7 +43,8 @@ def plan_experiment(
         gpu: name of a card, to propose what suits it.
 
     Raises:
-        InputError: an unknown card; see :func:`shapes`; or data.path is given and holds no dataset.
+        InputError: an unknown card; see :func:`shapes`; data.path is given and holds no dataset;
+            or whatever training would refuse (:func:`check_experiment`).
     """
     for name, value in (("--gpus", gpus), ("--samples-per-second", samples_per_second),
                         ("--cores-per-gpu", cores_per_gpu)):
@@ -50,6 +55,7 @@ def plan_experiment(
     dataset = open_dataset(data) if data.path or data.blend else None
     stored = dataset is not None and dataset.store == "features"
     model = shapes(experiment)
+    check_experiment(experiment, model, dataset, gpus)
     sections = [_heading(experiment), _presence(experiment), _parameters(experiment, model),
                 _memory(experiment, model, gpus, dataset)]
     found = proposals(experiment, model, card, gpus, stored) if card else []
@@ -67,7 +73,7 @@ def plan_experiment(
     return "\n\n".join([
         *sections, _schedule(experiment, dataset, gpus, hours),
         _stores(model, dataset, rate, how, cores_per_gpu),
-        _sample(experiment, model.captioner.projector.num_tokens)])
+        _sample(experiment, model, dataset)])
 
 
 def _heading(experiment: Experiment) -> str:
@@ -213,27 +219,55 @@ def _splits(dataset: Dataset) -> str:
     return f"data: {dataset.root} ({dataset.store} store; {counts})"
 
 
-def _sample(experiment: Experiment, visual_tokens: int) -> str:
-    """One sample as the model sees it, run by run of equal kind, with where loss falls."""
+def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> str:
+    """One sample as the model sees it, run by run of equal kind, with where loss falls: the first
+    that training reads, or without data an example."""
+    lines, caption, prompt = ["sample: an example"], EXAMPLE_CAPTION, None
+    if dataset is not None:
+        try:
+            row, caption, prompt = _first_sample(experiment, model, dataset)
+        except SampleError as error:
+            return f"sample: the first of split train cannot be read: {error}"
+        lines = [f"sample: {row.key}, the first that training reads"]
+        end = row.duration if row.end is None else min(row.end, row.duration)
+        times = sample_times(experiment.data.num_frames, row.start or 0.0, end)
+        lines.append(f"  frames at {', '.join(f'{t:.2f}' for t in times)} s")
     try:
         tokenizer = load_tokenizer(experiment.llm, local_files_only=True)
     except InputError:
-        return (f"sample: not shown, the tokenizer of {experiment.llm.model} is not on this machine "
-                "(tokenizer files are enough, weights are not needed)")
-    builder = SequenceBuilder(tokenizer, experiment.data.prompt, visual_tokens,
-                              experiment.data.max_caption_tokens)
-    sequence = builder.training(EXAMPLE_CAPTION)
+        if dataset is not None:
+            lines += [f"  prompt   {prompt or experiment.data.prompt!r}", f"  caption  {caption!r}"]
+        return "\n".join([*lines, f"  tokens are not shown, the tokenizer of {experiment.llm.model} "
+                          "is not on this machine (its files are enough, weights are not needed)"])
+    return "\n".join(lines + _tokens(
+        sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
+
+
+def _first_sample(experiment: Experiment, model: Shapes, dataset: Dataset
+                  ) -> tuple[SampleRow, str, str | None]:
+    """Its row, caption, and prompt of its own if it has one. Raises SampleError."""
+    reader = training_reader(experiment, model, dataset)
+    row = reader.row(0)
+    described = read_description(reader.index_of(0).read(row))
+    return row, described["captions"][0], described.get("prompt")
+
+
+def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None) -> list[str]:
+    try:
+        sequence = builder.training(caption, prompt)
+    except ValueError as error:
+        return [f"  {caption!r}: {error}"]
     runs: list[tuple[str, list[int]]] = []
     for token, label in zip(sequence.input_ids, sequence.labels, strict=True):
         kind = "visual" if token == VISUAL else "loss" if label != IGNORE else "-"
         if not runs or runs[-1][0] != kind:
             runs.append((kind, []))
         runs[-1][1].append(token)
-    lines = [f"sample: {len(sequence.input_ids):,} positions; loss falls on the lines marked 'loss'"]
+    lines = [f"  {len(sequence.input_ids):,} positions; loss falls on the lines marked 'loss'"]
     for kind, tokens in runs:
         text = "(visual tokens)" if kind == "visual" else repr(builder.tokenizer.decode(tokens))
         lines.append(f"  {kind:<7}{len(tokens):>6,}  {text}")
-    return "\n".join(lines)
+    return lines
 
 
 def _count(module: nn.Module) -> int:

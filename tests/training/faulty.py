@@ -1,7 +1,8 @@
 """launch/train.py with a fault: VLMDS_TEST_FAULT is JSON {kind, rank, call}.
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
-the call-th sample that the rank reads; when it does, the time goes into the file "note".
+the call-th sample that the rank reads; when it does, the time goes into the file "note". "load":
+the rank cannot load its models.
 """
 
 import json
@@ -11,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import vlmds.training.main
 from vlmds.data.loader import SampleReader
+from vlmds.errors import InputError
 from vlmds.models.captioner import Captioner
-from vlmds.training.main import main
+from vlmds.cli import main
 
 FAULT = json.loads(os.environ["VLMDS_TEST_FAULT"])
 MINE = int(os.environ.get("RANK", 0)) == FAULT["rank"]
@@ -60,7 +63,13 @@ def faulty_load(self, position):
     return load(self, position)
 
 
+def faulty_load_model(*_):
+    raise InputError("llm.model: injected failure")
+
+
 Captioner.forward, SampleReader.load = faulty_forward, faulty_load
+if FAULT["kind"] == "load" and MINE:
+    vlmds.training.main.load_model = faulty_load_model
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

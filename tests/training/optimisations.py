@@ -77,8 +77,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--exp" in sys.argv:
-        from vlmds.training.main import main as train_main
+        from vlmds.cli import main as train_main
 
         Captioner.forward, language.use_dora = plain_forward, plain_dora
-        sys.exit(train_main())
+        sys.exit(train_main(["train", *sys.argv[1:]]))
     main()

@@ -7,12 +7,17 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from tests import tiny
 from tests.training.kills import train_with_kills
 from tests.training.launch import FAULTY, ROOT, arguments, metrics, train, train_and_kill
+from vlmds.config import load_experiment
+from vlmds.errors import InputError
 from vlmds.files import sha256_of
 from vlmds.training import checkpoint
+from vlmds.training.main import begin
+from vlmds.training.run import RunFolder
 
 pytestmark = pytest.mark.distributed
 
@@ -183,11 +188,43 @@ def test_a_checkpoint_of_another_origin_is_refused(models, shards, two_ranks, tm
 
 
 def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
-    config = tmp_path / "ds.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    for more in (["training.global_batch=3"], ["--ds-config", str(config)], ["--resume", "/nowhere"]):
-        train(0, *arguments(models, shards, tmp_path / "run"), *more, expect=2)
-        assert not (tmp_path / "run").exists(), more
+    configs = tmp_path / "stage.json", tmp_path / "bucket.json"
+    configs[0].write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    configs[1].write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "large"}}))
+    run = tmp_path / "run"
+    for more, told in ((["training.global_batch=3"], "training.global_batch: 3"),
+                       (["--ds-config", str(configs[0])], "zero_optimization.stage is 3"),
+                       (["--ds-config", str(configs[1])], f"{configs[1]}: DeepSpeed refuses it"),
+                       (["--ds-config", "zero3"], "zero2, zero2_cpu, zero2_offload"),
+                       (["--resume", "/nowhere"], "--resume /nowhere: not a usable checkpoint")):
+        done = train(0, *arguments(models, shards, run), *more, expect=2)
+        assert told in done.stderr and done.stderr.count("\n") == 1 and not run.exists(), more
+
+
+def test_models_that_cannot_be_loaded_leave_no_run_behind(models, shards, tmp_path):
+    """Neither where all ranks find it nor where one does; a corrected start has a folder of its own."""
+    run, bad = tmp_path / "run", shutil.copytree(models, tmp_path / "bad")
+    tokenizer = AutoTokenizer.from_pretrained(bad / "qwen3")
+    tokenizer.add_tokens([f"<new{i}>" for i in range(1000)])
+    tokenizer.save_pretrained(bad / "qwen3")
+    charts = "logging.tensorboard=true"
+    done = train(0, *arguments(bad, shards, run, charts), expect=2)
+    assert "tokens, but the model's embedding has" in done.stderr and not run.exists()
+    done = train(2, *arguments(models, shards, run, charts), expect=2, script=FAULTY,
+                 VLMDS_TEST_FAULT=json.dumps({"kind": "load", "rank": 1}))
+    assert "llm.model: injected failure" in done.stderr and not run.exists()
+    # Another learning rate would be refused as another experiment, had a run begun.
+    train(0, *arguments(models, shards, run, charts, "stages.1.lr=1e-4"))
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 1
+
+
+def test_of_two_starts_that_load_at_once_the_second_is_refused(tmp_path):
+    run = RunFolder(tmp_path / "run", {"starts": [{}]})
+    experiment = load_experiment("e3")
+    begin(RunFolder(run.path, {"starts": [{"first": True}]}), experiment, None, {})
+    with pytest.raises(InputError, match="another start has begun a run there meanwhile"):
+        begin(run, experiment, None, {})
+    assert RunFolder.read(run.path)["starts"] == [{"first": True}]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -19,8 +19,8 @@ from vlmds.bench.workload import Workload
 from vlmds.data.dataset import open_dataset
 from vlmds.files import write
 from vlmds.models.assemble import load_model
-from vlmds.models.pretrained import quiet_libraries
 from vlmds.training.activations import checkpointed_layers
+from vlmds.quiet import quiet_libraries
 from vlmds.training.main import default_ds_config, leave
 from vlmds.training.monitor import peak_memory
 from vlmds.training.preemption import StopRequest

@@ -6,8 +6,9 @@ import argparse
 import errno
 import sys
 
-from vlmds.cli import bench, evaluating, packing, planning, using
+from vlmds.cli import bench, evaluating, packing, planning, training, using
 from vlmds.errors import InputError
+from vlmds.quiet import quiet_libraries
 
 
 # What is wrong with a disk or a path that the user named, and not with the program.
@@ -16,13 +17,10 @@ UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input. Other failures raise."""
+    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal. Other failures raise."""
     args = _parser().parse_args(arguments)
+    quiet_libraries()  # before the command imports them
     try:
-        if args.call is not packing.pack:  # which loads no model, and so neither of these libraries
-            from vlmds.models.pretrained import quiet_libraries
-
-            quiet_libraries()
         return args.call(args)
     except InputError as error:
         print(f"vlmds: {error}", file=sys.stderr)
@@ -37,12 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vlmds", description="Train and compare video-captioning models. "
-        "Training itself: deepspeed launch/train.py --exp e7.yaml --data DIR")
+        prog="vlmds", description="Train and compare video-captioning models. On many GPUs: "
+        "deepspeed launch/train.py --exp e7.yaml --data DIR")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (packing.add_pack, planning.add_plan, planning.add_doctor, planning.add_fetch, using.add_caption,
-                using.add_serve, using.add_export, evaluating.add_evaluate, evaluating.add_compare,
+    for add in (packing.add_pack, training.add_new, planning.add_plan, planning.add_doctor,
+                planning.add_fetch, training.add_train, using.add_caption, using.add_serve,
+                using.add_export, evaluating.add_evaluate, evaluating.add_compare,
                 evaluating.add_sweep, bench.add_bench, planning.add_demo):
         add(commands)
     return parser

@@ -146,7 +146,6 @@ def convert_from_options(
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig
     from vlmds.models.hub import looks_local
-    from vlmds.models.pretrained import quiet_libraries
     from vlmds.models.vision import load_vision_tower
 
     if store != "features":
@@ -159,7 +158,6 @@ def convert_from_options(
     if vision is not None:
         if pool < 1:
             raise InputError(f"--pool: {pool} is less than 1")
-        quiet_libraries()
         name, _, revision = (vision, "", "") if looks_local(vision) else vision.partition("@")
         config = VisionConfig(model=name, revision=revision or None, feature_layer=feature_layer,
                               pool=pool)

@@ -70,6 +70,21 @@ def check_same_tower(index: ShardIndex, other: ShardIndex) -> None:
                          f"of {other.root} are of {named[1]}; convert them alike")
 
 
+def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> None:
+    """Raise InputError if stored features are of another layer or pooling than the experiment's.
+    Other stores pass."""
+    if index.store != "features":
+        return
+    recorded = index.meta["vision"]
+    for name in ("feature_layer", "pool"):
+        if recorded[name] != getattr(experiment.vision, name):
+            raise InputError(
+                f"{index.root}: its features were made with vision.{name} {recorded[name]}, but "
+                f"the experiment has {getattr(experiment.vision, name)}; make them again with "
+                f"vlmds pack --store features --{name.replace('_', '-')} "
+                f"{getattr(experiment.vision, name)}, or change the experiment")
+
+
 def check_tower(
     index: ShardIndex | Dataset, experiment: Experiment, tower: VisionTower | None = None
 ) -> None:
@@ -84,14 +99,8 @@ def check_tower(
     """
     if index.store != "features":
         return
+    check_tower_keys(index, experiment)
     vision, recorded = experiment.vision, index.meta["vision"]
-    for name in ("feature_layer", "pool"):
-        if recorded[name] != getattr(vision, name):
-            raise InputError(
-                f"{index.root}: its features were made with vision.{name} {recorded[name]}, but "
-                f"the experiment has {getattr(vision, name)}; make them again with vlmds pack "
-                f"--store features --{name.replace('_', '-')} {getattr(vision, name)}, or change "
-                "the experiment")
     if tower is None:
         from vlmds.models.vision import load_vision_tower
 

@@ -19,6 +19,7 @@ from vlmds.models.dora import use_dora
 from vlmds.models.fetch import model_folder
 from vlmds.models.hub import cached_folder
 from vlmds.models.pretrained import load_config, load_weights, loading
+from vlmds.quiet import quietly
 
 
 def load_tokenizer(llm: LanguageConfig, local_files_only: bool = False) -> PreTrainedTokenizerBase:
@@ -99,7 +100,8 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection) -> PeftModel:
         InputError: ``peft.target_modules`` names no module of this model.
     """
     try:
-        adapted = get_peft_model(model, lora_config(peft), autocast_adapter_dtype=False)
+        with quietly():
+            adapted = get_peft_model(model, lora_config(peft), autocast_adapter_dtype=False)
     except ValueError as error:
         raise InputError(f"peft.target_modules: {' '.join(str(error).split())[:300]}") from error
     use_dora(adapted)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from pathlib import Path
 
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Config
-from transformers.utils import logging as transformers_logging
 
 from vlmds.errors import InputError
 from vlmds.models.hub import Section, cached_folder, key_of
+from vlmds.quiet import quietly
 
 # The shapes of the two models that the packaged experiments name, as published in their
 # config.json. `vlmds plan` and the full-size tests use them where the hub cannot be reached.
@@ -30,9 +28,11 @@ PUBLISHED_SHAPES: dict[str, PretrainedConfig] = {
 
 @contextlib.contextmanager
 def loading(key: str, name: str):
-    """Turn the many ways in which ``from_pretrained`` fails into one :class:`InputError`."""
+    """Turn the many ways in which ``from_pretrained`` fails into one :class:`InputError`, and let
+    it print nothing: what a user can act on is an error here."""
     try:
-        yield
+        with quietly():
+            yield
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -79,14 +79,3 @@ def load_config(section: Section) -> PretrainedConfig:
 def published_or_loaded_config(section: Section) -> PretrainedConfig:
     """As :func:`load_config`, but never asks the network for a model whose shape is known here."""
     return PUBLISHED_SHAPES.get(section.model) or load_config(section)
-
-
-def quiet_libraries() -> None:
-    """Switch off the libraries' progress bars and notices, which would bury a command's own output
-    on every rank. Warnings that a user can act on become our own errors."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # vlmds.models.fetch reports retries
-    # peft 0.21 asks transformers 5 for an attribute under its old name.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

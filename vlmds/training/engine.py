@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import nn
 
 from vlmds.config import Experiment, StageConfig
@@ -84,10 +85,12 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
     return config
 
 
-def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int) -> dict:
-    """The DeepSpeed JSON with all that the experiment sets; see :func:`resolve_ds_config`."""
+def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int,
+                         trainables: int) -> dict:
+    """The DeepSpeed JSON with all that the experiment sets; see :func:`resolve_ds_config`.
+    trainables: parameters that the stage trains."""
     training = experiment.training
-    return resolve_ds_config(path, {
+    config = resolve_ds_config(path, {
         "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -95,6 +98,26 @@ def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int) 
         "bf16.enabled": experiment.llm.dtype == "bfloat16",
         "zero_optimization.stage": 2,
     })
+    zero = config["zero_optimization"]
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
+            zero[bucket] = trainables
+    if zero.get("use_multi_rank_bucket_allreduce") == "auto":
+        zero["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(dist.get_world_size())
+    config.setdefault("steps_per_print", 10**9)  # our own monitor prints
+    # And measures: DeepSpeed's timer would wait for the GPU before every forward pass.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
+    return config
+
+
+def check_ds_config(path: Path, experiment: Experiment, accumulation: int) -> None:
+    """Raise InputError if :func:`build_engine` would refuse the DeepSpeed JSON, or DeepSpeed."""
+    config = experiment_ds_config(path, experiment, accumulation, trainables=1)
+    try:
+        DeepSpeedConfig(config)
+    except (AssertionError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"--ds-config {path}: DeepSpeed refuses it: {reason[:300]}") from error
 
 
 def build_engine(
@@ -111,16 +134,7 @@ def build_engine(
     groups = parameter_groups(model, stage, training)
     if not groups:
         raise InputError(f"stages: {stage.name}: nothing is trainable")
-    config = experiment_ds_config(ds_config, experiment, accumulation)
-    zero = config["zero_optimization"]
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
-            zero[bucket] = trainable(model)
-    if zero.get("use_multi_rank_bucket_allreduce") == "auto":
-        zero["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(dist.get_world_size())
-    config.setdefault("steps_per_print", 10**9)  # our own monitor prints
-    # And measures: DeepSpeed's timer would wait for the GPU before every forward pass.
-    config.setdefault("timers", {"throughput": {"enabled": False}})
+    config = experiment_ds_config(ds_config, experiment, accumulation, trainable(model))
     optimizer = torch.optim.AdamW(
         groups, lr=stage.lr, betas=tuple(training.betas),
         fused=get_accelerator().device_name() == "cuda" or None,

@@ -70,16 +70,17 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
     return {name: value for name, (_, value) in sorted(found.items())}
 
 
-def inherit(other: Path, experiment: Experiment, run: RunFolder) -> None:
-    """``--from RUN``: take all stages but the last from another run instead of training them. What
-    they were goes into the run's record, which the caller writes.
+def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str, dict]:
+    """``--from RUN``: what :func:`inherit` takes from another run instead of training it, all stages
+    but the last that are not there yet: by stage, what the run's record says of it. Nothing is
+    written.
 
     Raises:
         InputError: the other run has not finished them, or its projector was trained for another
             projector, vision tower, language model, number of frames, prompt or sampling.
     """
     record = RunFolder.read(other)
-    taken = []
+    taken = {}
     for stage in experiment.stages[:-1]:
         source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
         if not is_artifact(source):
@@ -99,12 +100,17 @@ def inherit(other: Path, experiment: Experiment, run: RunFolder) -> None:
                 raise InputError(f"--from {other}: {run.path} has a stage {stage.name} already, "
                                  "and it is another one; choose another --output")
             continue
-        taken.append((stage.name, source, target, {
-            "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}))
-    for name, source, target, told in taken:
-        with new_folder(target) as new:
-            shutil.copytree(source, new, dirs_exist_ok=True)
-        run.record.setdefault("inherited", {})[name] = told
+        taken[stage.name] = {
+            "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}
+    return taken
+
+
+def inherit(taken: dict[str, dict], run: RunFolder) -> None:
+    """Copy those stages. What they were goes into the run's record, which the caller writes."""
+    for name, origin in taken.items():
+        with new_folder(run.artifact(name)) as new:
+            shutil.copytree(Path(origin["run"]) / "artifacts" / name, new, dirs_exist_ok=True)
+        run.record.setdefault("inherited", {})[name] = origin
 
 
 def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:

@@ -1,7 +1,8 @@
 """The command `deepspeed launch/train.py --exp e7.yaml`: one experiment, whole schedule.
 
-The arguments, the data, the run folder, the model, the stages: in this order, so that a mistake is
-found before the slow part. See the README for what each argument does.
+The arguments, the checks, the models, the run folder, the stages: in this order, so that a mistake
+is found before the slow part, and a start that is refused leaves nothing behind. See the README for
+what each argument does.
 """
 
 from __future__ import annotations
@@ -15,40 +16,44 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from vlmds.checks import check_experiment, sequence_builder
 from vlmds.config import Experiment, load_experiment
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, new_folder
-from vlmds.models.assemble import load_model
+from vlmds.models.assemble import Model, load_model, shapes
 from vlmds.models.fetch import fetch_models
-from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
-from vlmds.training.engine import accumulation_steps, experiment_ds_config
-from vlmds.training.lineage import base_weights, inherit, recorded_revisions
+from vlmds.training.engine import accumulation_steps, check_ds_config
+from vlmds.training.lineage import base_weights, inherit, inheritance, recorded_revisions
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
     gather, init_distributed, is_main, on_main, shared_error, together,
 )  # fmt: skip
 from vlmds.training.run import RunFolder, check_same_experiment, flat_settings, open_run
 from vlmds.training.stages import run_stages
-from vlmds.training.validation import check_validation
 from vlmds.training.watch import doing, last_words, tell
 
 # Keys that may differ between nodes.
 OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
              "vision.revision", "llm.model", "llm.revision")
 REPOSITORY = Path(__file__).resolve().parents[2]
+# An installed package has its copies; in a checkout the files lie where deepspeed's users look.
+DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal with a checkpoint saved.
-    After any other failure the process ends with 1, having told what it was doing."""
-    args = _parser().parse_args(arguments)
-    quiet_libraries()
+    After any other failure the process ends with 1, having told what it was doing.
+
+    Args:
+        args: of :func:`vlmds.cli.training.add_train`.
+    """
     try:
         overrides = list(args.set)
         if args.data is not None:
@@ -87,12 +92,13 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     stop = StopRequest()
     device = init_distributed(
         experiment.training.timeout_minutes, experiment.logging.stall_seconds)
-    config = args.ds_config or default_ds_config()
+    config = find_ds_config(args.ds_config)
     check_same_everywhere(experiment, config)
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
-    check_validation(experiment, "val" in dataset.splits, dataset.root)
+    on_main(lambda: check_experiment(
+        experiment, shapes(experiment), dataset, dist.get_world_size()))
     doing("looking for the pretrained models")
     resumed = args.resume not in ("auto", "never")
     experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(
@@ -109,16 +115,24 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(lambda: open_run(
         output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
         command=sys.argv))
-    accumulation = accumulation_steps(experiment, dist.get_world_size(), run.global_batch)
-    experiment_ds_config(config, experiment, accumulation)  # or InputError, before the slow part
-    run = on_main(lambda: begin(run, experiment, start_from, args.from_run))
+    check_ds_config(config, experiment, accumulation_steps(
+        experiment, dist.get_world_size(), run.global_batch))
+    taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     doing("loading the models")
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
         stored = dataset.meta["vision"]["fingerprint"]
-    model = together(lambda: load_model(experiment, device, stored))
+    model = together(lambda: load_checked(experiment, device, stored))
+    run = on_main(lambda: begin(run, experiment, start_from, taken))
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
     run_stages(experiment, model, dataset, run, config, device, stop)
+
+
+def load_checked(experiment: Experiment, device: torch.device, stored: str | None) -> Model:
+    """The models, whose tokenizer is known to suit them. Raises InputError."""
+    model = load_model(experiment, device, stored)
+    sequence_builder(experiment, model.tokenizer, model.captioner)
+    return model
 
 
 def note_attention(run: RunFolder, attention: str) -> None:
@@ -161,23 +175,41 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
         part.verify([shard], experiment.data.verify)
 
 
-def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, from_run: Path | None
+def check_origin(run: RunFolder, experiment: Experiment, start_from: Path | None,
+                 from_run: Path | None) -> dict[str, dict]:
+    """Check what the run is to grow from; nothing is written. Returns the stages to inherit."""
+    if start_from is not None and not grew_from(run, start_from):
+        check_adoptable(start_from, experiment, run)
+    return inheritance(from_run, experiment, run) if from_run is not None else {}
+
+
+def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken: dict[str, dict]
           ) -> RunFolder:
-    """Check what the run is to grow from, then write the run and take that over. Returns the run."""
-    origin = run.record.get("resumed_from", {})
-    again = start_from is not None and origin.get("checkpoint") == str(start_from.resolve())
+    """Write the run, and take over what it grows from. Returns the run.
+
+    Raises:
+        InputError: meanwhile another start has begun a run there.
+    """
+    if len(run.record["starts"]) == 1 and (run.path / "run.json").is_file():
+        raise InputError(f"--output {run.path}: another start has begun a run there meanwhile; "
+                         "choose another --output, or start again to go on with that one")
+    again = start_from is not None and grew_from(run, start_from)
     if again:
         tell(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
     elif start_from is not None:
-        check_adoptable(start_from, experiment, run)
         run.record["resumed_from"] = {"checkpoint": str(start_from.resolve()),
                                       "stage": checkpoint.read_state(start_from)["stage"]}
-    if from_run is not None:
-        inherit(from_run, experiment, run)
+    inherit(taken, run)
     if start_from is not None and not again:
         adopt(start_from, experiment, run)
     run.begin(experiment)
     return run
+
+
+def grew_from(run: RunFolder, folder: Path) -> bool:
+    """Whether an earlier start of the run has taken the checkpoint ``folder`` over."""
+    origin = run.record.get("resumed_from", {})
+    return origin.get("checkpoint") == str(folder.resolve())
 
 
 def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> None:
@@ -225,34 +257,26 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
             found.rename(aside / f"{found.parent.name}-{found.name}")
 
 
+def find_ds_config(given: str | None) -> Path:
+    """The DeepSpeed JSON that ``--ds-config`` means: a path, or the name of one that comes with
+    vlmds; the default if it is not given."""
+    if given is None:
+        return default_ds_config()
+    if Path(given).is_file() or Path(given).name != given:
+        return Path(given)
+    return _packaged_ds_config(given.removesuffix(".json"))
+
+
 def default_ds_config() -> Path:
-    """ds_configs/zero2.json, or on a CPU zero2_cpu.json.
-
-    Raises:
-        InputError: the package was installed without the repository around it.
-    """
+    """zero2.json of ds_configs/, or on a CPU zero2_cpu.json."""
     on_cpu = get_accelerator().device_name() == "cpu"
-    path = REPOSITORY / "ds_configs" / ("zero2_cpu.json" if on_cpu else "zero2.json")
-    if not path.is_file():
-        raise InputError(f"--ds-config: {path} is not there; give a DeepSpeed JSON")
-    return path
+    return _packaged_ds_config("zero2_cpu" if on_cpu else "zero2")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch/train.py", description="Train one experiment: all stages of its schedule.")
-    add = parser.add_argument
-    add("--exp", required=True, help="path of a YAML file, or the name of a packaged experiment")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="override keys, such as training.micro_batch=4 stages.0.lr=5e-4")
-    add("--data", help="folder written by vlmds pack (sets data.path)")
-    add("--output", help="run folder (default: runs/NAME)")
-    add("--resume", default="auto", metavar="auto|never|PATH",
-        help="go on with the run in --output (auto, the default), insist on a new one (never), or "
-             "start from a checkpoint folder")
-    add("--from", dest="from_run", type=Path, metavar="RUN",
-        help="take all stages but the last from another run, instead of training them")
-    add("--ds-config", type=Path, help="DeepSpeed JSON (default: ds_configs/zero2.json)")
-    add("--plan", action="store_true", help="print the plan and stop")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser
+def _packaged_ds_config(name: str) -> Path:
+    """Raises InputError if there is none of this name."""
+    known = {path.stem: path for folder in reversed(DS_CONFIGS) for path in folder.glob("*.json")}
+    if name not in known:
+        raise InputError(f"--ds-config: {name} is neither a file nor one of those that come with "
+                         f"vlmds: {', '.join(sorted(known)) or 'none is installed'}")
+    return known[name]
