@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vlmds.config import Experiment
 from vlmds.errors import InputError
-from vlmds.files import sha256_of
+from vlmds.hashes import weights_sha256
 from vlmds.models.artifact import check_tower, load_artifact, read_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.training.lineage import base_files, tokenizer_sha256
@@ -45,7 +45,7 @@ def check_base(artifact: Path, experiment: Experiment) -> None:
     recorded = read_artifact(artifact)[0]["lineage"].get("weights")
     if recorded is None:
         return
-    found = {name: sha256_of(path) for name, path in base_files(experiment).items()}
+    found = weights_sha256(base_files(experiment))
     found["llm/tokenizer"] = tokenizer_sha256(experiment.llm.model)
     try:
         check_base_weights(recorded, found, experiment, artifact)
