@@ -14,6 +14,7 @@ from vlmds.errors import InputError
 from vlmds.hashes import weights_sha256
 from vlmds.models.artifact import check_tower, load_artifact, read_artifact
 from vlmds.models.assemble import Model, load_model
+from vlmds.progress import phase
 from vlmds.training.lineage import base_files, tokenizer_sha256
 from vlmds.training.run import check_base_weights
 
@@ -64,8 +65,9 @@ def merge_adapter(llm: PeftModel) -> PreTrainedModel:
     Raises:
         InputError: a merged weight is not finite.
     """
-    for name, module in llm.named_modules():
-        if isinstance(module, LoraLayer):
+    layers = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
+    with phase("folding the adapter in", unit="layers") as shown:
+        for name, module in shown.counting(layers.items()):
             dtype = module.get_base_layer().weight.dtype
             module.float()
             try:

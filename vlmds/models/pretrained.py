@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from vlmds.errors import InputError
+from vlmds.progress import phase
 
 # The shapes of the two models that the packaged experiments name, as published in their
 # config.json. `vlmds plan` and the full-size tests use them where the hub cannot be reached.
@@ -47,7 +48,8 @@ def load_weights(model_class, name: str, key: str, **options):
     Raises:
         InputError: names ``key``, and for a wrong shape both shapes.
     """
-    with loading(key, name):
+    quantised = "" if options.get("quantization_config") is None else " and quantising"
+    with loading(key, name), counted_phase(f"loading{quantised} {key} {name}", "tensors"):
         model, report = model_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     for weight, found, expected in sorted(report["mismatched_keys"]):
@@ -58,6 +60,22 @@ def load_weights(model_class, name: str, key: str, **options):
         raise InputError(f"{key}: {name}: its weights lack {missing[0]}"
                          + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
     return model
+
+
+@contextlib.contextmanager
+def counted_phase(what: str, unit: str):
+    """A :func:`phase` in which transformers' progress bars count, instead of on the screen."""
+    with phase(what, unit=unit) as shown:
+        def bar(factory, args, kwargs):
+            if len(args) == 1 and hasattr(args[0], "__len__"):
+                return transformers_logging.EmptyTqdm(shown.counting(args[0]))
+            return factory(*args, **kwargs)
+
+        before = transformers_logging.set_tqdm_hook(bar)
+        try:
+            yield
+        finally:
+            transformers_logging.set_tqdm_hook(before)
 
 
 def load_config(name: str, key: str) -> PretrainedConfig:

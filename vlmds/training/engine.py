@@ -17,6 +17,7 @@ from torch import nn
 from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
 from vlmds.models.dora import weights_changed
+from vlmds.progress import phase
 from vlmds.training.optimizer import parameter_groups, trainable
 
 OWNER_REDUCTIONS = 64
@@ -97,6 +98,7 @@ def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int) 
     })
 
 
+@phase("building the engine")
 def build_engine(
     model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path,
     accumulation: int,
