@@ -90,7 +90,7 @@ def test_a_log_gets_ever_fewer_lines(screen, monkeypatch):
             waits.append(timeout)
             return len(waits) > 6
 
-    current = Phase("loading", None, "")
+    current = Phase("loading")
     monkeypatch.setattr(progress, "_open", [current])
     progress._show(current, "vlmds: ", Clock(), threading.Event())
     assert waits == [2, 10, 20, 40, 60, 60, 60]

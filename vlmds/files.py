@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -155,10 +155,11 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def sha256_of(path: Path) -> str:
-    """The file's sha256 in hexadecimal."""
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
+    """The file's sha256 in hexadecimal. advance: told of the bytes of each piece that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()

@@ -14,9 +14,11 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+Item = TypeVar("Item")
 
 QUIET_SECONDS = 2.0  # a phase that is over by then says nothing
 LOG_SECONDS = (10.0, 60.0)  # between two lines of a log: at first, and at most
@@ -30,7 +32,7 @@ class Phase:
     """One thing that takes long. done, total: how far it is, in ``unit``; both may be set at any
     time and by any thread."""
 
-    def __init__(self, what: str, total: float | None, unit: str):
+    def __init__(self, what: str, total: float | None = None, unit: str = ""):
         self.what, self.total, self.unit, self.done = what, total, unit, 0.0
         self._start = time.monotonic()
         self._lock = threading.Lock()
@@ -43,6 +45,13 @@ class Phase:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
+
+    def counting(self, items: Collection[Item]) -> Iterator[Item]:
+        """The items, each of which is done when the next one is asked for."""
+        self.done, self.total = 0, len(items)
+        for item in items:
+            yield item
+            self.advance()
 
     def under_way(self) -> str:
         """"checking weights: 5.2 of 16.4 GB, 12 s"."""

@@ -47,6 +47,8 @@ from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import load_tokenizer
+from vlmds.models.pretrained import counted_phase
+from vlmds.progress import phase
 from vlmds.training.run import final_artifact
 
 FORMATS = ("vlmds", "peft", "hf-llava")
@@ -139,11 +141,12 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
     template, tokens = model.tokenizer.chat_template, model.captioner.projector.num_tokens
     builder = SequenceBuilder(model.tokenizer, experiment.data.prompt, tokens)
     probes, source = make_probes(experiment, model)
-    before = [captioner_logits(model, probe, device) for probe in probes]
+    with phase("logits before folding", unit="clips") as shown:
+        before = [captioner_logits(model, probe, device) for probe in shown.counting(probes)]
     if isinstance(model.captioner.llm, PeftModel):
         model.captioner.llm = merge_adapter(model.captioner.llm)
     activation = None
-    with new_folder(output) as new:
+    with phase(f"exporting to {output}"), new_folder(output) as new:
         if format == "vlmds":
             kind = "merged"
             _write_merged(new, artifact, model, published)
@@ -172,7 +175,8 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
 
 def _write_merged(new: Path, artifact: Path, model: Model, published: Experiment) -> None:
     meta, _ = read_artifact(artifact)
-    model.captioner.llm.save_pretrained(new / LLM)
+    with counted_phase("writing the language model", "files"):
+        model.captioner.llm.save_pretrained(new / LLM)
     model.tokenizer.save_pretrained(new / LLM)
     shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
     (new / "experiment.yaml").write_text(to_yaml(unquantised(published)), encoding="utf-8")

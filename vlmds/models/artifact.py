@@ -32,6 +32,7 @@ from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.hub import looks_local
 from vlmds.models.vision import VisionTower
+from vlmds.progress import phase
 
 FORMAT, VERSION = "vlmds-artifact", 2
 READABLE = (1, 2)
@@ -41,6 +42,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 LLM = "llm"
 
 
+@phase("saving the artifact")
 def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str,
                   lineage: dict) -> None:
     """Write the artifact; it appears whole or not at all.
@@ -153,6 +155,7 @@ def check_tower(folder: Path, experiment: Experiment, tower: VisionTower) -> Non
             f"({tower.fingerprint()[:12]})")
 
 
+@phase("loading the artifact")
 def load_artifact(folder: Path, captioner: Captioner) -> None:
     """Load an artifact's weights into a captioner, which gains the adapter if there is one.
 

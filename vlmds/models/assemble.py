@@ -25,6 +25,7 @@ from vlmds.models.language import (
 from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.projectors import Projector, build_projector
 from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame, vision_half
+from vlmds.progress import phase
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Shapes:
     captioner: Captioner
 
 
+@phase("sizing the models")
 def shapes(experiment: Experiment) -> Shapes:
     """Build the models without their weights.
 

@@ -6,9 +6,11 @@ import contextlib
 from pathlib import Path
 
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Config
+from transformers.utils import logging as transformers_logging
 
 from vlmds.errors import InputError
 from vlmds.models.hub import Section, cached_folder, key_of
+from vlmds.progress import phase
 from vlmds.quiet import quietly
 
 # The shapes of the two models that the packaged experiments name, as published in their
@@ -48,7 +50,8 @@ def load_weights(model_class, section: Section, folder: Path, **options):
         InputError: names the experiment's key, and for a wrong shape both shapes.
     """
     key, name = key_of(section), section.model
-    with loading(key, name):
+    quantised = "" if options.get("quantization_config") is None else " and quantising"
+    with loading(key, name), counted_phase(f"loading{quantised} {key} {name}", "tensors"):
         model, report = model_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     # What is saved of the model names the repository, not where its snapshot lies here.
@@ -61,6 +64,22 @@ def load_weights(model_class, section: Section, folder: Path, **options):
         raise InputError(f"{key}: {name}: its weights lack {missing[0]}"
                          + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
     return model
+
+
+@contextlib.contextmanager
+def counted_phase(what: str, unit: str):
+    """A :func:`phase` in which transformers' progress bars count, instead of on the screen."""
+    with phase(what, unit=unit) as shown:
+        def bar(factory, args, kwargs):
+            if len(args) == 1 and hasattr(args[0], "__len__"):
+                return transformers_logging.EmptyTqdm(shown.counting(args[0]))
+            return factory(*args, **kwargs)
+
+        before = transformers_logging.set_tqdm_hook(bar)
+        try:
+            yield
+        finally:
+            transformers_logging.set_tqdm_hook(before)
 
 
 def load_config(section: Section) -> PretrainedConfig:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vlmds.errors import InputError
 from vlmds.files import publish_folder, sha256_of, sync_file
-from vlmds.progress import tell
+from vlmds.progress import phase, tell
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ranks import on_main
 
@@ -130,6 +130,7 @@ def temporary_name(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
+@phase("loading the checkpoint")
 def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None:
     """Put a checkpoint's weights and moments into an engine of any world size; all ranks call it.
 
@@ -193,6 +194,7 @@ def checkpoints(root: Path, stage: str) -> list[Path]:
                   reverse=True)
 
 
+@phase("checking the checkpoint")
 def check(folder: Path) -> str | None:
     """Why the checkpoint cannot be used, or None."""
     try:

@@ -18,6 +18,7 @@ from torch import nn
 from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
 from vlmds.models.dora import weights_changed
+from vlmds.progress import phase
 from vlmds.training.optimizer import parameter_groups, trainable
 
 OWNER_REDUCTIONS = 64
@@ -120,6 +121,7 @@ def check_ds_config(path: Path, experiment: Experiment, accumulation: int) -> No
         raise InputError(f"--ds-config {path}: DeepSpeed refuses it: {reason[:300]}") from error
 
 
+@phase("building the engine")
 def build_engine(
     model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path,
     accumulation: int,

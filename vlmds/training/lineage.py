@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from vlmds.config import Experiment, LanguageConfig
 from vlmds.errors import InputError
-from vlmds.files import new_folder, sha256_of
+from vlmds.files import new_folder
+from vlmds.hashes import weights_sha256
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
 from vlmds.models.fetch import model_folder
 from vlmds.models.hub import weight_files
@@ -58,7 +59,7 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
     hosts = gather(platform.node())
     here = [rank for rank, host in enumerate(hosts) if host == platform.node()]
     share = sorted(files)[here.index(dist.get_rank()) :: len(here)]
-    mine = {name: sha256_of(files[name]) for name in share}
+    mine = together(lambda: weights_sha256({name: files[name] for name in share}))
     mine["llm/tokenizer"] = tokenizer_sha256(experiment.llm)
     found: dict[str, tuple[str, str]] = {}
     for host, hashes in zip(hosts, gather(mine)):

@@ -28,6 +28,7 @@ from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, new_folder
 from vlmds.models.assemble import Model, load_model, shapes
 from vlmds.models.fetch import fetch_models
+from vlmds.progress import phase
 from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps, check_ds_config
 from vlmds.training.lineage import base_weights, inherit, inheritance, recorded_revisions
@@ -90,12 +91,14 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         InputError, Stopped: on every rank.
     """
     stop = StopRequest()
-    device = init_distributed(
-        experiment.training.timeout_minutes, experiment.logging.stall_seconds)
+    with phase("waiting for all ranks"):
+        device = init_distributed(
+            experiment.training.timeout_minutes, experiment.logging.stall_seconds)
     config = find_ds_config(args.ds_config)
     check_same_everywhere(experiment, config)
     doing("checking the data")
-    dataset = on_main(lambda: open_dataset(experiment.data))
+    with phase("opening the data"):
+        dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
     on_main(lambda: check_experiment(
         experiment, shapes(experiment), dataset, dist.get_world_size()))
@@ -170,9 +173,10 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
     if experiment.data.verify == "sha256":
         for part in dataset.parts[rank::world_size]:
             part.verify_index()
-    for part, shard in dataset.shards()[rank::world_size]:
-        doing(f"checking shard {part.root / shard.path}")
-        part.verify([shard], experiment.data.verify)
+    with phase("checking the data", unit="shards") as shown:
+        for part, shard in shown.counting(dataset.shards()[rank::world_size]):
+            doing(f"checking shard {part.root / shard.path}")
+            part.verify([shard], experiment.data.verify)
 
 
 def check_origin(run: RunFolder, experiment: Experiment, start_from: Path | None,

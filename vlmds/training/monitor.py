@@ -78,7 +78,8 @@ class Monitor:
             "kind": "train", "stage": self.stage, "step": step + 1, "loss": loss, "lr": lr,
             "grad_norm": grad_norm, "samples": samples, "positions": int(positions),
             "supervised_tokens": int(supervised), **({"skipped": True} if skipped else {})})
-        if (step + 1) % self.every == 0 or step + 1 == self.total:
+        # The first step of a start shows at once that it works, and how long it will take.
+        if step == self._stage_first or (step + 1) % self.every == 0 or step + 1 == self.total:
             self.flush()
 
     def flush(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
+from vlmds.progress import Phase, phase
 from vlmds.training import checkpoint
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
@@ -127,16 +128,17 @@ class StageTrainer:
         if self.validator.look(progress.step, standing):  # which a stop request had cut short
             self._stop()
         batches = self._training_batches()
-        reading = iter(batches)
-        for step in range(progress.step, self.total):
+        reading, first = iter(batches), progress.step
+        for step in range(first, self.total):
             if self.validator.is_over(step, standing):
                 break
             self._doing(step, "waiting for data", explain=batches.holding)
-            started = time.perf_counter()
-            group = list(islice(reading, self.accumulation))
+            with self._announced(step == first) as shown:
+                started = time.perf_counter()
+                group = list(islice(reading, self.accumulation))
+                stop = self.train_step(step, group, time.perf_counter() - started, shown)
             # Asked to stop, a look that is due waits for the next start.
-            stop = (self.train_step(step, group, time.perf_counter() - started)
-                    or self.validator.look(progress.step, standing))
+            stop = stop or self.validator.look(progress.step, standing)
             if stop or self._checkpoint_due():
                 self.save_checkpoint()
             if stop:
@@ -145,7 +147,7 @@ class StageTrainer:
         self.monitor.energy(progress.step, self.energy.total())
 
     @norms_kept()  # the weights change at the end only
-    def train_step(self, step: int, group: list[dict], waited: float) -> bool:
+    def train_step(self, step: int, group: list[dict], waited: float, shown: Phase) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
         caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
         rank was asked to stop."""
@@ -167,6 +169,7 @@ class StageTrainer:
                 self.engine.backward(
                     micro_loss * sound * self.world_size / tokens, scale_wrt_gas=False)
                 loss += micro_loss.detach()
+                shown.advance()
         self.engine.step()
         dist.all_reduce(loss)
         self.progress.step = step + 1
@@ -180,6 +183,11 @@ class StageTrainer:
         if skipped:
             self._account_skipped(step, group)
         return stop
+
+    def _announced(self, first: bool) -> AbstractContextManager[Phase]:
+        """The first step after a start takes longer than others, and has no line before it."""
+        announced = phase(f"{self.stage.name}: first step", self.accumulation, "micro-batches")
+        return announced if first else nullcontext(Phase("step"))
 
     def _agree(self, step: int, group: list[dict]) -> tuple[float, float, bool]:
         """What all ranks must know before a step: caption tokens and positions of the global
@@ -328,7 +336,8 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
         load_artifact(run.artifact(experiment.stages[number - 1].name), captioner)
     if "peft" in stage.train and not isinstance(captioner.llm, PeftModel):
         torch.manual_seed(experiment.training.seed + 1)  # the same adapter on every rank
-        captioner.llm = add_adapter(captioner.llm, experiment.peft)
+        with phase("adding the adapter"):  # for DoRA's magnitudes, each weight is unpacked
+            captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, stage)
     checkpoint_activations(
         captioner, checkpointed_layers(experiment, stage, model.tower is None, device))
