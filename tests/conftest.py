@@ -4,6 +4,7 @@ when they lie beside the project."""
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
 
@@ -16,3 +17,12 @@ def qwen_tokenizer_folder():
     if not folder.is_dir():
         pytest.skip("needs the full Qwen vocabulary")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped where CUDA has no GPU to use."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -20,9 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         if args.call is not packing.pack:  # which loads no model, and so neither of these libraries
+            from vlmds.cuda import use_expandable_segments
             from vlmds.models.pretrained import quiet_libraries
 
             quiet_libraries()
+            use_expandable_segments()
         return args.call(args)
     except InputError as error:
         print(f"vlmds: {error}", file=sys.stderr)

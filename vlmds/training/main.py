@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment, load_experiment
+from vlmds.cuda import use_expandable_segments
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     After any other failure the process ends with 1, having told what it was doing."""
     args = _parser().parse_args(arguments)
     quiet_libraries()
+    use_expandable_segments()
     try:
         overrides = list(args.set)
         if args.data is not None:
@@ -85,7 +87,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     """
     stop = StopRequest()
     device = init_distributed(
-        experiment.training.timeout_minutes, experiment.logging.stall_seconds)
+        experiment.training.timeout_minutes, experiment.logging.stall_seconds,
+        experiment.training.heartbeat_seconds)
     config = args.ds_config or default_ds_config()
     check_same_everywhere(experiment, config)
     doing("checking the data")

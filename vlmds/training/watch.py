@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import torch.distributed as dist
 
@@ -78,6 +78,17 @@ def last_words(problem: str) -> None:
     tell("\n".join(lines + list(others)), sys.stderr)
 
 
+def end_job(problem: str) -> NoReturn:
+    """End this process, and with it the job, from any thread, after its :func:`last_words`."""
+    last_words(f"{problem}, ending the job")
+    os._exit(1)
+
+
+def idle_seconds() -> float:
+    """For how long this rank has been with one thing."""
+    return time.monotonic() - _since
+
+
 def _ask(lines: list[str]) -> None:
     if _store is None:
         return
@@ -115,9 +126,7 @@ def _watch(timeout: float, stall: float) -> None:
             told, due = since, stall
         waited = time.monotonic() - since
         if waited >= timeout:
-            last_words(f"no progress for {timeout:.0f} s (training.timeout_minutes), "
-                       "ending the job")
-            os._exit(1)
+            end_job(f"no progress for {timeout:.0f} s (training.timeout_minutes)")
         if waited >= due and _explain is not None:
             tell(f"vlmds: rank {os.environ.get('RANK', '0')}: still {_described()}", sys.stderr)
             due *= 2
