@@ -1,12 +1,16 @@
 """launch/train.py with a fault: VLMDS_TEST_FAULT is JSON {kind, rank, call}.
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
-the call-th sample that the rank reads; when it does, the time goes into the file "note".
+the call-th sample that the rank reads; when it does, the time goes into the file "note". "wait" stands
+for a wait for a GPU that never ends; with "alone" all other ranks are killed then. "lock" (held by
+the interpreter) and "stop" (SIGSTOP) are over after "seconds".
 """
 
+import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,10 +49,21 @@ def faulty_forward(self, *inputs):
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "signal":
                 os.kill(os.getpid(), getattr(signal, FAULT["name"]))
+            if kind in ("wait", "alone"):
+                time.sleep(3600)
+            if kind == "lock":
+                ctypes.PyDLL(None).sleep(FAULT["seconds"])
+            if kind == "stop":
+                subprocess.Popen(["sh", "-c", f"sleep {FAULT['seconds']}; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
             if kind == "truncate":
                 os.truncate(FAULT["path"], 1000)
             if kind == "delete":
                 os.unlink(FAULT["path"])
+    elif self.training and FAULT["kind"] == "alone":
+        calls["forward"] += 1
+        if calls["forward"] == FAULT["call"]:
+            os.kill(os.getpid(), signal.SIGKILL)
     return loss
 
 
