@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vlmds import cuda
 from vlmds.cuda import driver_version, free_memory_from_cuda, unusable_gpus
 from vlmds.errors import InputError
 from vlmds.inference import choose_device
+from vlmds.training.ranks import join
 
 VERSIONS = {  # as NVIDIA's modules write them, the proprietary and the open one
     "535.104.05": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC "
@@ -121,6 +123,23 @@ def test_free_memory_is_that_of_the_gpu():
     accelerator = CUDA_Accelerator()
     free_memory_from_cuda(accelerator)
     assert 0 < accelerator.available_memory() <= torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_process_group_is_bound_to_the_ranks_gpu(monkeypatch, launcher, ranks):
+    """Under either launcher; only the call that needs eight GPUs is not made. One rank needs none."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **named: calls.append(named))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in (("RANK", ranks - 1), ("WORLD_SIZE", ranks), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", store.port),
+                        ("TORCHELASTIC_USE_AGENT_STORE", launcher == "torchrun")):
+        monkeypatch.setenv(name, str(value))
+    join("nccl", timedelta(seconds=9), torch.device("cuda:3"))
+    join("nccl", timedelta(seconds=9), None)
+    assert [call["device_id"] for call in calls] == [torch.device("cuda:3") if ranks > 1 else None, None]
+    assert all(("store" in call) == (launcher == "torchrun") for call in calls)
 
 
 @pytest.mark.parametrize("module, words", [("training.main", ["--exp", "none"]), ("cli", [

@@ -54,6 +54,8 @@ def test_a_node_that_vanishes_ends_the_other_in_its_wait(models, shards, tmp_pat
     said = f"node {survivor}: vlmds: rank {survivor}: rank {1 - survivor} on "
     (line,) = [line for line in words if said in line]
     assert "has not answered for" in line and "(training.heartbeat_seconds)" in line
+    asked = "rank 1 was last at align" if survivor == 0 else "the other ranks cannot be asked"
+    assert any(asked in line for line in words), words
 
 
 RANK = """

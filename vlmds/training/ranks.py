@@ -63,7 +63,7 @@ def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0,
     # start waits for ever; without the op there is neither that nor a compiler to install.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if on_cpu else "nccl"
-    _join(backend, timeout, None if probing else device)
+    join(backend, timeout, None if probing else device)
     deepspeed.init_distributed(  # which takes what is there
         dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
@@ -73,7 +73,7 @@ def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0,
     return device
 
 
-def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
+def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
     """Make the default process group, bound to ``device`` where that is a GPU: NCCL then connects at
     once, and a barrier knows its GPU."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
 MOST_RANKS = 16  # that one rank quotes
+NO_ANSWER = "vlmds:   the other ranks cannot be asked: rank 0's host does not answer"
 
 _activity = "starting"
 _since = time.monotonic()
@@ -75,6 +76,8 @@ def last_words(problem: str) -> None:
     asking = threading.Thread(target=_ask, args=(others,), daemon=True)
     asking.start()
     asking.join(STORE_SECONDS)
+    if asking.is_alive():
+        others.append(NO_ANSWER)
     tell("\n".join(lines + list(others)), sys.stderr)
 
 
@@ -99,7 +102,7 @@ def _ask(lines: list[str]) -> None:
                 continue
             activity = _store.get(str(rank)).decode()
         except RuntimeError:
-            lines.append("vlmds:   the other ranks cannot be asked: rank 0's host does not answer")
+            lines.append(NO_ANSWER)
             return
         if activity != _activity:
             lines.append(f"vlmds:   rank {rank} was last {activity}")
