@@ -38,7 +38,7 @@ def unusable_gpus() -> tuple[str, str] | None:
 
 
 def check_gpus() -> None:
-    """Raise InputError if there are :func:`unusable_gpus`: on a CPU an 8B model would take years."""
+    """Raise InputError if there are :func:`unusable_gpus`: on a CPU 8B would take years."""
     problem = unusable_gpus()
     if problem:
         raise InputError("; ".join(problem))

@@ -61,7 +61,7 @@ def _measure(kind: str, name: str, ranks: list[int], device: torch.device, secon
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has a current one of its own
         try:
-            group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))  # connects, or fails to
+            group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))  # may connect
             member = dist.get_rank() in ranks
             mine.append((_all_reduce_rate(group, len(ranks), device) if member else 0.0, None))
             groups.extend([group] if member else [])

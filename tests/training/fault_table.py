@@ -79,7 +79,8 @@ class Table:
                        for survivor, (code, seconds, words) in enumerate(ends))
 
     def fault_rank_killed_during_a_wait_for_a_gpu(self):
-        return self.strike("alone", None, "training.heartbeat_seconds=20", kind="alone", rank=0, call=9)
+        return self.strike("alone", None, "training.heartbeat_seconds=20", kind="alone", rank=0,
+                           call=9)
 
     def fault_rank_stopped_for_longer_than_the_heartbeat(self):
         return self._calm_in_spite_of("stop")

@@ -1,9 +1,9 @@
 """launch/train.py with a fault: VLMDS_TEST_FAULT is JSON {kind, rank, call}.
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
-the call-th sample that the rank reads; when it does, the time goes into the file "note". "wait" stands
-for a wait for a GPU that never ends; with "alone" all other ranks are killed then. "lock" (held by
-the interpreter) and "stop" (SIGSTOP) are over after "seconds".
+the call-th sample that the rank reads; when it does, the time goes into the file "note". "wait"
+stands for a wait for a GPU that never ends; with "alone" all other ranks are killed then. "lock"
+(Python's own, held in C) and "stop" (SIGSTOP) are over after "seconds".
 """
 
 import ctypes

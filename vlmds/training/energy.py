@@ -31,8 +31,8 @@ class EnergyMeter:
 
 def gpu_counter(device: torch.device) -> Callable[[], float | None]:
     """Reads the joules that a GPU has taken since its driver was loaded (Volta and later); reads
-    None on a CPU, without nvidia-ml-py, from GPUs that do not count, and from a part of a GPU (MIG),
-    since the counter is the whole one's."""
+    None on a CPU, without nvidia-ml-py, from GPUs that do not count, and from a part of a GPU (MIG):
+    the counter is the whole one's."""
     if device.type != "cuda":
         return lambda: None
     try:

@@ -1,16 +1,18 @@
 """A node that dies without a word ends the job within ``training.heartbeat_seconds``.
 
-Its survivors sit in a wait for their GPU, which the collectives' timeout would end half an hour later.
-So every rank keeps a connection to rank 0 on which nothing is sent. The kernels at its two ends probe
-it (TCP keepalive): an answer shows that the machine and the link are there, whatever its Python does.
-Neither a long hold of the interpreter's lock, nor a disk that does not answer, nor SIGSTOP or swapping
-is taken for a death; what hangs on a living machine is left to ``training.timeout_minutes``.
+Its survivors sit in a wait for their GPU, which the collectives' timeout would end half an hour
+later. So every rank keeps a connection to rank 0 on which nothing is sent. The kernels at its two
+ends probe it (TCP keepalive): an answer shows that the machine and the link are there, whatever its
+Python does. Neither a long hold of the interpreter's lock, nor a disk that does not answer, nor
+SIGSTOP or swapping is taken for a death; what stands still on a machine that answers is left to
+``training.timeout_minutes``.
 
 A rank that cannot be reached tries to connect again. It is given up if it has not come back by
 the time, and the rank that waits for it has made no progress meanwhile. A machine may so be paused,
 or a link be down, for almost ``heartbeat_seconds``. Rank 0 ends all others; if rank 0 is gone, each
 sees that for itself. Time for which the observer itself was stopped does not count, and no clock is
-compared between machines.
+compared between machines. Who ends a rank is a thread, which needs the interpreter's lock: PyTorch
+gives it up wherever it waits for a GPU or for other ranks.
 """
 
 from __future__ import annotations
@@ -244,8 +246,9 @@ class Member:
     def _warn(self) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             host, port = self._address
-            tell(f"vlmds: rank {dist.get_rank()}: WARNING: port {port} of {host} cannot be reached; "
-                 "a node that dies is noticed after training.timeout_minutes only", sys.stderr)
+            tell(f"vlmds: rank {dist.get_rank()}: WARNING: port {port} of {host} cannot be "
+                 "reached; a node that dies is noticed after training.timeout_minutes only",
+                 sys.stderr)
 
 
 def probe(connection: socket.socket, seconds: float) -> None:

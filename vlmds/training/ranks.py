@@ -74,8 +74,8 @@ def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0,
 
 
 def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
-    """Make the default process group, bound to ``device`` where that is a GPU: NCCL then connects at
-    once, and a barrier knows its GPU."""
+    """Make the default process group, bound to ``device`` where that is a GPU: NCCL then connects
+    at once, and a barrier knows its GPU."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     bound = device if device is not None and device.type == "cuda" and world_size > 1 else None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -86,8 +86,9 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                           is_master=False, timeout=timeout)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{start}", store), timeout=timeout,
-                            rank=rank, world_size=world_size, device_id=bound)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"start-{start}", store), timeout=timeout, rank=rank,
+        world_size=world_size, device_id=bound)
 
 
 def free_port() -> int:
