@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 
 from tests.training.fixtures import models, shards, two_ranks  # noqa: E402, F401
 
@@ -20,3 +21,12 @@ def qwen_tokenizer_folder():
     if not folder.is_dir():
         pytest.skip("needs the full Qwen vocabulary")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped where CUDA has no GPU to use."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -199,6 +199,9 @@ class TrainingConfig(Section):
     keep_checkpoints: PositiveInt = 2
     timeout_minutes: PositiveFloat = 30
     """How long a collective may wait before the job is ended."""
+    heartbeat_seconds: Annotated[float, BeforeValidator(_number), Field(ge=4)] | None = 120
+    """How long a node may be out of reach, while the job waits, before the job is ended; null
+    leaves it to timeout_minutes."""
     ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the trainables, which validation and the artifact then
     use; null keeps none."""

@@ -38,7 +38,7 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             wanted: float | None) -> int:
     """All checks, printed by rank 0. Returns 0, or 2 if one FAILED, on every rank."""
     try:
-        device = init_distributed(4 * seconds / 60)
+        device = init_distributed(4 * seconds / 60, probing=True)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         _print("ranks", Finding(FAILED, f"rank {os.environ.get('RANK')} cannot join the others at "
                                 f"{os.environ.get('MASTER_ADDR')}: {_first_line(error)}",

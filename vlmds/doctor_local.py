@@ -14,6 +14,7 @@ import torch
 
 from vlmds.checks import check_experiment
 from vlmds.config import Experiment
+from vlmds.cuda import driver_version, unusable_gpus
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import CACHED_SHARDS
 from vlmds.data.loader import Batches, SampleReader
@@ -72,11 +73,13 @@ class Patient:
 
 
 def check_accelerator(patient: Patient) -> list[Finding]:
-    """Present, computes, and nobody else's memory on it."""
+    """Present, usable, computes, and nobody else's memory on it."""
     if patient.device.type == "cpu":
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             return [Finding(OK, f"CPU, as DS_ACCELERATOR asks; {os.cpu_count()} cores, "
                             f"{torch.get_num_threads()} threads a rank")]
+        if problem := unusable_gpus():
+            return [Finding(FAILED, *problem)]
         return [Finding(WARNING, "no GPU found, training would run on the CPU",
                         "install the driver, or set DS_ACCELERATOR=cpu if that is meant")]
     properties = torch.cuda.get_device_properties(patient.device)
@@ -86,8 +89,8 @@ def check_accelerator(patient: Patient) -> list[Finding]:
                         "take this GPU out of service")]
     driver = torch._C._cuda_getDriverVersion()
     findings = [Finding(OK, f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, driver "
-                        f"for CUDA {driver // 1000}.{driver % 1000 // 10}, torch for "
-                        f"{torch.version.cuda}")]
+                        f"{driver_version()} for CUDA {driver // 1000}.{driver % 1000 // 10}, torch "
+                        f"for {torch.version.cuda}")]
     free, total = torch.cuda.mem_get_info(patient.device)
     others = total - free - torch.cuda.memory_reserved(patient.device)
     if others > 0.05 * total:

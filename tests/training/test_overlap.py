@@ -43,7 +43,7 @@ def test_on_a_cpu_nothing_is_computed_before_it_is_asked_for():
         assert len(asked) == number
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_stream_of_its_own_changes_nothing():
     """While the current stream computes, and its memory is used again and again."""
     device = torch.device("cuda:0")

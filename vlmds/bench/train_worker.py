@@ -16,6 +16,7 @@ import torch.distributed as dist
 from vlmds.bench.clock import StepClock
 from vlmds.bench.footprint import StepMemory, resident_parts
 from vlmds.bench.workload import Workload
+from vlmds.cuda import use_expandable_segments
 from vlmds.data.dataset import open_dataset
 from vlmds.files import write
 from vlmds.models.assemble import load_model
@@ -141,6 +142,7 @@ def _device_name(device: torch.device) -> str:
 
 def main(folder: str, variant: str, name: str, steps: str) -> None:
     quiet_libraries()
+    use_expandable_segments()  # as in training
     result = measure(variant, Workload(Path(folder), int(steps)))
     if is_main():
         write(Path(folder) / f"{name}.json", json.dumps(result))

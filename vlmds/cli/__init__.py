@@ -7,6 +7,7 @@ import errno
 import sys
 
 from vlmds.cli import bench, evaluating, packing, planning, training, using
+from vlmds.cuda import use_expandable_segments
 from vlmds.errors import InputError
 from vlmds.quiet import quiet_libraries
 
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal. Other failures raise."""
     args = _parser().parse_args(arguments)
     quiet_libraries()  # before the command imports them
+    use_expandable_segments()
     try:
         return args.call(args)
     except InputError as error:

@@ -93,7 +93,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     stop = StopRequest()
     with phase("waiting for all ranks"):
         device = init_distributed(
-            experiment.training.timeout_minutes, experiment.logging.stall_seconds)
+            experiment.training.timeout_minutes, experiment.logging.stall_seconds,
+            experiment.training.heartbeat_seconds)
     config = find_ds_config(args.ds_config)
     check_same_everywhere(experiment, config)
     doing("checking the data")

@@ -42,7 +42,8 @@ HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "vision
             "training.activation_checkpointing", "training.validate_every",
             "training.evaluate_every", "training.evaluate_clips", "training.evaluate_tokens",
             "training.checkpoint_every", "training.keep_checkpoints", "training.timeout_minutes",
-            "training.max_skipped_steps", "data.cache_dir", "data.cache_gb", "data.decode_seconds")
+            "training.heartbeat_seconds", "training.max_skipped_steps", "data.cache_dir",
+            "data.cache_gb", "data.decode_seconds")
 
 
 @dataclass
