@@ -202,8 +202,8 @@ def test_in_training_the_model_is_left_as_it_was(run, result, shards):
     model.captioner.projector.requires_grad_(True)
     reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
     state = torch.random.get_rng_state()
-    found = evaluate_subset(captioner.experiment, model, reader, torch.device("cpu"), clips=11,
-                            samples=2, **OPTIONS)
+    found = evaluate_subset(captioner.experiment, model, reader, clips=11, samples=2,
+                            **OPTIONS)
     assert model.captioner.training and torch.equal(state, torch.random.get_rng_state())
     assert all(p.requires_grad for p in model.captioner.projector.parameters())
     metrics, lines = read_evaluation(result)

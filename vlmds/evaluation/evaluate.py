@@ -103,7 +103,7 @@ def evaluate_run(
                           shuffle=False, decode_seconds=experiment.data.decode_seconds)
     positions = evaluated_positions(len(reader), clips)
     texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
-    scorer = ClipScorer(experiment, captioner.model, captioner.device, texts, swap_videos(texts),
+    scorer = ClipScorer(experiment, captioner.model, texts, swap_videos(texts),
                         batch_size=batch_size, generation=generation)
     # Rank 0 alone reads what is done: another rank may have begun to write by then.
     finished = ranks.on_main(lambda: [r["position"] for r in _read_parts(output)])
@@ -129,7 +129,7 @@ def evaluate_run(
 
 
 def evaluate_subset(
-    experiment: Experiment, model: Model, reader: SampleReader, device: torch.device, *,
+    experiment: Experiment, model: Model, reader: SampleReader, *,
     clips: int = 64, samples: int = 4, batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(max_new_tokens=64),
 ) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def evaluate_subset(
     try:
         positions = evaluated_positions(len(reader), clips)
         texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
-        scorer = ClipScorer(experiment, model, device, texts, swap_videos(texts),
+        scorer = ClipScorer(experiment, model, texts, swap_videos(texts),
                             batch_size=batch_size, generation=generation)
         rank, world = ranks.place()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator

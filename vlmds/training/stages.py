@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -97,7 +96,6 @@ class StageTrainer:
         self.collate = training_collate(SequenceBuilder(
             model.tokenizer, data.prompt, model.captioner.projector.num_tokens,
             data.max_caption_tokens))
-        self.features_ahead = FeaturesAhead(model, device)
         self.engine = build_engine(
             model.captioner, experiment, self.stage, ds_config, self.accumulation)
         self.average = (
@@ -109,6 +107,8 @@ class StageTrainer:
             self._write_ledger)
         self.lineage = stage_lineage(run, experiment, number)
         self.progress = Progress()
+        self.waited = 0.0
+        """Seconds that this rank has waited for data since the last step was noted."""
 
     def resume(self, folder: Path, state: dict) -> None:
         check_parent(self.lineage, state["lineage"], folder)
@@ -127,16 +127,14 @@ class StageTrainer:
         self.energy = EnergyMeter(gpu_counter(self.device), progress.joules or 0.0)
         if self.validator.look(progress.step, standing):  # which a stop request had cut short
             self._stop()
-        batches = self._training_batches()
-        reading, first = iter(batches), progress.step
+        ahead = FeaturesAhead(self.model, self.device, self._micro_batches())
+        first = progress.step
         for step in range(first, self.total):
             if self.validator.is_over(step, standing):
                 break
-            self._doing(step, "waiting for data", explain=batches.holding)
             with self._announced(step == first) as shown:
-                started = time.perf_counter()
-                group = list(islice(reading, self.accumulation))
-                stop = self.train_step(step, group, time.perf_counter() - started, shown)
+                group = ahead.group(self.accumulation)
+                stop = self.train_step(step, group, ahead.features(group), shown)
             # Asked to stop, a look that is due waits for the next start.
             stop = stop or self.validator.look(progress.step, standing)
             if stop or self._checkpoint_due():
@@ -147,22 +145,22 @@ class StageTrainer:
         self.monitor.energy(progress.step, self.energy.total())
 
     @norms_kept()  # the weights change at the end only
-    def train_step(self, step: int, group: list[dict], waited: float, shown: Phase) -> bool:
+    def train_step(self, step: int, group: list[dict], ahead: Iterator[torch.Tensor],
+                   shown: Phase) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
-        caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
-        rank was asked to stop."""
+        caption tokens and divided by the caption tokens of all ranks' groups. ``ahead`` gives the
+        features of each, [B, F·P, vision width]. Returns whether any rank was asked to stop."""
         tokens, positions, stop = self._agree(step, group)
         lr = learning_rate(step, self.total, self.stage)
         set_learning_rate(self.engine, lr)
         loss = torch.zeros((), device=self.device)
         with reduced_once(self.engine):
-            for micro, (batch, features) in enumerate(zip(group, self.features_ahead(group))):
+            for micro, (batch, features) in enumerate(zip(group, ahead)):
                 self._doing(step, "in forward and backward", batch["keys"])
                 seed_micro_batch(
                     self.experiment.training.seed, self.number, step, micro, self.rank)
-                # features: [B, F·P, vision width]; the loss is summed over the caption tokens.
-                micro_loss = self.engine(
-                    features, self._to_device(batch["input_ids"]), batch["labels"])
+                # Summed over the caption tokens.
+                micro_loss = self.engine(features, batch["input_ids"], batch["labels"])
                 # A loss that is no number makes a gradient that is none, which all ranks notice.
                 sound = 1 + 0 * micro_loss.detach()
                 # The engine averages over ranks; the loss is a sum over them.
@@ -178,8 +176,9 @@ class StageTrainer:
         skipped = self.engine.optimizer.overflow  # a gradient was no number; the same on all ranks
         self.monitor.step(
             step, loss=loss / tokens, grad_norm=self.engine.get_global_grad_norm(), lr=lr,
-            samples=self.run.global_batch, positions=positions, supervised=tokens, waited=waited,
-            skipped=skipped)
+            samples=self.run.global_batch, positions=positions, supervised=tokens,
+            waited=self.waited, skipped=skipped)
+        self.waited = 0.0
         if skipped:
             self._account_skipped(step, group)
         return stop
@@ -265,14 +264,22 @@ class StageTrainer:
                             seed=seed, window=data.shuffle_window, shuffle=shuffle,
                             decode_seconds=data.decode_seconds)
 
-    def _training_batches(self) -> Batches:
-        micro_batch = self.experiment.training.micro_batch
+    def _micro_batches(self) -> Iterator[dict]:
+        """This rank's micro-batches of all remaining steps; adds to ``waited`` what each takes."""
+        first = self.progress.step
         positions = TrainingPositions(
-            self.progress.step, self.total, self.accumulation, self.rank,
-            global_batch=self.run.global_batch, micro_batch=micro_batch,
-            world_size=self.world_size)
-        return Batches(
+            first, self.total, self.accumulation, self.rank, global_batch=self.run.global_batch,
+            micro_batch=self.experiment.training.micro_batch, world_size=self.world_size)
+        batches = Batches(
             self.train_reader, positions, self.collate, self.experiment.data.num_workers)
+        reading = iter(batches)
+        for number in range(len(positions)):
+            self._doing(first + number // self.accumulation, "waiting for data",
+                        explain=batches.holding)
+            started = time.perf_counter()
+            batch = next(reading)
+            self.waited += time.perf_counter() - started
+            yield batch
 
     def _account_bad(self, step: int, group: list[dict], bad: int) -> None:
         """Into the ledger with the unreadable samples of all ranks; too many stop all ranks."""
@@ -314,9 +321,6 @@ class StageTrainer:
         if self.rank == 0:
             self.run.add_to_ledger(everyone)
         return everyone
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
 
 
 def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:

@@ -126,8 +126,8 @@ class Validator:
                 batch = next(reading, {})
                 failures = [batch["failure"]] if "failure" in batch else []
                 if "labels" in batch:
-                    total += captioner(self.model.features(batch),
-                                       batch["input_ids"].to(self.device), batch["labels"])
+                    total += captioner(
+                        self.model.features(batch), batch["input_ids"], batch["labels"])
                     tokens += int((batch["labels"] != IGNORE).sum())
                     bad += batch["bad"]
                 stop, failed = sum_over_ranks([self.stop.requested is not None, bool(failures)])
@@ -153,8 +153,7 @@ class Validator:
         self._doing(step, "evaluating captions")
         with self._averaged(), phase("evaluating captions"):
             found = evaluate_subset(
-                self.experiment, self.model, self.reader, self.device,
-                clips=self.settings.evaluate_clips,
+                self.experiment, self.model, self.reader, clips=self.settings.evaluate_clips,
                 generation=GenerationOptions(self.settings.evaluate_tokens))
         self.monitor.evaluation(step, found)
         return found["metrics"]
