@@ -4,15 +4,18 @@ import re
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
+from vlmds.bench.footprint import StepMemory
 from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
 from vlmds.memory import (
+    dora_norm_bytes,
     fewest_recomputed,
     layer_activations,
     llm_bytes,
@@ -21,6 +24,7 @@ from vlmds.memory import (
     stage_memories,
     stage_memory,
 )
+from vlmds.models import dora
 from vlmds.models.assemble import load_model, shapes
 from vlmds.models.language import add_adapter, load_language_model
 from vlmds.models.vision import load_vision_tower
@@ -93,6 +97,7 @@ def test_what_a_stage_trains_and_keeps(models):
     assert finetune["gradients"] == 4 * (projector + adapter)  # whole, until they are reduced
     assert finetune["gradient buckets"] == 0  # smaller than the activations that they follow
     assert finetune["activations"] > align["activations"]  # the adapter's own
+    assert finetune["features ahead"] == 4 * 2 * tiny.FRAMES * 4 * 48  # of two clips, in fp32
     assert "weight average" not in align and "one unpacked weight" not in align
     averaged = parts(load_experiment("e3", [
         *tiny.settings(models), "training.ema_decay=0.99"]), 0, world_size=2)
@@ -120,6 +125,44 @@ def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp,
         lambda: layer(hidden, attention_mask=None, position_embeddings=rotation),
         own=[*layer.parameters(), *rotation])
     assert layer_activations(experiment, stage, planned) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_dora_norm_takes_what_was_counted(tmp_path, four_bit):
+    """Of the Linear that takes most; wider models, so that look-up tables do not count."""
+    models = tiny.make_models(tmp_path, width=256)
+    experiment = load_experiment("e4", [
+        *tiny.settings(models), f"llm.load_in_4bit={str(four_bit).lower()}"])
+    llm = add_adapter(load_language_model(experiment.llm, CPU), experiment.peft)
+    most = 0
+    for module in llm.modules():
+        if isinstance(module, LoraLayer):
+            memory = StepMemory(CPU)
+            memory.start()
+            dora._compute_norm(module, "default", torch.float32)
+            memory.stop()
+            most = max(most, memory.result()["step_bytes"])
+    planned = shapes(experiment).captioner
+    assert dora_norm_bytes(experiment, planned.llm) == pytest.approx(most, rel=0.02)
+
+
+def test_only_a_trained_dora_adapter_needs_norms():
+    """E8's Linear of 4,096 x 12,288 in bfloat16: four of it, or the unit matrix of 12,288 and B·A;
+    logits and the one unpacked weight are not there then."""
+    align, finetune = (parts(load_experiment("e8"), number) for number in (0, 1))
+    assert "first DoRA norm" not in align and "first DoRA norm" not in parts(load_experiment("e7"), 1)
+    norm = 2 * 12_288 * (12_288 + 16 + 4_096)
+    assert finetune["first DoRA norm"] == (
+        norm - finetune["logits"] - finetune["one unpacked weight"]) > 0
+
+
+def test_gradients_do_not_go_where_clip_was(models):
+    """Its pool is another stream's: without a tower the buckets are as large."""
+    experiment = load_experiment("e7", [
+        "training.micro_batch=1", "projector.width=null", "data.max_caption_tokens=1"])
+    with_tower, without = parts(experiment, 0), parts(experiment, 0, tower=False)
+    assert with_tower["CLIP forward"] > 0 and without["CLIP forward"] == 0
+    assert with_tower["gradient buckets"] == without["gradient buckets"] > 0
 
 
 def test_more_ranks_share_the_optimizer_and_nothing_else():
@@ -152,7 +195,7 @@ def test_every_nth_layer_lies_between_none_and_all():
     assert list(memories) == [0, 8, 4, 3, 2, 1] and sizes == sorted(sizes, reverse=True)
     assert memories[1] == parts(experiment, 1)
     for every, size in zip(memories, sizes, strict=True):
-        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for CUDA's context
+        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for fragments
     assert fewest_recomputed(memories, 1e12) == 0
 
 

@@ -14,7 +14,9 @@ from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import Card
-from vlmds.memory import TEXT_POSITIONS, fewest_recomputed, llm_bytes, stage_memories
+from vlmds.memory import (
+    TEXT_POSITIONS, fewest_recomputed, llm_bytes, outside_bytes, quantised, stage_memories,
+)  # fmt: skip
 from vlmds.models.assemble import Shapes
 from vlmds.training.optimizer import freeze
 
@@ -73,7 +75,7 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int,
                 "training": training.model_copy(update={"micro_batch": micro_batch})})
             tower = None if stored_features else model.tower
             memories = stage_memories(changed, stage, model.captioner, tower, gpus)
-            every = fewest_recomputed(memories, card.memory)
+            every = fewest_recomputed(memories, card.memory - outside_bytes(gpus))
             if every is not None:
                 found.append(Proposal(
                     in_4bit, micro_batch, share // micro_batch, every,

@@ -20,7 +20,6 @@ from vlmds.data.dataset import open_dataset
 from vlmds.files import write
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
-from vlmds.training.activations import checkpointed_layers
 from vlmds.training.main import default_ds_config, leave
 from vlmds.training.monitor import peak_memory
 from vlmds.training.preemption import StopRequest
@@ -95,7 +94,7 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     experiment, number, clock = work.experiment, work.stage, recorder.clock
     model = load_model(experiment, device)
     run = work.run(dist.get_world_size())
-    prepare_stage(model, experiment, number, run, device)
+    every = prepare_stage(model, experiment, number, run, device)
     trainer = StageTrainer(
         experiment, number, model, open_dataset(experiment.data), run, default_ds_config(), device,
         recorder, StopRequest())
@@ -106,8 +105,7 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     engine.step = clock.timed("optimizer", engine.step)
     recorder.start()
     trainer.train()
-    return {"resident": resident_parts(model, engine), "recomputed_every": checkpointed_layers(
-        experiment, experiment.stages[number], model.tower is None, device)}
+    return {"resident": resident_parts(model, engine), "recomputed_every": every}
 
 
 def measure(variant: str, work: Workload) -> dict:
