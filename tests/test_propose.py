@@ -15,7 +15,7 @@ from vlmds.memory import longest
 from vlmds.models.assemble import load_model, shapes
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
-from vlmds.propose import proposals
+from vlmds.propose import predicted_rate, proposals
 from vlmds.training.optimizer import freeze
 
 
@@ -80,6 +80,23 @@ def test_of_equally_fast_ones_the_largest_micro_batch_is_proposed():
     assert [p.micro_batch for p in found if not p.in_4bit][0] == 8
     rates = {p.micro_batch: p.rate for p in found if not p.in_4bit}
     assert rates[8] > rates[2] > rates[1]
+
+
+def test_with_few_visual_tokens_the_host_is_the_slower_one():
+    """E7 at micro-batch 2 in NF4: two passes of 36 layers, each of 100 kernels at 5 µs and 7 Linears
+    at 75 µs, 73.8 ms for 2 samples, on any card; E3's 4,608 tokens keep the GPU busy for longer."""
+    def rate(exp, card, every=0, *overrides):
+        experiment = load_experiment(exp, overrides)
+        model = shapes(experiment)
+        freeze(model.captioner, experiment.stages[1])
+        return predicted_rate(experiment, experiment.stages[1], model, find_card(card), every, False)
+
+    assert rate("e7", "h100") == pytest.approx(2 / 73.8e-3) == rate("e7", "b200")
+    assert rate("e7", "h100", 1) == pytest.approx(2 / (1.5 * 73.8e-3))  # forward a second time
+    # 0.7 s of the GPU for 2 samples.
+    assert rate("e3", "h100") == pytest.approx(rate("e3", "b200") * 989 / 2250, rel=0.05)
+    whole = rate("e7", "h100", 0, "llm.load_in_4bit=false")
+    assert 2 / 73.8e-3 < whole < 2 / 36e-3  # kernels are launched there, too
 
 
 def test_a_long_prompt_takes_memory():

@@ -3,7 +3,8 @@ experiment's global batch, with the memory and the speed that shapes predict.
 
 Speed is a roofline (Williams et al., CACM 52(4), 2009): a pass over the LLM takes its operations at
 EFFICIENCY of the card's peak, or the reading of its weights where that is longer, as it is for few
-tokens, or the launching of its kernels; NF4 weights are besides unpacked in each pass.
+tokens; NF4 weights are besides unpacked in each pass. The host runs ahead of the GPU: a micro-batch
+takes the GPU's work, CLIP's included, or the host's (:func:`host_seconds`), whichever is longer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ LAUNCH_SECONDS = 5e-6
 """That the host takes to start a kernel. Assumed."""
 LAYER_KERNELS = 100
 """Of one layer of the LLM with LoRA in one pass; counted, e7's takes 102 forward and 136 backward."""
+LINEAR_SECONDS = 75e-6
+"""That the host takes for one 4-bit Linear with its adapter in one pass beyond launching kernels:
+Python, PEFT and bitsandbytes. Assumed, until a GPU measures it: `vlmds bench train` prints it there."""
 CAPTION_POSITIONS = 24
 
 
@@ -97,14 +101,28 @@ def predicted_rate(experiment: Experiment, stage: StageConfig, model: Shapes, ca
         whole = experiment.model_copy(update={
             "llm": experiment.llm.model_copy(update={"load_in_4bit": False})})
         unpacking = UNPACKING * llm_bytes(whole, model.captioner.llm) / 2 / card.bandwidth
-    launching = LAUNCH_SECONDS * LAYER_KERNELS * model.captioner.llm.config.num_hidden_layers
-    share = 1 / every if every else 0.0
+    share = passes(every) - 2
     seconds = size * (flops.clip + flops.projector + flops.head) / speed
     for part, operations in ((1.0, flops.recomputed), (1.0, flops.llm - flops.recomputed),
                              (share, flops.recomputed)):
-        seconds += part * max(
-            max(size * operations / speed, weights / card.bandwidth) + unpacking, launching)
-    return size / seconds
+        seconds += part * (max(size * operations / speed, weights / card.bandwidth) + unpacking)
+    return size / max(seconds, host_seconds(experiment, model, passes(every)))
+
+
+def passes(every: int) -> float:
+    """Over the LLM in a micro-batch: forward, backward, and what of the layers is computed again.
+    every: activation checkpointing of no layer (0) or every n-th."""
+    return 2 + (1 / every if every else 0.0)
+
+
+def host_seconds(experiment: Experiment, model: Shapes, passes: float,
+                 linear: float = LINEAR_SECONDS) -> float:
+    """That the host is busy with so many passes over the LLM, whatever the size of the micro-batch.
+    linear: seconds for each 4-bit Linear."""
+    llm = model.captioner.llm
+    launching = LAUNCH_SECONDS * LAYER_KERNELS * llm.config.num_hidden_layers
+    linears = len(quantised(llm)) if experiment.llm.load_in_4bit else 0
+    return passes * (launching + linears * linear)
 
 
 def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experiment,
@@ -127,6 +145,7 @@ def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experi
     if not found[0].in_4bit and current.llm.load_in_4bit and own:
         lines.append(f"whole weights would be {found[0].rate / own[0].rate:.2f} times as fast: --set "
                      f"{found[0].settings}")
-    lines.append(f"predicted from shapes at {EFFICIENCY:.0%} of the card's peak; vlmds bench train "
-                 "measures")
+    lines.append(f"predicted from shapes at {EFFICIENCY:.0%} of the card's peak, and from assumed "
+                 f"{1e6 * LINEAR_SECONDS:.0f} µs of the host for each 4-bit Linear a pass;")
+    lines.append("vlmds bench train measures both")
     return "\n".join(lines)

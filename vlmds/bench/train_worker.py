@@ -85,7 +85,7 @@ class StepRecorder:
             "step_seconds": best["seconds"], "positions": best["positions"],
             "all_seconds": [step["seconds"] for step in self.steps],
             "phases": {name: split.get(name, 0.0) for name in PHASES},
-            "split_step_seconds": split["seconds"], "sent": best["sent"],
+            "split_step_seconds": split["seconds"], "sent": best["sent"], "host": best["host"],
             "peak_bytes": self.peak_bytes}
 
 
