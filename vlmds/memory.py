@@ -111,8 +111,9 @@ def stage_memories(
         parts["one unpacked weight"] = size * max(m.weight.numel() for m in quantised(captioner.llm))
     if experiment.peft.type == "dora" and "peft" in stage.train:
         # In a step's first forward pass, when there are no logits and nothing else is unpacked.
-        parts["first DoRA norm"] = max(0, dora_norm_bytes(experiment, captioner.llm) - parts["logits"]
-                                       - parts.get("one unpacked weight", 0))
+        norm = dora_norm_bytes(experiment, captioner.llm)
+        parts["first DoRA norm"] = max(
+            0, norm - parts["logits"] - parts.get("one unpacked weight", 0))
     # The reduction comes after the backward pass, where its tensors were (those of its stream): a
     # bucket with all gradients in the model's dtype; then, instead of those in fp32, a copy of what
     # goes out at once and this rank's part in fp32.

@@ -20,6 +20,7 @@ from vlmds.memory import (
 )  # fmt: skip
 from vlmds.models.assemble import Shapes
 from vlmds.training.optimizer import freeze
+from vlmds.units import size_text
 
 EFFICIENCY = 0.45
 """Share of a card's peak that long matrix products reach in training. Assumed."""
@@ -132,13 +133,13 @@ def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experi
         return f"{card.name}: nothing fits {card.memory / 1e9:.0f} GB, whatever the micro-batch"
     lines = [f"on {card.name} ({card.memory / 1e9:.0f} GB), {gpus} of them, at the same global batch:",
              f"{'weights':<9}{'micro-batch':>12}{'accumulation':>14}{'checkpointing':>15}"
-             f"{'memory, GB':>12}{'samples/s a GPU':>17}"]
+             f"{'memory':>12}{'samples/s a GPU':>17}"]
     shown = [p for in_4bit in (True, False) for p in [q for q in found if q.in_4bit == in_4bit][:most]]
     for p in shown:
         every = {0: "none", 1: "all layers"}.get(p.every, f"1 in {p.every}")
         precision = "NF4" if p.in_4bit else current.llm.dtype.replace("bfloat16", "bf16")
         lines.append(f"{precision:<9}{p.micro_batch:>12}{p.accumulation:>14}{every:>15}"
-                     f"{p.memory / 1e9:>12.1f}{p.rate:>17.2f}{'  <- fastest' if p == found[0] else ''}")
+                     f"{size_text(p.memory):>12}{p.rate:>17.2f}{'  <- fastest' if p == found[0] else ''}")
     own = [p for p in found if p.in_4bit == current.llm.load_in_4bit]
     if own:
         lines.append(f"fastest as the experiment has its weights: --set {own[0].settings}")

@@ -26,7 +26,7 @@ from vlmds.files import absolute, new_folder
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
-from vlmds.training.engine import accumulation_steps, experiment_ds_config
+from vlmds.training.engine import accumulation_steps, describe_batch, experiment_ds_config
 from vlmds.training.lineage import base_revisions, base_weights, inherit
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
@@ -106,6 +106,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         command=sys.argv))
     accumulation = accumulation_steps(experiment, dist.get_world_size(), run.global_batch)
     experiment_ds_config(config, experiment, accumulation)  # or InputError, before the slow part
+    if is_main():
+        tell(f"vlmds: {describe_batch(experiment, dist.get_world_size(), run.global_batch)}")
     run = on_main(lambda: begin(run, experiment, start_from, args.from_run))
     doing("loading the models")
     stored = None
