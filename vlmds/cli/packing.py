@@ -44,6 +44,9 @@ def _pack(args: argparse.Namespace) -> int:
             val_fraction=args.val_fraction, verify=not args.no_verify, dedup=args.dedup,
             append=args.append, merge=args.merge, retry=args.retry, task=_task(args),
             engine=args.engine, **common)
+    from vlmds.data.coverage import coverage_lines
+    from vlmds.data.index import ShardIndex
+
     if not summary.finished:
         print(f"packed the {summary.shards} shards of task {args.task_index} of {args.num_tasks}; "
               "when all tasks are done, join them: vlmds pack "
@@ -53,6 +56,8 @@ def _pack(args: argparse.Namespace) -> int:
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(f"packed {summary.packed:,} samples ({counts}) into {summary.shards} shards, "
           f"{summary.bytes / 1e6:,.1f} MB, in {summary.seconds:.1f} s: {args.out}")
+    for line in coverage_lines([ShardIndex.open(args.out)]):
+        print(line)
     if not args.no_report:
         from vlmds.data.pack_report import write_report
 

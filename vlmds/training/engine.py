@@ -48,6 +48,20 @@ def accumulation_steps(experiment: Experiment, world_size: int, global_batch: in
     return wanted // per_pass
 
 
+def describe_batch(experiment: Experiment, world_size: int, global_batch: int | None = None) -> str:
+    """The global batch as a sum of its parts and, where it follows from the number of ranks, how to
+    keep it. ``global_batch`` is the run's recorded one. Raises InputError as
+    :func:`accumulation_steps` does."""
+    accumulation = accumulation_steps(experiment, world_size, global_batch)
+    micro_batch = experiment.training.micro_batch
+    batch = micro_batch * accumulation * world_size
+    text = (f"global batch {batch} = micro_batch {micro_batch} × accumulation {accumulation} × "
+            f"{world_size} rank{'s' if world_size > 1 else ''}")
+    if experiment.training.global_batch is None:
+        text += f"; set training.global_batch={batch} to have it with any number of GPUs"
+    return text
+
+
 def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
     """Read a DeepSpeed JSON and fill in what the experiment sets.
 

@@ -30,7 +30,7 @@ from vlmds.models.assemble import Model, load_model, shapes
 from vlmds.models.fetch import fetch_models
 from vlmds.progress import phase
 from vlmds.training import checkpoint
-from vlmds.training.engine import accumulation_steps, check_ds_config
+from vlmds.training.engine import accumulation_steps, check_ds_config, describe_batch
 from vlmds.training.lineage import base_weights, inherit, inheritance, recorded_revisions
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
@@ -122,6 +122,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     check_ds_config(config, experiment, accumulation_steps(
         experiment, dist.get_world_size(), run.global_batch))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
+    if is_main():
+        tell(f"vlmds: {describe_batch(experiment, dist.get_world_size(), run.global_batch)}")
     doing("loading the models")
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames

@@ -329,8 +329,9 @@ def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
 
 
 def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder,
-                  device: torch.device) -> None:
+                  device: torch.device) -> int:
     """Give the captioner the weights of the stage before, and freeze all but what this one trains.
+    Returns which layers recompute their activations: none (0), or every n-th.
 
     The adapter comes into being in the first stage that trains it.
     """
@@ -343,8 +344,12 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
         with phase("adding the adapter"):  # for DoRA's magnitudes, each weight is unpacked
             captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, stage)
-    checkpoint_activations(
-        captioner, checkpointed_layers(experiment, stage, model.tower is None, device))
+    every = checkpointed_layers(experiment, stage, model.tower is None, device)
+    checkpoint_activations(captioner, every)
+    if dist.get_rank() == 0 and device.type == "cuda":
+        layers = {0: "of no layer", 1: "of every layer"}.get(every, f"of one layer in {every}")
+        tell(f"vlmds: {stage.name}: activations {layers} are computed again in the backward pass")
+    return every
 
 
 def run_stages(
