@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
 from vlmds.config import Experiment
 from vlmds.errors import InputError
-from vlmds.files import new_folder, sha256_of
+from vlmds.files import copy_files, new_folder, sha256_of
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import hub_revision, weight_files
@@ -100,7 +99,7 @@ def inherit(other: Path, experiment: Experiment, run: RunFolder) -> None:
             "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}))
     for name, source, target, told in taken:
         with new_folder(target) as new:
-            shutil.copytree(source, new, dirs_exist_ok=True)
+            copy_files(source, new)
         run.record.setdefault("inherited", {})[name] = told
 
 

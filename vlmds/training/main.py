@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import os
 import re
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -22,7 +21,7 @@ from vlmds.config import Experiment, load_experiment
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
-from vlmds.files import absolute, new_folder
+from vlmds.files import absolute, copy_files, new_folder
 from vlmds.models.assemble import load_model
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
@@ -32,7 +31,9 @@ from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
     gather, init_distributed, is_main, on_main, shared_error, together,
 )  # fmt: skip
-from vlmds.training.run import RunFolder, check_same_experiment, flat_settings, open_run
+from vlmds.training.run import (
+    RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run,
+)  # fmt: skip
 from vlmds.training.stages import run_stages
 from vlmds.training.validation import check_validation
 from vlmds.training.watch import doing, last_words, tell
@@ -88,6 +89,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         experiment.training.timeout_minutes, experiment.logging.stall_seconds)
     config = args.ds_config or default_ds_config()
     check_same_everywhere(experiment, config)
+    on_main(lambda: check_run_folder(output))
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
@@ -205,7 +207,7 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
     if other != run.path.resolve():
         for name in names[:number]:
             with new_folder(run.artifact(name)) as new:
-                shutil.copytree(other / "artifacts" / name, new, dirs_exist_ok=True)
+                copy_files(other / "artifacts" / name, new)
         return
     later = [found for found in checkpoint.checkpoints(run.checkpoints, names[number])
              if found.name > folder.name]
