@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
+from pathlib import Path
 
 from vlmds.cli import bench, evaluating, packing, planning, training, using
 from vlmds.cuda import use_expandable_segments
 from vlmds.errors import InputError
+from vlmds.files import denied
 from vlmds.quiet import quiet_libraries
 
 
@@ -30,8 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in UNUSABLE or error.filename is None:
             raise
-        print(f"vlmds: {error.filename}: {error.strerror}; make room there, or name another place",
-              file=sys.stderr)
+        if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+                and "://" not in str(error.filename)):
+            print(f"vlmds: {denied(Path(error.filename))}", file=sys.stderr)
+        else:
+            print(f"vlmds: {error.filename}: {error.strerror}; make room there, or name another "
+                  "place", file=sys.stderr)
         return 2
 
 

@@ -20,6 +20,7 @@ def pack(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    args.out = as_path(args.out)
     common = dict(quality=args.quality, workers=args.workers, deadline=args.deadline)
     if (as_path(args.manifest) / "dataset.json").is_file():
         from vlmds.data.convert import convert_from_options  # which brings in PyTorch
@@ -116,7 +117,7 @@ def add_pack(commands) -> None:
     add = command.add_argument
     add("manifest", help="CSV, TSV, JSONL or Parquet with columns video and caption; or a packed "
         "dataset, to convert it to another store")
-    add("out", type=as_path, help="folder, or URL, for the shards")
+    add("out", help="folder, or URL, for the shards")
     add("--store", choices=("video", "frames", "features"),
         help="keep the videos' bytes, decoded frames as JPEGs, or (of a packed dataset) the vision "
         "model's features (default: video; of a packed dataset: frames)")

@@ -35,7 +35,7 @@ from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_s
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
-from vlmds.files import as_path
+from vlmds.files import as_path, check_writable
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
@@ -99,6 +99,8 @@ def convert(
     """
     begin = time.monotonic()
     index, out = ShardIndex.open(source), as_path(out)
+    if not hasattr(out, "fs"):
+        check_writable(out, "OUT")
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
     sources = [_Source(position, info) for split in index.splits
                for position, info in enumerate(index.shards(split))]

@@ -5,6 +5,7 @@ a shard's place follows from its split and number, members are read as bytes, no
 or unpickled.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -187,16 +188,18 @@ class ShardIndex:
     def read(self, row: SampleRow) -> dict[str, bytes]:
         """The sample's members {extension: bytes}, "json" among them, checked against the index.
 
-        Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced.
+        Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced,
+        and a file that another machine has replaced on a shared drive is opened anew.
         Raises SampleError naming shard, key and member.
         """
         try:
             return self._read(row)
-        except SampleError:
-            if self.cache is None or "://" not in str(self.root):
-                raise
-            if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
-                raise
+        except SampleError as error:
+            if getattr(error.__cause__, "errno", None) != errno.ESTALE:
+                if self.cache is None or "://" not in str(self.root):
+                    raise
+                if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
+                    raise
             self._files.clear()
         return self._read(row)
 

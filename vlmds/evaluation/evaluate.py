@@ -45,7 +45,7 @@ from vlmds.evaluation.metrics import (
     summarise,
     tokenizers,
 )
-from vlmds.files import absolute, write
+from vlmds.files import absolute, check_writable, write
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import weights_sha256
@@ -327,6 +327,7 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
 
 def _prepare(output: Path, settings: dict, again: bool) -> bool:
     """Make the folder ready; True if everything is there already with these settings."""
+    check_writable(output, "--output", ("parts", "thumbnails"))
     path = output / "settings.json"
     same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == settings
     if same and not again and (output / "metrics.json").is_file():
@@ -361,7 +362,7 @@ def _save(output: Path, metrics: dict, predictions: list[dict], records: list[di
     write(output / "predictions.jsonl",
           "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     write(output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(output / "parts")
+    shutil.rmtree(output / "parts", ignore_errors=True)  # NFS keeps what someone has open
 
 
 def _folder_name(run: Path, dataset: Dataset, split: str) -> str:

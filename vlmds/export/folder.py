@@ -41,7 +41,7 @@ from vlmds.export.parity import (
 )
 from vlmds.export.processor import user_message
 from vlmds.export.remote import write_remote
-from vlmds.files import new_folder, sha256_of
+from vlmds.files import check_writable, copy_files, new_folder, sha256_of
 from vlmds.inference import VideoCaptioner, choose_device
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
@@ -52,7 +52,7 @@ from vlmds.progress import phase
 from vlmds.training.run import final_artifact
 
 FORMATS = ("vlmds", "peft", "hf-llava")
-PEFT_CARD = shutil.ignore_patterns("README.md")  # an empty form
+PEFT_CARD = ("README.md",)  # an empty form
 HOW_TO_LOAD = Path(__file__).parent / "bundle" / "example.py"
 
 
@@ -89,11 +89,11 @@ def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = 
         return _write_folded(artifact, output, format, experiment, published, target, facts)
     with new_folder(output) as new:
         if format == "vlmds":
-            shutil.copytree(artifact, new, dirs_exist_ok=True, ignore=PEFT_CARD)
+            copy_files(artifact, new, PEFT_CARD)
             if meta["adapter"]:
                 _name_base(new / "adapter" / "adapter_config.json", experiment, meta)
         else:
-            shutil.copytree(artifact / "adapter", new, dirs_exist_ok=True, ignore=PEFT_CARD)
+            copy_files(artifact / "adapter", new, PEFT_CARD)
             _name_base(new / "adapter_config.json", experiment, meta)
             shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
             _write_json(new / "lineage.json", meta["lineage"])
@@ -124,6 +124,7 @@ def check_request(artifact: Path, meta: dict, output: Path, format: str, merge: 
         raise InputError(f"--format {format}: choose {', '.join(FORMATS)}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output}: is there already; choose another folder")
+    check_writable(output, "--output")
     if format == "peft" and merge:
         raise InputError("--merge: --format peft is the adapter itself; leave one of them out")
     if meta.get("llm") and (format != "vlmds" or merge):

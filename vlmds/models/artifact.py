@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.errors import InputError
-from vlmds.files import new_folder, sha256_of
+from vlmds.files import is_there, new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.hub import looks_local
@@ -69,7 +69,7 @@ def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, st
 
 
 def is_artifact(folder: Path) -> bool:
-    return (folder / "artifact.json").is_file()
+    return is_there(folder / "artifact.json")
 
 
 def resolve_artifact(name: str | Path) -> Path:

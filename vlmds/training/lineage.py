@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
 from vlmds.config import Experiment, LanguageConfig
 from vlmds.errors import InputError
-from vlmds.files import new_folder
+from vlmds.files import copy_files, new_folder
 from vlmds.hashes import weights_sha256
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
 from vlmds.models.fetch import model_folder
@@ -110,7 +109,7 @@ def inherit(taken: dict[str, dict], run: RunFolder) -> None:
     """Copy those stages. What they were goes into the run's record, which the caller writes."""
     for name, origin in taken.items():
         with new_folder(run.artifact(name)) as new:
-            shutil.copytree(Path(origin["run"]) / "artifacts" / name, new, dirs_exist_ok=True)
+            copy_files(Path(origin["run"]) / "artifacts" / name, new)
         run.record.setdefault("inherited", {})[name] = origin
 
 

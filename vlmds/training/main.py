@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import os
 import re
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -25,7 +24,7 @@ from vlmds.config import Experiment, load_experiment
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
-from vlmds.files import absolute, new_folder
+from vlmds.files import absolute, copy_files, new_folder
 from vlmds.models.assemble import Model, load_model, shapes
 from vlmds.models.fetch import fetch_models
 from vlmds.progress import phase
@@ -36,7 +35,9 @@ from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
     gather, init_distributed, is_main, on_main, shared_error, together,
 )  # fmt: skip
-from vlmds.training.run import RunFolder, check_same_experiment, flat_settings, open_run
+from vlmds.training.run import (
+    RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run,
+)  # fmt: skip
 from vlmds.training.stages import run_stages
 from vlmds.training.watch import doing, last_words, tell
 
@@ -97,6 +98,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
             experiment.training.heartbeat_seconds)
     config = find_ds_config(args.ds_config)
     check_same_everywhere(experiment, config)
+    on_main(lambda: check_run_folder(output))
     doing("checking the data")
     with phase("opening the data"):
         dataset = on_main(lambda: open_dataset(experiment.data))
@@ -249,7 +251,7 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
     if other != run.path.resolve():
         for name in names[:number]:
             with new_folder(run.artifact(name)) as new:
-                shutil.copytree(other / "artifacts" / name, new, dirs_exist_ok=True)
+                copy_files(other / "artifacts" / name, new)
         return
     later = [found for found in checkpoint.checkpoints(run.checkpoints, names[number])
              if found.name > folder.name]

@@ -25,12 +25,15 @@ from pathlib import Path
 
 from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.errors import InputError
-from vlmds.files import write
+from vlmds.files import check_writable, write
 from vlmds.models.artifact import is_artifact
 from vlmds.training.journal import Journal
 
 PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "webdataset",
             "decord", "av")
+
+WRITTEN = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl", "tensorboard", "checkpoints",
+           "artifacts")  # as the run goes on; what is written anew needs the folder alone
 
 # Keys that may differ when a run is resumed: they do not change what is learned. The size of a
 # micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
@@ -112,6 +115,12 @@ class RunFolder:
                 if (stages.index(record["stage"]), record["step"]) <= (stage, step):
                     kept.append(line)
             write(path, "".join(kept))
+
+
+def check_run_folder(path: Path) -> None:
+    """Raise :class:`InputError` unless this user can write a run there, or go on with the one that
+    is there."""
+    check_writable(path, "--output", WRITTEN)
 
 
 def open_run(

@@ -7,6 +7,7 @@ was stopped between two stages equals one which was not.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -363,12 +364,17 @@ def run_stages(
         Stopped: on all ranks, when a rank was asked to stop; a checkpoint is saved.
     """
     names = [stage.name for stage in experiment.stages]
-    finished = [is_artifact(run.artifact(name)) for name in names]
+    # Rank 0's answer: on NFS, what another machine has just written may not be seen everywhere.
+    finished = on_main(lambda: [is_artifact(run.artifact(name)) for name in names])
     first = finished.index(False) if False in finished else len(names)
     if first == len(names):
         if dist.get_rank() == 0:
             tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
+    cores = len(os.sched_getaffinity(0))
+    if experiment.data.num_workers > cores and dist.get_rank() == 0:
+        tell(f"vlmds: data.num_workers: {cores} reader processes a rank instead of "
+             f"{experiment.data.num_workers}, for this machine has {cores} cores")
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
     found = checkpoint.latest_checkpoint(run.checkpoints, names[first])
