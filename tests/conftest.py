@@ -1,13 +1,42 @@
 """What the tests share: tiny models and a run of them; real clips and the full Qwen vocabulary,
 when they lie beside the project."""
 
+import os
 from pathlib import Path
+from zlib import crc32
 
+import hypothesis
 import pytest
+import torch
 
 from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The same examples in every run, and none kept in the folder that the tests run in.
+hypothesis.settings.register_profile("suite", derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """What a fixture draws depends on nothing that ran before it (pytest-randomly seeds Python and
+    NumPy, not PyTorch)."""
+    torch.manual_seed(crc32(fixturedef.argname.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    torch.manual_seed(crc32(item.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Variables that a test, or what it tests, has set are gone after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
