@@ -18,7 +18,7 @@ import httpx  # noqa: E402
 
 from tests.data.conftest import write_video  # noqa: E402
 from tests.data.test_decode_child import long_video  # noqa: E402
-from tests.serve.conftest import LIMIT  # noqa: E402
+from tests.serve.conftest import LIMIT, SAYINGS  # noqa: E402
 from vlmds.generation import GenerationOptions  # noqa: E402
 from vlmds.serve.models import WAITING, Limits, Models  # noqa: E402
 
@@ -55,6 +55,7 @@ def test_captions_are_those_of_the_captioner(server, clip):
     options = GenerationOptions(max_new_tokens=6)
     want = {name: next(captioner.caption([str(clip)], options, prompt=prompt, workers=1))
             for (name, captioner), prompt in zip(server.models.captioners.items(), (None, "무엇?"))}
+    assert want["e3"].startswith(SAYINGS["e3"])
     first = upload(server, clip.read_bytes()).json()
     assert first["model"] == "e3" and first["object"] == "chat.completion"
     assert first["choices"][0]["message"] == {"role": "assistant", "content": want["e3"]}
