@@ -77,7 +77,7 @@ def words(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _speak(output: torch.Tensor, ids: list[int]) -> None:
     """Plant an output layer, [vocabulary, width], under which a word is always the likeliest token:
     all others have a logit of 0, and of two words that are each other's opposite one has more."""
-    rows = torch.randn(len(ids) // 2, output.shape[1]) / 4
+    rows = torch.randn(len(ids) // 2, output.shape[1]) / 2  # sampled, too, it is nearly always one
     output.zero_()
     output[ids[::2]], output[ids[1::2]] = rows, -rows
 
@@ -87,14 +87,17 @@ Lesson = tuple[np.ndarray, str | None, str]
 them: words of :func:`words`, as in "빨간 원이 왼쪽으로 움직입니다"."""
 
 
-def make_speaker(models: Path, folder: Path, exp: str, lessons: Sequence[Lesson]) -> None:
-    """An artifact on speaking models whose captions begin as the lessons say."""
+def make_speaker(models: Path, folder: Path, exp: str, lessons: Sequence[Lesson] = ()
+                 ) -> None:
+    """An artifact on speaking models whose captions begin as the lessons say; without any it says
+    whatever words."""
     extra = RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*settings(models), *extra])
     with torch.random.fork_rng(devices=[]):
         model = load_model(experiment, torch.device("cpu"))
         model.captioner.llm = add_adapter(model.captioner.llm, experiment.peft)
-        teach(model, experiment.data.prompt, lessons)
+        if lessons:
+            teach(model, experiment.data.prompt, lessons)
     save_artifact(folder, model.captioner, experiment, "finetune", {})
 
 

@@ -252,7 +252,7 @@ def test_a_remote_dataset_is_read_on_in_a_fork(two, tmp_path, cached):
     child = context.Process(target=_read_forked, args=(index, queue))
     child.start()
     try:
-        assert queue.get(timeout=20) == expected
+        assert queue.get(timeout=120) == expected
     finally:
         child.kill()
         child.join()

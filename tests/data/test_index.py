@@ -142,7 +142,7 @@ def test_use_after_a_pickle_and_in_a_fork(packed):
     queue = context.Queue()
     process = context.Process(target=_read_all, args=(index, queue))
     process.start()
-    assert queue.get(timeout=20) == [["json", "mp4"]] * 6
+    assert queue.get(timeout=120) == [["json", "mp4"]] * 6
     process.join()
     assert index.read(index.row("train", 1, 0))
 

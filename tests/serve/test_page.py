@@ -170,7 +170,7 @@ def test_the_command_serves_and_cleans_up(served_runs, clip, tmp_path):
             private, = tmp_path.glob("vlmds-serve-*")
             assert private.stat().st_mode & 0o777 == 0o700
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=120) == 0
             assert "Traceback" not in process.stderr.read() and not private.exists()
         finally:
             process.kill()

@@ -76,7 +76,7 @@ def test_killed_again_and_again_equals_undisturbed(models, shards, tmp_path):
     train(2, *arguments(models, shards, calm, *steps))
     seconds = 0.25 * (time.monotonic() - began)  # so that much is left for the last kill
     args = arguments(models, shards, run, *steps)
-    seen = train_with_kills(run, args, kills=4, seconds=seconds, seed=1)
+    seen = train_with_kills(run, args, kills=4, seconds=seconds, seed=1, lines=30)
     assert len(seen) == 4 and "was written" in seen[1] and "was written" in seen[3], seen
     assert metrics(run) == metrics(calm)
     assert_same_weights(weights(run), weights(calm))
