@@ -13,8 +13,10 @@ from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# The same examples in every run, and none kept in the folder that the tests run in.
-hypothesis.settings.register_profile("suite", derandomize=True, database=None)
+# The same examples in every run, however slow the machine, and none kept where the tests run.
+hypothesis.settings.register_profile(
+    "suite", derandomize=True, database=None, deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
 
 
