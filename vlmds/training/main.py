@@ -16,7 +16,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -26,7 +25,8 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, new_folder
-from vlmds.models.assemble import Model, load_model, shapes
+from vlmds.models.assemble import Shapes, load_model, shapes
+from vlmds.models.language import load_tokenizer
 from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps, check_ds_config
 from vlmds.training.lineage import base_revisions, base_weights, inherit, inheritance
@@ -96,9 +96,9 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     doing("checking the data")
     dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
-    on_main(lambda: check_experiment(
-        experiment, shapes(experiment), dataset, dist.get_world_size()))
-    on_main(lambda: check_tower(dataset, experiment))
+    parts = together(lambda: shapes(experiment) if is_main() else None)
+    on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
+    on_main(lambda: check_models(experiment, parts, dataset))
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
@@ -117,17 +117,17 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
         stored = dataset.meta["vision"]["fingerprint"]
-    model = together(lambda: load_checked(experiment, device, stored))
+    model = together(lambda: load_model(experiment, device, stored))
     run = on_main(lambda: begin(run, experiment, start_from, taken))
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
     run_stages(experiment, model, dataset, run, config, device, stop)
 
 
-def load_checked(experiment: Experiment, device: torch.device, stored: str | None) -> Model:
-    """The models, whose tokenizer is known to suit them. Raises InputError."""
-    model = load_model(experiment, device, stored)
-    sequence_builder(experiment, model.tokenizer, model.captioner)
-    return model
+def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> None:
+    """What :func:`check_experiment` leaves out: the tokenizer must suit the language model, and
+    stored features must be of the tower. Raises InputError."""
+    sequence_builder(experiment, load_tokenizer(experiment.llm.model), parts.captioner)
+    check_tower(dataset, experiment)
 
 
 def note_attention(run: RunFolder, attention: str) -> None:
