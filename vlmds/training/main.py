@@ -15,7 +15,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -25,8 +24,9 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, copy_files, new_folder
-from vlmds.models.assemble import Model, load_model, shapes
+from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.fetch import fetch_models
+from vlmds.models.language import load_tokenizer
 from vlmds.progress import phase
 from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps, check_ds_config, describe_batch
@@ -103,13 +103,13 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     with phase("opening the data"):
         dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
-    on_main(lambda: check_experiment(
-        experiment, shapes(experiment), dataset, dist.get_world_size()))
+    parts = together(lambda: shapes(experiment) if is_main() else None)
+    on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     doing("looking for the pretrained models")
     resumed = args.resume not in ("auto", "never")
     experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(
         output, Path(args.resume).resolve().parents[1] if resumed else None, args.from_run)))
-    on_main(lambda: check_tower(dataset, experiment))
+    on_main(lambda: check_models(experiment, parts, dataset))
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
@@ -130,17 +130,17 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
         stored = dataset.meta["vision"]["fingerprint"]
-    model = together(lambda: load_checked(experiment, device, stored))
+    model = together(lambda: load_model(experiment, device, stored))
     run = on_main(lambda: begin(run, experiment, start_from, taken))
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
     run_stages(experiment, model, dataset, run, config, device, stop)
 
 
-def load_checked(experiment: Experiment, device: torch.device, stored: str | None) -> Model:
-    """The models, whose tokenizer is known to suit them. Raises InputError."""
-    model = load_model(experiment, device, stored)
-    sequence_builder(experiment, model.tokenizer, model.captioner)
-    return model
+def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> None:
+    """What :func:`check_experiment` leaves out: the tokenizer must suit the language model, and
+    stored features must be of the tower. Raises InputError."""
+    sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
+    check_tower(dataset, experiment)
 
 
 def note_attention(run: RunFolder, attention: str) -> None:
