@@ -24,6 +24,7 @@ from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, new_folder
 from vlmds.models.assemble import load_model
+from vlmds.models.attention import attention_for
 from vlmds.models.pretrained import quiet_libraries
 from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps, experiment_ds_config
@@ -112,14 +113,15 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
         stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
-    on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
+    _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
+    on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
     run_stages(experiment, model, dataset, run, config, device, stop)
 
 
-def note_attention(run: RunFolder, attention: str) -> None:
-    """Say what ``llm.attention`` has become here."""
+def note_attention(run: RunFolder, attention: str, remark: str) -> None:
+    """Say what ``llm.attention`` has become here, and what is to be known of it."""
     run.note(attention=attention)
-    tell(f"vlmds: attention: {attention}")
+    tell(f"vlmds: attention: {attention}{remark and f' ({remark})'}")
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
