@@ -198,6 +198,18 @@ def test_an_unreadable_clip_is_counted_and_not_replaced(run, shards, tmp_path):
     assert "crc32" in json.loads((folder / "ledger.jsonl").read_text())["unreadable"]
 
 
+def test_clip_sees_black_frames_once_an_evaluation(run, shards, monkeypatch):
+    captioner = VideoCaptioner.from_pretrained(run / "artifacts" / "finetune")
+    tower, black = captioner.model.tower, []
+    seen = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda frames: black.append(
+        not frames.any()) or seen(frames))
+    reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
+    for evaluation in (1, 2):
+        evaluate_subset(captioner.experiment, captioner.model, reader, clips=11, **OPTIONS)
+        assert black.count(True) == evaluation and black.count(False) >= 2 * evaluation
+
+
 def test_in_training_the_model_is_left_as_it_was(run, result, shards):
     captioner = VideoCaptioner.from_pretrained(run / "artifacts" / "finetune")
     model = captioner.model

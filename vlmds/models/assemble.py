@@ -71,7 +71,7 @@ def load_model(
     tokenizer = load_tokenizer(experiment.llm)
     vision = vision_half(load_config(experiment.vision), experiment.vision.model)
     tower = None if stored_tower else load_vision_tower(experiment.vision, dtype, device)
-    llm = load_language_model(experiment.llm, device)
+    llm = load_language_model(experiment.llm, device, experiment.training.micro_batch)
     check_vocabulary(llm, tokenizer, experiment.llm.model)
     torch.manual_seed(experiment.training.seed)  # every rank draws the same projector
     projector = experiment_projector(experiment, vision, llm.config)

@@ -40,8 +40,12 @@ def load_tokenizer(llm: LanguageConfig, local_files_only: bool = False) -> PreTr
     return tokenizer
 
 
-def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrainedModel:
+def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: int | None = None
+                        ) -> PreTrainedModel:
     """Load the LLM frozen onto ``device``, quantised to NF4 when ``llm.load_in_4bit``.
+
+    Args:
+        micro_batch: ``training.micro_batch``, if it matters: see :func:`attention_for`.
 
     Raises:
         InputError: missing or damaged folder, shapes that do not fit its config.json, or an
@@ -62,7 +66,7 @@ def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrained
     model = load_weights(
         AutoModelForCausalLM, llm, folder, config=config, dtype=dtype,
         quantization_config=quantisation, device_map={"": device},
-        attn_implementation=attention_for(llm, device),
+        attn_implementation=attention_for(llm, micro_batch, device)[0],
     )
     model.requires_grad_(False)
     if llm.load_in_4bit:

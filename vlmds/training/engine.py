@@ -185,6 +185,12 @@ class NormChecked(DeepSpeedZeroOptimizer):
     def update_offload_overflow_tracker(self, grad: Tensor | None) -> None:
         """No search while gradients go to the host, either."""
 
+    def reset_cpu_buffers(self) -> None:
+        """With the optimizer on the host also the gradients of a step that was skipped: DeepSpeed
+        would add those of the next steps to them, which then are no numbers either."""
+        super().reset_cpu_buffers()
+        self.averaged_gradients.clear()
+
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """The norm of the gradients of all parameters, over all ranks: fp32 scalar on the host,
         where ``step()`` and the clipping read it several times."""

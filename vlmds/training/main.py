@@ -25,6 +25,7 @@ from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, copy_files, new_folder
 from vlmds.models.assemble import Shapes, load_model, shapes
+from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models
 from vlmds.models.language import load_tokenizer
 from vlmds.progress import phase
@@ -132,7 +133,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     run = on_main(lambda: begin(run, experiment, start_from, taken))
-    on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
+    _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
+    on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
     run_stages(experiment, model, dataset, run, config, device, stop)
 
 
@@ -143,10 +145,10 @@ def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> Non
     check_tower(dataset, experiment)
 
 
-def note_attention(run: RunFolder, attention: str) -> None:
-    """Say what ``llm.attention`` has become here."""
+def note_attention(run: RunFolder, attention: str, remark: str) -> None:
+    """Say what ``llm.attention`` has become here, and what is to be known of it."""
     run.note(attention=attention)
-    tell(f"vlmds: attention: {attention}")
+    tell(f"vlmds: attention: {attention}{remark and f' ({remark})'}")
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
