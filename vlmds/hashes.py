@@ -53,7 +53,8 @@ def weight_sha256(path: Path, advance: Callable[[int], object] = lambda size: No
         return known
     before, now = _state(path), time.time()
     size = before[0]
-    memo = cache_folder() / "sha256" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    memo = cache_folder() / "sha256" / f"{digest}.json"
     if size > SMALL and (known := _recalled(memo, before)) is not None:
         advance(size)
         return known
@@ -61,7 +62,8 @@ def weight_sha256(path: Path, advance: Callable[[int], object] = lambda size: No
     settled = now - max(before[1], before[2]) / 1e9 >= RACY_SECONDS
     if size > SMALL and settled and _state(path) == before:
         try:
-            write(memo, json.dumps({"path": str(path.resolve()), "state": before, "sha256": sha256}))
+            write(memo, json.dumps(
+                {"path": str(path.resolve()), "state": before, "sha256": sha256}))
         except OSError:  # no home, or a full one: it is computed again the next time
             pass
     return sha256

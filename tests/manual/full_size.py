@@ -1,4 +1,4 @@
-"""The whole of vlmds at its real size on a CPU with 24 GB, by its commands, with one table at the end.
+"""All of vlmds at its real size on a CPU with 24 GB, by its commands, with one table at the end.
 
     python -m tests.manual.full_size DIR --tokenizer DIR
 
@@ -38,7 +38,7 @@ from vlmds.config import load_experiment
 from vlmds.demo.clips import make_clips
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.files import new_folder, write
-from vlmds.models.pretrained import PUBLISHED_SHAPES
+from vlmds.models.pretrained import PUBLISHED_SHAPES, quiet_libraries
 from vlmds.progress import phase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,11 +73,10 @@ class Program:
         self.args, self.folder = args, args.folder.absolute()
         self.models, self.shards = self.folder / "models", self.folder / "shards"
         self.results = self.folder / "results.json"
-        self.frames = tiny.FRAMES if args.tiny else None
         form = {"tiny": args.tiny, "steps": args.steps}
         kept = json.loads(self.results.read_text()) if self.results.is_file() else {"form": form}
         if kept["form"] != form:
-            sys.exit(f"{self.folder}: was begun with {kept['form']}, not {form}; name another folder")
+            sys.exit(f"{self.folder}: was begun with {kept['form']}, not {form}; name another one")
         self.form = form
         self.rows = {name: Row(**row) for name, row in kept.get("rows", {}).items()}
 
@@ -97,9 +96,6 @@ class Program:
             self.rows[name] = step()
             self.save()
             print(f"{name}: {self.rows[name].seconds:.0f} s {self.rows[name].remarks}", flush=True)
-        if not self.args.keep:
-            for exp in self.args.exps:
-                shutil.rmtree(self.merged(exp), ignore_errors=True)
         print(f"\n{self.table()}\nsaved: {self.folder / 'full_size.md'}")
 
     def save(self) -> None:
@@ -108,8 +104,9 @@ class Program:
         write(self.folder / "full_size.md", self.table() + "\n")
 
     def table(self) -> str:
-        lines = [f"{len(os.sched_getaffinity(0))} cores, "
-                 f"{psutil.virtual_memory().total / 1e9:.1f} GB, {cpu_name()}, one rank", "",
+        cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        lines = [f"{len(os.sched_getaffinity(0))} cores{f' of {cpu[1]}' if cpu else ''}, "
+                 f"{psutil.virtual_memory().total / 1e9:.1f} GB of memory, one rank", "",
                  "| | wall, s | first step after, s | peak anonymous memory, GB | written, GB | "
                  "plan's memory, GB | |", "|---|" + "---:|" * 5 + "---|"]
         for row in self.rows.values():
@@ -118,8 +115,6 @@ class Program:
                      number(row.predicted, 1e9, ".2f")]
             lines.append(f"| {row.name} | {' | '.join(cells)} | {row.remarks.replace('|', '∣')} |")
         return "\n".join(lines)
-
-    # The steps.
 
     def make_models(self) -> Row:
         started = time.monotonic()
@@ -155,12 +150,11 @@ class Program:
         def in_second_stage() -> bool:
             return any(self.run_folder(exp).glob("checkpoints/finetune-*"))
 
-        row, printed = self.measured(f"{exp} train", *self.training(exp), script="launch/train.py",
-                                     kill=in_second_stage)
+        row, printed = self.training(exp, f"{exp} train", kill=in_second_stage)
         return self.trained(exp, row, f"killed after {last_line(printed, STEP)}")
 
     def resume(self, exp: str) -> Row:
-        row, printed = self.measured(f"{exp} resume", *self.training(exp), script="launch/train.py")
+        row, printed = self.training(exp, f"{exp} resume")
         if "finetune: going on from" not in printed:
             sys.exit(f"{exp} resume: did not go on from the checkpoint:\n{printed[-3000:]}")
         return self.trained(exp, row, last_line(printed, STEP))
@@ -182,30 +176,27 @@ class Program:
         return row
 
     def export(self, exp: str) -> Row:
-        shutil.rmtree(self.merged(exp), ignore_errors=True)
-        row, printed = self.measured(
-            f"{exp} export", "export", "--run", str(self.run_folder(exp)), "--merge", "--output",
-            str(self.merged(exp)))
-        row.written = size(self.merged(exp))
+        merged = self.folder / "merged" / exp
+        shutil.rmtree(merged, ignore_errors=True)
+        row, printed = self.measured(f"{exp} export", "export", "--run", str(self.run_folder(exp)),
+                                     "--merge", "--output", str(merged))
+        row.written = size(merged)
         row.remarks = last_line(printed, re.compile("before and after folding"))
-        if not self.args.keep:  # before the next one
-            shutil.rmtree(self.merged(exp))
+        if not self.args.keep:
+            shutil.rmtree(merged)
         return row
-
-    # What they need.
 
     def run_folder(self, exp: str) -> Path:
         return self.folder / "runs" / exp
 
-    def merged(self, exp: str) -> Path:
-        return self.folder / "merged" / exp
-
-    def training(self, exp: str) -> list[str]:
-        return ["--exp", exp, "--data", str(self.shards), "--output", str(self.run_folder(exp)),
-                "--set", *self.settings(exp)]
+    def training(self, exp: str, name: str, **how) -> tuple[Row, str]:
+        """The same command each time; how: see :meth:`measured`."""
+        return self.measured(
+            name, "--exp", exp, "--data", str(self.shards), "--output", str(self.run_folder(exp)),
+            "--set", *self.settings(exp), script="launch/train.py", **how)
 
     def settings(self, exp: str) -> list[str]:
-        """Overrides: few steps, a checkpoint after each."""
+        """Overrides: few steps, a checkpoint after each, validation at a stage's end only."""
         chosen = [f"vision.model={self.models / 'clip'}", f"llm.model={self.models / 'qwen3'}",
                   "training.micro_batch=1", "training.gradient_accumulation=2",
                   f"data.num_frames={FRAMES.get(exp, 8)}", "training.timeout_minutes=600"]
@@ -214,7 +205,7 @@ class Program:
             chosen = [*tiny.settings(self.models), *(tiny.RESAMPLER if resampler else [])]
         for number in (0, 1):
             chosen += [f"stages.{number}.epochs=null", f"stages.{number}.steps={self.args.steps}"]
-        return [*chosen, "training.checkpoint_every=1", "training.validate_every=null",
+        return [*chosen, "training.checkpoint_every=1", "training.validate_every=1000000",
                 "logging.every=1", "logging.tensorboard=false"]
 
     def measured(self, name: str, *words: str, script: str | None = None,
@@ -223,14 +214,15 @@ class Program:
         kill: by SIGKILL as soon as this is true."""
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
-        command = [sys.executable, *([str(ROOT / script)] if script else ["-m", "vlmds.cli"]), *words]
+        program = [str(ROOT / script)] if script else ["-m", "vlmds.cli"]
         environment = os.environ | {
             "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         row, started = Row(name, 0.0, memory=0), time.monotonic()
         with log.open("w") as out, phase(name):
-            process = subprocess.Popen(command, env=environment, cwd=self.folder, stdout=out,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, *program, *words], env=environment, cwd=self.folder, stdout=out,
+                stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 killed = self._watch(process, row, log, started, kill)
             finally:
@@ -331,11 +323,6 @@ def number(value: float | None, unit: float, form: str) -> str:
     return "" if value is None else format(value / unit, form)
 
 
-def cpu_name() -> str:
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else "unknown CPU"
-
-
 def check_disk(args: argparse.Namespace) -> None:
     """State what the disk needs, and end the program if it is not there."""
     if args.tiny:
@@ -367,6 +354,7 @@ def main() -> None:
     args.steps = args.steps or (40 if args.tiny else 2)
     args.folder.mkdir(parents=True, exist_ok=True)
     check_disk(args)
+    quiet_libraries()
     Program(args).run()
 
 
