@@ -161,11 +161,15 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     metrics["settings"] |= {"prompt": "무엇?", "num_frames": 16}
     file.write_text(json.dumps(metrics))
     record = paths[1] / "run.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other"}))
+    assert not any("global batch" in w["en"] for w in compare(
+        [load_run(path) for path in paths])["warnings"])
+    record.write_text(json.dumps(
+        json.loads(record.read_text()) | {"data_fingerprint": "other", "global_batch": 64}))
     found = compare([load_run(path) for path in paths])
     told = "\n".join(w["en"] for w in found["warnings"])
     assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
     assert "not trained on the same data" in told
+    assert "different global batches" in told and "e3: 4; " in told and ": 64" in told
     keys = {d["key"]: d["expected"] for d in found["differences"]}
     assert keys["peft.type"] and keys["projector.type"] and "data.prompt" not in keys
 
