@@ -5,8 +5,6 @@ import os
 import shutil
 import stat
 import struct
-import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
