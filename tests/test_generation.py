@@ -39,6 +39,16 @@ def test_gumbel_noise_samples_from_the_softmax():
     assert chi_square < 11.34  # the 1% point of 3 degrees of freedom
 
 
+def test_gumbel_noise_is_the_seeds_and_the_same_for_every_row():
+    """On a CPU: that of PyTorch's generator there."""
+    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    noise, generator = GumbelNoise(seed=5), torch.Generator().manual_seed(5)
+    for _ in range(2):
+        expected = torch.empty(50, dtype=torch.float64).exponential_(generator=generator).log()
+        assert torch.equal(noise(None, scores), scores - expected.float())
+    assert noise.generator.device == scores.device
+
+
 def test_sampled_captions_do_not_depend_on_the_batch_but_on_the_seed(captioner, frames):
     options = GenerationOptions(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=1)
     together = captioner.caption_frames(frames, None, options)

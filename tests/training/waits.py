@@ -28,6 +28,8 @@ WAITING = {
     aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select,
     aten.masked_scatter, aten.masked_scatter_, aten.masked_scatter_backward, aten.equal,
     aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave}
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+"""Which wait if an index is a mask."""
 NOTES = Path(os.environ["VLMDS_TEST_WAITS"])
 found = {"operations": 0, "steps": 0, "waits": {}}
 
@@ -54,7 +56,7 @@ class OnGpu(TorchDispatchMode):
         if here:
             found["operations"] += 1
             packet = func.overloadpacket
-            by_mask = packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and any(
+            by_mask = packet in INDEXING and any(
                 self.has(leaf) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1]))
             if packet in WAITING or by_mask:
                 found["waits"].setdefault(str(func), "".join(traceback.format_stack(limit=12)))

@@ -85,7 +85,7 @@ class Monitor:
     def flush(self) -> None:
         """Write the pending steps."""
         records, self._pending = self._pending, []
-        if not records:
+        if not records or not self.active:  # only who writes the numbers waits for them
             return
         for record in records:
             for name in ("loss", "grad_norm"):
