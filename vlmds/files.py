@@ -3,9 +3,9 @@
 They may lie on NFS, of which this is assumed: `rename` within a folder is atomic on the server; a
 file is written by one process at a time; who opens a file after another machine closed it sees
 what was written ("close-to-open"); and who lists a folder sees what is in it now, while asking for
-one name may give an answer that is up to a minute old. A removed file that a process of this
-machine has open stays in its folder as `.nfs…` until it is closed: so a folder is first renamed,
-and what cannot be removed from it stays under that name.
+one name may give an answer that is up to a minute old (:func:`look_again`). A removed file that a
+process of this machine has open stays in its folder as `.nfs…` until it is closed: so a folder is
+first renamed, and what cannot be removed from it stays under that name.
 
 Modes are those that `open` and `mkdir` give: of the umask, or of the folder's default ACL, with the
 group of a setgid folder. Libraries that write through temporary files of mode 0600 (safetensors)
@@ -300,12 +300,16 @@ def _user(number: int) -> str:
 def is_there(path: Path) -> bool:
     """Whether there is such a file; on NFS, also if another machine has made it (and its folder)
     just now."""
-    if path.is_file():
-        return True
+    look_again(path)
+    return path.is_file()
+
+
+def look_again(path: Path) -> None:
+    """On NFS, let what another machine has made under this name be found at once, or what it has
+    put in the place of the folder that it is in."""
     for folder in (path.parent.parent, path.parent):
         with suppress(OSError):
-            os.listdir(folder)  # makes the system forget which names were not in it
-    return path.is_file()
+            os.listdir(folder)  # which shows the system what it remembers wrongly
 
 
 def sync_file(path: Path) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.errors import InputError
-from vlmds.files import is_there, new_folder, sha256_of
+from vlmds.files import is_there, look_again, new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.hub import looks_local
@@ -132,6 +132,7 @@ def read_artifact(folder: Path) -> tuple[dict, Experiment]:
         InputError: not an artifact, or of another format version.
     """
     path = folder / "artifact.json"
+    look_again(path)
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmds.errors import InputError
-from vlmds.files import publish_folder, remove_folder, sha256_of, sync_file
+from vlmds.files import look_again, publish_folder, remove_folder, sha256_of, sync_file
 from vlmds.progress import phase, tell
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ranks import on_main
@@ -139,6 +139,7 @@ def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None
     Raises:
         InputError: a parameter of the engine is not, or not wholly, in the checkpoint.
     """
+    look_again(folder / "checkpoint.json")  # another machine has just written it, or may have
     meta = json.loads((folder / "checkpoint.json").read_text())
     pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
     for entry in meta["files"]:
