@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
+from vlmds import progress
+
+progress.QUIET_SECONDS = 3600  # however slow the machine, stderr is what the test makes it
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
