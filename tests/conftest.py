@@ -13,6 +13,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.training.fixtures import models, shards, two_ranks  # noqa: E402, F401
+from vlmds import progress  # noqa: E402
+
+progress.QUIET_SECONDS = 3600  # however slow the machine, stderr is what the test makes it
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -48,7 +48,9 @@ TRAIN_CLIPS, VAL_CLIPS = 8, 2
 FRAMES = {"e3": 4}  # where 8 would take hours: the MLP keeps every patch
 GIGABYTES = {"models": 18, "run": 5, "merged": 18}  # on disk, at most
 SAMPLED_SECONDS = 0.2
-STEP = re.compile(r"vlmds: \w+ step \d+/\d+  loss")
+STEP = re.compile(r"\w+ step \d+/\d+  loss \S+")
+PARITY = re.compile("max [|]logit difference.*")
+SUM = re.compile("^sum .*", re.MULTILINE)
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Program:
     def plan(self, exp: str) -> Row:
         row, printed = self.measured(f"{exp} plan", "plan", "--exp", exp, "--data",
                                      str(self.shards), "--set", *self.settings(exp))
-        sums = last_line(printed, re.compile("^sum ")).split()[1:]  # of each stage, in GB
+        sums = last(SUM, printed).split()[1:]  # of each stage, in GB
         row.predicted = max(map(float, sums)) * 1e9
         return row
 
@@ -151,13 +153,13 @@ class Program:
             return any(self.run_folder(exp).glob("checkpoints/finetune-*"))
 
         row, printed = self.training(exp, f"{exp} train", kill=in_second_stage)
-        return self.trained(exp, row, f"killed after {last_line(printed, STEP)}")
+        return self.trained(exp, row, f"killed after {last(STEP, printed)}")
 
     def resume(self, exp: str) -> Row:
         row, printed = self.training(exp, f"{exp} resume")
         if "finetune: going on from" not in printed:
             sys.exit(f"{exp} resume: did not go on from the checkpoint:\n{printed[-3000:]}")
-        return self.trained(exp, row, last_line(printed, STEP))
+        return self.trained(exp, row, last(STEP, printed))
 
     def trained(self, exp: str, row: Row, remarks: str) -> Row:
         plan = self.rows.get(f"{exp} plan")
@@ -181,7 +183,7 @@ class Program:
         row, printed = self.measured(f"{exp} export", "export", "--run", str(self.run_folder(exp)),
                                      "--merge", "--output", str(merged))
         row.written = size(merged)
-        row.remarks = last_line(printed, re.compile("before and after folding"))
+        row.remarks = last(PARITY, printed)
         if not self.args.keep:
             shutil.rmtree(merged)
         return row
@@ -314,9 +316,8 @@ def size(place: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def last_line(text: str, pattern: re.Pattern) -> str:
-    lines = [line for line in text.splitlines() if pattern.search(line)]
-    return " ".join(lines[-1].removeprefix("vlmds: ").split()) if lines else ""
+def last(pattern: re.Pattern, text: str) -> str:
+    return pattern.findall(text)[-1]
 
 
 def number(value: float | None, unit: float, form: str) -> str:

@@ -28,7 +28,7 @@ def test_the_program_on_tiny_models(tmp_path):
     assert rows["e7 resume"]["written"] == sum(
         path.stat().st_size for path in run.rglob("*") if path.is_file())
     assert rows["e7 train"]["remarks"].startswith("killed after ")
-    assert rows["e7 resume"]["remarks"].startswith("finetune step 40/40")
+    assert rows["e7 resume"]["remarks"].startswith("finetune step 40/40  loss ")
     table = (tmp_path / "full_size.md").read_text()
     assert all(f"| {name} | " in table for name in rows)
     again = program(tmp_path, "--only", "train", "resume")

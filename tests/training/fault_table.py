@@ -225,7 +225,7 @@ class Table:
         began = time.monotonic()
         done = train(ranks, *args, expect=2)
         seconds = time.monotonic() - began
-        said = next(line for line in done.stderr.splitlines() if line.startswith("vlmds: "))
+        said = [line for line in done.stderr.splitlines() if line.startswith("vlmds: ")][-1]
         return f"exit 2, {seconds:.1f} s from the start of the launcher\n    {said}"
 
 

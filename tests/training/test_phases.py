@@ -1,6 +1,7 @@
 """Whatever takes long at full size is announced, with what there is to count."""
 
 import json
+import re
 from pathlib import Path
 
 from tests import tiny
@@ -37,21 +38,19 @@ def test_the_start_and_the_end_of_a_training(models, shards, tmp_path):
         assert order[at - 1] == "building the engine"
         assert order.index("saving the artifact", at) > order.index("writing the checkpoint", at)
     assert order.index("adding the adapter") > order.index("saving the artifact")
-    # Also with logging.every=10 the first step has its line.
-    assert "align step 1/1" in done.stdout
 
 
 def test_the_first_step_is_logged_at_once(models, shards, tmp_path):
     done = train(0, *arguments(models, shards, tmp_path / "run", "stages.0.steps=3",
-                               "stages.1.steps=1", "logging.every=10"))
-    lines = [line for line in done.stdout.splitlines() if "align step" in line and "loss" in line]
-    assert [line.split()[3] for line in lines if "validation" not in line] == ["1/3", "3/3"]
+                               "stages.1.steps=1", "logging.every=10",
+                               "training.checkpoint_every=100"))  # which logs what is pending
+    assert re.findall(r"align step (\d)/3  loss", done.stdout) == ["1", "3"]
 
 
 def test_a_resumed_training(models, shards, tmp_path):
     words = arguments(models, shards, tmp_path / "run", "stages.0.steps=2", "stages.1.steps=2",
                       "training.checkpoint_every=1")
-    done = train(0, *words, "training.max_bad_fraction=0.5")
+    train(0, *words)
     artifact = tmp_path / "run" / "artifacts" / "finetune"
     artifact.rename(tmp_path / "aside")  # as if it had been killed before it was saved
     done = train(0, *words, script=SCRIPT)
