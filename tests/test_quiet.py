@@ -79,6 +79,8 @@ def log(level, file, text):
     logger.handle(logger.makeRecord("DeepSpeed", level, file, 1, text, (), None))
 
 warn("old name", FutureWarning, "torch.distributed.c10d_logger")
+warn("This DataLoader will create 4 worker processes in total. Our suggested max number of worker in "
+     "current system is 2", UserWarning, "torch.utils.data.dataloader")
 warn("heard: numbers overflow", RuntimeWarning, "torch.nn")
 warn("heard: of unknown origin", FutureWarning, "torchlike")
 log(logging.WARNING, "/x/real_accelerator.py", "Setting accelerator to CPU")
