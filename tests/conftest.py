@@ -1,13 +1,47 @@
 """What the tests share: tiny models and a run of them; real clips and the full Qwen vocabulary,
 when they lie beside the project."""
 
+import os
 from pathlib import Path
+from zlib import crc32
 
-import pytest
+# No test asks the real hub; those of downloads have a hub of their own. Before the first import of it.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.training.fixtures import models, shards, two_ranks  # noqa: E402, F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The same examples in every run, however slow the machine, and none kept where the tests run.
+hypothesis.settings.register_profile(
+    "suite", derandomize=True, database=None, deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """What a fixture draws depends on nothing that ran before it (pytest-randomly seeds Python and
+    NumPy, not PyTorch)."""
+    torch.manual_seed(crc32(fixturedef.argname.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    torch.manual_seed(crc32(item.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Variables that a test, or what it tests, has set are gone after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +50,12 @@ def qwen_tokenizer_folder():
     if not folder.is_dir():
         pytest.skip("needs the full Qwen vocabulary")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped where CUDA has no GPU to use."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

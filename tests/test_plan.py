@@ -1,18 +1,27 @@
 """The plan's figures against real models, engines' checkpoints and datasets."""
 
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
+from vlmds.bench.footprint import StepMemory
+from vlmds import plan
 from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
+from vlmds.data.dataset import open_dataset
+from vlmds.data.features import check_tower
+from vlmds.data.loader import SampleReader
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
 from vlmds.memory import (
+    dora_norm_bytes,
     fewest_recomputed,
     layer_activations,
     llm_bytes,
@@ -21,11 +30,13 @@ from vlmds.memory import (
     stage_memories,
     stage_memory,
 )
+from vlmds.models import dora
 from vlmds.models.assemble import load_model, shapes
 from vlmds.models.language import add_adapter, load_language_model
 from vlmds.models.vision import load_vision_tower
 from vlmds.plan import plan_experiment
 from vlmds.training.optimizer import freeze
+from vlmds.units import size_text
 
 CPU = torch.device("cpu")
 
@@ -93,6 +104,7 @@ def test_what_a_stage_trains_and_keeps(models):
     assert finetune["gradients"] == 4 * (projector + adapter)  # whole, until they are reduced
     assert finetune["gradient buckets"] == 0  # smaller than the activations that they follow
     assert finetune["activations"] > align["activations"]  # the adapter's own
+    assert finetune["features ahead"] == 4 * 2 * tiny.FRAMES * 4 * 48  # of two clips, in fp32
     assert "weight average" not in align and "one unpacked weight" not in align
     averaged = parts(load_experiment("e3", [
         *tiny.settings(models), "training.ema_decay=0.99"]), 0, world_size=2)
@@ -120,6 +132,44 @@ def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp,
         lambda: layer(hidden, attention_mask=None, position_embeddings=rotation),
         own=[*layer.parameters(), *rotation])
     assert layer_activations(experiment, stage, planned) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_dora_norm_takes_what_was_counted(tmp_path, four_bit):
+    """Of the Linear that takes most; wider models, so that look-up tables do not count."""
+    models = tiny.make_models(tmp_path, width=256)
+    experiment = load_experiment("e4", [
+        *tiny.settings(models), f"llm.load_in_4bit={str(four_bit).lower()}"])
+    llm = add_adapter(load_language_model(experiment.llm, CPU), experiment.peft)
+    most = 0
+    for module in llm.modules():
+        if isinstance(module, LoraLayer):
+            memory = StepMemory(CPU)
+            memory.start()
+            dora._compute_norm(module, "default", torch.float32)
+            memory.stop()
+            most = max(most, memory.result()["step_bytes"])
+    planned = shapes(experiment).captioner
+    assert dora_norm_bytes(experiment, planned.llm) == pytest.approx(most, rel=0.02)
+
+
+def test_only_a_trained_dora_adapter_needs_norms():
+    """E8's Linear of 4,096 x 12,288 in bfloat16: four of it, or the unit matrix of 12,288 and B·A;
+    logits and the one unpacked weight are not there then."""
+    align, finetune = (parts(load_experiment("e8"), number) for number in (0, 1))
+    assert "first DoRA norm" not in align and "first DoRA norm" not in parts(load_experiment("e7"), 1)
+    norm = 2 * 12_288 * (12_288 + 16 + 4_096)
+    assert finetune["first DoRA norm"] == (
+        norm - finetune["logits"] - finetune["one unpacked weight"]) > 0
+
+
+def test_gradients_do_not_go_where_clip_was(models):
+    """Its pool is another stream's: without a tower the buckets are as large."""
+    experiment = load_experiment("e7", [
+        "training.micro_batch=1", "projector.width=null", "data.max_caption_tokens=1"])
+    with_tower, without = parts(experiment, 0), parts(experiment, 0, tower=False)
+    assert with_tower["CLIP forward"] > 0 and without["CLIP forward"] == 0
+    assert with_tower["gradient buckets"] == without["gradient buckets"] > 0
 
 
 def test_more_ranks_share_the_optimizer_and_nothing_else():
@@ -152,7 +202,7 @@ def test_every_nth_layer_lies_between_none_and_all():
     assert list(memories) == [0, 8, 4, 3, 2, 1] and sizes == sorted(sizes, reverse=True)
     assert memories[1] == parts(experiment, 1)
     for every, size in zip(memories, sizes, strict=True):
-        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for CUDA's context
+        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for fragments
     assert fewest_recomputed(memories, 1e12) == 0
 
 
@@ -189,7 +239,7 @@ def test_plan_prices_every_store_of_typical_clips(capsys):
     assert "typical, not measured here" in rows["video, 360p, 10 s"]
     assert re.search(r"180\.00 +1\.80 ", rows["video, 360p, 10 s"])
     assert re.search(r"2700\.00 +27\.00 ", rows["video, 1080p, 30 s"])
-    assert "9.437" in rows["features"] and "exact" in rows["features"]
+    assert "9.44 MB" in rows["features"] and "exact" in rows["features"]
     assert "pass --data DIR" in printed and "checkpoint on disk" in printed
 
 
@@ -198,8 +248,54 @@ def test_plan_says_what_it_assumes(capsys):
     printed = capsys.readouterr().out
     for part in ("predicted on h100; give --gpu", "memory of each of 4 GPUs",
                  "full (auto takes less where it fits) activation checkpointing", "are estimates",
-                 "global batch: 32"):
+                 "global batch 32 = micro_batch 2 × accumulation 4 × 4 ranks; set "
+                 "training.global_batch=32 to have it with any number of GPUs",
+                 "workspaces and NCCL's communicators (assumed: 3.50 GB)"):
         assert part in printed, part
+    assert main(["plan", "--exp", "e7", "--set", "training.global_batch=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "global batch 8 = micro_batch 2 × accumulation 4 × 1 rank\n" in printed
+    assert "CUDA's context and workspaces (assumed: 2.50 GB)" in printed  # nobody to talk to
+    assert main(["plan", "--exp", "e7", "--gpus", "3", "--set", "training.global_batch=8"]) == 2
+    assert "8 is not a multiple of micro_batch 2 x 3 ranks" in capsys.readouterr().err
+
+
+def test_small_sizes_are_no_zeros(models, data, capsys):
+    """A tiny model's memory and a store of a few kilobytes; DoRA's norms are in one stage only."""
+    assert main(["plan", "--exp", "e4", "--data", str(data / "frames"), "--set",
+                 *tiny.settings(models)]) == 0
+    printed = capsys.readouterr().out
+    memory = printed[printed.index("memory of 1 GPU"):printed.index("assumes ZeRO-2")]
+    assert "0.00" not in memory and "GB" not in memory
+    stored = next(line for line in printed.splitlines() if line.startswith("frames (this data)"))
+    assert re.match(r"frames \(this data\) +\d\.\d\d kB +\d+\.?\d* kB ", stored), stored
+    clip = next(line for line in printed.splitlines() if line.startswith("CLIP weights"))
+    bytes_of_clip = 4 * sum(p.numel() for p in shapes(load_experiment(
+        "e4", tiny.settings(models))).tower.parameters())
+    assert clip.split()[2:] == [f"{bytes_of_clip / 1e3:.0f}", "kB"] * 2
+    assert re.search(r"first DoRA norm +0 B +\d", printed)
+    assert [size_text(size) for size in (0, 999, 1530, 60_727_000, 6_072_700_000, 2.5e14)] == [
+        "0 B", "999 B", "1.53 kB", "60.7 MB", "6.07 GB", "250 TB"]
+
+
+def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_path, monkeypatch, capsys):
+    """From a folder with a space, with neither pack's default frames nor CLIP's default layer: what
+    they make is what training takes."""
+    source = tmp_path / "my data" / "video"
+    shutil.copytree(data / "video", source)
+    settings = [*tiny.settings(models), "vision.feature_layer=-2", "vision.pool=2"]
+    experiment = load_experiment("e1", settings)
+    for store in ("frames", "features"):
+        monkeypatch.setattr(plan, "cheapest", lambda needs, cores: next(
+            need for need in needs if need.price.store == store))
+        assert main(["plan", "--exp", "e1", "--data", str(source), "--set", *settings]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        program, *words = shlex.split(next(line for line in printed if "vlmds pack" in line))
+        assert program == "vlmds" and main(words) == 0
+        dataset = open_dataset(f"{source}-{store}")
+        assert dataset.store == store and dataset.count("train") == 5
+        SampleReader(dataset, "train", experiment.data.num_frames, tiny.SIDE)  # or InputError
+        check_tower(dataset, experiment)  # or InputError
 
 
 @pytest.mark.parametrize("store", ["video", "frames", "features"])
@@ -231,7 +327,7 @@ def test_numbers_must_be_positive(option, capsys):
 def test_pooling_shows_in_the_plan(capsys):
     assert main(["plan", "--exp", "e1", "--set", "vision.pool=2"]) == 0
     printed = capsys.readouterr().out
-    assert "visual tokens per clip: 1,152 " in printed and "2.359" in printed
+    assert "visual tokens per clip: 1,152 " in printed and "2.36 MB" in printed
     assert main(["plan", "--exp", "e1", "--set", "vision.pool=5"]) == 2
     assert "vision.pool: 5 does not divide 24" in capsys.readouterr().err
 

@@ -45,6 +45,10 @@ class Section(BaseModel):
 
 class VisionConfig(Section):
     model: str
+    """A repository of the Hugging Face hub (``owner/name``), or a folder in its format."""
+    revision: str | None = None
+    """Commit, tag or branch of that repository; null takes what the hub's cache on this machine has,
+    else the newest. A run records the commit that it used. Another ``model`` starts without one."""
     feature_layer: Literal[-1, -2] = -1
     frames_per_call: PositiveInt = 64
     """Frames that go through CLIP at once; bounds its activation memory."""
@@ -95,6 +99,9 @@ _PROJECTORS = {
 
 class LanguageConfig(Section):
     model: str
+    """As ``vision.model``."""
+    revision: str | None = None
+    """As ``vision.revision``."""
     load_in_4bit: bool = True
     """NF4 with double quantisation; false loads the weights in ``dtype``."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -192,6 +199,9 @@ class TrainingConfig(Section):
     keep_checkpoints: PositiveInt = 2
     timeout_minutes: PositiveFloat = 30
     """How long a collective may wait before the job is ended."""
+    heartbeat_seconds: Annotated[float, BeforeValidator(_number), Field(ge=4)] | None = 120
+    """How long a node may be out of reach, while the job waits, before the job is ended; null
+    leaves it to timeout_minutes."""
     ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the trainables, which validation and the artifact then
     use; null keeps none."""
@@ -293,7 +303,7 @@ def load_experiment(exp: str | Path, overrides: list[str] | tuple[str, ...] = ()
     path = find_experiment(exp)
     origins: dict[str, str] = {}
     tree = _read_layers(path, origins, seen=())
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: ".model=" not in text):  # before .revision=
         _apply_override(tree, override, origins)
     return parse_experiment(tree, path.name, origins)
 
@@ -368,10 +378,12 @@ def _read_layers(path: Path, origins: dict[str, str], seen: tuple[Path, ...]) ->
 
 def _merge(base: dict, over: dict, source: str, origins: dict[str, str], prefix: str) -> dict:
     """Deep merge; lists replace. A projector whose ``type`` changes starts afresh, because the old
-    type's keys mean nothing to the new one."""
+    type's keys mean nothing to the new one; neither does a model's ``revision`` to another model."""
     if prefix == "projector." and over.get("type", base.get("type")) != base.get("type"):
         base = {}
     merged = dict(base)
+    if prefix in _PRETRAINED and over.get("model", base.get("model")) != base.get("model"):
+        merged.pop("revision", None)
     for key, value in over.items():
         dotted = f"{prefix}{key}"
         origins[dotted] = source
@@ -404,6 +416,8 @@ def _apply_override(tree: dict, override: str, origins: dict[str, str]) -> None:
     else:
         if key == "projector.type" and node.get("type") != value:
             node.clear()  # as _merge does: the old type's keys mean nothing to the new one
+        if leaf == "model" and f"{parents[0]}." in _PRETRAINED and node.get("model") != value:
+            node.pop("revision", None)
         node[leaf] = value
     for depth in range(1, len(parents) + 1):
         origins.setdefault(".".join(parents[:depth]), f"--set {override}")
@@ -416,6 +430,7 @@ def _list_index(items: list, part: str, where: str, override: str) -> int:
     return int(part)
 
 
+_PRETRAINED = ("vision.", "llm.")
 _LISTS = {"stages": StageConfig, "blend": BlendPart}  # keys that hold lists of mappings
 
 

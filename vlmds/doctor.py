@@ -21,7 +21,7 @@ from vlmds.config import Experiment
 from vlmds.data.dataset import open_dataset
 from vlmds.doctor_local import (
     FAILED, OK, WARNING, Finding, Patient, check_accelerator, check_dataset, check_disk,
-    check_limits, check_shared_memory, decode_rate,
+    check_limits, check_models, check_shared_memory, decode_rate,
 )  # fmt: skip
 from vlmds.doctor_network import Measure, check_clocks, measure_links
 from vlmds.errors import InputError
@@ -38,7 +38,7 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             wanted: float | None) -> int:
     """All checks, printed by rank 0. Returns 0, or 2 if one FAILED, on every rank."""
     try:
-        device = init_distributed(4 * seconds / 60)
+        device = init_distributed(4 * seconds / 60, probing=True)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         _print("ranks", Finding(FAILED, f"rank {os.environ.get('RANK')} cannot join the others at "
                                 f"{os.environ.get('MASTER_ADDR')}: {_first_line(error)}",
@@ -61,7 +61,8 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             ("limits", _by_leaders(check_limits)), ("memory", _by_leaders(check_shared_memory)),
             ("clock", lambda p: _judge_clocks(p, check_clocks(p.nodes))),
             ("network", check_links), ("output", _by_leaders(check_disk)),
-            ("same output", check_same_output), ("dataset", _by_leaders(check_dataset)),
+            ("same output", check_same_output),
+            ("models", _by_leaders(check_models)), ("dataset", _by_leaders(check_dataset)),
             ("decoding", check_decoding)):
         doing(f"the check {name!r}")
         try:

@@ -14,12 +14,14 @@ import torch
 
 from vlmds.checks import check_experiment
 from vlmds.config import Experiment
+from vlmds.cuda import driver_version, unusable_gpus
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import CACHED_SHARDS
 from vlmds.data.loader import Batches, SampleReader
 from vlmds.errors import SampleError
 from vlmds.files import sync_file
 from vlmds.memory import checkpoint_bytes
+from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.vision import vision_half
 from vlmds.plan import shapes
@@ -71,11 +73,13 @@ class Patient:
 
 
 def check_accelerator(patient: Patient) -> list[Finding]:
-    """Present, computes, and nobody else's memory on it."""
+    """Present, usable, computes, and nobody else's memory on it."""
     if patient.device.type == "cpu":
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             return [Finding(OK, f"CPU, as DS_ACCELERATOR asks; {os.cpu_count()} cores, "
                             f"{torch.get_num_threads()} threads a rank")]
+        if problem := unusable_gpus():
+            return [Finding(FAILED, *problem)]
         return [Finding(WARNING, "no GPU found, training would run on the CPU",
                         "install the driver, or set DS_ACCELERATOR=cpu if that is meant")]
     properties = torch.cuda.get_device_properties(patient.device)
@@ -85,8 +89,8 @@ def check_accelerator(patient: Patient) -> list[Finding]:
                         "take this GPU out of service")]
     driver = torch._C._cuda_getDriverVersion()
     findings = [Finding(OK, f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, driver "
-                        f"for CUDA {driver // 1000}.{driver % 1000 // 10}, torch for "
-                        f"{torch.version.cuda}")]
+                        f"{driver_version()} for CUDA {driver // 1000}.{driver % 1000 // 10}, torch "
+                        f"for {torch.version.cuda}")]
     free, total = torch.cuda.mem_get_info(patient.device)
     others = total - free - torch.cuda.memory_reserved(patient.device)
     if others > 0.05 * total:
@@ -151,6 +155,16 @@ def check_disk(patient: Patient) -> list[Finding]:
                                "training.keep_checkpoints") if free < need else Finding(OK, text)]
 
 
+def check_models(patient: Patient) -> list[Finding]:
+    """The pretrained models are on this machine, or can be downloaded."""
+    findings = []
+    for section in (patient.experiment.vision, patient.experiment.llm):
+        found = presence(section)
+        level = OK if found.here else FAILED if found.missing is None else WARNING
+        findings.append(Finding(level, f"{section.model}: {found.text}"))
+    return findings
+
+
 def check_dataset(patient: Patient) -> list[Finding]:
     """Sizes of all shards, checksums of members all over them, and all that training would refuse
     for this data and number of ranks."""
@@ -207,5 +221,5 @@ def _reader(patient: Patient, dataset: Dataset, split: str) -> SampleReader:
 
 
 def _image_size(experiment: Experiment) -> int:
-    name = experiment.vision.model
-    return vision_half(published_or_loaded_config(name, "vision.model"), name).image_size
+    vision = experiment.vision
+    return vision_half(published_or_loaded_config(vision), vision.model).image_size

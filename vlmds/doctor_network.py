@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,15 +54,28 @@ def measure_links(nodes: list[int], names: list[str], device: torch.device, seco
 
 def _measure(kind: str, name: str, ranks: list[int], device: torch.device, seconds: float
              ) -> Measure:
-    rate, problem = 0.0, None
-    try:
-        group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))  # connects, or fails to
-        if dist.get_rank() in ranks:
-            rate = _all_reduce_rate(group, len(ranks), device)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[0]
-    results = [result for rank, result in enumerate(gather((rate, problem))) if rank in ranks]
-    if problem is None and dist.get_rank() in ranks:
+    mine: list[tuple[float, str | None]] = []
+    groups: list[dist.ProcessGroup] = []
+
+    def work() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has a current one of its own
+        try:
+            group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))  # may connect
+            member = dist.get_rank() in ranks
+            mine.append((_all_reduce_rate(group, len(ranks), device) if member else 0.0, None))
+            groups.extend([group] if member else [])
+        except RuntimeError as error:
+            mine.append((0.0, str(error).splitlines()[0]))
+
+    # NCCL has no timeout while it connects. The others wait for four times the seconds.
+    deadline = 3 * seconds
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(deadline)
+    found = mine[0] if mine else (0.0, f"no answer within {deadline:g} s")
+    results = [result for rank, result in enumerate(gather(found)) if rank in ranks]
+    for group in groups:  # now nobody uses it any more
         dist.destroy_process_group(group)
     problem = next((p for _, p in results if p), None)
     return Measure(kind, name, min(r for r, _ in results), problem)

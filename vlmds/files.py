@@ -1,23 +1,85 @@
-"""Files and folders that appear whole or not at all, also when the power goes."""
+"""Files and folders that appear whole or not at all, also when the power goes.
 
+They may lie on NFS, of which this is assumed: `rename` within a folder is atomic on the server; a
+file is written by one process at a time; who opens a file after another machine closed it sees
+what was written ("close-to-open"); and who lists a folder sees what is in it now, while asking for
+one name may give an answer that is up to a minute old. A removed file that a process of this
+machine has open stays in its folder as `.nfs…` until it is closed: so a folder is first renamed,
+and what cannot be removed from it stays under that name.
+
+Modes are those that `open` and `mkdir` give: of the umask, or of the folder's default ACL, with the
+group of a setgid folder. Libraries that write through temporary files of mode 0600 (safetensors)
+are corrected when a folder is published.
+"""
+
+import errno
 import hashlib
 import os
 import platform
+import pwd
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
+from fsspec import available_protocols, get_filesystem_class
 from upath import UPath
+
+from vlmds.errors import InputError
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+"""The extra of pyproject.toml that brings a protocol's driver."""
 
 
 def as_path(place: str | os.PathLike) -> Path:
     """A ``Path``, or for a URL that fsspec knows (``s3://…``, ``memory://…``) a ``UPath``, which
-    offers the same methods."""
-    return UPath(place) if "://" in str(place) else Path(place)
+    offers the same methods.
+
+    Raises:
+        InputError: a URL whose protocol nobody knows, or whose driver is not installed.
+    """
+    if "://" not in str(place):
+        return Path(place)
+    check_driver(str(place))
+    return UPath(place)
+
+
+def check_driver(url: str) -> None:
+    """Raise :class:`InputError` unless fsspec can open such a URL."""
+    if advice := driver_advice(url):
+        raise InputError(f"{url}: {advice}")
+    for protocol in _protocols(url):
+        if protocol not in available_protocols():
+            raise InputError(f"{url}: there is no protocol {protocol}://; give a path, or a URL such "
+                             "as s3://bucket/folder")
+
+
+def driver_advice(url: str) -> str | None:
+    """What to install to open such a URL; None if the driver is there, or nobody knows the
+    protocol."""
+    for protocol in _protocols(url):
+        try:
+            get_filesystem_class(protocol)
+        except ImportError as error:
+            extra = EXTRAS.get(protocol)
+            install = f"pip install -c constraints.txt -e '.[{extra}]'" if extra else str(error)
+            named = f"the extra {extra}" if extra else "a driver"
+            return f"{protocol}:// needs {named}: {install}"
+        except ValueError:
+            pass
+    return None
+
+
+def _protocols(url: str) -> list[str]:
+    """"simplecache::s3://bucket" -> simplecache and s3."""
+    return url.partition("://")[0].split("::")
 
 
 def absolute(place: str | os.PathLike) -> str:
@@ -124,21 +186,126 @@ def new_folder(path: Path) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Path:
     """An empty folder beside `path`, for :func:`publish_folder`. Its name does not vary, so that
     what a killed process left there is removed by the next one."""
+    for left in path.parent.glob(f".{escape(path.name)}~*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists():
+        remove_folder(temporary)
     temporary.mkdir(parents=True)
     return temporary
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Flush every file of the folder to disk and give it its name."""
+    """Give every file of the folder its usual mode, flush it to disk and give the folder its
+    name."""
+    usual_modes(temporary)
     for file in temporary.rglob("*"):
         sync_folder(file) if file.is_dir() else sync_file(file)
     sync_folder(temporary)
     if path.exists():
-        shutil.rmtree(path)
+        remove_folder(path)
     temporary.rename(path)
     sync_folder(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: its name at once, so that nobody finds it with files missing; and of its
+    files those that can be removed. Raises OSError if it cannot be renamed."""
+    name = folder.name.removeprefix(".").removesuffix(".tmp")
+    shutil.rmtree(folder.rename(folder.with_name(f".{name}~{time.time_ns()}.tmp")),
+                  ignore_errors=True)
+
+
+def copy_files(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Copy the files below a folder into another one, but those of these names: what is in them,
+    and not the modes and ACLs that they had there, as ``copytree`` does."""
+    for file in source.rglob("*"):
+        if file.is_file() and file.name not in leave_out:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def usual_modes(folder: Path) -> None:
+    """Give every file below the folder the mode that a file has which is made there with
+    ``open``."""
+    usual = _usual_mode(folder)
+    for file in folder.rglob("*"):
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) != usual:
+            # Some file systems have one mode for all; and who may not change it can still train.
+            with suppress(OSError):
+                file.chmod(usual)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Found by making a file: the umask cannot be read without setting it, which other threads
+    would notice, and where the folder has a default ACL, it does not count."""
+    probe = folder / f".mode.{machine()}~{os.getpid()}.tmp"
+    probe.unlink(missing_ok=True)
+    try:
+        with probe.open("xb") as file:
+            return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str, inside: tuple[str, ...] = ()) -> None:
+    """Raise :class:`InputError`, naming the owner, unless files can be made in the folder `path`,
+    or if it is not there, in the one where it would be made.
+
+    inside: names of files and folders in it that must be writable where they are there.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise InputError(f"{option} {path}: must be a local path, not a URL")
+    there = path.absolute()
+    while not os.path.exists(there):  # Path.exists raises where a folder above may not be searched
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"{option} {path}: {there} is not a folder; choose another {option}")
+    for place in (there, *(path.absolute() / name for name in inside)):
+        wanted = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+        if os.path.exists(place) and not os.access(place, wanted):
+            raise InputError(f"{option} {path}: {_refused(place, 'written')}, or choose another "
+                             f"{option}")
+
+
+def denied(path: Path) -> str:
+    """Why this user may not read or write the file or folder, and what to do about it: one line."""
+    place = path.absolute()
+    while not os.path.exists(place):
+        place = place.parent
+    readable = os.access(place, os.R_OK | os.X_OK if place.is_dir() else os.R_OK)
+    return f"{path}: {_refused(place, 'written' if readable else 'read')}, or name another place"
+
+
+def _refused(place: Path, what: str) -> str:
+    """what: "read" or "written"."""
+    found = place.stat()
+    if what == "written" and os.statvfs(place).f_flag & os.ST_RDONLY:
+        return f"{place} is on a read-only file system; make it writable"
+    mine = found.st_uid == os.geteuid()
+    owner = "you" if mine else _user(found.st_uid)
+    fix = f"chmod -R {'u' if mine else 'g'}+{'rwX' if what == 'written' else 'rX'} {place}"
+    return (f"{place} cannot be {what}, it belongs to {owner} (mode "
+            f"{stat.S_IMODE(found.st_mode):04o}); " + (fix if mine else f"have {owner} run {fix}"))
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # of another machine
+        return f"user {number}"
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; on NFS, also if another machine has made it (and its folder)
+    just now."""
+    if path.is_file():
+        return True
+    for folder in (path.parent.parent, path.parent):
+        with suppress(OSError):
+            os.listdir(folder)  # makes the system forget which names were not in it
+    return path.is_file()
 
 
 def sync_file(path: Path) -> None:
@@ -147,18 +314,23 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk."""
+    """Flush a folder's entries to disk, where the file system can do that (SMB and some FUSE file
+    systems cannot; an NFS server does it with every rename)."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(folder)
 
 
-def sha256_of(path: Path) -> str:
-    """The file's sha256 in hexadecimal."""
+def sha256_of(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
+    """The file's sha256 in hexadecimal. advance: told of the bytes of each piece that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()

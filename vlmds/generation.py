@@ -83,16 +83,20 @@ class GumbelNoise(LogitsProcessor):
     """Makes the largest logit a sample of their softmax (Gumbel-max; Maddison et al.,
     arXiv:1411.0030).
 
-    Every row of a batch gets the same noise, drawn on the CPU, so that a caption depends neither
-    on what it was batched with nor on the kind of device.
+    Every row of a batch gets the same noise, so that a caption does not depend on what it was
+    batched with. It is drawn where the logits are: a seed's captions on a GPU are others than on a
+    CPU, and may be others on another kind of GPU.
     """
 
     def __init__(self, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.generator: torch.Generator | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [B, vocabulary]"""
-        noise = torch.empty(scores.shape[1], dtype=torch.float64)
+        if self.generator is None:
+            self.generator = torch.Generator(scores.device).manual_seed(self.seed)
+        noise = torch.empty(scores.shape[1], dtype=torch.float64, device=scores.device)
         noise.exponential_(generator=self.generator)
         return scores - noise.log().to(scores)
 
@@ -111,8 +115,7 @@ def generate_captions(
     """
     batch = builder.collate_generation(prompts)
     ids = model.captioner.generate(
-        features, batch["input_ids"].to(features.device),
-        batch["attention_mask"].to(features.device),
+        features, batch["input_ids"], batch["attention_mask"].to(features.device),
         options.config(builder.eos_token_id, builder.pad_token_id),
         logits_processor=options.processors(), **more)
     return builder.decode(ids)

@@ -1,4 +1,4 @@
-"""What NVIDIA's data sheets say of its cards."""
+"""What NVIDIA's data sheets say of its cards, each exact product by itself."""
 
 from __future__ import annotations
 
@@ -9,37 +9,49 @@ from vlmds.errors import InputError
 
 @dataclass(frozen=True)
 class Card:
-    """memory: bytes. flops: dense bfloat16 with fp32 accumulation, operations a second. bandwidth:
-    bytes a second."""
+    """memory: bytes. flops: dense bfloat16 with fp32 accumulation, operations a second (where a
+    data sheet gives the rate with sparsity only, half of it). bandwidth: bytes a second.
+    device: what CUDA calls it (``torch.cuda.get_device_name``), without "NVIDIA "."""
 
     name: str
     memory: float
     flops: float
     bandwidth: float
+    device: str
 
 
 CARDS = {card.name: card for card in (
-    Card("b200", 180e9, 2250e12, 8.0e12), Card("h200", 141e9, 989e12, 4.8e12),
-    Card("h100", 80e9, 989e12, 3.35e12), Card("a100-80", 80e9, 312e12, 2.04e12),
-    Card("a100-40", 40e9, 312e12, 1.56e12), Card("l40s", 48e9, 362e12, 0.86e12),
-    Card("a6000", 48e9, 155e12, 0.77e12), Card("rtx5090", 32e9, 209e12, 1.79e12),
-    Card("rtx4090", 24e9, 165e12, 1.01e12), Card("rtx3090", 24e9, 71e12, 0.94e12),
+    Card("b200", 180e9, 2250e12, 8.0e12, "B200"),
+    Card("h200-sxm", 141e9, 989e12, 4.8e12, "H200"),
+    Card("h200-nvl", 141e9, 835e12, 4.8e12, "H200 NVL"),
+    Card("h100-sxm", 80e9, 989e12, 3.35e12, "H100 80GB HBM3"),
+    Card("h100-nvl", 94e9, 835e12, 3.9e12, "H100 NVL"),
+    Card("h100-pcie", 80e9, 756e12, 2.0e12, "H100 PCIe"),
+    Card("a100-80-sxm", 80e9, 312e12, 2.04e12, "A100-SXM4-80GB"),
+    Card("a100-80-pcie", 80e9, 312e12, 1.94e12, "A100 80GB PCIe"),
+    Card("a100-40-sxm", 40e9, 312e12, 1.56e12, "A100-SXM4-40GB"),
+    Card("a100-40-pcie", 40e9, 312e12, 1.56e12, "A100-PCIE-40GB"),
+    Card("l40s", 48e9, 362e12, 0.86e12, "L40S"),
+    Card("a6000", 48e9, 155e12, 0.77e12, "RTX A6000"),
+    Card("rtx5090", 32e9, 209e12, 1.79e12, "GeForce RTX 5090"),
+    Card("rtx4090", 24e9, 165e12, 1.01e12, "GeForce RTX 4090"),
+    Card("rtx3090", 24e9, 71e12, 0.94e12, "GeForce RTX 3090"),
 )}
+SHORT = {"h200": "h200-sxm", "h100": "h100-sxm", "a100-80": "a100-80-sxm", "a100-40": "a100-40-sxm"}
+"""Names that may stand for the SXM form."""
+_DEVICES = {card.device.lower(): card for card in CARDS.values()}
 
 
 def find_card(name: str) -> Card:
-    """Raises InputError."""
-    card = CARDS.get(name.lower())
+    """The card of that name, or that CUDA calls so. Raises InputError."""
+    lower = name.lower()
+    card = CARDS.get(SHORT.get(lower, lower)) or device_card(name)
     if card is None:
         raise InputError(f"--gpu {name}: not known; known are {', '.join(CARDS)}")
     return card
 
 
 def device_card(device_name: str) -> Card | None:
-    """The card that CUDA calls so, such as "NVIDIA H100 80GB HBM3"; None if it is not known."""
-    words = device_name.lower().replace("geforce rtx ", "rtx").replace("rtx a6000", "a6000")
-    for name, card in CARDS.items():
-        family, _, size = name.partition("-")
-        if family in words and size in words:
-            return card
-    return None
+    """The card that CUDA calls so, such as "NVIDIA H100 80GB HBM3". None if it is not known: of
+    another product, or of a MIG slice of one, a similar name would give wrong figures."""
+    return _DEVICES.get(device_name.strip().lower().removeprefix("nvidia "))

@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextIteratorStreamer
 
 from vlmds.config import Experiment
+from vlmds.cuda import check_gpus
 from vlmds.data.decode_child import Clip, decode_videos
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, SampleError
@@ -185,7 +186,13 @@ class _Left(StoppingCriteria):
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device of that name; None: the first GPU, else the CPU."""
+    """The device of that name; None: the first GPU, else the CPU.
+
+    Raises:
+        InputError: None, and there is a GPU, but PyTorch cannot use it.
+    """
+    if device is None:
+        check_gpus()
     return torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
 
 

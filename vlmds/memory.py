@@ -2,7 +2,9 @@
 
 Weights, optimizer and gradients follow from DeepSpeed's ZeRO-2 as `ds_configs/zero2.json` sets it
 and are exact. Activations are counted: one layer runs on the meta device, and the tensors that
-autograd would keep are added up. The CUDA context, NCCL's buffers and fragmentation come on top.
+autograd would keep are added up. CLIP works in a stream of its own, and PyTorch's allocator keeps a
+pool for each stream: what CLIP takes is never used again by the language model, nor the other way
+round. What is outside of PyTorch (:func:`outside_bytes`) and fragmentation come on top.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -27,9 +30,14 @@ PROMPT_POSITIONS, PROMPT_CHARACTERS = 32, 16
 caption. Each character more counts as a token, which is rather too many."""
 EVERY = (0, 8, 4, 3, 2, 1)
 """What activation checkpointing may be: no layer, or every n-th; the fastest first."""
-CONTEXT_BYTES, USABLE = 1.5e9, 0.94
-"""CUDA's context, NCCL and the libraries' workspaces; the share of the rest that fragmentation
-leaves. Assumed, not measured."""
+CONTEXT_BYTES, COMMUNICATOR_BYTES = 2.5e9, 1.0e9
+"""CUDA's context with the libraries' kernels and workspaces; NCCL's communicators, which one GPU
+alone does not have. Assumed, until a GPU measures them."""
+LATER_BYTES = 1.0e9
+"""What of both comes only after :func:`vlmds.training.activations.free_bytes` was measured: kernels
+that are loaded when they are first called, workspaces, DeepSpeed's own communicators. Assumed."""
+USABLE = 0.94
+"""Share of the memory that fragmentation leaves. Assumed."""
 _NF4_BLOCK, _NF4_BLOCKS_PER_SCALE = 64, 256
 
 
@@ -49,9 +57,19 @@ def stage_memory(
     return stage_memories(experiment, stage, captioner, tower, world_size, (every,))[every]
 
 
-def fewest_recomputed(memories: dict[int, dict[str, int]], capacity: float) -> int | None:
-    """The first of :func:`stage_memories` that fits a GPU of ``capacity`` bytes, or None."""
-    room = (capacity - CONTEXT_BYTES) * USABLE
+def outside_bytes(world_size: int) -> float:
+    """What a GPU's memory holds beside PyTorch's tensors, where nothing was measured."""
+    return CONTEXT_BYTES + (COMMUNICATOR_BYTES if world_size > 1 else 0.0)
+
+
+def fewest_recomputed(memories: dict[int, dict[str, int]], free: float) -> int | None:
+    """The first of :func:`stage_memories` that fits, or None.
+
+    Args:
+        free: bytes that PyTorch's allocator may take: what it has taken already counts as free,
+            what is outside of it does not.
+    """
+    room = free * USABLE
     return next((every for every, parts in memories.items() if sum(parts.values()) <= room), None)
 
 
@@ -85,18 +103,24 @@ def stage_memories(
         "activations": _projector_activations(experiment, captioner),
         "logits": _logits(experiment, captioner),
         "CLIP forward": 0 if tower is None else _tower_activations(experiment, tower),
+        "features ahead": _features(experiment, captioner).nbytes,  # of the next micro-batch
     }
     if training.ema_decay is not None:
         parts["weight average"] = 4 * sum(partitions)
     if experiment.llm.load_in_4bit:  # bitsandbytes unpacks one weight at a time
-        parts["one unpacked weight"] = size * max(m.weight.numel() for m in _quantised(captioner.llm))
-    # The reduction comes after the backward pass, where its tensors were: a bucket with all
-    # gradients in the model's dtype; then, instead of those in fp32, a copy of what goes out at
-    # once and this rank's part in fp32.
+        parts["one unpacked weight"] = size * max(m.weight.numel() for m in quantised(captioner.llm))
+    if experiment.peft.type == "dora" and "peft" in stage.train:
+        # In a step's first forward pass, when there are no logits and nothing else is unpacked.
+        norm = dora_norm_bytes(experiment, captioner.llm)
+        parts["first DoRA norm"] = max(
+            0, norm - parts["logits"] - parts.get("one unpacked weight", 0))
+    # The reduction comes after the backward pass, where its tensors were (those of its stream): a
+    # bucket with all gradients in the model's dtype; then, instead of those in fp32, a copy of what
+    # goes out at once and this rank's part in fp32.
     reduction = size * trained + max(
         0, size * trained // world_size + 4 * sum(partitions) - parts["gradients"])
     passing = sum(parts.get(part, 0) for part in (
-        "activations", "logits", "CLIP forward", "one unpacked weight"))
+        "activations", "logits", "one unpacked weight", "first DoRA norm"))
     memories = {}
     for every in choices:
         recomputed = math.ceil(layers / every) if every else 0
@@ -138,7 +162,7 @@ def llm_bytes(experiment: Experiment, llm: nn.Module) -> int:
     size = getattr(torch, experiment.llm.dtype).itemsize
     total = size * _count(p for name, p in llm.named_parameters() if "lora_" not in name)
     if experiment.llm.load_in_4bit:
-        for module in _quantised(llm):
+        for module in quantised(llm):
             count = module.weight.numel()
             blocks = math.ceil(count / _NF4_BLOCK)
             scales = math.ceil(blocks / _NF4_BLOCKS_PER_SCALE)
@@ -207,11 +231,28 @@ def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Cap
             parameter.requires_grad_(flag)
 
 
-def _projector_activations(experiment: Experiment, captioner: Captioner) -> int:
+def dora_norm_bytes(experiment: Experiment, llm: nn.Module) -> int:
+    """The most that :func:`vlmds.models.dora._compute_norm` holds at once for one Linear of [out,
+    in]: B·A, made from a unit matrix of [in, in] and A; then B·A, s·B·A, W + s·B·A, and W itself if
+    it is unpacked for this."""
+    size, rank = getattr(torch, experiment.llm.dtype).itemsize, experiment.peft.r
+    copies = 4 if experiment.llm.load_in_4bit else 3
+    shapes = [module.get_base_layer().weight.shape for module in llm.modules()
+              if isinstance(module, LoraLayer)]
+    return size * max(max(inputs * (inputs + rank + outputs), copies * outputs * inputs)
+                      for outputs, inputs in shapes)
+
+
+def _features(experiment: Experiment, captioner: Captioner) -> Tensor:
+    """CLIP's, of a micro-batch: [B, F·P, vision width] on the meta device."""
     projector = captioner.projector
-    features = torch.empty(
+    return torch.empty(
         (experiment.training.micro_batch, projector.num_frames * projector.patches,
          projector.vision_dim), dtype=next(projector.parameters()).dtype, device="meta")
+
+
+def _projector_activations(experiment: Experiment, captioner: Captioner) -> int:
+    projector, features = captioner.projector, _features(experiment, captioner)
     return features.nbytes + saved_bytes(
         lambda: projector(features), own=[*projector.parameters(), features])
 
@@ -240,7 +281,7 @@ def _tower_activations(experiment: Experiment, tower: nn.Module) -> int:
     return positions * widest * size + 2 * 4 * frames * 3 * config.image_size**2
 
 
-def _quantised(llm: nn.Module) -> list[nn.Linear]:
+def quantised(llm: nn.Module) -> list[nn.Linear]:
     """The Linears that bitsandbytes replaces: all but the output layer and the adapter's own."""
     return [module for name, module in llm.named_modules()
             if isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name]

@@ -6,21 +6,25 @@ from torch import nn
 
 from vlmds.checks import check_experiment, sequence_builder, training_reader
 from vlmds.config import Experiment
+from vlmds.data.coverage import coverage_lines
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import SampleRow
-from vlmds.data.prices import cheapest, needs, prices
+from vlmds.data.prices import cheapest, conversion, needs, prices
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.data.stored import read_description
 from vlmds.data.video import sample_times
 from vlmds.errors import InputError, SampleError
 from vlmds.hardware import find_card
-from vlmds.memory import checkpoint_bytes, stage_memory
+from vlmds.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
+from vlmds.models.fetch import presence
 from vlmds.models.language import load_tokenizer
 from vlmds.propose import predicted_rate, proposal_table, proposals
+from vlmds.training.engine import accumulation_steps, describe_batch
 from vlmds.training.optimizer import freeze
 from vlmds.training.stages import stage_steps
+from vlmds.units import size_text
 
 CORES_PER_GPU = 8.0
 ASSUMED_CARD = "h100"
@@ -55,7 +59,7 @@ def plan_experiment(
     stored = dataset is not None and dataset.store == "features"
     model = shapes(experiment)
     check_experiment(experiment, model, dataset, gpus)
-    sections = [_heading(experiment), _parameters(experiment, model),
+    sections = [_heading(experiment), _presence(experiment), _parameters(experiment, model),
                 _memory(experiment, model, gpus, dataset)]
     found = proposals(experiment, model, card, gpus, stored) if card else []
     if card:
@@ -71,7 +75,7 @@ def plan_experiment(
         how = f"predicted on {ASSUMED_CARD}; give --gpu, or --samples-per-second when it is known"
     return "\n\n".join([
         *sections, _schedule(experiment, dataset, gpus, hours),
-        _stores(model, dataset, rate, how, cores_per_gpu),
+        _stores(experiment, model, dataset, rate, how, cores_per_gpu),
         _sample(experiment, model, dataset)])
 
 
@@ -79,6 +83,15 @@ def _heading(experiment: Experiment) -> str:
     precision = "NF4" if experiment.llm.load_in_4bit else experiment.llm.dtype
     return (f"{experiment.name}: {experiment.vision.model} -> {experiment.projector.type} -> "
             f"{experiment.llm.model} ({precision}) with {experiment.peft.type.upper()}")
+
+
+def _presence(experiment: Experiment) -> str:
+    """Whether the models are on this machine, and how much is to be downloaded."""
+    lines = ["models"]
+    for section in (experiment.vision, experiment.llm):
+        found = presence(section)
+        lines.append(f"  {section.model}: {found.text}")
+    return "\n".join(lines)
 
 
 def _parameters(experiment: Experiment, model: Shapes) -> str:
@@ -129,22 +142,28 @@ def _memory(
     recompute = {True: "full", False: "no", "auto": "full (auto takes less where it fits)"}.get(
         every, f"every {every}th layer's")
     ranks = "1 GPU" if gpus == 1 else f"each of {gpus} GPUs"
-    lines = [f"{f'memory of {ranks}, GB':<28}" + "".join(
-        f"{s.name:>12}" for s in experiment.stages)]
-    for part in columns[0]:
-        lines.append(f"{part:<28}" + "".join(f"{column[part] / 1e9:>12.2f}" for column in columns))
-    lines.append(f"{'sum':<28}" + "".join(f"{sum(c.values()) / 1e9:>12.2f}" for c in columns))
-    lines.append(f"{'checkpoint on disk':<28}" + "".join(f"{c / 1e9:>12.2f}" for c in checkpoints))
+    lines = [f"{f'memory of {ranks}':<28}" + "".join(f"{s.name:>12}" for s in experiment.stages)]
+    # A stage may lack a part, such as DoRA's norms where it has no adapter.
+    rows = {part: [column.get(part, 0) for column in columns]
+            for part in dict.fromkeys(part for column in columns for part in column)}
+    rows |= {"sum": [sum(column.values()) for column in columns], "checkpoint on disk": checkpoints}
+    for name, sizes in rows.items():
+        lines.append(f"{name:<28}" + "".join(f"{size_text(size):>12}" for size in sizes))
     lines.append(
         f"assumes ZeRO-2, micro-batch {training.micro_batch}, {recompute} activation checkpointing, "
         f"captions of {experiment.data.max_caption_tokens} tokens;")
     lines.append("gradient buckets count only beyond the activations, in whose place they stand; "
                  "activations, logits and")
-    lines.append("CLIP forward are estimates; CUDA's context, NCCL and fragmentation come on top")
+    outside = "CUDA's context and workspaces" if gpus == 1 else (
+        "CUDA's context, workspaces and NCCL's communicators")
+    lines.append(f"CLIP forward are estimates; {outside} (assumed: "
+                 f"{size_text(outside_bytes(gpus))}) and")
+    lines.append(f"fragmentation (assumed: {1 - USABLE:.0%}) come on top")
     return "\n".join(lines)
 
 
-def _stores(model: Shapes, dataset: Dataset | None, rate: float, how: str, cores: float) -> str:
+def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float, how: str,
+            cores: float) -> str:
     """What each store costs, and the cheapest that keeps the GPUs fed."""
     vision = model.tower.config
     projector = model.captioner.projector
@@ -155,13 +174,13 @@ def _stores(model: Shapes, dataset: Dataset | None, rate: float, how: str, cores
     of = f"{samples:,} samples" if dataset else "per 10,000 samples"
     lines = [
         f"stores at {rate:.3g} samples/s per GPU ({how})",
-        f"{'store':<22}{'MB a sample':>12}{'GB, ' + of:>26}{'core-ms a sample':>18}"
-        f"{'cores a GPU':>13}{'MB/s a GPU':>12}  figures"]
+        f"{'store':<22}{'a sample':>12}{of:>22}{'core-ms a sample':>18}"
+        f"{'cores a GPU':>13}{'read a GPU':>14}  figures"]
     for need in rows:
         total = need.total if need.total is not None else 10_000 * need.price.bytes
         lines.append(
-            f"{need.price.name:<22}{need.price.bytes / 1e6:>12.3f}{total / 1e9:>26,.2f}"
-            f"{1e3 * need.price.seconds:>18.2f}{need.cores:>13.2f}{need.read / 1e6:>12.1f}"
+            f"{need.price.name:<22}{size_text(need.price.bytes):>12}{size_text(total):>22}"
+            f"{1e3 * need.price.seconds:>18.2f}{need.cores:>13.2f}{size_text(need.read) + '/s':>14}"
             f"  {need.price.origin}")
     best = cheapest(rows, cores)
     if dataset is None:
@@ -169,23 +188,21 @@ def _stores(model: Shapes, dataset: Dataset | None, rate: float, how: str, cores
     elif best is None:
         lines.append(f"no store keeps a GPU fed with {cores:g} cores for each")
     else:
-        lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: "
-                     f"{best.price.store}" + ("" if best.price.store == dataset.store else
-                     f" (vlmds pack {dataset.parts[0].root} OUT --store {best.price.store})"))
+        store = best.price.store
+        lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: {store}")
+        if store != dataset.store:
+            lines += ["  " + conversion(part, store, projector.num_frames, vision.image_size,
+                                        experiment.vision) for part in dataset.parts]
     return "\n".join(lines)
 
 
 def _schedule(
     experiment: Experiment, dataset: Dataset | None, gpus: int, rate: float | None
 ) -> str:
-    """rate: samples a second on one GPU, if it is known."""
-    training = experiment.training
-    batch, how = training.global_batch, "training.global_batch"
-    if batch is None:
-        batch = training.micro_batch * training.gradient_accumulation * gpus
-        how = (f"micro_batch {training.micro_batch} x gradient_accumulation "
-               f"{training.gradient_accumulation} x {gpus} GPU{'s' if gpus > 1 else ''}")
-    lines = [f"global batch: {batch} ({how})"]
+    """rate: samples a second on one GPU, if it is known. Raises InputError if so many GPUs cannot
+    share the global batch."""
+    lines = [describe_batch(experiment, gpus)]
+    batch = experiment.training.micro_batch * accumulation_steps(experiment, gpus, None) * gpus
     for stage in experiment.stages:
         steps = stage.steps
         length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
@@ -201,6 +218,7 @@ def _schedule(
         lines.append("steps of stages given in epochs need the data: pass --data DIR")
     else:
         lines.append(_splits(dataset))
+        lines += coverage_lines(dataset.parts, experiment.data.num_frames)
     return "\n".join(lines)
 
 
@@ -223,7 +241,7 @@ def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> s
         times = sample_times(experiment.data.num_frames, row.start or 0.0, end)
         lines.append(f"  frames at {', '.join(f'{t:.2f}' for t in times)} s")
     try:
-        tokenizer = load_tokenizer(experiment.llm.model, local_files_only=True)
+        tokenizer = load_tokenizer(experiment.llm, local_files_only=True)
     except InputError:
         if dataset is not None:
             lines += [f"  prompt   {prompt or experiment.data.prompt!r}", f"  caption  {caption!r}"]

@@ -24,6 +24,7 @@ def quiet_libraries() -> None:
     stand as the user has set them."""
     os.environ.setdefault(_VERBOSITY, "error")  # transformers and the hub's client read them
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # when they are imported
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # vlmds.models.fetch reports a broken download
     if "transformers" in sys.modules and os.environ[_VERBOSITY] == "error":
         _quiet_transformers()
     _ignore_warnings()

@@ -24,7 +24,7 @@ def test_scale(tmp_path, capsys):
 
 def test_data(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "PACKED", 1e6)
-    result = bench_data(tmp_path, clips=2, repeats=1)
+    result = bench_data(tmp_path, clips=2, repeats=3)  # the least time of each counts
     assert result["packing"]["tar + sha256sum"] == result["loading, a sample"]["bare decode"] == 1
     loading = result["loading, a sample"]
     assert loading["vlmds, frames store"] < loading["vlmds, video store"]
@@ -37,8 +37,12 @@ def test_checkpoint(tmp_path):
             f"bench_checkpoint(Path({str(tmp_path)!r}), steps=4, every=2, rounds=1)")
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=300)
     found = json.loads((tmp_path / "checkpoint.json").read_text())
-    assert set(found["relative_step"]) == {"no checkpoints", "in the background", "in place"}
-    assert found["bytes"] > 1e6
+    relative = found["relative_step"]
+    assert list(relative) == ["no checkpoints", "in the background", "in place"]
+    assert relative["no checkpoints"] == 1 and min(relative.values()) > 0
+    # A weight and two moments in fp32 for each trainable (MLP and LoRA), and the file's header.
+    trained = 256 * 512 + 512 + 512 * 512 + 512 + 4 * 16 * (3 * 1536 + 2 * 1024 + 2 * 768)
+    assert 12 * trained < found["bytes"] < 12 * trained + 60_000
 
 
 def test_generate(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from tests.training.launch import environment, forked
 from vlmds.bench import scaling, train, workload
 from vlmds.bench.clock import StepClock
 from vlmds.bench.scaling import bench_scaling, communication_seconds, sent_bytes
+from vlmds.config import load_experiment
 from vlmds.errors import InputError
+from vlmds.models.assemble import shapes
 
 SMALL = ["data.num_frames=2", "training.gradient_accumulation=1"]
 
@@ -114,6 +117,29 @@ def test_phases_inside_each_other_count_once():
             torch.randn(300, 300).matmul(torch.randn(300, 300))
     found = clock.lap()
     assert found["outer"] > 0 and found["inner"] > 0 and clock.lap()["sent"] == 0
+
+
+def test_what_the_host_takes_is_counted_where_nothing_is_split():
+    clock = StepClock(torch.device("cpu"), split=False)
+    with clock.phase("forward"):
+        time.sleep(0.01)
+    found = clock.lap()
+    assert found["host"]["forward"] >= 0.01 and "forward" not in found
+    assert clock.lap()["host"] == {}
+
+
+def test_the_assumed_time_of_a_linear_is_what_a_gpu_would_give():
+    """Out of the host's seconds that 123 µs make comes 123 µs, with any recomputation; whole
+    weights have no such time."""
+    experiment = load_experiment("e7")
+    model = shapes(experiment)
+    for every in (0, 1, 3):
+        # 36 layers of 7 Linears and 100 kernels of 5 µs.
+        micro = (2 + (1 / every if every else 0)) * 36 * (7 * 123e-6 + 100 * 5e-6)
+        host = {"forward": micro, "backward": 3 * micro}  # of 4 micro-batches
+        assert train.linear_seconds(host, experiment, model, every) == pytest.approx(123e-6)
+    assert train.linear_seconds(
+        {}, load_experiment("e7", ["llm.load_in_4bit=false"]), model, 0) is None
 
 
 def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):

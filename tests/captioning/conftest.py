@@ -1,27 +1,36 @@
-"""A tiny model that captions, and a folder of videos."""
+"""A tiny model that is made to caption, and a folder of videos."""
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import tiny
 from tests.data.conftest import write_video
-from tests.test_inference import made
+from vlmds.data.decode_child import Clip, decode_videos
 from vlmds.inference import VideoCaptioner
+
+
+SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른쪽으로 움직입니다",
+           "노란 사각형이 위로 움직입니다", "하얀 고리가 아래로 움직입니다")
+"""What it says to the four seconds of the videos here, each of which begins where the last ended;
+and the first two to "누구?" and "무엇이 보입니까?" about the first four seconds."""
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
+    return tiny.make_models(tmp_path_factory.mktemp("models"), speaking=True)
 
 
 @pytest.fixture(scope="session")
 def artifact(models, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "artifact"
-    torch.manual_seed(1)  # or the projector, and so whether it says anything, depends on earlier tests
-    made(models, folder)
-    return folder
+    folder = tmp_path_factory.mktemp("run")
+    video = str(write_video(folder / "v.mp4", frames=40))
+    *windows, whole = decode_videos(
+        [*(Clip(video, i, i + 1) for i in range(4)), Clip(video)], tiny.FRAMES, tiny.SIDE, workers=1)
+    lessons = [(frames, None, text) for frames, text in zip(windows, SAYINGS, strict=True)]
+    lessons += [(whole, "누구?", SAYINGS[0]), (whole, "무엇이 보입니까?", SAYINGS[1])]
+    tiny.make_speaker(models, folder / "artifact", "e7", lessons)
+    return folder / "artifact"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.captioning.conftest import SAYINGS
 from tests.data.conftest import write_manifest, write_video
 from tests.training.launch import forked
 from vlmds.captioning import pipeline
@@ -78,7 +79,8 @@ def test_each_window_has_the_caption_of_its_clip(captioner, folder, generated):
     assert [(r["start"], r["end"]) for r in found] == [(0, 1), (1, 2), (2, 3), (3, 3.1)]
     clips = [Clip(video, r["start"], r["end"]) for r in found]
     expected = list(captioner.caption(clips, GENERATION, workers=1))
-    assert [r["caption"] for r in found] == expected and len(set(expected)) > 1
+    assert [r["caption"] for r in found] == expected
+    assert all(map(str.startswith, expected[:3], SAYINGS))
     assert generated == [4]
 
 
@@ -178,12 +180,12 @@ def test_a_signal_stops_it_with_3_and_nothing_is_lost(artifact, folder, tmp_path
     process = subprocess.Popen([sys.executable, "-m", "vlmds.cli", *arguments], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not out.is_file() or len(lines(out)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=30)[1]
+        error = process.communicate(timeout=120)[1]
     finally:
         process.kill()
     assert process.returncode == 3 and "stopped; the same command goes on" in error, error
@@ -256,7 +258,8 @@ def test_prompts_of_a_manifest_are_the_models(artifact, captioner, folder, tmp_p
     expected = [next(captioner.caption(video, GENERATION, prompt=prompt, workers=1))
                 for prompt in ("누구?", "무엇이 보입니까?")]
     rows = lines(tmp_path / "x.jsonl")
-    assert [row["caption"] for row in rows] == expected and expected[0] != expected[1]
+    assert [row["caption"] for row in rows] == expected
+    assert all(map(str.startswith, expected, SAYINGS))
     assert [row.get("prompt") for row in rows] == [None, "무엇이 보입니까?"]
 
 
@@ -282,9 +285,10 @@ def test_subtitles_of_a_folder_and_of_a_video(artifact, folder, tmp_path):
     caption_to_file(artifact, one, videos=[str(folder / "a.mp4")], **WINDOW)
     assert one.read_text("utf-8") == (tmp_path / "subs" / "a.srt").read_text("utf-8")
     with av.open(str(one), format="srt") as container:
-        cues = [(p.pts, p.duration) for p in container.demux(subtitles=0) if p.size]
-    rows = [r for r in lines(tmp_path / "one.jsonl") if r["caption"]]
-    assert cues == [(1000 * r["start"], 1000) for r in rows] and cues
+        cues = [(p.pts, p.duration, bytes(p).decode().split())
+                for p in container.demux(subtitles=0) if p.size]
+    assert [cue[:2] for cue in cues] == [(1000 * i, 1000) for i in range(4)]
+    assert [cue[2][:4] for cue in cues] == [text.split() for text in SAYINGS]
 
 
 @pytest.mark.parametrize("store", ["frames", "features"])

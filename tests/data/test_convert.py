@@ -200,7 +200,7 @@ def test_a_killed_conversion_goes_on(sources, tmp_path):
             time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=10)
+        process.wait(timeout=60)
     assert reached.exists()
     assert (out / "train/000000.json").is_file() and not (out / "dataset.json").exists()
     summary = convert(sources / "video", out, store="frames", progress=False, **FRAMES)

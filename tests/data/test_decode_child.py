@@ -34,7 +34,7 @@ def decoder():
 
 
 def ended(pid: int) -> bool:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
@@ -217,11 +217,11 @@ time.sleep(60)"""
         child = int(owner.stdout.readline())
         assert Path(f"/proc/{child}").exists()
         owner.send_signal(how)
-        owner.wait(timeout=10)
+        owner.wait(timeout=60)
         assert ended(child)
     finally:
         owner.kill()
-        owner.wait(timeout=10)
+        owner.wait(timeout=60)
         owner.stdout.close()
 
 

@@ -142,18 +142,18 @@ def test_use_after_a_pickle_and_in_a_fork(packed):
     queue = context.Queue()
     process = context.Process(target=_read_all, args=(index, queue))
     process.start()
-    assert queue.get(timeout=20) == [["json", "mp4"]] * 6
+    assert queue.get(timeout=120) == [["json", "mp4"]] * 6
     process.join()
     assert index.read(index.row("train", 1, 0))
 
 
-def test_open_files_are_bounded(tmp_path, packed):
+def test_open_files_are_bounded(dataset):
     """Many shards: the same index rows under other shard numbers."""
-    index = ShardIndex.open(packed)
+    index = ShardIndex.open(dataset)
     row = index.row("train", 0, 0)
     many = [type(row)(**vars(row) | {"shard": 100 + i}) for i in range(2 * CACHED_SHARDS)]
     for other in many:
-        os.link(packed / "train/000000.tar", packed / f"train/{other.shard:06d}.tar")
+        os.link(dataset / "train/000000.tar", dataset / f"train/{other.shard:06d}.tar")
     before = len(os.listdir("/proc/self/fd"))
     for other in many:
         index.read(other)

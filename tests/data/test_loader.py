@@ -96,7 +96,7 @@ def test_global_batches_are_the_same_for_any_world_size_and_workers(
     assert global_batches(source, collate, 2, 2, workers, steps=(1, 3)) == expected[1:]  # resumed
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.integers(1, 5),
        world=st.sampled_from([1, 2, 4, 8]), micro=st.sampled_from([1, 2, 4]),
        factor=st.integers(1, 3), seed=st.integers(0, 2**34), first=st.integers(0, 5),

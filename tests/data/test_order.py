@@ -17,7 +17,7 @@ def everything(counts):
     return Counter((shard, i) for shard, count in enumerate(counts) for i in range(count))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(COUNTS, st.integers(0, 2**40), st.integers(1, 8), st.integers(0, 3), st.booleans())
 def test_every_sample_once_an_epoch(counts, seed, window, epoch, shuffle):
     order = SampleOrder(counts, seed, window, shuffle)
@@ -25,7 +25,7 @@ def test_every_sample_once_an_epoch(counts, seed, window, epoch, shuffle):
     assert Counter(order.locate(epoch * n + p) for p in range(n)) == everything(counts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(COUNTS, st.integers(0, 100), st.integers(0, 200))
 def test_any_position_needs_no_history(counts, seed, position):
     walked = SampleOrder(counts, seed, 4)
@@ -34,7 +34,7 @@ def test_any_position_needs_no_history(counts, seed, position):
     assert walked.locate(position) == SampleOrder(counts, seed, 4).locate(position)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.sampled_from([(1, 8), (1, 4), (2, 4), (2, 2), (4, 2), (8, 1), (1, 1), (4, 1)]),
        st.integers(0, 50))
 def test_global_batches_do_not_depend_on_the_machine(layout, step):

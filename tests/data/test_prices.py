@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 
@@ -50,9 +52,24 @@ def test_sizes_are_those_of_the_data(sources):
     assert stored["frames"].bytes == (sources / "long-frames/train/000000.tar").stat().st_size / 4
 
 
-def test_times_are_real(sources):
-    found = prices([ShardIndex.open(sources / "long")], **SHAPE)
-    assert all(price.seconds > 0 for price in found)
+def test_times_are_those_of_the_reading(sources, monkeypatch):
+    """Where making a sample's tensor takes so much longer, so does the price, and no more than in
+    all: frames and features are read three times, of which the fastest counts."""
+    longer = {"pixels_of": 0.03, "read_jpegs": 0.02, "decode_features": 0.01}
+
+    def slow(name):
+        read = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *words: time.sleep(longer[name]) or read(*words))
+
+    for name in longer:
+        slow(name)
+    began = time.perf_counter()
+    found = by_store(prices([ShardIndex.open(sources / "long")], **SHAPE))
+    elapsed = time.perf_counter() - began
+    for store, least in zip(("video", "frames", "features"), longer.values(), strict=True):
+        assert found[store].seconds >= least, store
+    video, frames, features = (found[store].seconds for store in found)
+    assert 4 * (video + 3 * frames) + 3 * features <= elapsed
 
 
 def test_a_blend_is_priced_over_its_parts(sources):

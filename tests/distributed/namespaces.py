@@ -6,6 +6,7 @@ again, and compares with a run on one machine. Addresses exist in the namespaces
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.training.fixtures import make_shards
 from tests.training.launch import (
-    ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, train, until_lines,
+    FAULTY, ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, train, until_lines,
 )  # fmt: skip
 
 ADDRESSES = ("10.87.65.1", "10.87.65.2")
@@ -127,25 +128,26 @@ CUTS = {  # name: (lines of metrics before it, cut, mend)
 }
 
 
-def launch_command(node: Node, launcher: str, hostfile: Path, port: int) -> list[str]:
+def launch_command(node: Node, launcher: str, hostfile: Path, port: int, script: Path) -> list[str]:
     """One rank on each of two nodes; launcher "restarts" is torchrun that starts them again."""
     torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2",
                 "--nproc_per_node", "1"]
     if launcher == "restarts":
         return [*torchrun, "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                f"{ADDRESSES[0]}:{port}", "--rdzv-id", "test", str(SCRIPT)]
+                f"{ADDRESSES[0]}:{port}", "--rdzv-id", "test", str(script)]
     if launcher == "torchrun":
         return [*torchrun, "--node_rank", str(node.rank), "--master_addr", ADDRESSES[0],
-                "--master_port", str(port), str(SCRIPT)]
+                "--master_port", str(port), str(script)]
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     return [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile),
             "--no_ssh", "--node_rank", str(node.rank), "--master_addr", ADDRESSES[0],
-            "--master_port", str(port), str(SCRIPT)]
+            "--master_port", str(port), str(script)]
 
 
 @contextmanager
 def launched(nodes: tuple[Node, Node], launcher: str, log: Path, port: int, words: list[str],
-             clock: str | None = None) -> Iterator[list[subprocess.Popen]]:
+             clock: str | None = None, script: Path = SCRIPT, **env: str
+             ) -> Iterator[list[subprocess.Popen]]:
     """The launcher on each node, with its output in {log}-{rank}.log; all killed at the end. clock:
     by how much node 1's is wrong, as faketime takes it."""
     with ExitStack() as stack:
@@ -153,13 +155,13 @@ def launched(nodes: tuple[Node, Node], launcher: str, log: Path, port: int, word
         for node in nodes:
             stack.callback(kill_all, node)
             out = stack.enter_context(Path(f"{log}-{node.rank}.log").open("w"))
-            command = launch_command(node, launcher, log.with_suffix(".hosts"), port)
+            command = launch_command(node, launcher, log.with_suffix(".hosts"), port, script)
             if clock and node.rank:
                 command = ["faketime", "-f", clock, *command]
             processes.append(subprocess.Popen(
                 ["ip", "netns", "exec", node.namespace, *command, *words], cwd=ROOT, stdout=out,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=environment(GLOO_SOCKET_IFNAME=node.interface)))
+                env=environment(GLOO_SOCKET_IFNAME=node.interface, **env)))
         yield processes
 
 
@@ -180,6 +182,38 @@ def same_weights(a: Path, b: Path) -> bool:
     return bool(files) and all(
         (x := load_file(a / file)).keys() == (y := load_file(b / file)).keys()
         and all(torch.equal(x[name], y[name]) for name in x) for file in files)
+
+
+def node_gone(folder: Path, models: Path, shards: Path, survivor: int, seconds: float,
+              launcher: str = "torchrun") -> tuple[int, float, list[str]]:
+    """While the rank on node ``survivor`` is in a wait that no collective sees (as for a GPU), the
+    other node vanishes: no packet passes any more, and all its processes are killed.
+
+    Args:
+        seconds: training.heartbeat_seconds.
+
+    Returns:
+        The survivor's launcher's exit code, seconds from the loss to its end, and the last words.
+
+    Raises:
+        Unavailable: see :func:`two_nodes`.
+    """
+    struck, log = folder / f"struck{survivor}", folder / f"gone{survivor}"
+    fault = {"kind": "wait", "rank": survivor, "call": 5, "note": str(struck)}
+    words = arguments(models, shards, folder / f"gone-run{survivor}", "training.timeout_minutes=10",
+                      f"training.heartbeat_seconds={seconds}")
+    with two_nodes() as nodes, launched(
+            nodes, launcher, log, 29506, words, script=FAULTY,
+            VLMDS_TEST_FAULT=json.dumps(fault)) as processes:
+        deadline = time.monotonic() + START_SECONDS
+        while not struck.exists():
+            assert time.monotonic() < deadline and processes[survivor].poll() is None
+            time.sleep(0.01)
+        cut_silently(nodes)
+        kill_all(nodes[1 - survivor])
+        began = time.monotonic()
+        code = processes[survivor].wait(seconds + GRACE_SECONDS)
+        return code, time.monotonic() - began, last_words(log)
 
 
 def scenario(folder: Path, models: Path, shards: Path, launcher: str = "torchrun",

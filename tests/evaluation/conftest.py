@@ -1,6 +1,7 @@
 """Tiny models, packed clips and runs, made once."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.config import load_experiment, to_yaml
+from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
+from vlmds.data.loader import SampleReader
 from vlmds.data.pack import pack
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import load_model
@@ -18,7 +21,7 @@ from vlmds.models.language import add_adapter
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
+    return tiny.make_models(tmp_path_factory.mktemp("models"), speaking=True)
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +41,14 @@ def shards(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, *overrides) -> Path:
-    """A run folder as training leaves it, with random weights that do look at the video."""
+SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른쪽으로 움직입니다")
+"""What the fixture `run` says to the first two validation clips."""
+
+
+def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, *overrides,
+             lessons: Sequence[tiny.Lesson] = ()) -> Path:
+    """A run folder as training leaves it, with random weights that do look at the video, or that
+    were taught the lessons."""
     extra = tiny.RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*tiny.settings(models, shards), *extra, *overrides])
     model = load_model(experiment, torch.device("cpu"))
@@ -50,6 +59,8 @@ def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, 
         for name, p in model.captioner.named_parameters():
             if "lora_" in name or name.startswith("projector"):
                 p.add_(torch.randn_like(p) * 0.1)
+    if lessons:
+        tiny.teach(model, experiment.data.prompt, lessons)
     for stage in experiment.stages:
         save_artifact(folder / "artifacts" / stage.name, model.captioner, experiment, stage.name, {})
     (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
@@ -68,4 +79,8 @@ def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, 
 
 @pytest.fixture(scope="session")
 def run(models, shards, tmp_path_factory) -> Path:
-    return make_run(models, shards, tmp_path_factory.mktemp("runs") / "e3", "e3")
+    reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE,
+                          shuffle=False)
+    lessons = [(sample.frames, sample.prompt, text)
+               for sample, text in zip(map(reader.load, range(2)), SAYINGS, strict=True)]
+    return make_run(models, shards, tmp_path_factory.mktemp("runs") / "e3", "e3", lessons=lessons)

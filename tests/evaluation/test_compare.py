@@ -80,15 +80,16 @@ def test_holm_by_hand():
 
 
 def test_p_values_are_calibrated_where_there_is_no_difference():
-    """Of 200 comparisons of equals, about one in twenty is below 0.05, not one in five."""
+    """Over 200 comparisons of equals they are uniform: Kolmogorov and Smirnov's test at 1%."""
     random = np.random.RandomState(3)
     groups = [module.Group("a", []), module.Group("b", [])]
-    hits = 0
+    found = []
     for _ in range(200):
         x, y = random.randn(2, 60, 1)
         samples = module._bootstrap([[x], [y]], "cider_d@char", 400)
-        hits += module._pairs(groups, [float(x.mean()), float(y.mean())], samples)[0]["p"] < 0.05
-    assert 2 <= hits <= 24
+        found.append(module._pairs(groups, [float(x.mean()), float(y.mean())], samples)[0]["p"])
+    below = np.searchsorted(np.sort(found), np.linspace(0, 1, 101), side="right") / len(found)
+    assert np.abs(below - np.linspace(0, 1, 101)).max() < 1.63 / len(found) ** 0.5
 
 
 def test_seeds_widen_the_interval():
@@ -160,11 +161,15 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     metrics["settings"] |= {"prompt": "무엇?", "num_frames": 16}
     file.write_text(json.dumps(metrics))
     record = paths[1] / "run.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other"}))
+    assert not any("global batch" in w["en"] for w in compare(
+        [load_run(path) for path in paths])["warnings"])
+    record.write_text(json.dumps(
+        json.loads(record.read_text()) | {"data_fingerprint": "other", "global_batch": 64}))
     found = compare([load_run(path) for path in paths])
     told = "\n".join(w["en"] for w in found["warnings"])
     assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
     assert "not trained on the same data" in told
+    assert "different global batches" in told and "e3: 4; " in told and ": 64" in told
     keys = {d["key"]: d["expected"] for d in found["differences"]}
     assert keys["peft.type"] and keys["projector.type"] and "data.prompt" not in keys
 

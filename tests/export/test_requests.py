@@ -87,7 +87,7 @@ def test_changed_base_weights_are_refused(models, tmp_path, capsys):  # noqa: F8
     meta = json.loads(path.read_text())
     meta["lineage"]["weights"] = {
         **{name: sha256_of(file) for name, file in base_files(experiment).items()},
-        "llm/tokenizer": tokenizer_sha256(experiment.llm.model)}
+        "llm/tokenizer": tokenizer_sha256(experiment.llm)}
     path.write_text(json.dumps(meta))
     export_run(tmp_path / "run", tmp_path / "good", merge=True, device="cpu")
     other = tmp_path / "other"

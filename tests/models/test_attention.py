@@ -1,5 +1,7 @@
 """Which attention is taken where. The kernels of FlashAttention themselves need a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -25,10 +27,45 @@ CPU = torch.device("cpu")
     ("bfloat16", None, BOTH, "sdpa"),
 ])
 def test_auto_takes_the_newest_that_can_run(dtype, major, installed, taken):
-    assert choose_attention("auto", dtype, major, installed) == taken
-    assert choose_attention("sdpa", dtype, major, installed) == "sdpa"
-    if taken != "sdpa":
-        assert choose_attention(taken, dtype, major, installed) == taken
+    for micro_batch in (2, None):
+        assert choose_attention("auto", dtype, micro_batch, major, installed) == (taken, "")
+        assert choose_attention("sdpa", dtype, micro_batch, major, installed) == ("sdpa", "")
+        if taken != "sdpa":
+            assert choose_attention(taken, dtype, micro_batch, major, installed) == (taken, "")
+
+
+def test_a_micro_batch_of_one_takes_sdpa_and_says_why():
+    """FlashAttention would wait for the GPU in every layer; asked for by name, it stays."""
+    taken, remark = choose_attention("auto", "bfloat16", 1, 9, BOTH)
+    assert taken == "sdpa"
+    assert "flash_attention_3 waits for the GPU in every layer" in remark
+    assert choose_attention("auto", "bfloat16", 1, 9, set()) == ("sdpa", "")
+    assert choose_attention("sdpa", "bfloat16", 1, 9, BOTH) == ("sdpa", "")
+    taken, remark = choose_attention("flash_attention_2", "bfloat16", 1, 9, BOTH)
+    assert taken == "flash_attention_2"
+    assert remark.startswith("WARNING: ") and "set llm.attention to auto" in remark
+
+
+def test_transformers_looks_at_the_positions_of_a_batch_of_one_only():
+    """What that choice rests on."""
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    positions = torch.arange(8, device="meta")[None]
+    assert _is_packed_sequence(positions, batch_size=2) is False
+    with pytest.raises(RuntimeError):  # of a meta tensor no value can be read
+        bool(_is_packed_sequence(positions, batch_size=1))
+
+
+def test_the_start_says_which_attention_and_why(capsys):
+    from vlmds.training.main import note_attention
+
+    noted = {}
+    run = SimpleNamespace(note=noted.update)
+    note_attention(run, "sdpa", "")
+    note_attention(run, "sdpa", "flash_attention_2 waits")
+    assert capsys.readouterr().out.splitlines() == [
+        "vlmds: attention: sdpa", "vlmds: attention: sdpa (flash_attention_2 waits)"]
+    assert noted == {"attention": "sdpa"}
 
 
 @pytest.mark.parametrize("wanted, dtype, major, installed, told", [
@@ -40,7 +77,7 @@ def test_auto_takes_the_newest_that_can_run(dtype, major, installed, taken):
 ])
 def test_one_named_that_cannot_run_is_refused_with_the_mend(wanted, dtype, major, installed, told):
     with pytest.raises(InputError) as error:
-        choose_attention(wanted, dtype, major, installed)
+        choose_attention(wanted, dtype, 2, major, installed)
     assert str(error.value).startswith(f"llm.attention: {wanted} ") and told in str(error.value)
     assert str(error.value).endswith("or set llm.attention to auto")
 
@@ -50,7 +87,7 @@ def test_on_this_machine(tmp_path):
     models = tiny.make_models(tmp_path)
     experiment = load_experiment("e3", [*tiny.settings(models), "llm.dtype=bfloat16"])
     assert installed_flash() <= BOTH
-    assert attention_for(experiment.llm, CPU) == "sdpa"
+    assert attention_for(experiment.llm, 1, CPU) == ("sdpa", "")
     assert load_language_model(experiment.llm, CPU).config._attn_implementation == "sdpa"
     named = experiment.llm.model_copy(update={"attention": "flash_attention_2"})
     with pytest.raises(InputError, match="llm.attention: flash_attention_2 needs a GPU"):

@@ -55,6 +55,40 @@ def test_every_visual_token_gets_a_gradient(captioner):
     assert (features.grad.abs().sum(-1) > 0).all()
 
 
+def test_visual_tokens_are_placed_as_by_a_mask(captioner):
+    """Bit for bit, forward and backward, where rows have them at other places, too."""
+    torch.manual_seed(2)
+    ids = torch.randint(0, 100, (3, 16))
+    for row, start in enumerate((0, 4, 10)):
+        ids[row, start : start + 6] = VISUAL
+    features, weights = torch.randn(3, 6, 8), torch.randn(3, 16, 32)
+
+    def by_mask():
+        visual = captioner.projector(features)
+        text = captioner.llm.get_input_embeddings()(ids.clamp(min=0)).detach()
+        return text.masked_scatter((ids == VISUAL).unsqueeze(-1), visual)
+
+    found = []
+    for embed in (by_mask, lambda: captioner.embed(features, ids)):
+        captioner.zero_grad()
+        embeds = embed()
+        (embeds * weights).sum().backward()
+        found.append([embeds.detach(), *(p.grad for p in captioner.projector.parameters())])
+    for expected, actual in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("places", [range(0, 7), range(0, 5), [0, 1, 2, 3, 4, 6], []])
+def test_other_placeholders_than_visual_tokens_are_refused(captioner, places):
+    """Too many, too few, in two pieces, none: in the second row, and it is not the first's."""
+    features, ids, _ = rows()
+    ids[1, ids[1] == VISUAL] = 5
+    ids[1, list(places)] = VISUAL
+    told = rf"rows have \[6, {len(places)}\] placeholders; each must have 6"
+    with pytest.raises(ValueError, match=told):
+        captioner.embed(features, ids)
+
+
 def test_captions_do_not_depend_on_the_batch(captioner):
     features, ids, _ = rows()
     pad = torch.zeros(1, 3, dtype=torch.long)

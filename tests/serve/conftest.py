@@ -1,4 +1,4 @@
-"""A server with two tiny runs, in a thread."""
+"""A server with two tiny runs that are made to speak, in a thread."""
 
 import threading
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.data.conftest import write_video
-from tests.test_inference import made
+from vlmds.data.decode_child import decode_videos
 
 LIMIT = 8.0  # megabytes
 
@@ -19,13 +19,18 @@ class Served:
     folder: "object"
 
 
+SAYINGS = {"e3": "빨간 원이 왼쪽으로 움직입니다", "e7": "파란 별이 오른쪽으로 움직입니다"}
+"""What the runs say to the clip, and then go on for ever."""
+
+
 @pytest.fixture(scope="session")
-def served_runs(tmp_path_factory):
+def served_runs(clip, tmp_path_factory):
     """Folders of two runs."""
     root = tmp_path_factory.mktemp("serve")
-    models = tiny.make_models(root / "models")
-    for exp in ("e3", "e7"):
-        made(models, root / exp, exp)
+    models = tiny.make_models(root / "models", speaking=True)
+    (frames,) = decode_videos([str(clip)], tiny.FRAMES, tiny.SIDE, workers=1)
+    for exp, text in SAYINGS.items():
+        tiny.make_speaker(models, root / exp, exp, [(frames, None, text)])
     return root / "e3", root / "e7"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from tests.distributed import namespaces
 from tests.training import fixtures, launch
 from tests.training.launch import FAULTY, SCRIPT, arguments, environment, free_port, metrics
 from vlmds.training import checkpoint
@@ -65,6 +66,33 @@ class Table:
     def fault_rank_stuck_in_data_timeout_12_s(self):
         return self.strike("stuck", None, "training.timeout_minutes=0.2", kind="stuck", rank=1,
                            call=9)
+
+    def fault_node_gone_without_a_word_during_a_wait_for_a_gpu(self):
+        """For training.heartbeat_seconds of 20; the default is 120."""
+        try:
+            ends = [namespaces.node_gone(self.folder, self.models, self.shards, survivor, 20)
+                    for survivor in (0, 1)]
+        except namespaces.Unavailable as problem:
+            return f"not tried: {problem}"
+        return "".join(f"\n  node {1 - survivor} gone: exit {code}, {seconds:.1f} s\n    "
+                       + "\n    ".join(words[:4])
+                       for survivor, (code, seconds, words) in enumerate(ends))
+
+    def fault_rank_killed_during_a_wait_for_a_gpu(self):
+        return self.strike("alone", None, "training.heartbeat_seconds=20", kind="alone", rank=0,
+                           call=9)
+
+    def fault_rank_stopped_for_longer_than_the_heartbeat(self):
+        return self._calm_in_spite_of("stop")
+
+    def fault_interpreter_locked_for_longer_than_the_heartbeat(self):
+        return self._calm_in_spite_of("lock")
+
+    def _calm_in_spite_of(self, kind: str) -> str:
+        seen = [self.strike(f"{kind}{rank}", 0, "training.heartbeat_seconds=5", kind=kind, rank=rank,
+                            call=9, seconds=12).splitlines()[0] for rank in (0, 1)]
+        same = all(metrics(self.run(f"{kind}{rank}")) == metrics(self.calm) for rank in (0, 1))
+        return f"rank 0: {seen[0]}; rank 1: {seen[1]}; same metrics as an undisturbed run: {same}"
 
     def fault_sigterm(self):
         return self.strike("sigterm", 3, kind="signal", name="SIGTERM", rank=1, call=9)

@@ -2,12 +2,16 @@
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
 the call-th sample that the rank reads; when it does, the time goes into the file "note". "load":
-the rank cannot load its models.
+the rank cannot load its models. "wait" stands for a wait for a GPU that never ends; with "alone"
+all other ranks are killed then. "lock" (Python's own, held in C) and "stop" (SIGSTOP) are over
+after "seconds".
 """
 
+import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,10 +52,21 @@ def faulty_forward(self, *inputs):
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "signal":
                 os.kill(os.getpid(), getattr(signal, FAULT["name"]))
+            if kind in ("wait", "alone"):
+                time.sleep(3600)
+            if kind == "lock":
+                ctypes.PyDLL(None).sleep(FAULT["seconds"])
+            if kind == "stop":
+                subprocess.Popen(["sh", "-c", f"sleep {FAULT['seconds']}; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
             if kind == "truncate":
                 os.truncate(FAULT["path"], 1000)
             if kind == "delete":
                 os.unlink(FAULT["path"])
+    elif self.training and FAULT["kind"] == "alone":
+        calls["forward"] += 1
+        if calls["forward"] == FAULT["call"]:
+            os.kill(os.getpid(), signal.SIGKILL)
     return loss
 
 

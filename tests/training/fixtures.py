@@ -40,4 +40,5 @@ def two_ranks(models, shards, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "two"
     done = train(2, *arguments(models, shards, run), fresh=True)
     assert "finetune step 6/6" in done.stdout
+    assert "vlmds: global batch 4 = micro_batch 2 × accumulation 1 × 2 ranks\n" in done.stdout
     return run

@@ -16,12 +16,13 @@ from vlmds.training import checkpoint
 
 
 def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, seed: int,
-                     fresh: bool = False) -> list[str]:
+                     fresh: bool = False, lines: int | None = None) -> list[str]:
     """Start the run, kill it, and start it again, `kills` times; then let it end.
 
     Half of the kills strike at a random moment of the first `seconds` of a start, the others as
     soon as a checkpoint is being written. Returns what was seen at each kill. fresh: see
-    launch.running.
+    launch.running. lines: a kill at a random moment strikes after so many more lines of metrics at
+    the latest, so that a machine that is suddenly faster does not finish the run before.
     """
     draw = random.Random(seed)
     seen = []
@@ -34,7 +35,9 @@ def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, see
                 after = draw.uniform(0.2, 1.0) * seconds
                 what = f"after {after:.1f} s"
                 deadline = time.monotonic() + after
-                while time.monotonic() < deadline and process.poll() is None:
+                most = len(metrics(run)) + lines if lines else float("inf")
+                while (time.monotonic() < deadline and process.poll() is None
+                       and len(metrics(run)) < most):
                     time.sleep(0.01)
             over = process.poll() is not None
             assert not over or process.returncode == 0, log.with_suffix(".err").read_text()[-3000:]

@@ -42,11 +42,10 @@ def test_both_stages_train_and_leave_what_the_design_says(two_ranks):
     records = metrics(two_ranks)
     steps = [(r["stage"], r["step"]) for r in records if r["kind"] == "train"]
     assert steps == [(s, n) for s in ("align", "finetune") for n in range(1, 7)]
-    for stage in ("align", "finetune"):
-        losses = [r["loss"] for r in records if r["stage"] == stage and r["kind"] == "val"]
-        assert len(losses) == 2  # after step 4, and at the end
-    losses = [r["loss"] for r in records if r["kind"] == "train"]
-    assert losses[-1] < losses[0]
+    val = [r for r in records if r["kind"] == "val"]
+    assert [(r["stage"], r["step"]) for r in val] == [
+        (s, n) for s in ("align", "finetune") for n in (4, 6)]
+    assert val[-1]["loss"] < val[0]["loss"]  # of the same clips, unlike those of training steps
     assert all(r["grad_norm"] > 0 and r["supervised_tokens"] > 0 for r in records
                if r["kind"] == "train")
     record = json.loads((two_ranks / "run.json").read_text())
@@ -82,7 +81,7 @@ def test_killed_again_and_again_equals_undisturbed(models, shards, tmp_path):
     train(2, *arguments(models, shards, calm, *steps))
     seconds = 0.25 * (time.monotonic() - began)  # so that much is left for the last kill
     args = arguments(models, shards, run, *steps)
-    seen = train_with_kills(run, args, kills=4, seconds=seconds, seed=1)
+    seen = train_with_kills(run, args, kills=4, seconds=seconds, seed=1, lines=30)
     assert len(seen) == 4 and "was written" in seen[1] and "was written" in seen[3], seen
     assert metrics(run) == metrics(calm)
     assert_same_weights(weights(run), weights(calm))
@@ -199,7 +198,7 @@ def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
                        (["--ds-config", "zero3"], "zero2, zero2_cpu, zero2_offload"),
                        (["--resume", "/nowhere"], "--resume /nowhere: not a usable checkpoint")):
         done = train(0, *arguments(models, shards, run), *more, expect=2)
-        assert told in done.stderr and done.stderr.count("\n") == 1 and not run.exists(), more
+        assert told in done.stderr.splitlines()[-1] and not run.exists(), more
 
 
 def test_models_that_cannot_be_loaded_leave_no_run_behind(models, shards, tmp_path):
@@ -224,7 +223,8 @@ def test_more_reader_processes_than_cores_are_said_once(models, shards, tmp_path
     for number, words in ((0, []), (1, [many])):
         done = train(2, *arguments(models, shards, tmp_path / f"run{number}", "stages.0.steps=1",
                                    "stages.1.steps=1", *words))
-        assert done.stdout.count("WARNING: data.num_workers") == number and done.stderr == ""
+        assert done.stdout.count("WARNING: data.num_workers") == number
+        assert "suggested max number of worker" not in done.stderr
 
 
 def test_of_two_starts_that_load_at_once_the_second_is_refused(tmp_path):

@@ -100,4 +100,4 @@ def _batch(visual_tokens: int, device: torch.device) -> tuple:
     ids[:, 4 : 4 + visual_tokens] = VISUAL
     labels = ids.clone()
     labels[:, : visual_tokens + 20] = IGNORE
-    return features.to(device), ids.to(device), labels.to(device)
+    return features.to(device), ids, labels

@@ -23,7 +23,8 @@ class StepClock:
 
     Args:
         device: on a GPU both ends of a phase wait for it, so that what runs there is counted.
-            That takes overlap away, so with ``split`` False phases cost and count nothing.
+            That takes overlap away, so with ``split`` False nothing waits, and what is counted is
+            the host's part.
     """
 
     def __init__(self, device: torch.device, split: bool = True):
@@ -31,12 +32,15 @@ class StepClock:
         self.sent = 0
         """Bytes that this rank sent in collectives, by the ring algorithms."""
         self._seconds: dict[str, float] = defaultdict(float)
+        self._host: dict[str, float] = defaultdict(float)
         self._inner = [0.0]  # for each open phase: seconds of the phases inside it
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         if not self.split:
+            begin = time.perf_counter()
             yield
+            self._host[name] += time.perf_counter() - begin
             return
         begin = self._now()
         self._inner.append(0.0)
@@ -59,9 +63,11 @@ class StepClock:
         return timed
 
     def lap(self) -> dict[str, float]:
-        """Seconds by phase and bytes sent ("sent") since the last call."""
-        found = {**self._seconds, "sent": self.sent}
+        """Seconds by phase and bytes sent ("sent") since the last call; under "host", of the phases
+        that were not split, how long the host was in each, those inside it included."""
+        found = {**self._seconds, "sent": self.sent, "host": dict(self._host)}
         self._seconds.clear()
+        self._host.clear()
         self.sent, self._inner = 0, [0.0] * len(self._inner)
         return found
 

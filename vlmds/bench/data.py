@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -206,8 +207,9 @@ def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
 
         return run
 
+    baseline = {"plain webdataset (decord)": plain} if find_spec("decord") else {}
     seconds = in_turns({
-        "bare decode": bare, "bare probe and decode": probed, "plain webdataset (decord)": plain,
+        "bare decode": bare, "bare probe and decode": probed, **baseline,
         "vlmds, video store": load("video"), "vlmds, frames store": load("frames"),
         "vlmds, features store": load("features")}, repeats)
     return {name: value / len(rows) for name, value in seconds.items()}

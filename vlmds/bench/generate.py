@@ -121,7 +121,7 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
     builder, model = captioner.builder, captioner.model.captioner
     prompts = builder.collate_generation([None] * len(frames))
     features = captioner.model.features({"frames": frames})
-    prompt = prompts["input_ids"].to(captioner.device)
+    prompt = prompts["input_ids"]
     if cached:
         config = GenerationOptions(max_new_tokens=tokens).config(
             builder.eos_token_id, builder.pad_token_id)

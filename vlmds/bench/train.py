@@ -21,12 +21,13 @@ import torch
 from vlmds.bench.baselines import check_baseline
 from vlmds.bench.measure import save, table
 from vlmds.bench.workload import CAPTION_TOKENS, Workload, prepare
-from vlmds.config import load_experiment
+from vlmds.config import Experiment, load_experiment
 from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import device_card
-from vlmds.memory import stage_memories
-from vlmds.models.assemble import shapes
+from vlmds.memory import quantised, stage_memories
+from vlmds.models.assemble import Shapes, shapes
+from vlmds.propose import LINEAR_SECONDS, host_seconds, passes
 from vlmds.training.optimizer import freeze
 from vlmds.training.ranks import cpu_environment, free_port
 
@@ -35,7 +36,7 @@ ROUNDS = 2
 # Rounding of the first loss, before any update, and of all of a few steps.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 3e-2)}
 STEP_PARTS = ("gradients", "gradient buckets", "activations", "logits", "CLIP forward",
-              "one unpacked weight")
+              "features ahead", "one unpacked weight", "first DoRA norm")
 """Of :func:`vlmds.memory.stage_memories`: what comes and goes within a step."""
 
 
@@ -82,6 +83,10 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
     print(table([_time_row(row, own) for row, own in rows]))
     print(f"\n{table([_share_row(row) for row, _ in rows])}")
     print(f"\n{table([_memory_row(exp, results) for exp, results in found.items()])}")
+    for exp, results in found.items():
+        if (measured := results["linear_seconds"]) is not None:
+            print(f"{exp}: the host takes at most {1e6 * measured:.0f} µs for each 4-bit Linear a pass "
+                  f"(assumed: {1e6 * LINEAR_SECONDS:.0f}); less, where the GPU is the slower one")
     if ranks > 1:
         print(f"\n{table([_ranks_row(row, own) for row, own in rows if row['ranks'] > 1])}")
     print(f"\nsaved: {save(output, 'train', {'tiny': tiny, **found})}")
@@ -90,7 +95,8 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
 
 def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: int, ranks: int,
              overrides: list[str]) -> dict:
-    """{"rows": one result for each variant, "plan": bytes by part}"""
+    """{"rows": one result for each variant, "plan": bytes by part, "linear_seconds": what
+    :func:`linear_seconds` finds on a GPU}"""
     place = folder / Path(exp).stem
 
     def made(name: str, *more: str) -> Workload:
@@ -143,7 +149,24 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
             "ranks": variant.ranks, "loss_difference": differences.get(variant.name),
             "batch": batch, "flops": asdict(flops) | {"total": flops.total}, "weights": weights,
             "trained_bytes": trained * (4 if experiment.llm.dtype == "float32" else 2)})
-    return {"rows": rows, "plan": plan}
+    return {"rows": rows, "plan": plan, "linear_seconds": None if own["device"] == "CPU" else
+            linear_seconds(own["host"], experiment, model, every)}
+
+
+def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes, every: int
+                   ) -> float | None:
+    """What :data:`vlmds.propose.LINEAR_SECONDS` would be here, or None without 4-bit weights. Too
+    much where the GPU is the slower one, for then the host waits for it.
+
+    Args:
+        host: seconds of the host in "forward" and "backward" in a step. every: activation
+            checkpointing of no layer (0) or every n-th.
+    """
+    if not experiment.llm.load_in_4bit:
+        return None
+    took = (host["forward"] + host["backward"]) / experiment.training.gradient_accumulation
+    launching = host_seconds(experiment, model, passes(every), linear=0.0)
+    return (took - launching) / (passes(every) * len(quantised(model.captioner.llm)))
 
 
 def _run(variant: Variant, number: int) -> dict:
@@ -236,7 +259,9 @@ def _memory_row(exp: str, results: dict) -> dict[str, str]:
     plan, own = results["plan"], results["rows"][0]
     cells, sums = {"MB, plan / measured": exp}, [0.0, 0.0]
     parts = [(part, plan[part], found) for part, found in own["resident"].items()]
-    parts.append(("a step's own", sum(plan.get(p, 0) for p in STEP_PARTS), own["step_bytes"]))
+    # On a CPU no features are made ahead.
+    step = [part for part in STEP_PARTS if own["device"] != "CPU" or part != "features ahead"]
+    parts.append(("a step's own", sum(plan.get(part, 0) for part in step), own["step_bytes"]))
     for part, planned, found in parts:
         cells[part] = f"{planned / 1e6:,.1f} / {found / 1e6:,.1f}"
         sums = [sums[0] + planned, sums[1] + found]

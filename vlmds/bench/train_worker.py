@@ -16,10 +16,10 @@ import torch.distributed as dist
 from vlmds.bench.clock import StepClock
 from vlmds.bench.footprint import StepMemory, resident_parts
 from vlmds.bench.workload import Workload
+from vlmds.cuda import use_expandable_segments
 from vlmds.data.dataset import open_dataset
 from vlmds.files import write
 from vlmds.models.assemble import load_model
-from vlmds.training.activations import checkpointed_layers
 from vlmds.quiet import quiet_libraries
 from vlmds.training.main import default_ds_config, leave
 from vlmds.training.monitor import peak_memory
@@ -86,7 +86,7 @@ class StepRecorder:
             "step_seconds": best["seconds"], "positions": best["positions"],
             "all_seconds": [step["seconds"] for step in self.steps],
             "phases": {name: split.get(name, 0.0) for name in PHASES},
-            "split_step_seconds": split["seconds"], "sent": best["sent"],
+            "split_step_seconds": split["seconds"], "sent": best["sent"], "host": best["host"],
             "peak_bytes": self.peak_bytes}
 
 
@@ -95,7 +95,7 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     experiment, number, clock = work.experiment, work.stage, recorder.clock
     model = load_model(experiment, device)
     run = work.run(dist.get_world_size())
-    prepare_stage(model, experiment, number, run, device)
+    every = prepare_stage(model, experiment, number, run, device)
     trainer = StageTrainer(
         experiment, number, model, open_dataset(experiment.data), run, default_ds_config(), device,
         recorder, StopRequest())
@@ -106,8 +106,7 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     engine.step = clock.timed("optimizer", engine.step)
     recorder.start()
     trainer.train()
-    return {"resident": resident_parts(model, engine), "recomputed_every": checkpointed_layers(
-        experiment, experiment.stages[number], model.tower is None, device)}
+    return {"resident": resident_parts(model, engine), "recomputed_every": every}
 
 
 def measure(variant: str, work: Workload) -> dict:
@@ -141,6 +140,7 @@ def _device_name(device: torch.device) -> str:
 
 def main(folder: str, variant: str, name: str, steps: str) -> None:
     quiet_libraries()
+    use_expandable_segments()  # as in training
     result = measure(variant, Workload(Path(folder), int(steps)))
     if is_main():
         write(Path(folder) / f"{name}.json", json.dumps(result))

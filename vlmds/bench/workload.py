@@ -130,10 +130,10 @@ def prepare(folder: Path, exp: str, *, tiny: bool, steps: int, models: Path | No
     base = load_experiment(exp)
     torch.manual_seed(experiment.training.seed)
     shapes_of = (TINY_VISION, TINY_LLM) if tiny else (
-        published_or_loaded_config(base.vision.model, "vision.model"),
-        published_or_loaded_config(base.llm.model, "llm.model"))
+        published_or_loaded_config(base.vision),
+        published_or_loaded_config(base.llm))
     make_models(models, *shapes_of, experiment.llm.dtype)
-    vision = vision_half(load_config(experiment.vision.model, "vision.model"), "vision.model")
+    vision = vision_half(load_config(experiment.vision), "vision.model")
     make_data(folder, experiment.data.num_frames, vision.image_size)
     (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
     dataset = open_dataset(experiment.data)

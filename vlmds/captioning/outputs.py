@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from vlmds.captioning.sources import Item, Span
 from vlmds.errors import InputError
-from vlmds.files import sync_folder, write
+from vlmds.files import check_writable, sync_folder, write
 from vlmds.training.run import flat_settings
 
 FORMATS = ("jsonl", "json", "csv", "srt")
@@ -90,6 +90,7 @@ class CaptionFile:
             InputError: made with other settings, or by something else; or another command is at it.
         """
         target = self.target
+        check_writable(target.settings.parent, "--out", (target.settings.name, target.jsonl.name))
         if target.settings.is_file():
             self._lock()
             if again:

@@ -20,6 +20,7 @@ def pack(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    args.out = as_path(args.out)
     common = dict(quality=args.quality, workers=args.workers, deadline=args.deadline)
     if (as_path(args.manifest) / "dataset.json").is_file():
         from vlmds.data.convert import convert_from_options  # which brings in PyTorch
@@ -44,6 +45,9 @@ def _pack(args: argparse.Namespace) -> int:
             val_fraction=args.val_fraction, verify=not args.no_verify, dedup=args.dedup,
             append=args.append, merge=args.merge, retry=args.retry, task=_task(args),
             engine=args.engine, **common)
+    from vlmds.data.coverage import coverage_lines
+    from vlmds.data.index import ShardIndex
+
     if not summary.finished:
         print(f"packed the {summary.shards} shards of task {args.task_index} of {args.num_tasks}; "
               "when all tasks are done, join them: vlmds pack "
@@ -53,6 +57,8 @@ def _pack(args: argparse.Namespace) -> int:
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(f"packed {summary.packed:,} samples ({counts}) into {summary.shards} shards, "
           f"{summary.bytes / 1e6:,.1f} MB, in {summary.seconds:.1f} s: {args.out}")
+    for line in coverage_lines([ShardIndex.open(args.out)]):
+        print(line)
     if not args.no_report:
         from vlmds.data.pack_report import write_report
 
@@ -111,13 +117,13 @@ def add_pack(commands) -> None:
     add = command.add_argument
     add("manifest", help="CSV, TSV, JSONL or Parquet with columns video and caption; or a packed "
         "dataset, to convert it to another store")
-    add("out", type=as_path, help="folder, or URL, for the shards")
+    add("out", help="folder, or URL, for the shards")
     add("--store", choices=("video", "frames", "features"),
         help="keep the videos' bytes, decoded frames as JPEGs, or (of a packed dataset) the vision "
         "model's features (default: video; of a packed dataset: frames)")
     add("--num-frames", type=int, help="of the frames or features store (default: 8)")
     add("--image-size", type=int, help="of the frames store (default: 336)")
-    add("--vision", metavar="MODEL", help="of the features store: hub name or folder of a CLIP")
+    add("--vision", metavar="MODEL", help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")
     add("--feature-layer", type=int, default=-1, choices=(-1, -2),
         help="of the features store: vision.feature_layer (default: -1)")
     add("--pool", type=int, default=1, help="of the features store: vision.pool (default: 1)")

@@ -26,6 +26,21 @@ def doctor(args: argparse.Namespace) -> int:
                    samples=args.samples, wanted=args.samples_per_second)
 
 
+def fetch(args: argparse.Namespace) -> int:
+    from vlmds.config import load_experiment
+    from vlmds.models.artifact import artifact_experiment, resolve_artifact
+    from vlmds.models.fetch import fetch_newest
+    from vlmds.training.run import final_artifact
+
+    if args.run is None:
+        experiment = load_experiment(args.exp, args.set)
+    else:
+        experiment = artifact_experiment(final_artifact(resolve_artifact(args.run)), args.set)
+    for line in fetch_newest(experiment):
+        print(line, flush=True)
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     from vlmds.demo.run import run_demo
 
@@ -64,6 +79,19 @@ def add_doctor(commands) -> None:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     command.set_defaults(call=doctor)
+
+
+def add_fetch(commands) -> None:
+    command = commands.add_parser(
+        "fetch", help="download the pretrained models ahead of a start",
+        description="Downloads what a start would, into the cache of the Hugging Face hub (HF_HOME), "
+        "for machines without a network; where the models are there already, a newer commit.")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--exp", help="YAML file, or name of a packaged experiment")
+    which.add_argument("--run", metavar="RUN", help="run folder or artifact: the commits it was "
+                       "trained from")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    command.set_defaults(call=fetch)
 
 
 def add_demo(commands) -> None:

@@ -19,10 +19,14 @@ from pathlib import Path
 from vlmds.files import sha256_of
 
 BLOCK = 8 << 20  # bytes of a download at once
+# No room, no right to write, or (on some network drives) no locks.
+UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK,
+            errno.ENOTSUP, errno.ENOSYS}
 
 
 class ShardCache:
-    """A folder for at most ``limit`` bytes of shards. Can be pickled."""
+    """A folder for at most ``limit`` bytes of shards, best on a disk of this machine: its locks
+    must work. Can be pickled."""
 
     def __init__(self, folder: str | Path, limit: float):
         self.folder, self.limit = Path(folder), int(limit)
@@ -49,7 +53,7 @@ class ShardCache:
                 os.utime(file)  # used last now
                 return file
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if error.errno not in UNUSABLE:
                 raise
             if not self._told:
                 print(f"vlmds: {self.folder}: {error.strerror}; shards are read remotely",

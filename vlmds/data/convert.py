@@ -35,7 +35,7 @@ from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_s
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
-from vlmds.files import as_path
+from vlmds.files import as_path, check_writable
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
@@ -99,6 +99,8 @@ def convert(
     """
     begin = time.monotonic()
     index, out = ShardIndex.open(source), as_path(out)
+    if not hasattr(out, "fs"):
+        check_writable(out, "OUT")
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
     sources = [_Source(position, info) for split in index.splits
                for position, info in enumerate(index.shards(split))]
@@ -145,6 +147,7 @@ def convert_from_options(
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.config import VisionConfig
+    from vlmds.models.hub import looks_local
     from vlmds.models.vision import load_vision_tower
 
     if store != "features":
@@ -157,7 +160,9 @@ def convert_from_options(
     if vision is not None:
         if pool < 1:
             raise InputError(f"--pool: {pool} is less than 1")
-        config = VisionConfig(model=vision, feature_layer=feature_layer, pool=pool)
+        name, _, revision = (vision, "", "") if looks_local(vision) else vision.partition("@")
+        config = VisionConfig(model=name, revision=revision or None, feature_layer=feature_layer,
+                              pool=pool)
         cuda = torch.cuda.is_available()
         tower = load_vision_tower(
             config, torch.bfloat16 if cuda else torch.float32,

@@ -5,6 +5,7 @@ a shard's place follows from its split and number, members are read as bytes, no
 or unpickled.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -180,19 +181,25 @@ class ShardIndex:
         values["members"] = tuple(Member(**member) for member in values["members"])
         return SampleRow(**values)
 
+    def tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """These columns of every shard's rows in turn. Raises InputError as :meth:`row` does."""
+        return (self._read_group(group, columns) for group in range(len(self.meta["shards"])))
+
     def read(self, row: SampleRow) -> dict[str, bytes]:
         """The sample's members {extension: bytes}, "json" among them, checked against the index.
 
-        Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced.
+        Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced,
+        and a file that another machine has replaced on a shared drive is opened anew.
         Raises SampleError naming shard, key and member.
         """
         try:
             return self._read(row)
-        except SampleError:
-            if self.cache is None or "://" not in str(self.root):
-                raise
-            if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
-                raise
+        except SampleError as error:
+            if getattr(error.__cause__, "errno", None) != errno.ESTALE:
+                if self.cache is None or "://" not in str(self.root):
+                    raise
+                if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
+                    raise
             self._files.clear()
         return self._read(row)
 
@@ -243,7 +250,7 @@ class ShardIndex:
         copies = self.cache is not None and "://" in str(self.root)
         self._files = _Cache(self._open_shard, lambda file: file.close(), 1 if copies else CACHED_SHARDS)
 
-    def _read_group(self, group: int) -> pa.Table:
+    def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
         path = self.root / "index.parquet"
         try:
             if self._index is None:
@@ -253,7 +260,7 @@ class ShardIndex:
                     raise InputError(f"{path}: not the one that was opened; the dataset has been packed "
                                      "anew, or appended to, since then: start again")
                 self._index = pq.ParquetFile(source, page_checksum_verification=True)
-            return self._index.read_row_group(group, use_threads=False)
+            return self._index.read_row_group(group, columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); "
                              "run vlmds pack again") from None

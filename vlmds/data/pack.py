@@ -24,7 +24,7 @@ from vlmds.data.merge import Base, Finished, finish
 from vlmds.data.prepare import Reply, Request
 from vlmds.data.shards import PackOptions, Shard, unfinished, write_shard
 from vlmds.errors import InputError
-from vlmds.files import as_path
+from vlmds.files import as_path, check_writable, driver_advice
 
 ENGINES = ("local", "ray")
 LOG_SECONDS = 30.0  # between the lines of progress in a log
@@ -99,6 +99,8 @@ def pack(
     begin = time.monotonic()
     out = as_path(out)
     options = PackOptions(**options)
+    if not hasattr(out, "fs"):
+        check_writable(out, "OUT")
     work = _plan(as_path(manifest), out, options, val_fraction, dedup, append, retry)
     if merge and work.todo:
         names = ", ".join(shard.name for shard in work.todo[:3])
@@ -183,6 +185,7 @@ def _plan(
         rows = [row for row in rows if not base.has(row)]
         unusable += base.still_unusable(table)
     known = len(table.rows) - len(rows)
+    _check_drivers(rows)
     packed = base.contents if base else {}
     facts = facts_of(out, rows, options, dedup, packed)
     if dedup:
@@ -191,6 +194,15 @@ def _plan(
     shards = shards_of(rows, options, facts, base.planned if base else {})
     todo = unfinished(out, shards, base.planned if base else {}, retry)
     return Work(shards, todo, unusable, table.ignored_columns, base, known)
+
+
+def _check_drivers(rows: list[ManifestRow]) -> None:
+    """Raise InputError if a driver for the rows' URLs is not installed: no row is to be rejected
+    for that. (A protocol that nobody knows is a mistake in the row.)"""
+    for url in {row.video.partition("://")[0]: row.video for row in rows if "://" in row.video
+                }.values():
+        if advice := driver_advice(url):
+            raise InputError(f"{url}: {advice}")
 
 
 def _finish(out: Path, work: Work, options: PackOptions) -> Finished:

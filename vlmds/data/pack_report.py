@@ -22,11 +22,13 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from vlmds.data.coverage import coverage_lines
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.stored import decode_stored, pixels_of, read_description, read_jpeg
 from vlmds.errors import SampleError
 from vlmds.files import write
+from vlmds.units import size_text
 
 NAME = "pack_report.html"
 CAPTION_ROWS = 2000  # samples whose captions are read
@@ -97,7 +99,7 @@ def write_report(out: Path) -> Path:
     page = environment.get_template("pack_report.html.j2").render(
         facts=_facts(index, table), splits=_splits(index), charts=charts,
         rejects=categories("", reasons, most=len(reasons) or 1).bars,
-        rejected=index.meta["rejected"], clips=_contact_sheet(index), total=total,
+        rejected=index.meta["rejected"], unseen=coverage_lines([index]), clips=_contact_sheet(index), total=total,
         fingerprint=index.fingerprint)
     write(out / NAME, page)
     return out / NAME
@@ -165,8 +167,8 @@ def _facts(index: ShardIndex, table: pa.Table) -> list[tuple[str, str]]:
         ("rejected rows", f"{index.meta['rejected']:,}"),
         ("store", index.store),
         ("shards", f"{len(shards):,}"),
-        ("bytes", _bytes(size)),
-        ("bytes a sample", _bytes(size / max(table.num_rows, 1))),
+        ("bytes", size_text(size)),
+        ("bytes a sample", size_text(size / max(table.num_rows, 1))),
         ("of video", f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.0f} s"),
     ]
     if index.meta.get("num_frames"):
@@ -180,17 +182,10 @@ def _facts(index: ShardIndex, table: pa.Table) -> list[tuple[str, str]]:
     return facts
 
 
-def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:,.0f} B"
-
-
 def _splits(index: ShardIndex) -> list[tuple[str, int, int, str]]:
     """(name, samples, shards, bytes) of each split."""
     return [(split, index.count(split), len(index.shards(split)),
-             _bytes(sum(shard.bytes for shard in index.shards(split)))) for split in index.splits]
+             size_text(sum(shard.bytes for shard in index.shards(split)))) for split in index.splits]
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

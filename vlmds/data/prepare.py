@@ -180,6 +180,10 @@ def _read_local(path: Path) -> bytes:
 def _read_url(url: str) -> bytes:
     import fsspec
 
+    from vlmds.files import driver_advice
+
+    if advice := driver_advice(url):
+        raise SampleError(f"file cannot be read: {advice}")
     try:
         with fsspec.open(url, "rb") as file:
             return file.read()

@@ -7,6 +7,7 @@ decode in training too. Without data there is only a table of typical clips, and
 from __future__ import annotations
 
 import io
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlmds.config import VisionConfig
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, bytes_per_sample, decode_features, encode_features
 from vlmds.data.index import SampleRow, ShardIndex
@@ -84,6 +86,22 @@ def prices(
     if store == "frames":
         return [_stored_frames_price(chosen), features]
     return [*_video_prices(chosen, num_frames, image_size), features]
+
+
+def conversion(part: ShardIndex, store: str, num_frames: int, image_size: int, vision: VisionConfig
+               ) -> str:
+    """The command that makes this store, as the experiment needs it, of a packed dataset, beside
+    it. num_frames, image_size, vision: the experiment's."""
+    root = str(part.root).rstrip("/")
+    words = ["vlmds", "pack", root, f"{root}-{store}", "--store", store, "--num-frames", str(num_frames)]
+    if store == "frames":
+        words += ["--image-size", str(image_size)]
+    else:
+        words += ["--vision", vision.model]
+        for option, value, default in (("--feature-layer", vision.feature_layer, -1),
+                                       ("--pool", vision.pool, 1)):
+            words += [option, str(value)] if value != default else []
+    return shlex.join(words)
 
 
 def needs(

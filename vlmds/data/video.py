@@ -328,8 +328,10 @@ def _index(info: FrameTable, frame: av.VideoFrame, time_base: Fraction) -> int:
 
 def decode_decord(source: Source, info: FrameTable, indices: np.ndarray) -> np.ndarray:
     """The frames `indices`, by decord alone: uint8 [F, height, width, 3]. Raises SampleError."""
-    import decord
-
+    try:
+        import decord
+    except (ImportError, OSError) as error:  # there is none for this machine, or not its libraries
+        raise SampleError("cannot be decoded: decord is not installed") from error
     if not is_sealed(source):  # decord would go where it points
         raise SampleError("cannot be decoded: decord is for MP4 and Matroska files alone")
     decord.logging.set_level(decord.logging.QUIET)  # what matters becomes a reason

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from vlmds.demo import clips, observations
+from vlmds.files import usual_modes
 
 VERSION = 2
 """Part of the settings' hash: raise it when a change here should discard saved models."""
@@ -298,6 +299,7 @@ def pretrain_clip(
     model.save_pretrained(out)
     processor.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    usual_modes(out)
     return report
 
 
@@ -331,4 +333,5 @@ def pretrain_llm(
     report = _optimise(step_loss, list(model.parameters()), steps, lr=2e-3)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    usual_modes(out)
     return report

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,10 +120,10 @@ class ClipScorer:
         generation: how captions are written.
     """
 
-    def __init__(self, experiment: Experiment, model: Model, device: torch.device,
-                 texts: Sequence[ClipText], swapped: dict[int, int], *, batch_size: int = 8,
+    def __init__(self, experiment: Experiment, model: Model, texts: Sequence[ClipText],
+                 swapped: dict[int, int], *, batch_size: int = 8,
                  generation: GenerationOptions = GenerationOptions()):
-        self.model, self.device, self.batch_size = model, device, batch_size
+        self.model, self.batch_size = model, batch_size
         self.generation = generation
         self.num_frames = experiment.data.num_frames
         self.num_workers = experiment.data.num_workers
@@ -181,7 +182,7 @@ class ClipScorer:
                 record["lent"][str(position)] = [0.0, 0]
                 jobs += [(row, caption, borrower.prompt, (record["lent"], str(position)))
                          for caption in borrower.captions]
-        features = torch.cat([features, self._blank_features()])
+        features = torch.cat([features, self._blank_features])
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
             values = self._log_probabilities(
@@ -197,14 +198,15 @@ class ClipScorer:
     @torch.no_grad()
     def blank_captions(self, prompts: Sequence[str | None]) -> dict[str | None, str]:
         """What the model says to each prompt when all frames are black."""
-        blank = self._blank_features()
-        return {prompt: self._generate(blank, [prompt])[0] for prompt in dict.fromkeys(prompts)}
+        return {prompt: self._generate(self._blank_features, [prompt])[0]
+                for prompt in dict.fromkeys(prompts)}
 
     def _generate(self, features: Tensor, prompts: Sequence[str | None]) -> list[str]:
         return generate_captions(self.model, self.builder, features, prompts, self.generation)
 
+    @cached_property
     def _blank_features(self) -> Tensor:
-        """[1, N, vision_dim]"""
+        """Of black frames, [1, N, vision_dim]: the same for all batches, as CLIP is frozen."""
         side = self.model.image_size
         return self.model.features({"frames": torch.zeros(
             1, self.num_frames, 3, side, side, dtype=torch.uint8)})
@@ -215,7 +217,7 @@ class ClipScorer:
         batch = self.builder.collate_training(
             [self.builder.training(c, p) for c, p in zip(captions, prompts, strict=True)])
         losses, rows = self.model.captioner.token_losses(
-            features, batch["input_ids"].to(self.device), batch["labels"].to(self.device))
+            features, batch["input_ids"], batch["labels"])
         losses, rows = losses.double().cpu(), rows.cpu()
         sums = torch.zeros(len(captions), dtype=torch.float64).index_add_(0, rows, -losses)
         return list(zip(sums.tolist(), torch.bincount(rows, minlength=len(captions)).tolist()))

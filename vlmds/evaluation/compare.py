@@ -111,11 +111,17 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
         if len({json.dumps(v) for v in values.values()}) > 1:
             add(f"Evaluations differ in {setting}: {listed(values)}",
                 f"평가 설정 {setting}이(가) 서로 다릅니다: {listed(values)}")
-    trained = {run.name: str(json.loads((run.path / "run.json").read_text()).get(
-        "data_fingerprint"))[:12] for run in runs}
+    records = {run.name: json.loads((run.path / "run.json").read_text()) for run in runs}
+    trained = {name: str(record.get("data_fingerprint"))[:12] for name, record in records.items()}
     if len(set(trained.values())) > 1:
         add(f"The runs were not trained on the same data: {listed(trained)}",
             f"학습 데이터가 서로 다릅니다: {listed(trained)}")
+    batches = {name: record.get("global_batch") for name, record in records.items()}
+    if len(set(batches.values())) > 1:
+        add("The runs were trained with different global batches, so with different numbers of steps "
+            f"(set training.global_batch): {listed(batches)}",
+            "글로벌 배치 크기가 서로 달라 학습 스텝 수도 다릅니다 (training.global_batch로 맞추세요): "
+            f"{listed(batches)}")
     for run in runs:
         artifact = run.metrics["settings"]["artifact"]
         if not run.finished:

@@ -45,7 +45,7 @@ from vlmds.evaluation.metrics import (
     summarise,
     tokenizers,
 )
-from vlmds.files import absolute, write
+from vlmds.files import absolute, check_writable, write
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import weights_sha256
@@ -103,7 +103,7 @@ def evaluate_run(
                           shuffle=False, decode_seconds=experiment.data.decode_seconds)
     positions = evaluated_positions(len(reader), clips)
     texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
-    scorer = ClipScorer(experiment, captioner.model, captioner.device, texts, swap_videos(texts),
+    scorer = ClipScorer(experiment, captioner.model, texts, swap_videos(texts),
                         batch_size=batch_size, generation=generation)
     # Rank 0 alone reads what is done: another rank may have begun to write by then.
     finished = ranks.on_main(lambda: [r["position"] for r in _read_parts(output)])
@@ -129,7 +129,7 @@ def evaluate_run(
 
 
 def evaluate_subset(
-    experiment: Experiment, model: Model, reader: SampleReader, device: torch.device, *,
+    experiment: Experiment, model: Model, reader: SampleReader, *,
     clips: int = 64, samples: int = 4, batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(max_new_tokens=64),
 ) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def evaluate_subset(
     try:
         positions = evaluated_positions(len(reader), clips)
         texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
-        scorer = ClipScorer(experiment, model, device, texts, swap_videos(texts),
+        scorer = ClipScorer(experiment, model, texts, swap_videos(texts),
                             batch_size=batch_size, generation=generation)
         rank, world = ranks.place()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
@@ -327,6 +327,7 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
 
 def _prepare(output: Path, settings: dict, again: bool) -> bool:
     """Make the folder ready; True if everything is there already with these settings."""
+    check_writable(output, "--output", ("parts", "thumbnails"))
     path = output / "settings.json"
     same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == settings
     if same and not again and (output / "metrics.json").is_file():
@@ -361,7 +362,7 @@ def _save(output: Path, metrics: dict, predictions: list[dict], records: list[di
     write(output / "predictions.jsonl",
           "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     write(output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(output / "parts")
+    shutil.rmtree(output / "parts", ignore_errors=True)  # NFS keeps what someone has open
 
 
 def _folder_name(run: Path, dataset: Dataset, split: str) -> str:

@@ -14,7 +14,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.export.parity import Parity
 from vlmds.models.artifact import weights_sha256
-from vlmds.models.pretrained import looks_local
+from vlmds.models.hub import looks_local
 
 REMOTE = "remote"
 """The kind of folder that `--format hf-llava` gives where LLaVA's architecture does not fit."""

@@ -41,16 +41,18 @@ from vlmds.export.parity import (
 )
 from vlmds.export.processor import user_message
 from vlmds.export.remote import write_remote
-from vlmds.files import new_folder, sha256_of
+from vlmds.files import check_writable, copy_files, new_folder, sha256_of
 from vlmds.inference import VideoCaptioner, choose_device
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import load_tokenizer
+from vlmds.models.pretrained import counted_phase
+from vlmds.progress import phase
 from vlmds.training.run import final_artifact
 
 FORMATS = ("vlmds", "peft", "hf-llava")
-PEFT_CARD = shutil.ignore_patterns("README.md")  # an empty form
+PEFT_CARD = ("README.md",)  # an empty form
 HOW_TO_LOAD = Path(__file__).parent / "bundle" / "example.py"
 
 
@@ -87,11 +89,11 @@ def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = 
         return _write_folded(artifact, output, format, experiment, published, target, facts)
     with new_folder(output) as new:
         if format == "vlmds":
-            shutil.copytree(artifact, new, dirs_exist_ok=True, ignore=PEFT_CARD)
+            copy_files(artifact, new, PEFT_CARD)
             if meta["adapter"]:
                 _name_base(new / "adapter" / "adapter_config.json", experiment, meta)
         else:
-            shutil.copytree(artifact / "adapter", new, dirs_exist_ok=True, ignore=PEFT_CARD)
+            copy_files(artifact / "adapter", new, PEFT_CARD)
             _name_base(new / "adapter_config.json", experiment, meta)
             shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
             _write_json(new / "lineage.json", meta["lineage"])
@@ -122,6 +124,7 @@ def check_request(artifact: Path, meta: dict, output: Path, format: str, merge: 
         raise InputError(f"--format {format}: choose {', '.join(FORMATS)}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output}: is there already; choose another folder")
+    check_writable(output, "--output")
     if format == "peft" and merge:
         raise InputError("--merge: --format peft is the adapter itself; leave one of them out")
     if meta.get("llm") and (format != "vlmds" or merge):
@@ -139,11 +142,12 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
     template, tokens = model.tokenizer.chat_template, model.captioner.projector.num_tokens
     builder = SequenceBuilder(model.tokenizer, experiment.data.prompt, tokens)
     probes, source = make_probes(experiment, model)
-    before = [captioner_logits(model, probe, device) for probe in probes]
+    with phase("logits before folding", unit="clips") as shown:
+        before = [captioner_logits(model, probe, device) for probe in shown.counting(probes)]
     if isinstance(model.captioner.llm, PeftModel):
         model.captioner.llm = merge_adapter(model.captioner.llm)
     activation = None
-    with new_folder(output) as new:
+    with phase(f"exporting to {output}"), new_folder(output) as new:
         if format == "vlmds":
             kind = "merged"
             _write_merged(new, artifact, model, published)
@@ -172,7 +176,8 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
 
 def _write_merged(new: Path, artifact: Path, model: Model, published: Experiment) -> None:
     meta, _ = read_artifact(artifact)
-    model.captioner.llm.save_pretrained(new / LLM)
+    with counted_phase("writing the language model", "files"):
+        model.captioner.llm.save_pretrained(new / LLM)
     model.tokenizer.save_pretrained(new / LLM)
     shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
     (new / "experiment.yaml").write_text(to_yaml(unquantised(published)), encoding="utf-8")
@@ -232,7 +237,7 @@ def _name_base(path: Path, experiment: Experiment, meta: dict) -> None:
 def _template(experiment: Experiment) -> str | None:
     """The chat template, None where the language model is not on this machine."""
     try:
-        return load_tokenizer(experiment.llm.model, local_files_only=True).chat_template
+        return load_tokenizer(experiment.llm, local_files_only=True).chat_template
     except InputError:
         return None
 

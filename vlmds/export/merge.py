@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from vlmds.config import Experiment
 from vlmds.errors import InputError
-from vlmds.files import sha256_of
+from vlmds.hashes import weights_sha256
 from vlmds.models.artifact import check_tower, load_artifact, read_artifact
 from vlmds.models.assemble import Model, load_model
+from vlmds.progress import phase
 from vlmds.training.lineage import base_files, tokenizer_sha256
 from vlmds.training.run import check_base_weights
 
@@ -45,8 +46,8 @@ def check_base(artifact: Path, experiment: Experiment) -> None:
     recorded = read_artifact(artifact)[0]["lineage"].get("weights")
     if recorded is None:
         return
-    found = {name: sha256_of(path) for name, path in base_files(experiment).items()}
-    found["llm/tokenizer"] = tokenizer_sha256(experiment.llm.model)
+    found = weights_sha256(base_files(experiment))
+    found["llm/tokenizer"] = tokenizer_sha256(experiment.llm)
     try:
         check_base_weights(recorded, found, experiment, artifact)
     except InputError as error:
@@ -64,8 +65,9 @@ def merge_adapter(llm: PeftModel) -> PreTrainedModel:
     Raises:
         InputError: a merged weight is not finite.
     """
-    for name, module in llm.named_modules():
-        if isinstance(module, LoraLayer):
+    layers = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
+    with phase("folding the adapter in", unit="layers") as shown:
+        for name, module in shown.counting(layers.items()):
             dtype = module.get_base_layer().weight.dtype
             module.float()
             try:

@@ -20,6 +20,7 @@ from vlmds.evaluation.clips import evaluated_positions
 from vlmds.generation import GenerationOptions, generate_captions
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
+from vlmds.progress import phase
 
 CLIPS = 8
 
@@ -63,8 +64,9 @@ def make_probes(experiment: Experiment, model: Model) -> tuple[
     try:
         samples, split = _dataset_samples(experiment, model.image_size)
     except (InputError, SampleError, OSError) as error:
-        probes = [Probe(frames, None, builder.training(caption or "?"))
-                  for frames, caption in _random_clips(experiment, model, builder)]
+        with phase("captions of random frames"):
+            probes = [Probe(frames, None, builder.training(caption or "?"))
+                      for frames, caption in _random_clips(experiment, model, builder)]
         print(f"vlmds: the logits are compared on random frames: {error}", file=sys.stderr)
         return probes, "random frames, for want of the run's data"
     return [Probe(s.frames, s.prompt, builder.training(s.caption, s.prompt))
@@ -111,12 +113,13 @@ def compare_logits(before: Sequence[Tensor], after: Callable[[int], Tensor], sou
     """before: of each probe, float32 [tokens, vocabulary]; after: gives the exported model's."""
     difference = kl = 0.0
     same = tokens = 0
-    for number, ours in enumerate(before):
-        theirs = after(number)
-        difference = max(difference, (ours - theirs).abs().max().item())
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        a, b = (F.log_softmax(x.double(), dim=-1) for x in (ours, theirs))
-        kl += float((a.exp() * (a - b)).sum())
-        tokens += len(ours)
+    with phase("logits after folding", unit="clips") as shown:
+        for number, ours in enumerate(shown.counting(before)):
+            theirs = after(number)
+            difference = max(difference, (ours - theirs).abs().max().item())
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            a, b = (F.log_softmax(x.double(), dim=-1) for x in (ours, theirs))
+            kl += float((a.exp() * (a - b)).sum())
+            tokens += len(ours)
     return Parity(source, len(before), tokens, difference, same / tokens,
                   max(kl / tokens, 0.0))  # rounding can take it below

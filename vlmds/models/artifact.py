@@ -27,11 +27,12 @@ from torch import Tensor
 
 from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.errors import InputError
-from vlmds.files import new_folder, sha256_of
+from vlmds.files import is_there, new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter
-from vlmds.models.pretrained import looks_local
+from vlmds.models.hub import looks_local
 from vlmds.models.vision import VisionTower
+from vlmds.progress import phase
 
 FORMAT, VERSION = "vlmds-artifact", 2
 READABLE = (1, 2)
@@ -41,6 +42,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 LLM = "llm"
 
 
+@phase("saving the artifact")
 def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str,
                   lineage: dict) -> None:
     """Write the artifact; it appears whole or not at all.
@@ -67,7 +69,7 @@ def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, st
 
 
 def is_artifact(folder: Path) -> bool:
-    return (folder / "artifact.json").is_file()
+    return is_there(folder / "artifact.json")
 
 
 def resolve_artifact(name: str | Path) -> Path:
@@ -100,14 +102,27 @@ def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         InputError: not an artifact, a bad override, or another LLM for one that holds its own.
     """
-    own = read_artifact(folder)[0].get("llm")
-    overrides = ["llm.attention=auto", *overrides]
+    meta, trained = read_artifact(folder)
+    own = meta.get("llm")
+    overrides = ["llm.attention=auto", *_revisions(meta, trained, overrides), *overrides]
     if own is None:
         return load_experiment(folder / "experiment.yaml", overrides)
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(f"--set llm.model: {folder} holds its own language model, into which its "
                          "adapter is folded; leave it out")
     return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])
+
+
+def _revisions(meta: dict, trained: Experiment, overrides: Sequence[str]) -> list[str]:
+    """Overrides that pin the commits an artifact of version 2 was trained from, which its experiment
+    does not name yet. A model that is overridden is another one."""
+    found = []
+    for part, commit in (meta["lineage"].get("revisions") or {}).items():
+        section = getattr(trained, part)
+        if (commit and section.revision is None and not looks_local(section.model)
+                and not any(text.startswith(f"{part}.model=") for text in overrides)):
+            found.append(f"{part}.revision={commit}")
+    return found
 
 
 def read_artifact(folder: Path) -> tuple[dict, Experiment]:
@@ -140,6 +155,7 @@ def check_tower(folder: Path, experiment: Experiment, tower: VisionTower) -> Non
             f"({tower.fingerprint()[:12]})")
 
 
+@phase("loading the artifact")
 def load_artifact(folder: Path, captioner: Captioner) -> None:
     """Load an artifact's weights into a captioner, which gains the adapter if there is one.
 

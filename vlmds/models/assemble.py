@@ -15,6 +15,7 @@ from transformers import (
 
 from vlmds.config import Experiment
 from vlmds.models.captioner import Captioner
+from vlmds.models.fetch import fetch_models
 from vlmds.models.language import (
     add_adapter,
     check_vocabulary,
@@ -24,6 +25,7 @@ from vlmds.models.language import (
 from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.projectors import Projector, build_projector
 from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame, vision_half
+from vlmds.progress import phase
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Model:
 def load_model(
     experiment: Experiment, device: torch.device, stored_tower: str | None = None
 ) -> Model:
-    """The pretrained parts of the experiment and a fresh projector, without an adapter.
+    """The pretrained parts of the experiment and a fresh projector, without an adapter. All ranks of
+    a job call it alike; what is missing on this machine is downloaded.
 
     Args:
         stored_tower: fingerprint of the tower whose features the data holds, which the caller has
@@ -63,12 +66,12 @@ def load_model(
     Raises:
         InputError: a part cannot be loaded, or parts do not fit each other.
     """
+    experiment = fetch_models(experiment)
     dtype = getattr(torch, experiment.llm.dtype)
-    tokenizer = load_tokenizer(experiment.llm.model)
-    name = experiment.vision.model
-    vision = vision_half(load_config(name, "vision.model"), name)
+    tokenizer = load_tokenizer(experiment.llm)
+    vision = vision_half(load_config(experiment.vision), experiment.vision.model)
     tower = None if stored_tower else load_vision_tower(experiment.vision, dtype, device)
-    llm = load_language_model(experiment.llm, device)
+    llm = load_language_model(experiment.llm, device, experiment.training.micro_batch)
     check_vocabulary(llm, tokenizer, experiment.llm.model)
     torch.manual_seed(experiment.training.seed)  # every rank draws the same projector
     projector = experiment_projector(experiment, vision, llm.config)
@@ -95,15 +98,15 @@ class Shapes:
     captioner: Captioner
 
 
+@phase("sizing the models")
 def shapes(experiment: Experiment) -> Shapes:
     """Build the models without their weights.
 
     Raises:
         InputError: a model's configuration cannot be loaded, or parts do not fit.
     """
-    vision = vision_half(published_or_loaded_config(experiment.vision.model, "vision.model"),
-                         experiment.vision.model)
-    language = published_or_loaded_config(experiment.llm.model, "llm.model")
+    vision = vision_half(published_or_loaded_config(experiment.vision), experiment.vision.model)
+    language = published_or_loaded_config(experiment.llm)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
         captioner = Captioner(experiment_projector(experiment, vision, language), llm)

@@ -23,29 +23,44 @@ def installed_flash() -> set[str]:
     return {name for name, there in available.items() if there}
 
 
-def attention_for(llm: LanguageConfig, device: torch.device) -> str:
-    """What ``attn_implementation`` of transformers is to be. Raises InputError."""
+def attention_for(llm: LanguageConfig, micro_batch: int | None, device: torch.device
+                  ) -> tuple[str, str]:
+    """:func:`choose_attention` for this device."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    return choose_attention(llm.attention, llm.dtype, major, installed_flash())
+    return choose_attention(llm.attention, llm.dtype, micro_batch, major, installed_flash())
 
 
-def choose_attention(wanted: str, dtype: str, major: int | None, installed: set[str]) -> str:
-    """``auto``: the newest FlashAttention that is installed and made for the card, else SDPA.
+def choose_attention(wanted: str, dtype: str, micro_batch: int | None, major: int | None,
+                     installed: set[str]) -> tuple[str, str]:
+    """``auto``: the newest FlashAttention that is installed and made for the card, else SDPA; SDPA
+    also for micro-batches of 1, before which transformers' FlashAttention looks at the positions,
+    in every layer, whether they are of several sequences in one row.
 
     Args:
-        wanted, dtype: ``llm.attention`` and ``llm.dtype``.
+        wanted, dtype, micro_batch: ``llm.attention``, ``llm.dtype`` and ``training.micro_batch``;
+            None if nothing is trained.
         major: the card's compute capability; None on a CPU.
         installed: of FLASH.
+
+    Returns:
+        What ``attn_implementation`` of transformers is to be, and what the user should know of it,
+        or "".
 
     Raises:
         InputError: one that was asked for by name cannot run here.
     """
     problems = {name: _problem(name, dtype, major, installed) for name in FLASH}
     if wanted == "auto":
-        return next((name for name, problem in problems.items() if problem is None), SDPA)
+        flash = next((name for name, problem in problems.items() if problem is None), None)
+        if flash and micro_batch == 1:
+            return SDPA, f"{flash} waits for the GPU in every layer if training.micro_batch is 1"
+        return flash or SDPA, ""
     if problem := problems.get(wanted):
         raise InputError(f"llm.attention: {wanted} {problem}, or set llm.attention to auto")
-    return wanted
+    if wanted in FLASH and micro_batch == 1:
+        return wanted, ("WARNING: it waits for the GPU in every layer if training.micro_batch is 1; "
+                        "set llm.attention to auto, or training.micro_batch to 2 or more")
+    return wanted, ""
 
 
 def _problem(name: str, dtype: str, major: int | None, installed: set[str]) -> str | None:

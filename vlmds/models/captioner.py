@@ -35,22 +35,31 @@ class Captioner(nn.Module):
 
         Args:
             features: patch features [B, N, vision_dim].
-            input_ids: int64 [B, L], exactly ``projector.num_tokens`` of them VISUAL in each row.
+            input_ids: int64 [B, L], with ``projector.num_tokens`` VISUAL in one piece in each row.
+                Best left on the host: to find on a GPU where they are, the host waits for it.
 
         Returns:
             Embeddings [B, L, llm_dim].
+
+        Raises:
+            ValueError: a row has other placeholders.
         """
         visual = self.projector(features)  # [B, M, llm_dim]
-        text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # [B, L, llm_dim]
-        place = (input_ids == VISUAL).unsqueeze(-1)  # [B, L, 1]
-        return text.masked_scatter(place, visual.to(text.dtype))
+        starts = visual_starts(input_ids, visual.shape[1])
+        ids = without_wait(input_ids, visual.device).clamp(min=0)
+        text = self.llm.get_input_embeddings()(ids)  # [B, L, llm_dim]
+        # Slices, whose places the host knows, and not a mask: its backward pass would wait for the
+        # GPU to count how much is in it.
+        pieces = [piece for row, tokens, start in zip(text, visual.to(text.dtype), starts, strict=True)
+                  for piece in (row[:start], tokens, row[start + len(tokens):])]
+        return torch.cat(pieces).unflatten(0, ids.shape)
 
     def forward(self, features: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy over the supervised tokens, fp32 scalar.
 
         Args:
-            features: [B, N, vision_dim]; input_ids, labels: int64 [B, L], IGNORE = no loss. Labels
-                are best left on the host: to find on a GPU where they are, the host waits for it.
+            features: [B, N, vision_dim]; input_ids, labels: int64 [B, L], IGNORE = no loss. Both
+                are best left on the host, see :meth:`embed`.
         """
         return self.token_losses(features, input_ids, labels)[0].sum()
 
@@ -69,7 +78,7 @@ class Captioner(nn.Module):
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
         supervised = targets != IGNORE  # [B, L] bool, K of them true
         found = supervised.nonzero(as_tuple=True)
-        wanted, *places = (t.to(embeds.device, non_blocking=True) for t in (targets[found], *found))
+        wanted, *places = without_wait(torch.stack([targets[found], *found]), embeds.device)
         head = self.llm.get_output_embeddings()
         if can_split(head, self.llm.config.model_type):
             hidden = self.llm.get_decoder()(
@@ -91,7 +100,7 @@ class Captioner(nn.Module):
 
         Args:
             features: [B, N, vision_dim].
-            input_ids, attention_mask: int64 [B, L], left-padded.
+            input_ids, attention_mask: int64 [B, L], left-padded; input_ids as in :meth:`embed`.
             more: as transformers' ``generate`` takes them: ``logits_processor``, ``streamer``, …
 
         Returns:
@@ -100,6 +109,32 @@ class Captioner(nn.Module):
         return self.llm.generate(
             inputs_embeds=self.embed(features, input_ids), attention_mask=attention_mask,
             generation_config=config, **more)
+
+
+def visual_starts(input_ids: Tensor, count: int) -> list[int]:
+    """Where the visual tokens of each row begin.
+
+    Args:
+        input_ids: int64 [B, L].
+
+    Raises:
+        ValueError: a row does not have exactly ``count`` placeholders, one after another.
+    """
+    places = input_ids == VISUAL  # [B, L]
+    starts = places.int().argmax(1, keepdim=True)  # [B, 1], the first of each row
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if not torch.equal(places, (columns >= starts) & (columns < starts + count)):
+        raise ValueError(f"input_ids: rows have {places.sum(1).tolist()} placeholders; each must "
+                         f"have {count}, one after another")
+    return starts.flatten().tolist()
+
+
+def without_wait(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``. From the host to a GPU it is copied from pinned memory, as from
+    other memory the host may wait for all that the GPU has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # the same tensor, if it is pinned already
+    return tensor.to(device, non_blocking=True)
 
 
 def without_mask(config: PreTrainedConfig) -> dict[str, dict]:

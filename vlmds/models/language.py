@@ -16,31 +16,43 @@ from vlmds.config import LanguageConfig, PeftSection
 from vlmds.errors import InputError
 from vlmds.models.attention import attention_for
 from vlmds.models.dora import use_dora
+from vlmds.models.fetch import model_folder
+from vlmds.models.hub import cached_folder
 from vlmds.models.pretrained import load_config, load_weights, loading
 from vlmds.quiet import quietly
 
 
-def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or local folder; ``local_files_only`` asks no network.
+def load_tokenizer(llm: LanguageConfig, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer. local_files_only: take it from this machine, where the weights
+    need not be.
 
     Raises:
         InputError: none there, or one without a chat template.
     """
-    with loading("llm.model", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+    folder = cached_folder(llm)
+    if folder is None and not local_files_only:
+        folder = model_folder(llm)
+    with loading("llm.model", llm.model):
+        tokenizer = AutoTokenizer.from_pretrained(folder) if folder else (
+            AutoTokenizer.from_pretrained(llm.model, revision=llm.revision, local_files_only=True))
     if not tokenizer.chat_template:
-        raise InputError(f"llm.model: the tokenizer of {name} has no chat template")
+        raise InputError(f"llm.model: the tokenizer of {llm.model} has no chat template")
     return tokenizer
 
 
-def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrainedModel:
+def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: int | None = None
+                        ) -> PreTrainedModel:
     """Load the LLM frozen onto ``device``, quantised to NF4 when ``llm.load_in_4bit``.
+
+    Args:
+        micro_batch: ``training.micro_batch``, if it matters: see :func:`attention_for`.
 
     Raises:
         InputError: missing or damaged folder, shapes that do not fit its config.json, or an
             ``llm.attention`` that cannot run here.
     """
-    config = load_config(llm.model, "llm.model")
+    folder = model_folder(llm)
+    config = load_config(llm)
     dtype = getattr(torch, llm.dtype)
     quantisation = None
     if llm.load_in_4bit:
@@ -52,9 +64,9 @@ def load_language_model(llm: LanguageConfig, device: torch.device) -> PreTrained
             bnb_4bit_compute_dtype=dtype,
         )
     model = load_weights(
-        AutoModelForCausalLM, llm.model, "llm.model", config=config, dtype=dtype,
+        AutoModelForCausalLM, llm, folder, config=config, dtype=dtype,
         quantization_config=quantisation, device_map={"": device},
-        attn_implementation=attention_for(llm, device),
+        attn_implementation=attention_for(llm, micro_batch, device)[0],
     )
     model.requires_grad_(False)
     if llm.load_in_4bit:

@@ -6,9 +6,11 @@ import contextlib
 from pathlib import Path
 
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Config
-from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from vlmds.errors import InputError
+from vlmds.models.hub import Section, cached_folder, key_of
+from vlmds.progress import phase
 from vlmds.quiet import quietly
 
 # The shapes of the two models that the packaged experiments name, as published in their
@@ -40,16 +42,20 @@ def loading(key: str, name: str):
         raise InputError(f"{key}: cannot load {name}: {reason[:300]}") from error
 
 
-def load_weights(model_class, name: str, key: str, **options):
-    """``model_class.from_pretrained(name, **options)``, but a weight that is missing or does not have
-    the shape of config.json is an error, never a random initialisation.
+def load_weights(model_class, section: Section, folder: Path, **options):
+    """``model_class.from_pretrained(folder)``, but a weight that is missing or does not have the shape
+    of config.json is an error, never a random initialisation.
 
     Raises:
-        InputError: names ``key``, and for a wrong shape both shapes.
+        InputError: names the experiment's key, and for a wrong shape both shapes.
     """
-    with loading(key, name):
+    key, name = key_of(section), section.model
+    quantised = "" if options.get("quantization_config") is None else " and quantising"
+    with loading(key, name), counted_phase(f"loading{quantised} {key} {name}", "tensors"):
         model, report = model_class.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    # What is saved of the model names the repository, not where its snapshot lies here.
+    model.name_or_path = model.config._name_or_path = name
     for weight, found, expected in sorted(report["mismatched_keys"]):
         raise InputError(f"{key}: {name}: {weight} has shape {list(found)} in the weights, but "
                          f"{list(expected)} by its config.json; the two are of different models")
@@ -60,47 +66,35 @@ def load_weights(model_class, name: str, key: str, **options):
     return model
 
 
-def load_config(name: str, key: str) -> PretrainedConfig:
-    """The model configuration of a hub name or local folder; no weights are read.
+@contextlib.contextmanager
+def counted_phase(what: str, unit: str):
+    """A :func:`phase` in which transformers' progress bars count, instead of on the screen."""
+    with phase(what, unit=unit) as shown:
+        def bar(factory, args, kwargs):
+            if len(args) == 1 and hasattr(args[0], "__len__"):
+                return transformers_logging.EmptyTqdm(shown.counting(args[0]))
+            return factory(*args, **kwargs)
+
+        before = transformers_logging.set_tqdm_hook(bar)
+        try:
+            yield
+        finally:
+            transformers_logging.set_tqdm_hook(before)
+
+
+def load_config(section: Section) -> PretrainedConfig:
+    """The model's configuration, for which config.json alone is downloaded if it is not here.
 
     Raises:
-        InputError: nothing loadable there; names ``key``, the experiment's key for it.
+        InputError: nothing loadable there; names the experiment's key.
     """
-    if looks_local(name) and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{key}: {name} is not a model folder (no config.json in it)")
-    with loading(key, name):
-        return AutoConfig.from_pretrained(name)
+    folder = cached_folder(section)
+    with loading(key_of(section), section.model):
+        if folder is not None:
+            return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(section.model, revision=section.revision)
 
 
-def published_or_loaded_config(name: str, key: str) -> PretrainedConfig:
+def published_or_loaded_config(section: Section) -> PretrainedConfig:
     """As :func:`load_config`, but never asks the network for a model whose shape is known here."""
-    return PUBLISHED_SHAPES.get(name) or load_config(name, key)
-
-
-def hub_revision(name: str, key: str) -> str | None:
-    """The commit of the hub repository ``name`` that loads on this machine; None for a folder.
-
-    Raises:
-        InputError: as :func:`load_config`.
-    """
-    return None if Path(name).is_dir() else getattr(load_config(name, key), "_commit_hash", None)
-
-
-def weight_files(name: str, key: str) -> list[Path]:
-    """The files that ``from_pretrained(name)`` takes the weights from, on this machine, sorted.
-
-    Raises:
-        InputError: there are none.
-    """
-    with loading(key, name):
-        folder = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
-    for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(folder.glob(pattern))
-        if files:
-            return files
-    raise InputError(f"{key}: {name} has no weights (*.safetensors) in {folder}")
-
-
-def looks_local(name: str) -> bool:
-    """Whether ``name`` is a path: it exists, or it cannot be a hub id (``owner/name``)."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return PUBLISHED_SHAPES.get(section.model) or load_config(section)

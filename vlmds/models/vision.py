@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from vlmds.config import VisionConfig
 from vlmds.errors import InputError
+from vlmds.models.fetch import model_folder
 from vlmds.models.pretrained import load_config, load_weights, loading
 
 
@@ -135,10 +136,11 @@ def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device) -> Visio
         InputError: missing or damaged folder, not CLIP, or an image processor whose size differs
             from the model's.
     """
-    config = vision_half(load_config(vision.model, "vision.model"), vision.model)
-    clip = load_weights(CLIPVisionModel, vision.model, "vision.model", config=config, dtype=dtype)
+    folder = model_folder(vision)
+    config = vision_half(load_config(vision), vision.model)
+    clip = load_weights(CLIPVisionModel, vision, folder, config=config, dtype=dtype)
     with loading("vision.model", vision.model):
-        processor = CLIPImageProcessorPil.from_pretrained(vision.model)
+        processor = CLIPImageProcessorPil.from_pretrained(folder)
     size = processor.crop_size["height"]
     if size != config.image_size:
         raise InputError(

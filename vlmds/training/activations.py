@@ -4,13 +4,14 @@ and which compute them again."""
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from vlmds.config import Experiment, StageConfig
-from vlmds.memory import fewest_recomputed, stage_memories
+from vlmds.memory import LATER_BYTES, fewest_recomputed, outside_bytes, stage_memories
 from vlmds.models.assemble import shapes
 from vlmds.models.captioner import Captioner
 from vlmds.training.optimizer import freeze
-from vlmds.training.ranks import place
+from vlmds.training.ranks import gather, place
 
 
 def checkpointed_layers(
@@ -18,7 +19,7 @@ def checkpointed_layers(
 ) -> int:
     """0 for no layer, n for every n-th. ``auto`` recomputes no more than the memory of ``device``
     asks for, as :mod:`vlmds.memory` predicts; nothing on a CPU, and every layer where even that is
-    not predicted to fit.
+    not predicted to fit. The rank with the least memory decides for all, which call this together.
 
     Args:
         stored_features: the data holds CLIP's features, so no tower is loaded.
@@ -28,18 +29,40 @@ def checkpointed_layers(
         return int(setting)
     if device.type != "cuda":
         return 0
-    capacity = torch.cuda.get_device_properties(device).total_memory
-    return fewest_that_fits(experiment, stage, stored_features, capacity, place()[1])
+    free = min(gather(free_bytes(device))) - LATER_BYTES
+    return _fewest(experiment, stage, stored_features, free, place()[1])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What PyTorch may take of a GPU's memory, its weights and all that it has taken already
+    included. Measured after a collective, for NCCL makes its communicators in the first one; all
+    ranks call this together."""
+    start_communicators(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
+def start_communicators(device: torch.device) -> None:
+    """The least collective, to its end; nothing in a process that has joined no ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1, device=device))
+        torch.cuda.synchronize(device)
 
 
 def fewest_that_fits(experiment: Experiment, stage: StageConfig, stored_features: bool,
                      capacity: float, world_size: int) -> int:
-    """What ``auto`` is on a GPU with ``capacity`` bytes."""
+    """What ``auto`` is expected to be on GPUs with ``capacity`` bytes."""
+    return _fewest(experiment, stage, stored_features, capacity - outside_bytes(world_size),
+                   world_size)
+
+
+def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, free: float,
+            world_size: int) -> int:
     model = shapes(experiment)
     freeze(model.captioner, stage)
     memories = stage_memories(experiment, stage, model.captioner,
                               None if stored_features else model.tower, world_size)
-    every = fewest_recomputed(memories, capacity)
+    every = fewest_recomputed(memories, free)
     return 1 if every is None else every
 
 

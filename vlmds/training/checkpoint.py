@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,10 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmds.errors import InputError
-from vlmds.files import publish_folder, sha256_of, sync_file
+from vlmds.files import publish_folder, remove_folder, sha256_of, sync_file
+from vlmds.progress import phase, tell
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ranks import on_main
-from vlmds.training.watch import tell
 
 VERSION = 1
 WEIGHT = "weight"
@@ -92,11 +93,13 @@ def publish(temporary: Path, folder: Path, state: dict, entries: list[dict]) -> 
 def _wait_for(path: Path, size: int) -> None:
     """Another node's file may show late on a network drive; on a disk of that node it never does."""
     deadline = time.monotonic() + SHARED_SECONDS
+    os.listdir(path.parent)  # NFS forgets with it that a name was not there
     while not path.is_file() or path.stat().st_size != size:
         if time.monotonic() > deadline:
             raise OSError(f"{path.name} is not in {path.parent}; put --output on a file system that "
                           "all nodes share")
         time.sleep(0.1)
+        os.listdir(path.parent)
 
 
 def prune(root: Path, stage: str, keep: int) -> None:
@@ -107,8 +110,7 @@ def prune(root: Path, stage: str, keep: int) -> None:
     best = max(scores, key=scores.get) if scores else None  # of equal ones the first
     for folder in folders[keep:]:
         if folder != best:
-            # First the name goes, so that no moment shows a checkpoint with files missing.
-            shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+            remove_folder(folder)
 
 
 def _score(folder: Path) -> float | None:
@@ -130,6 +132,7 @@ def temporary_name(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
+@phase("loading the checkpoint")
 def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None:
     """Put a checkpoint's weights and moments into an engine of any world size; all ranks call it.
 
@@ -193,6 +196,7 @@ def checkpoints(root: Path, stage: str) -> list[Path]:
                   reverse=True)
 
 
+@phase("checking the checkpoint")
 def check(folder: Path) -> str | None:
     """Why the checkpoint cannot be used, or None."""
     try:

@@ -31,7 +31,8 @@ class EnergyMeter:
 
 def gpu_counter(device: torch.device) -> Callable[[], float | None]:
     """Reads the joules that a GPU has taken since its driver was loaded (Volta and later); reads
-    None on a CPU, without nvidia-ml-py, and from GPUs that do not count."""
+    None on a CPU, without nvidia-ml-py, from GPUs that do not count, and from a part of a GPU (MIG):
+    the counter is the whole one's."""
     if device.type != "cuda":
         return lambda: None
     try:
@@ -41,9 +42,21 @@ def gpu_counter(device: torch.device) -> Callable[[], float | None]:
         # By UUID: CUDA_VISIBLE_DEVICES renumbers CUDA's devices, not NVML's.
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        if _in_parts(handle):
+            return lambda: None
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except ImportError:
         return lambda: None
     except pynvml.NVMLError:
         return lambda: None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # from millijoules
+
+
+def _in_parts(handle) -> bool:
+    """Whether a GPU is divided. CUDA may call a part of it by the whole one's UUID."""
+    import pynvml
+
+    try:
+        return pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+    except pynvml.NVMLError:  # a GPU that cannot be
+        return False

@@ -13,16 +13,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-from torch import nn
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
 
 from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
 from vlmds.models.dora import weights_changed
+from vlmds.progress import phase
 from vlmds.training.optimizer import parameter_groups, trainable
 
 OWNER_REDUCTIONS = 64
 """Ranks up to which each part of the gradients is reduced to the rank that owns it, one after
 another: half the bytes of an all-reduce, but as many rings as ranks, each with its own latency."""
+NORM_ELEMENTS = 1 << 22
+"""Gradients whose norm is computed at once; a copy of so many in float64 takes 34 MB."""
 
 
 def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:
@@ -42,6 +46,20 @@ def accumulation_steps(experiment: Experiment, world_size: int, global_batch: in
             f"{training.micro_batch} x {world_size} ranks; choose another training.micro_batch"
         )
     return wanted // per_pass
+
+
+def describe_batch(experiment: Experiment, world_size: int, global_batch: int | None = None) -> str:
+    """The global batch as a sum of its parts and, where it follows from the number of ranks, how to
+    keep it. ``global_batch`` is the run's recorded one. Raises InputError as
+    :func:`accumulation_steps` does."""
+    accumulation = accumulation_steps(experiment, world_size, global_batch)
+    micro_batch = experiment.training.micro_batch
+    batch = micro_batch * accumulation * world_size
+    text = (f"global batch {batch} = micro_batch {micro_batch} × accumulation {accumulation} × "
+            f"{world_size} rank{'s' if world_size > 1 else ''}")
+    if experiment.training.global_batch is None:
+        text += f"; set training.global_batch={batch} to have it with any number of GPUs"
+    return text
 
 
 def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
@@ -120,6 +138,7 @@ def check_ds_config(path: Path, experiment: Experiment, accumulation: int) -> No
         raise InputError(f"--ds-config {path}: DeepSpeed refuses it: {reason[:300]}") from error
 
 
+@phase("building the engine")
 def build_engine(
     model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path,
     accumulation: int,
@@ -143,10 +162,55 @@ def build_engine(
     for param in (p for group in groups for p in group["params"]):
         param.grad_dtype = torch.float32  # micro-batches add up in it, whatever the model's dtype
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    # In fp32 DeepSpeed does not look for gradients that are no numbers; here every dtype does, and
-    # such a step is skipped on all ranks.
-    engine.optimizer.check_grad_overflow = True
+    engine.optimizer.__class__ = NormChecked
+    engine.optimizer.check_grad_overflow = True  # in every dtype
     return engine
+
+
+class NormChecked(DeepSpeedZeroOptimizer):
+    """DeepSpeed's ZeRO-2 optimizer, which skips a step, on all ranks, whose gradients are not all
+    finite. Here their norm decides it, and the host waits for the GPU once a step, to read it.
+
+    DeepSpeed first searches every parameter's gradient for what is no number, and then computes
+    norms, which are no numbers either if a gradient is none: thousands of small operations, and a
+    wait for each group of parameters, twice (with the optimizer on the host, for each parameter).
+
+    It overrides what ``step()`` of DeepSpeed 0.19 calls and reads private state;
+    tests/training/test_norm.py fails when that changes.
+    """
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """No search: right after it ``step()`` looks at the norm."""
+
+    def update_offload_overflow_tracker(self, grad: Tensor | None) -> None:
+        """No search while gradients go to the host, either."""
+
+    def reset_cpu_buffers(self) -> None:
+        """With the optimizer on the host also the gradients of a step that was skipped: DeepSpeed
+        would add those of the next steps to them, which then are no numbers either."""
+        super().reset_cpu_buffers()
+        self.averaged_gradients.clear()
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """The norm of the gradients of all parameters, over all ranks: fp32 scalar on the host,
+        where ``step()`` and the clipping read it several times."""
+        norms = self._own_norms()
+        squares = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
+        if norms:  # of a small model on many ranks, some own nothing
+            squares += torch.stack(norms).square().sum()
+        dist.all_reduce(squares, group=self.dp_process_group)
+        return squares.sqrt().float().cpu()
+
+    def _own_norms(self) -> list[Tensor]:
+        """Norms of what this rank owns of the gradients, in parts, float64 scalars."""
+        if self.cpu_offload:  # noted on the GPU, when they left it
+            return list(self.norm_for_param_grads.values())
+        parts = []
+        for number, group in self.averaged_gradients.items():
+            whole = self._get_preflattened_grad_partition(number)
+            parts += group if whole is None else [whole]  # what pads them is zero
+        return [torch.linalg.vector_norm(piece, dtype=torch.float64)  # which copies it
+                for part in parts for piece in part.reshape(-1).split(NORM_ELEMENTS)]
 
 
 def reduces_to_owners(world_size: int) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from vlmds.training.watch import tell
+from vlmds.progress import tell
 
 
 class Journal:
@@ -34,7 +34,10 @@ class Journal:
 
 
 def append(path: Path, data: bytes) -> None:
-    """All of it or nothing. Raises OSError."""
+    """All of it or nothing. Raises OSError.
+
+    On NFS, appending is safe for one writer only: a run's files are rank 0's.
+    """
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(file).st_size
@@ -42,6 +45,7 @@ def append(path: Path, data: bytes) -> None:
             written = 0
             while written < len(data):
                 written += os.write(file, data[written:])
+            os.close(os.dup(file))  # which is where NFS reports a full disk; else it does nothing
         except OSError:
             os.ftruncate(file, size)
             raise

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
-from vlmds.config import Experiment
+from vlmds.config import Experiment, LanguageConfig
 from vlmds.errors import InputError
-from vlmds.files import new_folder, sha256_of
+from vlmds.files import copy_files, new_folder
+from vlmds.hashes import weights_sha256
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
+from vlmds.models.fetch import model_folder
+from vlmds.models.hub import weight_files
 from vlmds.models.language import load_tokenizer
-from vlmds.models.pretrained import hub_revision, weight_files
 from vlmds.training.ranks import gather, together
 from vlmds.training.run import RunFolder, check_base_weights, differing_keys
 
@@ -34,14 +35,16 @@ def base_files(experiment: Experiment) -> dict[str, Path]:
         InputError: a model has none.
     """
     return {
-        **{f"vision/{p.name}": p for p in weight_files(experiment.vision.model, "vision.model")},
-        **{f"llm/{p.name}": p for p in weight_files(experiment.llm.model, "llm.model")}}
+        f"{part}/{path.name}": path
+        for part, section in (("vision", experiment.vision), ("llm", experiment.llm))
+        for path in weight_files(section, model_folder(section))}
 
 
-def base_revisions(experiment: Experiment) -> dict[str, str | None]:
-    """The commits of the pretrained models, of those that come from the hub."""
-    return {"vision": hub_revision(experiment.vision.model, "vision.model"),
-            "llm": hub_revision(experiment.llm.model, "llm.model")}
+def recorded_revisions(*runs: Path | None) -> dict[str, str | None]:
+    """The commits of the pretrained models that the first of the runs which is there was trained
+    from; empty if none is there."""
+    run = next((run for run in runs if run is not None and (run / "run.json").is_file()), None)
+    return (RunFolder.read(run).get("revisions") or {}) if run else {}
 
 
 def base_weights(experiment: Experiment) -> dict[str, str]:
@@ -55,8 +58,8 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
     hosts = gather(platform.node())
     here = [rank for rank, host in enumerate(hosts) if host == platform.node()]
     share = sorted(files)[here.index(dist.get_rank()) :: len(here)]
-    mine = {name: sha256_of(files[name]) for name in share}
-    mine["llm/tokenizer"] = tokenizer_sha256(experiment.llm.model)
+    mine = together(lambda: weights_sha256({name: files[name] for name in share}))
+    mine["llm/tokenizer"] = tokenizer_sha256(experiment.llm)
     found: dict[str, tuple[str, str]] = {}
     for host, hashes in zip(hosts, gather(mine)):
         for name, value in hashes.items():
@@ -106,7 +109,7 @@ def inherit(taken: dict[str, dict], run: RunFolder) -> None:
     """Copy those stages. What they were goes into the run's record, which the caller writes."""
     for name, origin in taken.items():
         with new_folder(run.artifact(name)) as new:
-            shutil.copytree(Path(origin["run"]) / "artifacts" / name, new, dirs_exist_ok=True)
+            copy_files(Path(origin["run"]) / "artifacts" / name, new)
         run.record.setdefault("inherited", {})[name] = origin
 
 
@@ -129,8 +132,8 @@ def check_parent(lineage: dict, recorded: dict, where: Path) -> None:
                          "now; restore that artifact, or delete the checkpoints of this stage")
 
 
-def tokenizer_sha256(name: str) -> str:
+def tokenizer_sha256(llm: LanguageConfig) -> str:
     """Of the vocabulary, how text is cut, and the chat template."""
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(llm)
     described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(described.encode()).hexdigest()

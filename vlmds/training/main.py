@@ -12,7 +12,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -25,23 +24,28 @@ from vlmds.config import Experiment, load_experiment
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
-from vlmds.files import absolute, new_folder
+from vlmds.files import absolute, copy_files, new_folder
 from vlmds.models.assemble import Shapes, load_model, shapes
+from vlmds.models.attention import attention_for
+from vlmds.models.fetch import fetch_models
 from vlmds.models.language import load_tokenizer
+from vlmds.progress import phase
 from vlmds.training import checkpoint
-from vlmds.training.engine import accumulation_steps, check_ds_config
-from vlmds.training.lineage import base_revisions, base_weights, inherit, inheritance
+from vlmds.training.engine import accumulation_steps, check_ds_config, describe_batch
+from vlmds.training.lineage import base_weights, inherit, inheritance, recorded_revisions
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
     gather, init_distributed, is_main, on_main, shared_error, together,
 )  # fmt: skip
-from vlmds.training.run import RunFolder, check_same_experiment, flat_settings, open_run
+from vlmds.training.run import (
+    RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run,
+)  # fmt: skip
 from vlmds.training.stages import run_stages
 from vlmds.training.watch import doing, last_words, tell
 
 # Keys that may differ between nodes.
 OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
-             "llm.model")
+             "vision.revision", "llm.model", "llm.revision")
 REPOSITORY = Path(__file__).resolve().parents[2]
 # An installed package has its copies; in a checkout the files lie where deepspeed's users look.
 DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
@@ -90,15 +94,23 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         InputError, Stopped: on every rank.
     """
     stop = StopRequest()
-    device = init_distributed(
-        experiment.training.timeout_minutes, experiment.logging.stall_seconds)
+    with phase("waiting for all ranks"):
+        device = init_distributed(
+            experiment.training.timeout_minutes, experiment.logging.stall_seconds,
+            experiment.training.heartbeat_seconds)
     config = find_ds_config(args.ds_config)
     check_same_everywhere(experiment, config)
+    on_main(lambda: check_run_folder(output))
     doing("checking the data")
-    dataset = on_main(lambda: open_dataset(experiment.data))
+    with phase("opening the data"):
+        dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
     parts = together(lambda: shapes(experiment) if is_main() else None)
     on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
+    doing("looking for the pretrained models")
+    resumed = args.resume not in ("auto", "never")
+    experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(
+        output, Path(args.resume).resolve().parents[1] if resumed else None, args.from_run)))
     on_main(lambda: check_models(experiment, parts, dataset))
     warn_of_readers(experiment.data.num_workers)
     doing("checking the base weights")
@@ -106,7 +118,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
         "weights": base_weights(experiment),
-        "revisions": on_main(lambda: base_revisions(experiment))}
+        "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision}}
     resume = args.resume
     start_from = None if resume in ("auto", "never") else Path(resume)
     run = on_main(lambda: open_run(
@@ -115,20 +127,23 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     check_ds_config(config, experiment, accumulation_steps(
         experiment, dist.get_world_size(), run.global_batch))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
+    if is_main():
+        tell(f"vlmds: {describe_batch(experiment, dist.get_world_size(), run.global_batch)}")
     doing("loading the models")
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
         stored = dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     run = on_main(lambda: begin(run, experiment, start_from, taken))
-    on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation))
+    _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
+    on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
     run_stages(experiment, model, dataset, run, config, device, stop)
 
 
 def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> None:
     """What :func:`check_experiment` leaves out: the tokenizer must suit the language model, and
     stored features must be of the tower. Raises InputError."""
-    sequence_builder(experiment, load_tokenizer(experiment.llm.model), parts.captioner)
+    sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
     check_tower(dataset, experiment)
 
 
@@ -140,10 +155,10 @@ def warn_of_readers(num_workers: int) -> None:
              f"processes on this node, which has {cores} cores; lower it if data wait stays high")
 
 
-def note_attention(run: RunFolder, attention: str) -> None:
-    """Say what ``llm.attention`` has become here."""
+def note_attention(run: RunFolder, attention: str, remark: str) -> None:
+    """Say what ``llm.attention`` has become here, and what is to be known of it."""
     run.note(attention=attention)
-    tell(f"vlmds: attention: {attention}")
+    tell(f"vlmds: attention: {attention}{remark and f' ({remark})'}")
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
@@ -175,9 +190,10 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
     if experiment.data.verify == "sha256":
         for part in dataset.parts[rank::world_size]:
             part.verify_index()
-    for part, shard in dataset.shards()[rank::world_size]:
-        doing(f"checking shard {part.root / shard.path}")
-        part.verify([shard], experiment.data.verify)
+    with phase("checking the data", unit="shards") as shown:
+        for part, shard in shown.counting(dataset.shards()[rank::world_size]):
+            doing(f"checking shard {part.root / shard.path}")
+            part.verify([shard], experiment.data.verify)
 
 
 def check_origin(run: RunFolder, experiment: Experiment, start_from: Path | None,
@@ -247,7 +263,7 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
     if other != run.path.resolve():
         for name in names[:number]:
             with new_folder(run.artifact(name)) as new:
-                shutil.copytree(other / "artifacts" / name, new, dirs_exist_ok=True)
+                copy_files(other / "artifacts" / name, new)
         return
     later = [found for found in checkpoint.checkpoints(run.checkpoints, names[number])
              if found.name > folder.name]

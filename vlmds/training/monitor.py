@@ -17,8 +17,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment
+from vlmds.progress import duration, tell
 from vlmds.training.journal import Journal
-from vlmds.training.watch import tell
 
 
 class Monitor:
@@ -78,7 +78,8 @@ class Monitor:
             "kind": "train", "stage": self.stage, "step": step + 1, "loss": loss, "lr": lr,
             "grad_norm": grad_norm, "samples": samples, "positions": int(positions),
             "supervised_tokens": int(supervised), **({"skipped": True} if skipped else {})})
-        if (step + 1) % self.every == 0 or step + 1 == self.total:
+        # The first step of a start shows at once that it works, and how long it will take.
+        if step == self._stage_first or (step + 1) % self.every == 0 or step + 1 == self.total:
             self.flush()
 
     def flush(self) -> None:
@@ -207,12 +208,3 @@ def peak_memory() -> int:
 
 def number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
-
-
-def duration(seconds: float) -> str:
-    """"2 h 05 min", "7 min 30 s" or "12 s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

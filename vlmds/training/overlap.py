@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,38 +12,70 @@ from vlmds.models.assemble import Model
 
 
 class FeaturesAhead:
-    """Called with a step's micro-batches, gives their patch features, in order.
+    """A stage's micro-batches, step by step, and their patch features.
 
     On a GPU, CLIP works on the next micro-batch in a stream of its own while the language model is
     busy with this one. What either leaves idle the other can take: with 64 visual tokens a small
-    micro-batch waits for the weights to be read, while CLIP computes. On a CPU there is nothing to
-    gain, and each is computed when it is asked for.
+    micro-batch waits for the weights to be read, while CLIP computes. The next one may be the first
+    of the next optimizer step: its frames are then read, and its features computed, before this
+    step ends, and nothing else is done with it until its own step comes. On a CPU there is nothing
+    to gain, and each is read and computed when it is asked for.
 
     Args:
         model: see :meth:`Model.features`.
+        batches: the micro-batches that this rank trains on, in order.
     """
 
-    def __init__(self, model: Model, device: torch.device):
-        self._model = model
-        # One for all steps: the allocator keeps memory by stream.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, model: Model, device: torch.device, batches: Iterable[dict]):
+        self._model, self._reading = model, iter(batches)
+        self._ahead = runs_ahead(device)
+        self._held: list[dict] = []  # read already, but of the next step: one or none
+        self._begun: tuple[Tensor, torch.cuda.Event | None] | None = None  # of what comes next
+        self._stream = None
+        if device.type == "cuda":  # one for all steps: the allocator keeps memory by stream
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # CLIP's weights are there
 
-    def __call__(self, group: list[dict]) -> Iterator[Tensor]:
-        """Features [B, F·P, vision width] of each; the next is asked for when this one's work has
-        been given to the GPU."""
+    def group(self, count: int) -> list[dict]:
+        """The next step's micro-batches, fewer than ``count`` at the end of the data. All features
+        of the step before must have been taken."""
+        held, self._held = self._held, []
+        return held + list(islice(self._reading, count - len(held)))
+
+    def features(self, group: list[dict]) -> Iterator[Tensor]:
+        """[B, F·P, vision width] of each of a step's micro-batches; the next is asked for when this
+        one's work has been given to the GPU."""
+        for number, batch in enumerate(group):
+            begun, self._begun = self._begun or self._begin(batch), None
+            if self._ahead:
+                following = group[number + 1 : number + 2] or self._read_ahead()
+                # One that could not be read ends the training when its step comes.
+                if following and "failure" not in following[0]:
+                    self._begun = self._begin(following[0])
+            yield self._finish(*begun)
+
+    def _read_ahead(self) -> list[dict]:
+        self._held = list(islice(self._reading, 1))
+        return self._held
+
+    def _begin(self, batch: dict) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The features, and what says that they are there."""
         if self._stream is None:
-            yield from map(self._model.features, group)
-            return
-        ready = self._model.features(group[0])
-        for following in [*group[1:], None]:
-            features = ready
-            if following is not None:
-                # It needs nothing that the current stream has yet to do: the frames come from the
-                # host, and CLIP's weights never change.
-                with torch.cuda.stream(self._stream):
-                    ready = self._model.features(following)
-            yield features
-            if following is not None:
-                current = torch.cuda.current_stream(ready.device)
-                current.wait_stream(self._stream)
-                ready.record_stream(current)  # its memory is not used again before it has been read
+            return self._model.features(batch), None
+        # It needs nothing that the current stream has yet to do: the frames come from the host's
+        # pinned memory, and CLIP's weights never change.
+        with torch.cuda.stream(self._stream):
+            return self._model.features(batch), self._stream.record_event()
+
+    def _finish(self, features: Tensor, event: torch.cuda.Event | None) -> Tensor:
+        """The features, for the current stream."""
+        if event is not None:
+            current = torch.cuda.current_stream(features.device)
+            current.wait_event(event)
+            features.record_stream(current)  # its memory is not used again before it has been read
+        return features
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether there is anything to gain."""
+    return device.type == "cuda"

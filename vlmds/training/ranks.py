@@ -7,9 +7,12 @@ host, and a message over NCCL would make the host wait for the GPU.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
@@ -17,47 +20,81 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from vlmds.cuda import NCCL_RAISES, check_gpus, free_memory_from_cuda
 from vlmds.errors import InputError
-from vlmds.training.watch import start_watch
+from vlmds.files import machine
+from vlmds.training.heartbeat import start_heartbeat
+from vlmds.training.watch import doing, start_watch
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+REPORT_SECONDS, WAIT_SECONDS = 5.0, 0.5
+"""Between two reports of a long piece of work, and between two looks at whether it is done."""
 _turns = 0
 _control: dist.ProcessGroup | None = None
 
 
-def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0) -> torch.device:
+def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0,
+                     heartbeat_seconds: float | None = 120.0, probing: bool = False
+                     ) -> torch.device:
     """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
-    and return this rank's device, which is set before any weight is loaded."""
+    and return this rank's device, which is set before any weight is loaded.
+
+    Args:
+        probing: for checks of the links: no connection over NCCL is made before it is used, one
+            that fails raises, and no heartbeat ends the process.
+
+    Raises:
+        InputError: there are GPUs, but PyTorch cannot use them (not if probing).
+    """
     global _control
+    if not probing:
+        check_gpus()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    on_cpu = accelerator.device_name() == "cpu"
+    device = torch.device(accelerator.device_name(local_rank))
+    on_cpu = device.type == "cpu"
     if not on_cpu:
         accelerator.set_device(local_rank)
+    if device.type == "cuda":
+        free_memory_from_cuda(accelerator)
+    if probing:
+        os.environ.update(NCCL_RAISES)
     timeout = timedelta(minutes=timeout_minutes)
     # On CPUs DeepSpeed compiles a shared-memory op for inference_all_reduce, which training never
     # calls. A process that is killed while it loads it leaves a lock behind on which every later
     # start waits for ever; without the op there is neither that nor a compiler to install.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if on_cpu else "nccl"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's store lives on when it starts the ranks again (--max-restarts with a static
-        # rendezvous), and in it the addresses of dead ranks. Each start has names of its own.
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                              is_master=False, timeout=timeout)
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            backend, store=dist.PrefixStore(f"start-{start}", store), timeout=timeout,
-            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
-    deepspeed.init_distributed(
+    join(backend, timeout, None if probing else device)
+    deepspeed.init_distributed(  # which takes what is there
         dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     start_watch(timeout_minutes, stall_seconds)
-    return torch.device(accelerator.device_name(local_rank))
+    if not probing:
+        start_heartbeat(heartbeat_seconds)
+    return device
+
+
+def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
+    """Make the default process group, bound to ``device`` where that is a GPU: NCCL then connects
+    at once, and a barrier knows its GPU."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    bound = device if device is not None and device.type == "cuda" and world_size > 1 else None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        return
+    # torchrun's store lives on when it starts the ranks again (--max-restarts with a static
+    # rendezvous), and in it the addresses of dead ranks. Each start has names of its own.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=False, timeout=timeout)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"start-{start}", store), timeout=timeout, rank=rank,
+        world_size=world_size, device_id=bound)
 
 
 def free_port() -> int:
@@ -157,3 +194,69 @@ def shared_error(problem: str) -> InputError:
     error = InputError(problem)
     error.shared = True
     return error
+
+
+def on_each_cache(work: Callable[[Callable[[str], None]], None], folder: Path) -> None:
+    """Call ``work`` on one rank for each disk that ``folder`` lies on, while the others wait. All
+    ranks call it alike.
+
+    Unlike a collective, the waiting has no fixed timeout: it lasts as long as some rank reports. Only
+    when no report has come for the job's timeout does the watchdog end it.
+
+    Args:
+        work: gets a function to report progress with, which any thread may call.
+
+    Raises:
+        InputError: on every rank, if ``work`` raises one on any.
+    """
+    if not dist.is_initialized():
+        work(lambda text: None)
+        return
+    global _turns
+    _turns += 1
+    store = dist.PrefixStore(f"cache-{_turns}", dist.distributed_c10d._get_default_store())
+    problem, reported = None, [time.monotonic()]
+
+    def report(text: str) -> None:
+        if time.monotonic() - reported[0] > REPORT_SECONDS:
+            reported[0] = time.monotonic()
+            doing(text)
+            store.add("reports", 1)
+
+    if _first_of_cache(folder):
+        try:
+            work(report)
+        except InputError as error:
+            problem = str(error)
+    store.add("finished", 1)
+    reports = -1
+    while store.add("finished", 0) < dist.get_world_size():
+        if (now := store.add("reports", 0)) != reports:
+            reports = now
+            doing("waiting for another rank's download")
+        time.sleep(WAIT_SECONDS)
+
+    def outcome() -> None:
+        if problem is not None:
+            raise InputError(problem)
+
+    together(outcome)
+
+
+def _first_of_cache(folder: Path) -> bool:
+    """Whether this rank is the first that sees ``folder`` as it is here. Nodes may share it."""
+    machines = gather(machine())
+    mine = machines.index(machine())
+    token = folder / f".vlmds-{secrets.token_hex(8)}.tmp"
+    if dist.get_rank() == mine:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        except OSError:  # it cannot be written: whoever needs to will report that
+            pass
+    names = gather(token.name if dist.get_rank() == mine else None)
+    first = next(rank for rank, name in enumerate(names)
+                 if rank == mine or (name is not None and (folder / name).exists()))
+    gather(None)  # all have looked
+    token.unlink(missing_ok=True)
+    return first == dist.get_rank()

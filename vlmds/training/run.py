@@ -25,24 +25,28 @@ from pathlib import Path
 
 from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.errors import InputError
-from vlmds.files import write
+from vlmds.files import check_writable, write
 from vlmds.models.artifact import is_artifact
 from vlmds.training.journal import Journal
 
 PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "webdataset",
             "decord", "av")
 
+WRITTEN = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl", "tensorboard", "checkpoints",
+           "artifacts")  # as the run goes on; what is written anew needs the folder alone
+
 # Keys that may differ when a run is resumed: they do not change what is learned. The size of a
 # micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
 # compared by fingerprints.
-HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "llm.model",
-            "llm.attention",
+HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "vision.revision",
+            "llm.model", "llm.revision", "llm.attention",
             "data.num_workers", "data.verify", "data.max_bad_fraction", "vision.frames_per_call",
             "training.micro_batch", "training.gradient_accumulation", "training.global_batch",
             "training.activation_checkpointing", "training.validate_every",
             "training.evaluate_every", "training.evaluate_clips", "training.evaluate_tokens",
             "training.checkpoint_every", "training.keep_checkpoints", "training.timeout_minutes",
-            "training.max_skipped_steps", "data.cache_dir", "data.cache_gb", "data.decode_seconds")
+            "training.heartbeat_seconds", "training.max_skipped_steps", "data.cache_dir",
+            "data.cache_gb", "data.decode_seconds")
 
 
 @dataclass
@@ -111,6 +115,12 @@ class RunFolder:
                 if (stages.index(record["stage"]), record["step"]) <= (stage, step):
                     kept.append(line)
             write(path, "".join(kept))
+
+
+def check_run_folder(path: Path) -> None:
+    """Raise :class:`InputError` unless this user can write a run there, or go on with the one that
+    is there."""
+    check_writable(path, "--output", WRITTEN)
 
 
 def open_run(

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlmds.progress import phase
 from vlmds.training import checkpoint
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ranks import gather
@@ -56,6 +57,7 @@ class Saver:
         """Whether this rank has written (or failed to) what is not published yet."""
         return self._writer is not None and not self._writer.is_alive()
 
+    @phase("writing the checkpoint")
     def drain(self) -> str | None:
         """Wait for the checkpoint that is being written, if any. Afterwards it has its name, or
         the reason was told, and is returned on every rank."""

@@ -7,11 +7,11 @@ was stopped between two stages equals one which was not.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
+from vlmds.progress import Phase, phase
 from vlmds.training import checkpoint
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
@@ -96,7 +97,6 @@ class StageTrainer:
         self.collate = training_collate(SequenceBuilder(
             model.tokenizer, data.prompt, model.captioner.projector.num_tokens,
             data.max_caption_tokens))
-        self.features_ahead = FeaturesAhead(model, device)
         self.engine = build_engine(
             model.captioner, experiment, self.stage, ds_config, self.accumulation)
         self.average = (
@@ -108,6 +108,8 @@ class StageTrainer:
             self._write_ledger)
         self.lineage = stage_lineage(run, experiment, number)
         self.progress = Progress()
+        self.waited = 0.0
+        """Seconds that this rank has waited for data since the last step was noted."""
 
     def resume(self, folder: Path, state: dict) -> None:
         check_parent(self.lineage, state["lineage"], folder)
@@ -126,17 +128,16 @@ class StageTrainer:
         self.energy = EnergyMeter(gpu_counter(self.device), progress.joules or 0.0)
         if self.validator.look(progress.step, standing):  # which a stop request had cut short
             self._stop()
-        batches = self._training_batches()
-        reading = iter(batches)
-        for step in range(progress.step, self.total):
+        ahead = FeaturesAhead(self.model, self.device, self._micro_batches())
+        first = progress.step
+        for step in range(first, self.total):
             if self.validator.is_over(step, standing):
                 break
-            self._doing(step, "waiting for data", explain=batches.holding)
-            started = time.perf_counter()
-            group = list(islice(reading, self.accumulation))
+            with self._announced(step == first) as shown:
+                group = ahead.group(self.accumulation)
+                stop = self.train_step(step, group, ahead.features(group), shown)
             # Asked to stop, a look that is due waits for the next start.
-            stop = (self.train_step(step, group, time.perf_counter() - started)
-                    or self.validator.look(progress.step, standing))
+            stop = stop or self.validator.look(progress.step, standing)
             if stop or self._checkpoint_due():
                 self.save_checkpoint()
             if stop:
@@ -145,28 +146,29 @@ class StageTrainer:
         self.monitor.energy(progress.step, self.energy.total())
 
     @norms_kept()  # the weights change at the end only
-    def train_step(self, step: int, group: list[dict], waited: float) -> bool:
+    def train_step(self, step: int, group: list[dict], ahead: Iterator[torch.Tensor],
+                   shown: Phase) -> bool:
         """One optimizer step: the group of this rank's micro-batches, the loss summed over its
-        caption tokens and divided by the caption tokens of all ranks' groups. Returns whether any
-        rank was asked to stop."""
+        caption tokens and divided by the caption tokens of all ranks' groups. ``ahead`` gives the
+        features of each, [B, F·P, vision width]. Returns whether any rank was asked to stop."""
         tokens, positions, stop = self._agree(step, group)
         lr = learning_rate(step, self.total, self.stage)
         set_learning_rate(self.engine, lr)
         loss = torch.zeros((), device=self.device)
         with reduced_once(self.engine):
-            for micro, (batch, features) in enumerate(zip(group, self.features_ahead(group))):
+            for micro, (batch, features) in enumerate(zip(group, ahead)):
                 self._doing(step, "in forward and backward", batch["keys"])
                 seed_micro_batch(
                     self.experiment.training.seed, self.number, step, micro, self.rank)
-                # features: [B, F·P, vision width]; the loss is summed over the caption tokens.
-                micro_loss = self.engine(
-                    features, self._to_device(batch["input_ids"]), batch["labels"])
+                # Summed over the caption tokens.
+                micro_loss = self.engine(features, batch["input_ids"], batch["labels"])
                 # A loss that is no number makes a gradient that is none, which all ranks notice.
                 sound = 1 + 0 * micro_loss.detach()
                 # The engine averages over ranks; the loss is a sum over them.
                 self.engine.backward(
                     micro_loss * sound * self.world_size / tokens, scale_wrt_gas=False)
                 loss += micro_loss.detach()
+                shown.advance()
         self.engine.step()
         dist.all_reduce(loss)
         self.progress.step = step + 1
@@ -175,11 +177,17 @@ class StageTrainer:
         skipped = self.engine.optimizer.overflow  # a gradient was no number; the same on all ranks
         self.monitor.step(
             step, loss=loss / tokens, grad_norm=self.engine.get_global_grad_norm(), lr=lr,
-            samples=self.run.global_batch, positions=positions, supervised=tokens, waited=waited,
-            skipped=skipped)
+            samples=self.run.global_batch, positions=positions, supervised=tokens,
+            waited=self.waited, skipped=skipped)
+        self.waited = 0.0
         if skipped:
             self._account_skipped(step, group)
         return stop
+
+    def _announced(self, first: bool) -> AbstractContextManager[Phase]:
+        """The first step after a start takes longer than others, and has no line before it."""
+        announced = phase(f"{self.stage.name}: first step", self.accumulation, "micro-batches")
+        return announced if first else nullcontext(Phase("step"))
 
     def _agree(self, step: int, group: list[dict]) -> tuple[float, float, bool]:
         """What all ranks must know before a step: caption tokens and positions of the global
@@ -257,14 +265,22 @@ class StageTrainer:
                             seed=seed, window=data.shuffle_window, shuffle=shuffle,
                             decode_seconds=data.decode_seconds)
 
-    def _training_batches(self) -> Batches:
-        micro_batch = self.experiment.training.micro_batch
+    def _micro_batches(self) -> Iterator[dict]:
+        """This rank's micro-batches of all remaining steps; adds to ``waited`` what each takes."""
+        first = self.progress.step
         positions = TrainingPositions(
-            self.progress.step, self.total, self.accumulation, self.rank,
-            global_batch=self.run.global_batch, micro_batch=micro_batch,
-            world_size=self.world_size)
-        return Batches(
+            first, self.total, self.accumulation, self.rank, global_batch=self.run.global_batch,
+            micro_batch=self.experiment.training.micro_batch, world_size=self.world_size)
+        batches = Batches(
             self.train_reader, positions, self.collate, self.experiment.data.num_workers)
+        reading = iter(batches)
+        for number in range(len(positions)):
+            self._doing(first + number // self.accumulation, "waiting for data",
+                        explain=batches.holding)
+            started = time.perf_counter()
+            batch = next(reading)
+            self.waited += time.perf_counter() - started
+            yield batch
 
     def _account_bad(self, step: int, group: list[dict], bad: int) -> None:
         """Into the ledger with the unreadable samples of all ranks; too many stop all ranks."""
@@ -307,9 +323,6 @@ class StageTrainer:
             self.run.add_to_ledger(everyone)
         return everyone
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
 
 def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
     """Optimizer steps of a stage; a last batch that is not full wraps into the next epoch."""
@@ -317,8 +330,9 @@ def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
 
 
 def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder,
-                  device: torch.device) -> None:
+                  device: torch.device) -> int:
     """Give the captioner the weights of the stage before, and freeze all but what this one trains.
+    Returns which layers recompute their activations: none (0), or every n-th.
 
     The adapter comes into being in the first stage that trains it.
     """
@@ -328,10 +342,15 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
         load_artifact(run.artifact(experiment.stages[number - 1].name), captioner)
     if "peft" in stage.train and not isinstance(captioner.llm, PeftModel):
         torch.manual_seed(experiment.training.seed + 1)  # the same adapter on every rank
-        captioner.llm = add_adapter(captioner.llm, experiment.peft)
+        with phase("adding the adapter"):  # for DoRA's magnitudes, each weight is unpacked
+            captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, stage)
-    checkpoint_activations(
-        captioner, checkpointed_layers(experiment, stage, model.tower is None, device))
+    every = checkpointed_layers(experiment, stage, model.tower is None, device)
+    checkpoint_activations(captioner, every)
+    if dist.get_rank() == 0 and device.type == "cuda":
+        layers = {0: "of no layer", 1: "of every layer"}.get(every, f"of one layer in {every}")
+        tell(f"vlmds: {stage.name}: activations {layers} are computed again in the backward pass")
+    return every
 
 
 def run_stages(
@@ -345,12 +364,17 @@ def run_stages(
         Stopped: on all ranks, when a rank was asked to stop; a checkpoint is saved.
     """
     names = [stage.name for stage in experiment.stages]
-    finished = [is_artifact(run.artifact(name)) for name in names]
+    # Rank 0's answer: on NFS, what another machine has just written may not be seen everywhere.
+    finished = on_main(lambda: [is_artifact(run.artifact(name)) for name in names])
     first = finished.index(False) if False in finished else len(names)
     if first == len(names):
         if dist.get_rank() == 0:
             tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
+    cores = len(os.sched_getaffinity(0))
+    if experiment.data.num_workers > cores and dist.get_rank() == 0:
+        tell(f"vlmds: data.num_workers: {cores} reader processes a rank instead of "
+             f"{experiment.data.num_workers}, for this machine has {cores} cores")
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
     found = checkpoint.latest_checkpoint(run.checkpoints, names[first])

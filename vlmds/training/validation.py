@@ -22,6 +22,7 @@ from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.training.ema import WeightAverage
+from vlmds.progress import phase
 from vlmds.training.monitor import Monitor
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import raise_together, sum_over_ranks
@@ -118,15 +119,15 @@ class Validator:
         reading = iter(batches)
         total, tokens, bad = torch.zeros((), device=self.device), 0, []
         captioner = self.model.captioner.eval()
-        with self._averaged(), norms_kept():
-            for number in range(rounds):
+        with self._averaged(), norms_kept(), phase("validating", unit="batches") as shown:
+            for number in shown.counting(range(rounds)):
                 self._doing(step, f"validating, batch {number + 1} of {rounds}",
                             explain=batches.holding)
                 batch = next(reading, {})
                 failures = [batch["failure"]] if "failure" in batch else []
                 if "labels" in batch:
-                    total += captioner(self.model.features(batch),
-                                       batch["input_ids"].to(self.device), batch["labels"])
+                    total += captioner(
+                        self.model.features(batch), batch["input_ids"], batch["labels"])
                     tokens += int((batch["labels"] != IGNORE).sum())
                     bad += batch["bad"]
                 stop, failed = sum_over_ranks([self.stop.requested is not None, bool(failures)])
@@ -150,10 +151,9 @@ class Validator:
     def _captions(self, step: int) -> dict[str, dict]:
         """Metrics of the captions of ``training.evaluate_clips`` clips, as in metrics.json."""
         self._doing(step, "evaluating captions")
-        with self._averaged():
+        with self._averaged(), phase("evaluating captions"):
             found = evaluate_subset(
-                self.experiment, self.model, self.reader, self.device,
-                clips=self.settings.evaluate_clips,
+                self.experiment, self.model, self.reader, clips=self.settings.evaluate_clips,
                 generation=GenerationOptions(self.settings.evaluate_tokens))
         self.monitor.evaluation(step, found)
         return found["metrics"]

@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import NoReturn
 
 import torch.distributed as dist
 
+from vlmds.progress import tell
+
 STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
 MOST_RANKS = 16  # that one rank quotes
+NO_ANSWER = "vlmds:   the other ranks cannot be asked: rank 0's host does not answer"
 
 _activity = "starting"
 _since = time.monotonic()
@@ -53,18 +56,6 @@ def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None
             pass
 
 
-def tell(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, on stdout if no stream is given. Where nobody reads any more, since a terminal
-    or an ssh is gone, that must not end the training: from then on the stream leads nowhere."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
-
 def last_words(problem: str) -> None:
     """Print on stderr what this rank was doing when ``problem`` came, and what others were."""
     rank = os.environ.get("RANK", "0")
@@ -75,7 +66,20 @@ def last_words(problem: str) -> None:
     asking = threading.Thread(target=_ask, args=(others,), daemon=True)
     asking.start()
     asking.join(STORE_SECONDS)
+    if asking.is_alive():
+        others.append(NO_ANSWER)
     tell("\n".join(lines + list(others)), sys.stderr)
+
+
+def end_job(problem: str) -> NoReturn:
+    """End this process, and with it the job, from any thread, after its :func:`last_words`."""
+    last_words(f"{problem}, ending the job")
+    os._exit(1)
+
+
+def idle_seconds() -> float:
+    """For how long this rank has been with one thing."""
+    return time.monotonic() - _since
 
 
 def _ask(lines: list[str]) -> None:
@@ -88,7 +92,7 @@ def _ask(lines: list[str]) -> None:
                 continue
             activity = _store.get(str(rank)).decode()
         except RuntimeError:
-            lines.append("vlmds:   the other ranks cannot be asked: rank 0's host does not answer")
+            lines.append(NO_ANSWER)
             return
         if activity != _activity:
             lines.append(f"vlmds:   rank {rank} was last {activity}")
@@ -115,9 +119,7 @@ def _watch(timeout: float, stall: float) -> None:
             told, due = since, stall
         waited = time.monotonic() - since
         if waited >= timeout:
-            last_words(f"no progress for {timeout:.0f} s (training.timeout_minutes), "
-                       "ending the job")
-            os._exit(1)
+            end_job(f"no progress for {timeout:.0f} s (training.timeout_minutes)")
         if waited >= due and _explain is not None:
             tell(f"vlmds: rank {os.environ.get('RANK', '0')}: still {_described()}", sys.stderr)
             due *= 2

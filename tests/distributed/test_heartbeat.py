@@ -1,0 +1,92 @@
+"""A node or rank that is gone ends the others in time, also in a wait that no collective sees; one
+that is only slow ends nobody."""
+
+import json
+import time
+
+import pytest
+
+from tests.distributed import namespaces
+from tests.training.launch import (
+    FAULTY, arguments, forked, metrics, train,
+)  # fmt: skip
+
+pytestmark = pytest.mark.distributed
+
+SECONDS = 4  # training.heartbeat_seconds, the least
+
+
+def struck(models, shards, run, expect, **fault):
+    return train(2, *arguments(models, shards, run, f"training.heartbeat_seconds={SECONDS}"),
+                 expect=expect, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault))
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_a_rank_that_was_killed_ends_the_other_in_its_wait(models, shards, tmp_path, survivor):
+    note = tmp_path / "note"
+    done = struck(models, shards, tmp_path / "run", None, kind="alone", rank=survivor, call=3,
+                  note=str(note))
+    # The rest is the end of the processes, on a machine that may be busy. Collectives have minutes.
+    assert time.time() - float(note.read_text()) < SECONDS + 30
+    assert f"vlmds: rank {survivor}: rank {1 - survivor} on " in done.stderr, done.stderr
+    assert "s ago without a word (training.heartbeat_seconds), ending the job" in done.stderr
+    assert f"rank {survivor}: it was at align step 3, in forward and backward (v" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("lock", 0), ("stop", 1)])
+def test_a_rank_that_stands_still_is_not_taken_for_dead(
+        models, shards, two_ranks, tmp_path, kind, rank):
+    """Three times as long as a silence may be."""
+    note = tmp_path / "note"
+    struck(models, shards, tmp_path / "run", 0, kind=kind, rank=rank, call=3, seconds=3 * SECONDS,
+           note=str(note))
+    assert time.time() - float(note.read_text()) > 3 * SECONDS
+    assert metrics(tmp_path / "run") == metrics(two_ranks)
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_a_node_that_vanishes_ends_the_other_in_its_wait(models, shards, tmp_path, survivor):
+    try:
+        code, seconds, words = namespaces.node_gone(tmp_path, models, shards, survivor, SECONDS)
+    except namespaces.Unavailable as problem:
+        pytest.skip(f"no network namespaces here: {problem}")
+    assert code == 1 and seconds < SECONDS + 30, words
+    said = f"node {survivor}: vlmds: rank {survivor}: rank {1 - survivor} on "
+    (line,) = [line for line in words if said in line]
+    assert "has not answered for" in line and "(training.heartbeat_seconds)" in line
+    asked = "rank 1 was last at align" if survivor == 0 else "the other ranks cannot be asked"
+    assert any(asked in line for line in words), words
+
+
+RANK = """
+import os, socket, struct, sys, time
+import torch.distributed as dist
+from vlmds.training import heartbeat, ranks
+
+ranks.init_distributed(1, heartbeat_seconds={seconds})
+if dist.get_rank() == 1:
+    mine = [o for o in __import__("gc").get_objects() if isinstance(o, heartbeat.Member)][0]
+    for _ in range(3):  # reset, as a firewall does it that has forgotten the connection
+        while mine._connection is None or mine._connection.fileno() < 0:
+            time.sleep(0.05)
+        mine._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        mine._connection.shutdown(socket.SHUT_RD)
+        time.sleep(0.5)
+    with socket.create_connection(mine._address) as stranger:
+        stranger.sendall(b"hello somebody 1 here\\n\\xff" + b"x" * 5000)
+    time.sleep({seconds} * 2)
+ranks.gather(None)
+if dist.get_rank() == 0:
+    centre = [o for o in __import__("gc").get_objects() if isinstance(o, heartbeat.Centre)][0]
+    print("all there:", [rank.lost for rank in centre._ranks.values()] == [None], flush=True)
+ranks.gather(None)
+if dist.get_rank() == 0:
+    time.sleep({seconds} * 2)  # the other has left as it should
+"""
+
+
+def test_who_lost_the_connection_comes_back_and_who_leaves_is_not_missed(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(seconds=SECONDS))
+    printed = forked(2, str(script), log=tmp_path / "log")
+    assert "all there: True" in printed and "vlmds:" not in printed, printed

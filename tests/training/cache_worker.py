@@ -1,0 +1,39 @@
+"""Ranks of two machines that download into one cache or into two: FOLDER "shared|separate".
+
+The first rank works for longer than the job's timeout, and reports. Who worked is written to FOLDER.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from vlmds.training import ranks
+
+TIMEOUT = 6.0  # seconds without a report
+
+
+def main(folder: Path, kind: str) -> None:
+    ranks.REPORT_SECONDS = 0.2
+    ranks.init_distributed(TIMEOUT / 60)
+    rank = dist.get_rank()
+    ranks.machine = lambda: f"machine {rank}"
+    cache = folder / ("cache" if kind == "shared" else f"cache-{rank}")
+
+    def work(report) -> None:
+        (folder / f"worked-{rank}").touch()
+        end = time.monotonic() + (1.5 * TIMEOUT if rank == 0 else 0)
+        while time.monotonic() < end:
+            report("downloading")
+            time.sleep(0.1)
+
+    ranks.on_each_cache(work, cache)
+    assert (folder / "worked-0").exists()
+    assert not list(cache.glob(".vlmds*"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

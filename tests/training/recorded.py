@@ -1,0 +1,27 @@
+"""launch/train.py, which at its end prints each phase that rank 0 announced as a line
+`phase {"what": …, "done": …, "total": …}`, in the order in which they began."""
+
+import json
+import os
+import sys
+
+from vlmds import progress
+from vlmds.training.main import main
+
+announced = []
+
+
+class Recorded(progress.Phase):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        announced.append(self)
+
+
+progress.Phase = Recorded
+
+if __name__ == "__main__":
+    code = main()
+    if os.environ.get("RANK", "0") == "0":
+        for phase in announced:
+            print("phase", json.dumps({n: getattr(phase, n) for n in ("what", "done", "total")}))
+    sys.exit(code)

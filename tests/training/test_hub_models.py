@@ -1,0 +1,56 @@
+"""Training from models of the hub, as a user starts it on a machine that has none of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import hub as hubs
+from tests.models.test_fetch import CLIP, ONCE, QWEN, publish, weights
+from tests.training.launch import arguments, forked, train
+
+WORKER = Path(__file__).with_name("cache_worker.py")
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with hubs.running() as server:
+        publish(server, tmp_path / "published")
+        yield server
+
+
+def test_two_ranks_from_an_empty_cache_then_without_a_network(hub, models, shards, tmp_path):
+    env = hub.environment(tmp_path / "home")
+    short = ["stages.0.steps=2", "stages.1.steps=2", f"vision.model={CLIP}", f"llm.model={QWEN}"]
+    run = tmp_path / "run"
+    train(2, *arguments(models, shards, run, *short), fresh=True, **env)
+    assert weights(hub) == ONCE  # of two ranks on one machine, one downloads
+    commits = {"vision": hub.find(CLIP, "main")[0], "llm": hub.find(QWEN, "main")[0]}
+    assert json.loads((run / "run.json").read_text())["revisions"] == commits
+    artifact = run / "artifacts" / "finetune"
+    assert f"revision: {commits['llm']}" in (artifact / "experiment.yaml").read_text()
+    adapter = json.loads((artifact / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == QWEN
+    # The hub moves on; a new run without a network takes what is in the cache.
+    hub.commit(QWEN, {"config.json": b"{}"})
+    hub.asked.clear()
+    again = tmp_path / "again"
+    train(2, *arguments(models, shards, again, *short), fresh=True, **env | {"HF_HUB_OFFLINE": "1"})
+    assert not hub.asked
+    assert json.loads((again / "run.json").read_text())["revisions"] == commits
+
+
+def test_a_model_that_is_not_there_ends_all_ranks_with_one_line(hub, models, shards, tmp_path):
+    done = train(2, *arguments(models, shards, tmp_path / "run", f"vision.model={CLIP}",
+                               "llm.model=team/qwen9"), expect=2, fresh=True,
+                 **hub.environment(tmp_path / "home"))
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("vlmds: ")]
+    assert f"llm.model: {hub.url} has no repository team/qwen9" in line
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "worked"), [("shared", [0]), ("separate", [0, 1])])
+def test_a_download_may_take_longer_than_the_timeout(tmp_path, kind, worked):
+    forked(2, str(WORKER), str(tmp_path), kind, log=tmp_path / "log")
+    assert sorted(tmp_path.glob("worked-*")) == [tmp_path / f"worked-{rank}" for rank in worked]

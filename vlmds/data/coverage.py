@@ -1,0 +1,66 @@
+"""What the model does not see of a dataset's clips: the edges that the centre crop cuts off, and
+what lies between frames that are far apart. Both follow from the index; no shard is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from vlmds.config import DataConfig
+from vlmds.data.index import ShardIndex
+
+SPARSE_SECONDS = 2.0
+"""Distance of a clip's frames above which it is counted as sparsely sampled."""
+
+
+def coverage_lines(parts: Sequence[ShardIndex], num_frames: int | None = None) -> list[str]:
+    """At most a line about the crop and a line about sampling; none where nothing is lost.
+
+    Args:
+        parts: packed datasets, all of one store.
+        num_frames: None for the store's own number, or what experiments take by default.
+
+    Raises:
+        InputError: a damaged index.
+    """
+    num_frames = num_frames or parts[0].meta.get("num_frames") or DataConfig().num_frames
+    tables = [table for part in parts for table in part.tables(
+        ["width", "height", "duration", "start", "end"])]
+    columns = {name: np.concatenate([_numbers(table[name]) for table in tables])
+               for name in tables[0].column_names}
+    ends = np.fmin(columns["end"], columns["duration"])
+    gaps = (ends - np.nan_to_num(columns["start"])) / num_frames
+    found = [_crop(columns["width"], columns["height"]), _sampling(gaps, num_frames)]
+    return [line for line in found if line]
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """float64, what is not known as NaN."""
+    return column.cast(pa.float64()).to_numpy()
+
+
+def _crop(width: np.ndarray, height: np.ndarray) -> str:
+    lost = 1 - np.fmin(width, height) / np.fmax(width, height)
+    texts = []
+    for form, which in (("landscape", width > height), ("portrait", height > width)):
+        if count := int(which.sum()):
+            texts.append(f"{_clips(count, form)} {'lose' if count > 1 else 'loses'} "
+                         f"{lost[which].mean():.0%} of the picture")
+    return f"centre crop: {', '.join(texts)}" if texts else ""
+
+
+def _sampling(gaps: np.ndarray, num_frames: int) -> str:
+    """gaps: seconds between a clip's frames."""
+    sparse = gaps[gaps > SPARSE_SECONDS]
+    if not len(sparse):
+        return ""
+    frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
+    return (f"sampling: {_clips(len(sparse))} longer than {SPARSE_SECONDS * num_frames:g} s "
+            f"{'get' if len(sparse) > 1 else 'gets'} {frames}, one every {np.median(sparse):.1f} s "
+            f"(median; {sparse.max():.1f} s in the longest)")
+
+
+def _clips(count: int, form: str = "") -> str:
+    return f"{count:,} {form}{' ' if form else ''}clip{'s' if count > 1 else ''}"

@@ -1,0 +1,127 @@
+"""Where the pretrained models lie on this machine, and which of their files are needed.
+
+Everything is loaded from a folder: the user's own, or the snapshot of one commit in the cache of the
+Hugging Face hub (``HF_HOME``). A complete snapshot is used as it is, without asking the hub.
+:mod:`vlmds.models.fetch` downloads what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from huggingface_hub import constants, resolve_revision
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+from huggingface_hub.file_download import repo_folder_name
+
+from vlmds.config import LanguageConfig, VisionConfig
+from vlmds.errors import InputError
+
+Section = VisionConfig | LanguageConfig
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Where transformers looks for a model's weights; the first of them that is there counts."""
+SMALL = (".json", ".txt", ".model", ".jinja")
+"""How the names of configurations, tokenizers, chat templates and image processors end."""
+
+
+def key_of(section: Section) -> str:
+    """The experiment's key for it: ``vision.model`` or ``llm.model``."""
+    return "vision.model" if isinstance(section, VisionConfig) else "llm.model"
+
+
+def looks_local(name: str) -> bool:
+    """Whether ``name`` is a path: it exists, or it cannot be a hub id (``owner/name``)."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def hub_cache() -> Path:
+    """The folder of the hub's cache, as ``HF_HOME`` or ``HF_HUB_CACHE`` set it."""
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def snapshot(name: str, commit: str) -> Path:
+    """Where the cache keeps this commit of a repository."""
+    return hub_cache() / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / commit
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder is the snapshot of; None for the user's own folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def cached_folder(section: Section) -> Path | None:
+    """The folder that the model is loaded from, if all of it is on this machine.
+
+    Raises:
+        InputError: ``model`` is a path without a model, or a path with a revision.
+    """
+    name, key = section.model, key_of(section)
+    if looks_local(name):
+        if section.revision is not None:
+            raise InputError(f"{key.replace('.model', '.revision')}: {section.revision} names a commit of "
+                             f"the hub, but {key} {name} is a folder; leave the revision out")
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{key}: {name} is not a model folder (no config.json in it)")
+        return folder
+    try:
+        commit = resolve_revision(name, revision=section.revision, local_files_only=True).resolved
+    except (RevisionResolutionError, HFValidationError):
+        return None
+    folder = snapshot(name, commit)
+    return folder if missing_file(folder, section) is None else None
+
+
+def missing_file(folder: Path, section: Section) -> str | None:
+    """The first file that loading needs and that is not in the folder, None if all are there."""
+    needed = ["config.json"]
+    if isinstance(section, VisionConfig):
+        needed.append("preprocessor_config.json")
+    else:
+        needed += ["tokenizer_config.json", "tokenizer.json"]
+    if absent := next((name for name in needed if not (folder / name).is_file()), None):
+        return absent
+    names = {path.name for path in folder.iterdir() if path.is_file()}  # a dangling link is none
+    weights = weight_names(section, names, lambda index: folder / index)
+    return next((name for name in weights if name not in names), None) if weights else WEIGHTS[0]
+
+
+def weight_names(section: Section, names: Collection[str], path_of: Callable[[str], Path]
+                 ) -> list[str]:
+    """The files that transformers takes the weights from, sorted; empty if it finds none.
+
+    Args:
+        names: files of the model's folder or repository.
+        path_of: where a file with an index of the weights can be read.
+
+    Raises:
+        InputError: the index is damaged.
+    """
+    found = next((name for name in WEIGHTS if name in names), None)
+    if found is None or not found.endswith(".json"):
+        return [found] if found else []
+    try:
+        parts = set(json.loads(path_of(found).read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(part for part in parts if Path(part).name == part)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{key_of(section)}: {section.model}: {found}, the index of its weights, is "
+                         "damaged; download it again") from None
+
+
+def weight_files(section: Section, folder: Path) -> list[Path]:
+    """The files in ``folder`` that the model's weights are loaded from, sorted.
+
+    Raises:
+        InputError: there are none, or one that an index names is not there.
+    """
+    names = {path.name for path in folder.iterdir()}
+    files = weight_names(section, names, lambda index: folder / index)
+    where = f"{key_of(section)}: {section.model}"
+    if not files:
+        raise InputError(f"{where} has no weights (*.safetensors) in {folder}")
+    if absent := next((name for name in files if name not in names), None):
+        raise InputError(f"{where}: {absent}, which its index names, is not in {folder}; restore it")
+    return [folder / name for name in files]
