@@ -69,12 +69,12 @@ def test_the_plan_and_the_doctor_refuse_what_training_refuses(
         models, data, name, overrides, told, capsys, tmp_path):
     settings = [*tiny.settings(models), *overrides]
     assert main(["plan", "--exp", "e3", "--data", str(data[name]), "--set", *settings]) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    error = capsys.readouterr().err.splitlines()[-1]  # others tell of progress
+    assert told in error
     experiment = load_experiment("e3", [*settings, f"data.path={data[name]}"])
     patient = Patient(experiment, tmp_path, 30, 1, None, CPU)
     (found,) = within(30, lambda: check_dataset(patient))
-    assert found.level == FAILED and found.text == error.removeprefix("vlmds: ").strip()
+    assert found.level == FAILED and found.text == error.removeprefix("vlmds: ")
 
 
 @pytest.mark.distributed
@@ -85,7 +85,7 @@ def test_training_refuses_it_in_the_same_words(models, data, tmp_path, capsys):
         assert told in done.stderr and not run.exists()
         main(["plan", "--exp", "e3", "--data", str(data[name]), "--set", *tiny.settings(models),
               *overrides])
-        assert capsys.readouterr().err == done.stderr
+        assert capsys.readouterr().err.splitlines()[-1] == done.stderr.splitlines()[-1]
 
 
 def test_a_part_without_the_split_and_frames_of_another_size(models, data, shards, tmp_path):
@@ -121,7 +121,7 @@ def test_charts_at_wandb_need_wandb(models, shards, monkeypatch):
 def test_sequences_longer_than_the_model_takes(models, overrides, told):
     experiment = load_experiment("e3", [*tiny.settings(models), *overrides])
     with pytest.raises(InputError, match=told):
-        sequence_builder(experiment, load_tokenizer(experiment.llm.model),
+        sequence_builder(experiment, load_tokenizer(experiment.llm),
                          shapes(experiment).captioner)
 
 

@@ -62,6 +62,8 @@ def _ignore_warnings() -> None:
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     # peft 0.21 asks transformers 5 for an attribute under its old name.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # Training says it itself, once, with the key (vlmds.training.main.warn_of_readers).
+    warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
 
 
 def _is_no_accelerator_notice(record: logging.LogRecord) -> bool:

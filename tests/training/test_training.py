@@ -1,6 +1,7 @@
 """Real runs: launcher, two ranks, both stages, on tiny models."""
 
 import json
+import os
 import shutil
 import time
 
@@ -197,7 +198,7 @@ def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
                        (["--ds-config", "zero3"], "zero2, zero2_cpu, zero2_offload"),
                        (["--resume", "/nowhere"], "--resume /nowhere: not a usable checkpoint")):
         done = train(0, *arguments(models, shards, run), *more, expect=2)
-        assert told in done.stderr and done.stderr.count("\n") == 1 and not run.exists(), more
+        assert told in done.stderr.splitlines()[-1] and not run.exists(), more
 
 
 def test_models_that_cannot_be_loaded_leave_no_run_behind(models, shards, tmp_path):
@@ -215,6 +216,15 @@ def test_models_that_cannot_be_loaded_leave_no_run_behind(models, shards, tmp_pa
     # Another learning rate would be refused as another experiment, had a run begun.
     train(0, *arguments(models, shards, run, charts, "stages.1.lr=1e-4"))
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 1
+
+
+def test_more_reader_processes_than_cores_are_said_once(models, shards, tmp_path):
+    many = f"data.num_workers={len(os.sched_getaffinity(0)) // 2 + 1}"
+    for number, words in ((0, []), (1, [many])):
+        done = train(2, *arguments(models, shards, tmp_path / f"run{number}", "stages.0.steps=1",
+                                   "stages.1.steps=1", *words))
+        assert done.stdout.count("WARNING: data.num_workers") == number
+        assert "suggested max number of worker" not in done.stderr
 
 
 def test_of_two_starts_that_load_at_once_the_second_is_refused(tmp_path):

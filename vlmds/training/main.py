@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import re
 import sys
 import traceback
@@ -111,6 +112,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(
         output, Path(args.resume).resolve().parents[1] if resumed else None, args.from_run)))
     on_main(lambda: check_models(experiment, parts, dataset))
+    warn_of_readers(experiment.data.num_workers)
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
@@ -143,6 +145,14 @@ def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> Non
     stored features must be of the tower. Raises InputError."""
     sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
     check_tower(dataset, experiment)
+
+
+def warn_of_readers(num_workers: int) -> None:
+    """Say if the ranks of rank 0's node would start more reader processes than it has cores."""
+    ranks, cores = gather(platform.node()).count(platform.node()), len(os.sched_getaffinity(0))
+    if is_main() and num_workers * ranks > cores:
+        tell(f"vlmds: WARNING: data.num_workers {num_workers} makes {num_workers * ranks} reader "
+             f"processes on this node, which has {cores} cores; lower it if data wait stays high")
 
 
 def note_attention(run: RunFolder, attention: str, remark: str) -> None:
