@@ -133,13 +133,12 @@ def test_a_damaged_checkpoint_is_passed_over(models, shards, two_ranks, tmp_path
     assert_same_weights(weights(run), weights(two_ranks))
 
 
-def test_a_changed_experiment_is_refused_with_the_keys(models, shards, two_ranks):
-    before = metrics(two_ranks)
-    done = train(2, *arguments(models, shards, two_ranks, "stages.1.lr=1e-3"), expect=2,
-                 fresh=True)
+def test_a_changed_experiment_is_refused_with_the_keys(models, shards, two_ranks, tmp_path):
+    run = shutil.copytree(two_ranks, tmp_path / "run")
+    done = train(2, *arguments(models, shards, run, "stages.1.lr=1e-3"), expect=2, fresh=True)
     assert "stages.1.lr 5e-05 -> 0.001" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("vlmds: ") == 1  # one rank speaks
-    assert metrics(two_ranks) == before
+    assert metrics(run) == metrics(two_ranks)
 
 
 @pytest.mark.parametrize("killed", [False, True])
