@@ -38,8 +38,9 @@ from vlmds.config import load_experiment
 from vlmds.demo.clips import make_clips
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.files import new_folder, write
-from vlmds.models.pretrained import PUBLISHED_SHAPES, quiet_libraries
+from vlmds.models.pretrained import PUBLISHED_SHAPES
 from vlmds.progress import phase
+from vlmds.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIP, QWEN = "openai/clip-vit-large-patch14-336", "Qwen/Qwen3-8B"
