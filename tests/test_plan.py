@@ -10,8 +10,8 @@ from peft.tuners.lora.layer import LoraLayer
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
-from vlmds.bench.footprint import StepMemory
 from vlmds import plan
+from vlmds.bench.footprint import StepMemory
 from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
@@ -286,7 +286,7 @@ def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_pat
     settings = [*tiny.settings(models), "vision.feature_layer=-2", "vision.pool=2"]
     experiment = load_experiment("e1", settings)
     for store in ("frames", "features"):
-        monkeypatch.setattr(plan, "cheapest", lambda needs, cores: next(
+        monkeypatch.setattr(plan, "cheapest", lambda needs, cores, store=store: next(
             need for need in needs if need.price.store == store))
         assert main(["plan", "--exp", "e1", "--data", str(source), "--set", *settings]) == 0
         printed = capsys.readouterr().out.splitlines()

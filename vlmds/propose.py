@@ -16,7 +16,12 @@ from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import Card
 from vlmds.memory import (
-    TEXT_POSITIONS, fewest_recomputed, llm_bytes, outside_bytes, quantised, stage_memories,
+    TEXT_POSITIONS,
+    fewest_recomputed,
+    llm_bytes,
+    outside_bytes,
+    quantised,
+    stage_memories,
 )  # fmt: skip
 from vlmds.models.assemble import Shapes
 from vlmds.training.optimizer import freeze
