@@ -7,6 +7,8 @@ loads neither PyTorch nor a model. The commands are in :mod:`vlmds.cli`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlmds.quiet import drop_accelerator_notice
+
 if TYPE_CHECKING:
     from vlmds.captioning.pipeline import caption_records
     from vlmds.captioning.run import caption_to_file
@@ -44,6 +46,8 @@ _MODULES = {
     "inference": ("VideoCaptioner",),
     "plan": ("plan_experiment",),
 }
+
+drop_accelerator_notice()
 
 
 if not TYPE_CHECKING:  # from which a misspelt name would be hidden

@@ -19,6 +19,12 @@ _LIBRARIES = (r"(torch|transformers|peft|deepspeed|accelerate|bitsandbytes|huggi
 _VERBOSITY = "TRANSFORMERS_VERBOSITY"
 
 
+def drop_accelerator_notice() -> None:
+    """DeepSpeed says on stdout which accelerator it takes, when it is imported: too early for
+    :func:`quietly`. The package drops this one line, whoever imports it."""
+    logging.getLogger("DeepSpeed").addFilter(_is_no_accelerator_notice)
+
+
 def quiet_libraries() -> None:
     """From now on, and in child processes. TRANSFORMERS_VERBOSITY and HF_HUB_DISABLE_PROGRESS_BARS
     stand as the user has set them."""
@@ -28,7 +34,6 @@ def quiet_libraries() -> None:
     if "transformers" in sys.modules and os.environ[_VERBOSITY] == "error":
         _quiet_transformers()
     _ignore_warnings()
-    logging.getLogger("DeepSpeed").addFilter(_is_no_accelerator_notice)
 
 
 @contextmanager
@@ -67,5 +72,4 @@ def _ignore_warnings() -> None:
 
 
 def _is_no_accelerator_notice(record: logging.LogRecord) -> bool:
-    """DeepSpeed says at every import, on stdout, which accelerator it takes."""
     return record.levelno >= logging.ERROR or record.filename != "real_accelerator.py"
