@@ -55,6 +55,7 @@ from vlmds.training.run import final_artifact
 from vlmds.training.watch import doing
 
 FORMAT, VERSION = "vlmds-evaluation", 1
+BLIND = {"shuffled": ("shuffled videos", "다른 클립의 영상"), "blank": ("blank videos", "빈 영상")}
 THUMBNAILS = 500
 
 
@@ -211,7 +212,6 @@ def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any
     another clip's and black frames. gap: how much worse blind is, with its paired 95% bootstrap
     interval; one that holds 0 is within noise."""
     found: dict[str, Any] = {"loss": {}, "metrics": {}, "warnings": []}
-    metric = f"cider_d@{tokenizers()[0].level}"
     for blind, others in (("shuffled", [borrowed.get(t.position) for t in texts]),
                           ("blank", [r["blank"] for r in records])):
         kept = [i for i, other in enumerate(others) if other]
@@ -220,7 +220,6 @@ def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any
         else:
             made = [blank[t.prompt] for t in texts]
         if len(kept) < 2:
-            found["warnings"].append(f"{blind}: too few clips to tell")
             continue
         own = np.array([records[i]["real"] for i in kept], dtype=np.float64)
         other = np.array([others[i] for i in kept], dtype=np.float64)
@@ -237,11 +236,32 @@ def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any
             gaps = aggregate(name, pair[0]) - aggregate(name, pair[1])
             values = ours[name].value, theirs[name].value
             found["metrics"][blind][name] = _gap(*values, values[0] - values[1], gaps)
-        for what, gap in (("loss", found["loss"][blind]), (metric, found["metrics"][blind][metric])):
+    found["warnings"] = [doubt["en"] for doubt in doubts(found)]
+    return found
+
+
+def doubts(evidence: dict[str, Any]) -> list[dict[str, str]]:
+    """Why the model may not use the video, in English ("en") and Korean ("ko").
+
+    Args:
+        evidence: what :func:`looking` found. The loss counts, and the first of its metrics.
+    """
+    found = []
+    for blind, (english, korean) in BLIND.items():
+        if blind not in evidence["loss"]:
+            found.append({"en": f"{blind}: too few clips to tell",
+                          "ko": f"{korean}: 클립이 너무 적어 판단할 수 없습니다"})
+            continue
+        metric, gap_of_metric = next(iter(evidence["metrics"][blind].items()))
+        for name, subject, gap in (("loss", "손실이", evidence["loss"][blind]),
+                                       (metric, f"{metric}이(가)", gap_of_metric)):
             if gap["low"] <= 0:
-                found["warnings"].append(
-                    f"{what} with {blind} videos is not worse beyond noise: gap {gap['gap']:.4g}, "
-                    f"95% interval {gap['low']:.4g} to {gap['high']:.4g}")
+                low, high = f"{gap['low']:.4g}", f"{gap['high']:.4g}"
+                found.append({
+                    "en": f"{name} with {english} is not worse beyond noise: gap "
+                          f"{gap['gap']:.4g}, 95% interval {low} to {high}",
+                    "ko": f"{korean}을 넣어도 {subject} 유의하게 나빠지지 않습니다: 차이 "
+                          f"{gap['gap']:.4g}, 95% 구간 {low} ~ {high}"})
     return found
 
 
