@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from vlmds.errors import InputError
 from vlmds.files import publish_folder, sha256_of, sync_file
+from vlmds.progress import tell
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ranks import on_main
-from vlmds.training.watch import tell
 
 VERSION = 1
 WEIGHT = "weight"

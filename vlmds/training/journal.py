@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from vlmds.training.watch import tell
+from vlmds.progress import tell
 
 
 class Journal:

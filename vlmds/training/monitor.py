@@ -17,8 +17,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment
+from vlmds.progress import duration, tell
 from vlmds.training.journal import Journal
-from vlmds.training.watch import tell
 
 
 class Monitor:
@@ -207,12 +207,3 @@ def peak_memory() -> int:
 
 def number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
-
-
-def duration(seconds: float) -> str:
-    """"2 h 05 min", "7 min 30 s" or "12 s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

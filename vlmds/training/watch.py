@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TextIO
 
 import torch.distributed as dist
+
+from vlmds.progress import tell
 
 STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
 MOST_RANKS = 16  # that one rank quotes
@@ -51,18 +52,6 @@ def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None
             _store.set(str(dist.get_rank()), _activity)
         except RuntimeError:  # the store's host is gone; the next collective will tell
             pass
-
-
-def tell(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, on stdout if no stream is given. Where nobody reads any more, since a terminal
-    or an ssh is gone, that must not end the training: from then on the stream leads nowhere."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def last_words(problem: str) -> None:
