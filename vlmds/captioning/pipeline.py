@@ -203,8 +203,7 @@ def packed(reader: SampleReader, work: Sequence[Work], workers: int, batch_size:
             raise InputError(samples["failure"])
         for sample in samples:
             item, row = items[sample.position], reader.row(sample.position)
-            span = (row.start or 0.0, row.duration if row.end is None else row.end)
-            record = _record(item, span, row.duration)
+            record = _record(item, row.span, row.duration)
             if isinstance(sample, Unreadable):
                 yield Clipped(record | {"error": sample.reason})
                 continue
