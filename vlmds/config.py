@@ -404,6 +404,9 @@ def _apply_override(tree: dict, override: str, origins: dict[str, str]) -> None:
     else:
         if key == "projector.type" and node.get("type") != value:
             node.clear()  # as _merge does: the old type's keys mean nothing to the new one
+        other = _DATA.get(key)
+        if other and value is not None and not origins.get(f"data.{other}", "").startswith("--set"):
+            node.pop(other, None)  # other data than the file's; two overrides are a mistake
         node[leaf] = value
     for depth in range(1, len(parents) + 1):
         origins.setdefault(".".join(parents[:depth]), f"--set {override}")
@@ -416,6 +419,7 @@ def _list_index(items: list, part: str, where: str, override: str) -> int:
     return int(part)
 
 
+_DATA = {"data.path": "blend", "data.blend": "path"}  # each replaces the other
 _LISTS = {"stages": StageConfig, "blend": BlendPart}  # keys that hold lists of mappings
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vlmds.data.alike import CONVERSIONS
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 FACTS = ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
 # Of a description: the manifest's, and what holds for the video store's file alone.
 ROW = ("id", "captions", "source", "prompt", "start", "end", "timing")
-POSSIBLE = (("video", "frames"), ("video", "features"), ("frames", "features"))
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _target(
     tower: VisionTower | None, tower_name: str | None,
 ) -> Target:
     """Raises InputError if the source cannot become this."""
-    if (index.store, store) not in POSSIBLE:
+    if (index.store, store) not in CONVERSIONS:
         why = {"features": "features cannot be turned back; convert the store they came from",
                store: "it is one already"}.get(
                    index.store, "pack the manifest with --store video")
