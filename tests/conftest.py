@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.fixtures import models, shards, two_ranks  # noqa: F401
+from vlmds import progress
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -16,3 +17,9 @@ def qwen_tokenizer_folder():
     if not folder.is_dir():
         pytest.skip("needs the full Qwen vocabulary")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """What a test finds on stderr must not depend on how fast the machine is."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 3600.0)

@@ -85,6 +85,15 @@ def test_batch_size_does_not_matter(result, run, tmp_path):
         same(result, evaluate_run(run, output=tmp_path / str(size), batch_size=size, **OPTIONS))
 
 
+def test_progress_is_shown_and_can_be_switched_off(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vlmds.progress.QUIET_SECONDS", 1e-3)
+    for shown in (False, True):
+        evaluate_run(run, output=tmp_path / str(shown), clips=4, progress=shown, **OPTIONS)
+        error = capsys.readouterr().err
+        assert ("vlmds: evaluating: 4 clips in " in error) == shown, error
+        assert ("vlmds: " in error) == shown, error
+
+
 def test_a_run_of_a_blend_is_evaluated_on_one_dataset(result, run, shards, tmp_path):
     artifact = tmp_path / "finetune"
     shutil.copytree(run / "artifacts" / "finetune", artifact)

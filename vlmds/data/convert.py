@@ -30,13 +30,14 @@ from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.manifest import ManifestRow, Reject
 from vlmds.data.merge import finish
-from vlmds.data.pack import PackSummary, meter, shown
+from vlmds.data.pack import PackSummary, counting
 from vlmds.data.prepare import Reply
 from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_shard
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path
+from vlmds.progress import phase, silenced
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
@@ -112,7 +113,8 @@ def convert(
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
     with (
         DecodePool(workers, deadline) as pool,
-        meter(total, f"to {store}", "sample", progress) as bar,
+        silenced(not progress),
+        phase(f"converting to {store}", total, "samples", left=True) as shown,
     ):
         made = _made(index, [source for _, source in pending], target, tower, pool, workers)
         for shard, from_shard in pending:
@@ -120,7 +122,7 @@ def convert(
             told = [(row, _description(index, row)) for row in from_shard.rows(index)]
             replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
             shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
-            write_shard(out, shard, shown(replies, bar))
+            write_shard(out, shard, counting(replies, shown))
     seconds = time.monotonic() - begin
     if task is not None:
         mine = shards[_part(task)]

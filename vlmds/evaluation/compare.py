@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import InputError
-from vlmds.evaluation.evaluate import doubts
+from vlmds.evaluation.blind import doubts
 from vlmds.evaluation.metrics import (
     aggregate, characters, interval, resampled_means, score_captions,
 )  # fmt: skip
