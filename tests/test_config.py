@@ -56,7 +56,7 @@ def test_other_data_replaces_the_files(tmp_path):
         assert load_experiment(mine, [second]).data == load_experiment("e3", [second]).data
         with pytest.raises(InputError, match="data: give path or blend, not both"):
             load_experiment(mine, [second, first])
-    assert load_experiment(mine, ["data.path=null"]).data.blend is not None
+    assert load_experiment(mine, ["data.blend=null"]).data.path == "/data/c"
 
 
 def test_local_file_extends_packaged(tmp_path):

@@ -11,6 +11,7 @@ from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
 from vlmds.hardware import find_card
 from vlmds.memory import checkpoint_bytes, stage_memory
+from vlmds.messages import counted
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import load_tokenizer
@@ -146,7 +147,7 @@ def _stores(model: Shapes, dataset: Dataset | None, rate: float, how: str, cores
                    projector.patches, vision.hidden_size)
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
-    of = f"{samples:,} samples" if dataset else "per 10,000 samples"
+    of = counted(samples, "sample") if dataset else "per 10,000 samples"
     lines = [
         f"stores at {rate:.3g} samples/s per GPU ({how})",
         f"{'store':<22}{'MB a sample':>12}{'GB, ' + of:>26}{'core-ms a sample':>18}"
@@ -178,15 +179,15 @@ def _schedule(
     if batch is None:
         batch = training.micro_batch * training.gradient_accumulation * gpus
         how = (f"micro_batch {training.micro_batch} x gradient_accumulation "
-               f"{training.gradient_accumulation} x {gpus} GPU{'s' if gpus > 1 else ''}")
+               f"{training.gradient_accumulation} x {counted(gpus, 'GPU')}")
     lines = [f"global batch: {batch} ({how})"]
     for stage in experiment.stages:
         steps = stage.steps
-        length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        length = counted(stage.steps, "step") if stage.steps else counted(stage.epochs, "epoch")
         if dataset and not stage.steps:
             samples = dataset.count("train")
             steps = stage_steps(stage, samples, batch)
-            length += f" of {samples:,} samples = {steps:,} steps"
+            length += f" of {counted(samples, 'sample')} = {counted(steps, 'step')}"
         if steps and rate:
             length += f", about {steps * batch / (rate * gpus) / 3600:,.1f} h"
         lines.append(f"stage {stage.name}: trains {' and '.join(stage.train)}, lr {stage.lr:g}, "

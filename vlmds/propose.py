@@ -15,6 +15,7 @@ from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import Card
 from vlmds.memory import TEXT_POSITIONS, fewest_recomputed, llm_bytes, stage_memories
+from vlmds.messages import counted
 from vlmds.models.assemble import Shapes
 from vlmds.training.optimizer import freeze
 
@@ -61,7 +62,8 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int,
     training, stage = experiment.training, experiment.stages[-1]
     batch = training.global_batch or training.micro_batch * training.gradient_accumulation * gpus
     if batch % gpus:
-        raise InputError(f"training.global_batch: {batch} cannot be shared by {gpus} GPUs; change it "
+        raise InputError(f"training.global_batch: {batch} cannot be shared by "
+                         f"{counted(gpus, 'GPU')}; change it "
                          "or --gpus")
     share = batch // gpus
     freeze(model.captioner, stage)
