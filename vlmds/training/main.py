@@ -114,27 +114,25 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     parts = together(lambda: shapes(experiment) if is_main() else None)
     on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     doing("looking for the pretrained models")
-    resumed = args.resume not in ("auto", "never")
-    experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(
-        output, Path(args.resume).resolve().parents[1] if resumed else None, args.from_run)))
+    start_from = None if args.resume in ("auto", "never") else Path(args.resume)
+    earlier = (output, start_from and start_from.resolve().parents[1], args.from_run)
+    experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(*earlier)))
     on_main(lambda: check_models(experiment, parts, dataset))
-    warn_of_readers(experiment.data.num_workers)
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
         "weights": base_weights(experiment),
         "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision}}
-    resume = args.resume
-    start_from = None if resume in ("auto", "never") else Path(resume)
+    world_size = dist.get_world_size()
     run = on_main(lambda: open_run(
-        output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
-        command=sys.argv))
-    check_ds_config(config, experiment, accumulation_steps(
-        experiment, dist.get_world_size(), run.global_batch))
+        output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv))
+    check_ds_config(
+        config, experiment, accumulation_steps(experiment, world_size, run.global_batch))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
-        tell(f"vlmds: {describe_batch(experiment, dist.get_world_size(), run.global_batch)}")
+        tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
+    warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
