@@ -108,7 +108,7 @@ def add_serve(commands) -> None:
         help="also fetch videos from http(s) URLs that a request names, whatever this machine "
         "can reach")
     add_loading(command)
-    command.set_defaults(call=serve)
+    command.set_defaults(call=serve, module="vlmds.serve.app")
 
 
 def add_export(commands) -> None:
