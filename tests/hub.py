@@ -23,7 +23,10 @@ class Hub(ThreadingHTTPServer):
     gated: names that only say that they exist. visibility: of the repositories that clients made.
     downloads: how often each "name/path" was sent whole. asked: all requests, "METHOD path".
     cuts: so many times, a file is sent up to its half and the connection closed.
-    claimed: path -> bytes that the hub claims of a file.
+    claimed: path -> bytes that the hub claims of a file. private: names of which clients are not
+    told; denied: names whose files this account may not read. broken: so many times, a weight file is
+    answered with 500. listings, sizes: whether the files of a repository can be listed, and how large
+    they are.
     """
 
     daemon_threads = True
@@ -32,7 +35,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories, self.gated, self.visibility = {}, set(), []
         self.downloads, self.asked, self.cuts, self.claimed = Counter(), [], 0, {}
-        self.ranges = []
+        self.ranges, self.private, self.denied = [], set(), set()
+        self.broken, self.listings, self.sizes = 0, True, True
         self.lock = threading.Lock()
 
     @property
@@ -125,12 +129,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RepoNotFound")
         if name in self.server.gated:
             return self.refuse(403, "GatedRepo")
+        if name in self.server.private:
+            return self.refuse(401, "")
         rest = parts[4:] if parts[0] == "api" else parts[2:]
         revision = rest[1].replace("%2F", "/") if len(rest) > 1 else "main"
         found = self.server.find(name, revision)
         if found is None:
             return self.refuse(404, "RevisionNotFound")
         commit, files = found
+        if rest[:1] == ["tree"] and not self.server.listings:
+            return self.refuse(404, "")
+        if rest[:1] == ["resolve"] and name in self.server.denied:
+            return self.refuse(403, "")
         if rest[:1] == ["tree"]:
             return self.answer([{"type": "file", "path": path, **self.described(path, data)}
                                 for path, data in files.items()])
@@ -139,7 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
             return (self.send(name, commit, path, files[path]) if path in files
                     else self.refuse(404, "EntryNotFound"))
         return self.answer({"id": name, "sha": commit, "private": True, "siblings": [
-            {"rfilename": path, **self.described(path, data)} for path, data in files.items()]})
+            {"rfilename": path, **(self.described(path, data) if self.server.sizes else {})}
+            for path, data in files.items()]})
 
     do_HEAD = do_GET
 
@@ -153,6 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, name: str, commit: str, path: str, data: bytes) -> None:
         begin = 0
+        if self.command == "GET" and path.endswith(LFS):
+            with self.server.lock:
+                broken, self.server.broken = self.server.broken, max(0, self.server.broken - 1)
+            if broken:
+                return self.refuse(500, "")
         if wanted := self.headers.get("Range"):
             begin = int(wanted.removeprefix("bytes=").partition("-")[0])
             with self.server.lock:
@@ -184,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.downloads[f"{name}/{path}"] += 1
 
     def refuse(self, status: int, code: str) -> None:
-        self.answer({"error": code}, status, {"X-Error-Code": code})
+        self.answer({"error": code}, status, {"X-Error-Code": code} if code else {})
 
     def answer(self, content, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(content).encode()

@@ -416,7 +416,7 @@ def _apply_override(tree: dict, override: str, origins: dict[str, str]) -> None:
     else:
         if key == "projector.type" and node.get("type") != value:
             node.clear()  # as _merge does: the old type's keys mean nothing to the new one
-        if leaf == "model" and f"{parents[0]}." in _PRETRAINED and node.get("model") != value:
+        if leaf == "model" and f"{'.'.join(parents)}." in _PRETRAINED and node.get("model") != value:
             node.pop("revision", None)
         other = _DATA.get(key)
         if other and value is not None and not origins.get(f"data.{other}", "").startswith("--set"):

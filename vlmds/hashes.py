@@ -78,9 +78,11 @@ def cache_folder() -> Path:
 def _name_of_blob(path: Path) -> str | None:
     """sha256 of a file of the hub's cache that is kept by it: a link to ``blobs/<sha256>``. (The
     names of small files there have 40 digits, a git hash.)"""
-    target = path.resolve()
-    is_blob = path.is_symlink() and target.parent.name == "blobs"
-    return target.name if is_blob and re.fullmatch("[0-9a-f]{64}", target.name) else None
+    if not path.is_symlink():
+        return None
+    target = path.parent / os.readlink(path)  # which may be a link itself, to a store of chunks
+    is_blob = target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name)
+    return target.name if is_blob else None
 
 
 def _state(path: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.errors import InputError
 from vlmds.models.assemble import load_model
-from vlmds.models.fetch import download, fetch_models, model_folder, presence
-from vlmds.models.hub import cached_folder, commit_of
+from vlmds.models import fetch
+from vlmds.models.fetch import download, fetch_models, model_folder, pin_models, presence
+from vlmds.models.hub import cached_folder, commit_of, snapshot
+from vlmds.models.pretrained import load_config
 from vlmds.training.lineage import base_files
 
 CLIP, QWEN = "team/clip", "team/qwen3"
@@ -104,6 +107,41 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(hub, monkeypatch):
     assert any(begin > 0 for _, begin in hub.ranges)
 
 
+def test_a_download_that_breaks_off_is_tried_again(hub, monkeypatch, capfd):
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetch, "TRIES", 3)
+    reports = []
+    hub.broken = 2  # downloads of a weight file that the hub answers with 500
+    download(experiment().vision, reports.append)
+    assert weights(hub) == {f"{CLIP}/pytorch_model.bin": 1}
+    assert capfd.readouterr().err.count("; trying again in ") == 2
+    total = len(hub.find(CLIP, "main")[1]["pytorch_model.bin"])
+    assert reports[-1].startswith(f"downloading {CLIP}: {total / 1e6:.0f} of {total / 1e6:.0f} MB")
+    hub.broken = 99
+    with pytest.raises(InputError, match=f"llm.model: {QWEN}: http.* answers 500") as caught:
+        download(experiment().llm)
+    assert "\n" not in str(caught.value) and hub.broken == 99 - 2 * 3  # two files, three tries
+
+
+def test_a_listing_that_fails_is_no_empty_repository(hub, monkeypatch):
+    """With a folder of the commit there, huggingface_hub then returns it as if all were there."""
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    commit, files = hub.find(QWEN, "main")
+    folder = snapshot(QWEN, commit)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(files["config.json"])
+    hub.listings = False
+    with pytest.raises(InputError, match="llm.model: team/qwen3: .* gave no list of its files"):
+        download(experiment().llm)
+    hub.listings = True
+    assert not weights(hub) and download(experiment().llm) == folder
+
+
+def test_a_configuration_needs_no_weights(hub):
+    assert load_config(experiment().llm).model_type == "qwen3"
+    assert list(hub.downloads) == [f"{QWEN}/config.json"]
+
+
 def test_offline_what_is_there_is_used_and_what_is_not_is_one_line(hub, monkeypatch):
     download(experiment().vision)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -130,12 +168,21 @@ def test_without_a_hub_what_is_there_is_used(hub, tmp_path, monkeypatch):
     ({"llm": "team/bare"}, "llm.model: team/bare has no weights on the hub"),
     ({"llm": "team/holes"}, "llm.model: team/holes has no weights on the hub .model-00002"),
     ({"vision": QWEN}, "vision.model: team/qwen3 has no preprocessor_config.json on the hub"),
+    ({"llm": "team/secret"}, "llm.model: team/secret: http.* answers 401: .*; log in"),
+    ({"llm": "team/denied"}, "llm.model: http.* does not let this account read team/denied; log in"),
+    ({"llm": "team/inside"}, "model.safetensors.index.json names parts/a.safetensors, but weights"),
     ({"llm": "a/b c"}, "llm.model: a/b c is neither a folder here nor a name of the hub"),
 ])
 def test_what_cannot_be_had_is_one_line(hub, change, message):
     files = hub.find(QWEN, "main")[1]
     hub.commit("team/gated", files)
     hub.gated.add("team/gated")
+    hub.commit("team/secret", files)
+    hub.private.add("team/secret")
+    hub.commit("team/denied", files)
+    hub.denied.add("team/denied")
+    index = json.dumps({"weight_map": {"a": "parts/a.safetensors"}}).encode()
+    hub.commit("team/inside", {**files, "model.safetensors.index.json": index})
     hub.commit("team/bare", {"config.json": files["config.json"]})
     hub.commit("team/holes", {k: v for k, v in files.items() if "00002-of" not in k})
     with pytest.raises(InputError, match=message) as caught:
@@ -152,8 +199,8 @@ def test_a_revision_pins_a_commit(hub, tmp_path):
     newest = hub.commit(QWEN, {**hub.find(QWEN, "main")[1], "notes.txt": b"newest"})
     assert fetch_models(experiment()).llm.revision == new
     # A run goes on with the commit that it recorded, unless the experiment names one.
-    assert fetch_models(experiment(), {"llm": old}).llm.revision == old
-    assert fetch_models(experiment(f"llm.revision={new}"), {"llm": old}).llm.revision == new
+    assert pin_models(experiment(), {"llm": old}).llm.revision == old
+    assert pin_models(experiment(f"llm.revision={new}"), {"llm": old}).llm.revision == new
     assert main(["fetch", "--exp", "e3", "--set", f"vision.model={CLIP}", f"llm.model={QWEN}"]) == 0
     assert fetch_models(experiment()).llm.revision == newest
     with pytest.raises(InputError, match="llm.revision: team/qwen3 has no revision v9"):
@@ -171,15 +218,13 @@ def test_a_revision_pins_a_commit(hub, tmp_path):
 
 def test_a_disk_without_room_is_refused_before_the_download(hub, tmp_path):
     hub.claimed["model-00002-of-00002.safetensors"] = 10**16
-    with pytest.raises(InputError, match=r"needs 10000000.\d\d GB in .*cache, but only .* GB are free"):
+    with pytest.raises(InputError, match=r"needs 10,000 TB in .*cache, but only .* are free; free some"):
         fetch_models(experiment())
     assert f"{QWEN}/model-00001-of-00002.safetensors" not in hub.downloads
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_fills_up_is_one_line(hub, monkeypatch):
-    from vlmds.models import fetch
-
     def full(*_, **__):
         with open("/dev/full", "wb", buffering=0) as file:
             file.write(b"0")
@@ -197,7 +242,42 @@ def test_what_is_missing_is_counted(hub):
                  if "/" not in name)
     # The index is not read for it: consolidated.safetensors counts as well.
     assert not found.here and found.missing == wanted + len(NEVER["consolidated.safetensors"])
-    assert "GB are to be downloaded to" in found.text
+    assert "452 kB are to be downloaded to" in found.text
     download(experiment().llm)
     found = presence(experiment().llm)
     assert found.here and found.missing == 0 and hub.find(QWEN, "main")[0][:12] in found.text
+
+
+def test_a_mirror_without_sizes_serves_all_the_same(hub):
+    hub.sizes = False
+    assert cached_folder(experiment().llm) is None
+    assert model_folder(experiment().llm) == cached_folder(experiment().llm)
+
+
+def test_what_may_not_be_read_is_one_line(hub, tmp_path, monkeypatch):
+    download(experiment().llm)
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "cache"))
+
+    monkeypatch.setattr("vlmds.models.hub.missing_file", denied)  # root may read everything
+    with pytest.raises(InputError, match=f"llm.model: {tmp_path}/cache"):
+        cached_folder(experiment().llm)
+
+
+def test_newer_commits_are_asked_for_where_that_is_possible(hub, monkeypatch, capsys):
+    words = ["fetch", "--exp", "e3", "--set", f"vision.model={CLIP}", f"llm.model={QWEN}"]
+    assert main(words) == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("(no newer one could be asked for: ") == 2
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    waiting = threading.Event()
+    monkeypatch.setattr(fetch.HfApi, "model_info", lambda *_, **__: waiting.wait())  # as DNS may
+    with pytest.raises(InputError, match="cannot be reached .no answer within 0 s"):
+        fetch.ask_hub(experiment().llm, timeout=0.05)
+    waiting.set()

@@ -51,7 +51,8 @@ def _run(args: argparse.Namespace) -> int:
         _load(args)
         return args.call(args)
     except InputError as error:
-        print(f"vlmds: {error}", file=sys.stderr)
+        if not error.shared or os.environ.get("RANK", "0") == "0":
+            print(f"vlmds: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in UNUSABLE or error.filename is None:

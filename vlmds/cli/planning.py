@@ -32,8 +32,11 @@ def fetch(args: argparse.Namespace) -> int:
     from vlmds.models.fetch import fetch_newest
     from vlmds.training.run import final_artifact
 
+    begun = args.run is not None and Path(args.run) / "run.json"
     if args.run is None:
         experiment = load_experiment(args.exp, args.set)
+    elif begun.is_file():  # also one that is to be resumed and has finished nothing yet
+        experiment = load_experiment(Path(args.run) / "experiment.yaml", args.set)
     else:
         experiment = artifact_experiment(final_artifact(resolve_artifact(args.run)), args.set)
     for line in fetch_newest(experiment):
@@ -91,7 +94,7 @@ def add_fetch(commands) -> None:
     which.add_argument("--run", metavar="RUN", help="run folder or artifact: the commits it was "
                        "trained from")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    command.set_defaults(call=fetch)
+    command.set_defaults(call=fetch, module="vlmds.models.fetch")
 
 
 def add_demo(commands) -> None:
@@ -100,4 +103,4 @@ def add_demo(commands) -> None:
     command.add_argument("--exp", default="demo",
                          help="a packaged experiment, in tiny form (default: demo)")
     command.add_argument("--output", type=Path, default=Path("demo"), help="default: ./demo")
-    command.set_defaults(call=demo)
+    command.set_defaults(call=demo, module="vlmds.demo.run")

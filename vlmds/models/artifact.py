@@ -110,6 +110,7 @@ def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experime
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(f"--set llm.model: {folder} holds its own language model, into which its "
                          "adapter is folded; leave it out")
+    overrides = [text for text in overrides if not text.startswith("llm.revision=")]
     return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])
 
 

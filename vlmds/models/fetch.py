@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
+import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -27,20 +31,20 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    XetDownloadError,
 )
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
 from vlmds.config import Experiment
 from vlmds.errors import InputError
-from vlmds.files import write
+from vlmds.files import look_again, write
 from vlmds.models.hub import (
     SMALL,
     Section,
     cached_folder,
     commit_of,
     hub_cache,
+    is_commit,
     key_of,
     looks_local,
     missing_file,
@@ -48,16 +52,39 @@ from vlmds.models.hub import (
     weight_names,
 )
 from vlmds.progress import phase, tell
-from vlmds.training.ranks import gather, on_each_cache, on_main
+from vlmds.quiet import quietly
+from vlmds.training.ranks import gather, on_each_cache, on_main, together
+from vlmds.units import size_text
 
+Answer = TypeVar("Answer")
 TRIES, LONGEST_WAIT = 8, 30.0
-"""Of a download that breaks off: attempts in a row that bring nothing, and the longest wait in
+"""Of a download that breaks off: attempts in a row that complete no file, and the longest wait in
 seconds before the next."""
 ASK_SECONDS = 10.0
 """Until the hub must have answered a question."""
-VISIBLE_SECONDS = 30.0
-"""Until a file that another node downloaded must be seen on a shared disk."""
+VISIBLE_SECONDS = 90.0
+"""Until what another node downloaded must be seen here: names on NFS may be a minute old."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def config_folder(section: Section) -> Path:
+    """A folder with the model's config.json, which alone is downloaded if it is not here.
+
+    Raises:
+        InputError: as :func:`model_folder`.
+    """
+    pinned = snapshot(section.model, section.revision) if is_commit(section.revision) else None
+    if pinned is not None and (pinned / "config.json").is_file():
+        return pinned
+    folder = cached_folder(section)
+    if folder is None:
+        found = ask_hub(section)
+        if "config.json" not in found.sizes:
+            raise InputError(f"{key_of(section)}: {section.model} has no config.json on the hub; name "
+                             "the repository of the whole model")
+        _bring(section, found, ["config.json"], lambda text: None)
+        folder = snapshot(section.model, found.commit)
+    return folder
 
 
 def model_folder(section: Section) -> Path:
@@ -69,39 +96,43 @@ def model_folder(section: Section) -> Path:
     return cached_folder(section) or download(section)
 
 
-def fetch_models(experiment: Experiment, recorded: Mapping[str, str | None] | None = None
-                 ) -> Experiment:
-    """Make sure that both pretrained models are on this machine. All ranks of a job call it alike.
+def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None = None
+               ) -> Experiment:
+    """The experiment with a commit as the ``revision`` of each model that is of the hub: the one it
+    pins itself, or that is recorded; else the one that the cache has; else the newest. All ranks of a
+    job call it alike, and get the same.
 
     Args:
-        recorded: "vision" and "llm" -> the commit that a run used before, which it is to use again;
-            what the experiment itself pins stands.
+        recorded: "vision" and "llm" -> the commit that a run used before.
 
-    Returns:
-        The experiment, whose ``revision`` is now the commit of each model that is of the hub.
+    Raises:
+        InputError: on every rank; the hub has to be asked, and cannot be, or has no such model.
+    """
+    for part, commit in on_main(lambda: _commits(experiment, recorded or {})).items():
+        if not looks_local(getattr(experiment, part).model):
+            experiment = _pinned(experiment, part, commit)
+    return experiment
+
+
+def fetch_models(experiment: Experiment) -> Experiment:
+    """The experiment as :func:`pin_models` gives it, both of whose models are on this machine. All
+    ranks of a job call it alike.
 
     Raises:
         InputError: on every rank, as :func:`model_folder`.
     """
-    for part, commit in (recorded or {}).items():
-        section = getattr(experiment, part)
-        if section.revision is None and not looks_local(section.model):
-            experiment = _pinned(experiment, part, commit)
-    wanted = (experiment.vision, experiment.llm)
-    for part, commit in on_main(lambda: _commits(experiment)).items():
-        if not looks_local(getattr(experiment, part).model):
-            experiment = _pinned(experiment, part, commit)
+    experiment = pin_models(experiment)
     sections = (experiment.vision, experiment.llm)
-    if any(gather(any(cached_folder(section) is None for section in sections))):
-        def work(report: Callable[[str], None]) -> None:
-            for before, section in zip(wanted, sections):
-                if cached_folder(section) is None:
-                    download(section, report)
-                    _note(before, section.revision)
 
-        on_each_cache(work, hub_cache())
+    def work(report: Callable[[str], None]) -> None:
         for section in sections:
-            _wait_until_visible(section)
+            if cached_folder(section) is None:
+                download(section, report)
+
+    incomplete = together(lambda: any(cached_folder(section) is None for section in sections))
+    if any(gather(incomplete)):
+        on_each_cache(work, hub_cache())
+        together(lambda: _wait_until_visible(sections))
     return experiment
 
 
@@ -113,10 +144,16 @@ def fetch_newest(experiment: Experiment) -> Iterator[str]:
         if looks_local(section.model):
             yield f"{section.model}: a folder, nothing to download"
             continue
-        if folder is None or commit_of(folder) != section.revision:
+        note = ""
+        if folder is None:
             folder = download(section)
+        elif commit_of(folder) != section.revision:
+            try:
+                folder = download(section)
+            except InputError as error:
+                note = f" (no newer one could be asked for: {str(error).partition('; ')[0]})"
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        yield f"{section.model}: commit {commit_of(folder)}, {size / 1e9:.2f} GB, in {folder}"
+        yield f"{section.model}: commit {commit_of(folder)}, {size_text(size)}, in {folder}{note}"
 
 
 def _pinned(experiment: Experiment, part: str, commit: str | None) -> Experiment:
@@ -124,14 +161,16 @@ def _pinned(experiment: Experiment, part: str, commit: str | None) -> Experiment
     return experiment.model_copy(update={part: section})
 
 
-def _commits(experiment: Experiment) -> dict[str, str]:
-    """"vision" and "llm" -> the commit to use of each that is of the hub: the one in the cache, if
-    it is complete, else the newest."""
+def _commits(experiment: Experiment, recorded: Mapping[str, str | None]) -> dict[str, str]:
+    """"vision" and "llm" -> the commit to use of each that is of the hub."""
     commits = {}
     for part in ("vision", "llm"):
         section = getattr(experiment, part)
-        folder = cached_folder(section)
-        if not looks_local(section.model):
+        if looks_local(section.model):
+            continue
+        commits[part] = section.revision or recorded.get(part)
+        if not is_commit(commits[part]):
+            folder = cached_folder(section)
             commits[part] = commit_of(folder) if folder else ask_hub(section).commit
             _note(section, commits[part])
     return commits
@@ -140,22 +179,24 @@ def _commits(experiment: Experiment) -> dict[str, str]:
 def _note(section: Section, commit: str | None) -> None:
     """Note in the cache which commit the model's revision stands for, as huggingface_hub does, so
     that a later start finds it without a network."""
-    if commit is None or section.revision == commit:
+    if commit is None or is_commit(section.revision):
         return
     path = snapshot(section.model, commit).parents[1] / "refs" / (section.revision or "main")
-    if not path.is_file() or path.read_text().strip() != commit:
-        with contextlib.suppress(OSError):  # a cache that may only be read
+    with contextlib.suppress(OSError):  # a cache that may only be read
+        if not path.is_file() or path.read_text().strip() != commit:
             write(path, commit)
 
 
-def _wait_until_visible(section: Section) -> None:
-    """A file that another node downloaded may show late on a network drive."""
+def _wait_until_visible(sections: Iterable[Section]) -> None:
+    """What another node downloaded may show late on a network drive."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while cached_folder(section) is None:
-        if time.monotonic() > deadline:
-            raise InputError(f"{key_of(section)}: {section.model} was downloaded by another process, but "
-                             f"is not to be seen in {hub_cache()} here; start again")
-        time.sleep(0.5)
+    for section in sections:
+        while cached_folder(section) is None:
+            if time.monotonic() > deadline:
+                raise InputError(f"{key_of(section)}: another process has downloaded {section.model}, "
+                                 f"but it does not show in {hub_cache()} here; start again")
+            look_again(snapshot(section.model, section.revision or "main"))
+            time.sleep(0.5)
 
 
 @dataclass(frozen=True)
@@ -189,11 +230,15 @@ def ask_hub(section: Section, timeout: float = ASK_SECONDS) -> Repository:
         with _translated(section):
             if constants.is_offline_mode():
                 raise OfflineModeIsEnabled
-            info = HfApi().model_info(
-                section.model, revision=section.revision, files_metadata=True, timeout=timeout)
+            with phase(f"asking {constants.ENDPOINT} for {section.model}"):
+                info = _within(timeout, lambda: HfApi().model_info(
+                    section.model, revision=section.revision, files_metadata=True, timeout=timeout))
     except _Interrupted as error:
         raise InputError(str(error)) from None
-    return Repository(info.sha, {file.rfilename: file.size or 0 for file in info.siblings
+    if not info.sha:
+        raise InputError(f"{key_of(section)}: {constants.ENDPOINT} does not say which commit of "
+                         f"{section.model} it has; set HF_ENDPOINT to a complete mirror of the hub")
+    return Repository(info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()
                                  if "/" not in file.rfilename})
 
 
@@ -221,8 +266,8 @@ def presence(section: Section, timeout: float = 5.0) -> Presence:
         reason = str(error).partition(": ")[2].removeprefix(
             f"{section.model} is not complete in {hub_cache()}, and ")
         return Presence(False, None, f"not in {hub_cache()}, and {reason}")
-    return Presence(False, missing, f"{missing / 1e9:.2f} GB are to be downloaded to {hub_cache()} "
-                    f"({_free_bytes() / 1e9:.1f} GB free): a start does it, or ahead of it vlmds fetch")
+    return Presence(False, missing, f"{size_text(missing)} are to be downloaded to {hub_cache()} "
+                    f"({size_text(_free_bytes())} free): a start does it, or ahead of it vlmds fetch")
 
 
 def download(section: Section, report: Callable[[str], None] = lambda text: None) -> Path:
@@ -267,30 +312,59 @@ def _bring(section: Section, found: Repository, files: Iterable[str],
             shown.advance(count)
             report(shown.under_way())
 
-        failures, wait = 0, 1.0
-        while True:
-            before = shown.done
+        def absent() -> list[str]:
+            return [file for file in missing if not (folder / file).is_file()]
+
+        failures = 0
+        while left := absent():
+            shown.done = total - sum(found.sizes[file] for file in left)
             try:
-                with _translated(section):
-                    snapshot_download(section.model, revision=found.commit, allow_patterns=missing,
+                with _translated(section), quietly():
+                    snapshot_download(section.model, revision=found.commit, allow_patterns=left,
                                       tqdm_class=_byte_counter(advance))
-                return
+                if absent():  # without a listing of the repository that is no error there
+                    raise _Interrupted(f"{key_of(section)}: {section.model}: {constants.ENDPOINT} gave "
+                                       f"no list of its files; try again later")
             except _Interrupted as error:
-                failures, wait = (1, 1.0) if shown.done > before else (failures + 1, 2 * wait)
+                # Whole files count: a part of one is not kept when its download breaks off.
+                failures = 1 if len(absent()) < len(left) else failures + 1
                 if failures == TRIES:
                     raise InputError(str(error)) from None
-                wait = min(wait, LONGEST_WAIT)
-                tell(f"vlmds: {str(error).partition(';')[0]}; trying again in {wait:.0f} s", sys.stderr)
+                wait = min(2.0 ** (failures - 1), LONGEST_WAIT)
+                tell(f"vlmds: {str(error).partition('; ')[0]}; trying again in {wait:.0f} s", sys.stderr)
                 time.sleep(wait)
-                shown.done = float(sum(found.sizes[f] for f in missing if (folder / f).is_file()))
 
 
 def _check_room(section: Section, wanted: int) -> None:
     """Raise InputError if the cache's disk has no room for so many bytes."""
     if (free := _free_bytes()) < wanted:
-        raise InputError(f"{key_of(section)}: {section.model} needs {wanted / 1e9:.2f} GB in "
-                         f"{hub_cache()}, but only {free / 1e9:.2f} GB are free; free some, or set "
+        raise InputError(f"{key_of(section)}: {section.model} needs {size_text(wanted)} in "
+                         f"{hub_cache()}, but only {size_text(free)} are free; free some, or set "
                          "HF_HOME to a folder on another disk")
+
+
+def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+    """What ``ask`` returns or raises; a look-up of the hub's name has no timeout of its own.
+
+    Raises:
+        httpx.TimeoutException: no answer in twice the time.
+    """
+    answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:  # it belongs to the caller
+            answers.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=2 * seconds)
+    except queue.Empty:
+        raise httpx.TimeoutException(f"no answer within {2 * seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return answer
 
 
 def _free_bytes() -> int:
@@ -333,7 +407,9 @@ def _translated(section: Section) -> Iterator[None]:
         InputError: trying again would not help. _Interrupted: it might.
     """
     key, name = key_of(section), section.model
-    log_in = "log in (hf auth login, or HF_TOKEN)"
+    log_in = "log in (hf auth login, or HF_TOKEN) with one that may"
+    full = (f"{key}: {name}: the disk of {hub_cache()} is full; free some, or set HF_HOME to a folder on "
+            "another disk")
     ahead = (f"run vlmds fetch where there is a network and copy or share HF_HOME, or name a folder: "
              f"--set {key}=DIR")
     try:
@@ -355,26 +431,38 @@ def _translated(section: Section) -> Iterator[None]:
         raise InputError(f"{key}: {name} is neither a folder here nor a name of the hub (owner/name)"
                          ) from None
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
+        status = _status(error)
         line = f"{key}: {name}: {constants.ENDPOINT} answers {status}: {_one_line(error)}"
         if status in (401, 403):
             raise InputError(f"{line}; {log_in}") from None
         raise _Interrupted(f"{line}; try again later, or {ahead}") from None
-    except (httpx.HTTPError, LocalEntryNotFoundError, XetDownloadError) as error:
+    except (httpx.HTTPError, LocalEntryNotFoundError, RuntimeError) as error:
+        # A RuntimeError is what hf_xet makes of everything that fails under it.
+        if isinstance(error, RuntimeError) and re.search("os error 28|No space left", str(error)):
+            raise InputError(full) from None
+        if _status(error.__cause__) in (401, 403):
+            raise InputError(f"{key}: {constants.ENDPOINT} does not let this account read {name}; "
+                             f"{log_in}") from None
         raise _Interrupted(f"{key}: {name} is not complete in {hub_cache()}, and {constants.ENDPOINT} "
                            f"cannot be reached ({_one_line(error)}); {ahead}") from None
     except OSError as error:
         if error.errno in FULL:
-            raise InputError(f"{key}: {name}: the disk of {hub_cache()} is full; free some, or set HF_HOME "
-                             "to a folder on another disk") from None
+            raise InputError(full) from None
         if error.errno is None:  # a file of another size than was promised
             raise _Interrupted(f"{key}: {name}: {_one_line(error)}") from None
         raise InputError(f"{key}: {name}: {error.filename or hub_cache()}: {error.strerror}; set HF_HOME to "
                          "a folder that you may write") from None
 
 
-def _one_line(error: Exception) -> str:
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of the hub's client stands for."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _one_line(error: BaseException) -> str:
     """The innermost reason, short."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    text = str(error).partition("For more information")[0]
+    return " ".join(text.split())[:160] or type(error).__name__

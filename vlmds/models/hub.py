@@ -8,6 +8,7 @@ Hugging Face hub (``HF_HOME``). A complete snapshot is used as it is, without as
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from vlmds.config import LanguageConfig, VisionConfig
 from vlmds.errors import InputError
+from vlmds.files import denied
 
 Section = VisionConfig | LanguageConfig
 
@@ -35,6 +37,11 @@ def key_of(section: Section) -> str:
 def looks_local(name: str) -> bool:
     """Whether ``name`` is a path: it exists, or it cannot be a hub id (``owner/name``)."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether it names one commit for good, which a branch or tag does not."""
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
 
 
 def hub_cache() -> Path:
@@ -72,7 +79,10 @@ def cached_folder(section: Section) -> Path | None:
     except (RevisionResolutionError, HFValidationError):
         return None
     folder = snapshot(name, commit)
-    return folder if missing_file(folder, section) is None else None
+    try:
+        return folder if missing_file(folder, section) is None else None
+    except PermissionError:
+        raise InputError(f"{key}: {denied(hub_cache())}") from None
 
 
 def missing_file(folder: Path, section: Section) -> str | None:
@@ -105,10 +115,14 @@ def weight_names(section: Section, names: Collection[str], path_of: Callable[[st
         return [found] if found else []
     try:
         parts = set(json.loads(path_of(found).read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(part for part in parts if Path(part).name == part)
+        inside = next((part for part in parts if Path(part).name != part), None)
+        if inside is None:
+            return sorted(parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{key_of(section)}: {section.model}: {found}, the index of its weights, is "
                          "damaged; download it again") from None
+    raise InputError(f"{key_of(section)}: {section.model}: {found} names {inside}, but weights must lie "
+                     "beside it; save the model again with save_pretrained")
 
 
 def weight_files(section: Section, folder: Path) -> list[Path]:

@@ -9,7 +9,8 @@ from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Co
 from transformers.utils import logging as transformers_logging
 
 from vlmds.errors import InputError
-from vlmds.models.hub import Section, cached_folder, key_of
+from vlmds.models.fetch import config_folder
+from vlmds.models.hub import Section, key_of
 from vlmds.progress import phase
 from vlmds.quiet import quietly
 
@@ -88,11 +89,9 @@ def load_config(section: Section) -> PretrainedConfig:
     Raises:
         InputError: nothing loadable there; names the experiment's key.
     """
-    folder = cached_folder(section)
+    folder = config_folder(section)
     with loading(key_of(section), section.model):
-        if folder is not None:
-            return AutoConfig.from_pretrained(folder)
-        return AutoConfig.from_pretrained(section.model, revision=section.revision)
+        return AutoConfig.from_pretrained(folder)
 
 
 def published_or_loaded_config(section: Section) -> PretrainedConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vlmds.config import Experiment, LanguageConfig
+from vlmds.config import Experiment, LanguageConfig, load_experiment
 from vlmds.errors import InputError
 from vlmds.files import copy_files, new_folder
 from vlmds.hashes import weights_sha256
@@ -40,11 +40,15 @@ def base_files(experiment: Experiment) -> dict[str, Path]:
         for path in weight_files(section, model_folder(section))}
 
 
-def recorded_revisions(*runs: Path | None) -> dict[str, str | None]:
-    """The commits of the pretrained models that the first of the runs which is there was trained
-    from; empty if none is there."""
+def recorded_revisions(experiment: Experiment, *runs: Path | None) -> dict[str, str | None]:
+    """The commits of the experiment's pretrained models that the first of the runs which is there was
+    trained from; of a model that has another name there, none."""
     run = next((run for run in runs if run is not None and (run / "run.json").is_file()), None)
-    return (RunFolder.read(run).get("revisions") or {}) if run else {}
+    if run is None:
+        return {}
+    theirs = load_experiment(run / "experiment.yaml")
+    return {part: commit for part, commit in (RunFolder.read(run).get("revisions") or {}).items()
+            if getattr(theirs, part).model == getattr(experiment, part).model}
 
 
 def base_weights(experiment: Experiment) -> dict[str, str]:

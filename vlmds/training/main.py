@@ -27,7 +27,7 @@ from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, copy_files, new_folder
 from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.attention import attention_for
-from vlmds.models.fetch import fetch_models
+from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.language import load_tokenizer
 from vlmds.progress import phase
 from vlmds.training import checkpoint
@@ -111,12 +111,13 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     with phase("opening the data"):
         dataset = on_main(lambda: open_dataset(experiment.data))
     together(lambda: verify(dataset, experiment))
-    parts = together(lambda: shapes(experiment) if is_main() else None)
-    on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     doing("looking for the pretrained models")
     start_from = None if args.resume in ("auto", "never") else Path(args.resume)
-    earlier = (output, start_from and start_from.resolve().parents[1], args.from_run)
-    experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(*earlier)))
+    earlier = (output, start_from and start_from.resolve().parent.parent, args.from_run)
+    experiment = pin_models(experiment, on_main(lambda: recorded_revisions(experiment, *earlier)))
+    parts = together(lambda: shapes(experiment) if is_main() else None)
+    on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
+    experiment = fetch_models(experiment)
     on_main(lambda: check_models(experiment, parts, dataset))
     doing("checking the base weights")
     origin = {
@@ -242,7 +243,7 @@ def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> Non
     problem = checkpoint.check(folder)
     if problem:
         raise InputError(f"--resume {folder}: not a usable checkpoint: {problem}")
-    other = folder.resolve().parents[1]
+    other = folder.resolve().parent.parent
     check_same_experiment(other, experiment)
     if other != run.path.resolve() and any(run.path.glob("checkpoints/[a-z]*")):
         raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another "
@@ -263,7 +264,7 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
     copied here; or of this one, whose later checkpoints and artifacts are moved out of the way."""
     names = [stage.name for stage in experiment.stages]
     number = names.index(checkpoint.read_state(folder)["stage"])
-    other = folder.resolve().parents[1]
+    other = folder.resolve().parent.parent
     if other != run.path.resolve():
         for name in names[:number]:
             with new_folder(run.artifact(name)) as new:

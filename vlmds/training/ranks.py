@@ -11,6 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -258,5 +259,6 @@ def _first_of_cache(folder: Path) -> bool:
     first = next(rank for rank, name in enumerate(names)
                  if rank == mine or (name is not None and (folder / name).exists()))
     gather(None)  # all have looked
-    token.unlink(missing_ok=True)
+    with suppress(OSError):  # on a disk that may only be read, also where there is none
+        token.unlink()
     return first == dist.get_rank()
