@@ -49,7 +49,8 @@ def test_every_command_says_what_a_url_needs(url, message, manifest, tmp_path, c
     refused(["pack", f"{url}/m.jsonl", out], message, capsys)
     refused(["pack", manifest, url], message, capsys)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0"), monkeypatch.delenv(name)  # restored whatever training sets
+        monkeypatch.setenv(name, "0")  # delenv of a missing one would not restore it at the end,
+        monkeypatch.delenv(name)       # and training sets them
     refused(["--exp", "e3", "--data", url], message, capsys, train)
     blend = f"data.blend=[{{path: {url}, weight: 1}}]"
     refused(["--exp", "e3", "--set", blend, f"data.cache_dir={tmp_path}"], message, capsys, train)
@@ -68,7 +69,7 @@ def test_rows_are_not_rejected_for_a_driver_that_is_not_installed(store, tmp_pat
     assert not (tmp_path / "out").exists()
     rows[1]["video"] = "foo://bucket/b.mp4"  # that is the row's mistake
     assert main(["pack", str(write_manifest(manifest, rows)), str(tmp_path / "out")]) == 0
-    assert "rejected 1 rows" in capsys.readouterr().out
+    assert "rejected 1 row;" in capsys.readouterr().out
 
 
 def test_a_video_to_caption_says_what_it_needs():
