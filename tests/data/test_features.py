@@ -212,7 +212,7 @@ def test_the_command_named_makes_features_of_another_part(stores, tmp_path):
 def test_another_number_of_frames_is_refused_naming_the_command(stores, tmp_path, store):
     with pytest.raises(InputError, match="num_frames 4, but the experiment needs 8") as caught:
         SampleReader(Dataset([ShardIndex.open(stores / store)]), "train", 8, tiny.SIDE)
-    command = re.search(r"anew from .*?: (vlmds pack .*), or set data.num_frames=4$",
+    command = re.search(r"again from .*?: (vlmds pack .*), or set data.num_frames=4$",
                         str(caught.value))[1]
     pack(stores / "m.jsonl", tmp_path / "video", progress=False)
     words = shlex.split(command)[1:]

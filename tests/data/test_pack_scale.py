@@ -48,7 +48,7 @@ def test_tasks_and_merge_make_what_one_run_makes(videos, clean, tmp_path):
     for task in (2, 0):
         summary = pack(videos / "manifest.jsonl", tmp_path, task=(task, 3), **SMALL)
         assert not summary.finished and not (tmp_path / "dataset.json").exists()
-    with pytest.raises(InputError, match=r"2 of 5 shards are not packed yet \(train/000001"):
+    with pytest.raises(InputError, match=r"not packed yet: 2 of 5 shards \(train/000001"):
         pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
     pack(videos / "manifest.jsonl", tmp_path, task=(1, 3), **SMALL)
     summary = pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
@@ -293,7 +293,7 @@ def test_a_network_error_does_not_change_the_plan(monkeypatch):
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     assert module._ask("v.mp4", 0, lambda: flaky(2)) == 7 and len(calls) == 3
     calls.clear()
-    with pytest.raises(InputError, match="v.mp4: cannot be looked at .* reset by peer"):
+    with pytest.raises(InputError, match="v.mp4: cannot be read to plan the shards: .* reset by peer"):
         module._ask("v.mp4", 0, lambda: flaky(99))
     calls.clear()
     assert module._ask("v.mp4", 0, lambda: flaky(99, FileNotFoundError())) == 0 and len(calls) == 1

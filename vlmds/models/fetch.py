@@ -49,6 +49,7 @@ from vlmds.models.hub import (
 )
 from vlmds.progress import phase, tell
 from vlmds.training.ranks import gather, on_each_cache, on_main
+from vlmds.units import size_text
 
 TRIES, LONGEST_WAIT = 8, 30.0
 """Of a download that breaks off: attempts in a row that bring nothing, and the longest wait in
@@ -116,7 +117,7 @@ def fetch_newest(experiment: Experiment) -> Iterator[str]:
         if folder is None or commit_of(folder) != section.revision:
             folder = download(section)
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        yield f"{section.model}: commit {commit_of(folder)}, {size / 1e9:.2f} GB, in {folder}"
+        yield f"{section.model}: commit {commit_of(folder)}, {size_text(size)}, in {folder}"
 
 
 def _pinned(experiment: Experiment, part: str, commit: str | None) -> Experiment:
@@ -221,8 +222,8 @@ def presence(section: Section, timeout: float = 5.0) -> Presence:
         reason = str(error).partition(": ")[2].removeprefix(
             f"{section.model} is not complete in {hub_cache()}, and ")
         return Presence(False, None, f"not in {hub_cache()}, and {reason}")
-    return Presence(False, missing, f"{missing / 1e9:.2f} GB are to be downloaded to {hub_cache()} "
-                    f"({_free_bytes() / 1e9:.1f} GB free): a start does it, or ahead of it vlmds fetch")
+    return Presence(False, missing, f"{size_text(missing)} are to be downloaded to {hub_cache()} "
+                    f"({size_text(_free_bytes())} free): a start does it, or ahead of it vlmds fetch")
 
 
 def download(section: Section, report: Callable[[str], None] = lambda text: None) -> Path:
@@ -288,8 +289,8 @@ def _bring(section: Section, found: Repository, files: Iterable[str],
 def _check_room(section: Section, wanted: int) -> None:
     """Raise InputError if the cache's disk has no room for so many bytes."""
     if (free := _free_bytes()) < wanted:
-        raise InputError(f"{key_of(section)}: {section.model} needs {wanted / 1e9:.2f} GB in "
-                         f"{hub_cache()}, but only {free / 1e9:.2f} GB are free; free some, or set "
+        raise InputError(f"{key_of(section)}: {section.model} needs {size_text(wanted)} in "
+                         f"{hub_cache()}, but only {size_text(free)} are free; free some, or set "
                          "HF_HOME to a folder on another disk")
 
 
