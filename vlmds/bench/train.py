@@ -68,8 +68,8 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
     """
     gpus = torch.cuda.device_count()
     if not tiny and 0 < gpus < ranks:
-        raise InputError(f"--ranks {ranks}: this machine has {counted(gpus, 'GPU')}; take as many or "
-                         "fewer")
+        raise InputError(f"--ranks {ranks}: this machine has {counted(gpus, 'GPU')}; take as many "
+                         "or fewer")
     if steps < 1:
         raise InputError(f"--steps {steps}: is less than 1")
     if gpus and steps == 1:

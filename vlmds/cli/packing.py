@@ -133,7 +133,8 @@ def add_pack(commands) -> None:
         "model's features (default: video; of a packed dataset: frames)")
     add("--num-frames", type=int, help="of the frames or features store (default: 8)")
     add("--image-size", type=int, help="of the frames store (default: 336)")
-    add("--vision", metavar="MODEL", help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")
+    add("--vision", metavar="MODEL",
+        help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")
     add("--feature-layer", type=int, default=-1, choices=(-1, -2),
         help="of the features store: vision.feature_layer (default: -1)")
     add("--pool", type=int, default=1, help="of the features store: vision.pool (default: 1)")

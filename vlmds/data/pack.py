@@ -84,9 +84,9 @@ def pack(
     dedup: leave out rows whose video and span an earlier row has. append: add the rows that are new
     (their source or span, as written), or were corrected in the manifest, as shards after those
     there. retry: pack the shards again that had to reject rows (not those that `append` finds
-    there), as their files are repaired or `deadline` is longer. task: (i, n) packs only the ith of n parts and
-    leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs on a Ray
-    cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
+    there), as their files are repaired or `deadline` is longer. task: (i, n) packs only the ith of
+    n parts and leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs
+    on a Ray cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
     seconds a video may take. progress: say on stderr how far it is. options: fields of
     :class:`PackOptions`.
 
@@ -112,8 +112,8 @@ def _pack(
         names = ", ".join(shard.name for shard in work.todo[:3])
         more = " …" if len(work.todo) > 3 else ""
         raise InputError(f"{out}: not packed yet: {len(work.todo)} of "
-                         f"{counted(len(work.shards), 'shard')} ({names}{more}); run the tasks that "
-                         "make them, or vlmds pack without --merge")
+                         f"{counted(len(work.shards), 'shard')} ({names}{more}); run the tasks "
+                         "that make them, or vlmds pack without --merge")
     todo = work.todo
     if task is not None:
         index, tasks = task

@@ -73,8 +73,8 @@ def decode_stored(
     image_size: int, quality: int | None = None,
 ) -> Iterator[Reply]:
     """For each sample of a video store, in order, what `prepare` makes of its video for `store`:
-    "frames" (JPEGs of this quality) or "pixels"; or the reason why it cannot. A sample that cannot be read from
-    its shard is a Reply with a reason, too."""
+    "frames" (JPEGs of this quality) or "pixels"; or the reason why it cannot. A sample that cannot
+    be read from its shard is a Reply with a reason, too."""
     with tempfile.TemporaryDirectory(prefix="vlmds-") as folder:
         damaged: dict[int, str] = {}
 
