@@ -57,6 +57,7 @@ def _sampling(gaps: np.ndarray, num_frames: int) -> str:
     sparse = gaps[gaps > SPARSE_SECONDS]
     if not len(sparse):
         return ""
+    get = "get" if len(sparse) > 1 else "gets"
     return (f"sampling: {counted(len(sparse), 'clip')} longer than "
-            f"{SPARSE_SECONDS * num_frames:g} s {'get' if len(sparse) > 1 else 'gets'} {counted(num_frames, 'frame')}, one every "
+            f"{SPARSE_SECONDS * num_frames:g} s {get} {counted(num_frames, 'frame')}, one every "
             f"{np.median(sparse):.1f} s (median; {sparse.max():.1f} s in the longest)")
