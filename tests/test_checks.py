@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data(models, shards, tmp_path_factory):
-    """Datasets by name: whole, val_only, features of the tower, and of a wider one."""
+    """Datasets by name: whole, val_only, features of the tower, of a wider one, and of one that
+    takes larger pictures."""
     folder = tmp_path_factory.mktemp("data")
     write_video(folder / "a.mp4")
     manifest = write_manifest(folder / "m.jsonl", [
@@ -42,7 +43,12 @@ def data(models, shards, tmp_path_factory):
                        ).read_text())
     meta["vision"]["width"] = 1024
     (folder / "wider" / "dataset.json").write_text(json.dumps(meta))
-    return {"whole": shards, **{name: folder / name for name in ("val_only", "features", "wider")}}
+    meta = json.loads((shutil.copytree(folder / "features", folder / "larger") / "dataset.json"
+                       ).read_text())
+    meta |= {"image_size": 2 * tiny.SIDE, "vision": meta["vision"] | {"patches": 16}}
+    (folder / "larger" / "dataset.json").write_text(json.dumps(meta))
+    return {"whole": shards, **{name: folder / name for name in (
+        "val_only", "features", "wider", "larger")}}
 
 
 def blend(*paths) -> str:
@@ -61,6 +67,7 @@ REFUSED = [
      "peft.target_modules"),
     ("whole", ["training.best_metric=cider", "training.evaluate_every=2"], "training.best_metric: 'cider' is not there"),
     ("val_only", ["training.early_stopping=2"], "no split 'train'"),
+    ("larger", [], "its features of clip are 16 x 48 a frame, but vision.model"),
 ]
 
 
@@ -110,7 +117,7 @@ def test_what_is_sound_passes(models, data, tmp_path):
 def test_charts_at_wandb_need_wandb(models, shards, monkeypatch):
     experiment = load_experiment("e3", [*tiny.settings(models, shards), "logging.wandb_project=p"])
     monkeypatch.setattr("vlmds.checks.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="logging.wandb_project: wandb is not installed"):
+    with pytest.raises(InputError, match=r"wandb is not installed; pip .* -e '\.\[track\]', or"):
         plan_experiment(experiment)
 
 

@@ -101,12 +101,16 @@ def test_what_is_written_has_the_modes_of_the_umask(artifact, tmp_path_factory, 
     check_modes(tmp_path, mask)
 
 
-def test_the_process_keeps_its_umask(tmp_path):
+def test_the_process_keeps_its_umask(tmp_path, monkeypatch):
     """Setting it to read it would let another thread's files have any mode."""
-    with umask(0o027):
+    def refused(mask):
+        raise AssertionError(f"the umask is set to {mask:o}")
+
+    with umask(0o027), monkeypatch.context() as patch:
+        patch.setattr(os, "umask", refused)
         with files.new_folder(tmp_path / "new") as new:
             save_file({"a": torch.zeros(1)}, new / "a.safetensors")
-        assert os.umask(0o027) == 0o027
+        patch.undo()
     assert modes(tmp_path) == {"new": 0o750, "new/a.safetensors": 0o640}
 
 
@@ -189,8 +193,12 @@ def test_anothers_run_folder_is_refused_by_its_owner(open_folder, inside):
     assert str(caught.value) == (
         f"--output {run}: {place} cannot be written, it belongs to root (mode {mode}); "
         f"have root run chmod -R g+rwX {place}, or choose another --output")
-    with nobody(), pytest.raises(InputError, match=f"{open_folder} cannot be written"):
-        check_run_folder(open_folder / "new" / "deep")
+    new = open_folder / "new" / "deep"
+    with nobody(), pytest.raises(InputError) as caught:
+        check_run_folder(new)
+    assert str(caught.value) == (  # not a chmod -R of what is above
+        f"--output {new}: {open_folder} cannot be written, it belongs to root (mode 0755); "
+        f"have root make {new} and give it to you, or choose another --output")
     place.chmod(0o777)
     with nobody():
         check_run_folder(run)
@@ -206,7 +214,11 @@ def test_commands_refuse_what_belongs_to_another_in_one_line(open_folder, capsys
     error = capsys.readouterr().err
     assert error == (
         f"vlmds: OUT {open_folder / 'out'}: {open_folder} cannot be written, it belongs to root "
-        f"(mode 0755); have root run chmod -R g+rwX {open_folder}, or choose another OUT\n")
+        f"(mode 0755); have root make {open_folder / 'out'} and give it to you, or choose another "
+        "OUT\n")
+    with nobody():
+        assert main(["pack", "/none.jsonl", "/vlmds-out"]) == 2
+    assert "chmod" not in capsys.readouterr().err
     manifest.chmod(0o600)
     (open_folder / "out").mkdir()
     (open_folder / "out").chmod(0o777)

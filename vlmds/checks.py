@@ -12,6 +12,7 @@ from vlmds.data.features import check_tower_keys
 from vlmds.data.loader import SampleReader
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
+from vlmds.messages import install_hint
 from vlmds.models.assemble import Shapes
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import check_vocabulary
@@ -40,7 +41,7 @@ def check_experiment(
         if not parameter_groups(model.captioner, stage, experiment.training):
             raise InputError(f"stages: {stage.name}: nothing is trainable")
     if experiment.logging.wandb_project and find_spec("wandb") is None:
-        raise InputError("logging.wandb_project: wandb is not installed; install the extra track, "
+        raise InputError(f"logging.wandb_project: wandb is not installed; {install_hint('track')}, "
                          "or leave the key out")
     if dataset is not None:
         check_data(experiment, model, dataset)

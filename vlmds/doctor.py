@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from vlmds.config import Experiment
+from vlmds.cores import cores_of_rank
 from vlmds.data.dataset import open_dataset
 from vlmds.doctor_local import (
     FAILED, OK, WARNING, Finding, Patient, check_accelerator, check_dataset, check_disk,
@@ -227,7 +228,9 @@ def check_decoding(patient: Patient) -> list[Finding]:
     if problem := next((p for _, p in rates if p), None):
         return [Finding(FAILED, problem)]
     total = sum(r for r, _ in rates)
-    text = (f"{total:,.1f} samples/s by {data.num_workers} reader processes a rank on "
+    readers = counted(
+        min(data.num_workers, cores_of_rank()), "reader process", "reader processes")
+    text = (f"{total:,.1f} samples/s by {readers} a rank on "
             f"{os.cpu_count()} cores a node")
     if patient.wanted is not None or patient.device.type != "cuda":
         return [judge_decoding(total, patient.wanted, text)]

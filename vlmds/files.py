@@ -29,10 +29,11 @@ from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
-from fsspec import available_protocols, get_filesystem_class
+from fsspec import get_filesystem_class
 from upath import UPath
 
 from vlmds.errors import InputError
+from vlmds.messages import install_hint
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """The extra of pyproject.toml that brings a protocol's driver."""
@@ -56,9 +57,11 @@ def check_driver(url: str) -> None:
     if advice := driver_advice(url):
         raise InputError(f"{url}: {advice}")
     for protocol in _protocols(url):
-        if protocol not in available_protocols():
-            raise InputError(f"{url}: there is no protocol {protocol}://; give a path, or a URL such "
-                             "as s3://bucket/folder")
+        try:
+            get_filesystem_class(protocol)  # also what was registered as a class
+        except ValueError:
+            raise InputError(f"{url}: there is no protocol {protocol}://; give a path, or a URL "
+                             "such as s3://bucket/folder") from None
 
 
 def driver_advice(url: str) -> str | None:
@@ -69,7 +72,7 @@ def driver_advice(url: str) -> str | None:
             get_filesystem_class(protocol)
         except ImportError as error:
             extra = EXTRAS.get(protocol)
-            install = f"pip install -c constraints.txt -e '.[{extra}]'" if extra else str(error)
+            install = install_hint(extra) if extra else str(error)
             named = f"the extra {extra}" if extra else "a driver"
             return f"{protocol}:// needs {named}: {install}"
         except ValueError:
@@ -227,8 +230,7 @@ def copy_files(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> N
 
 
 def usual_modes(folder: Path) -> None:
-    """Give every file below the folder the mode that a file has which is made there with
-    ``open``."""
+    """Give every file below the folder the mode that ``open`` gives a new file there."""
     usual = _usual_mode(folder)
     for file in folder.rglob("*"):
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) != usual:
@@ -260,13 +262,14 @@ def check_writable(path: Path, option: str, inside: tuple[str, ...] = ()) -> Non
     there = path.absolute()
     while not os.path.exists(there):  # Path.exists raises where a folder above may not be searched
         there = there.parent
+    missing = None if there == path.absolute() else path
     if not there.is_dir():
         raise InputError(f"{option} {path}: {there} is not a folder; choose another {option}")
     for place in (there, *(path.absolute() / name for name in inside)):
         wanted = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
         if os.path.exists(place) and not os.access(place, wanted):
-            raise InputError(f"{option} {path}: {_refused(place, 'written')}, or choose another "
-                             f"{option}")
+            raise InputError(f"{option} {path}: {_refused(place, 'written', missing)}, or choose "
+                             f"another {option}")
 
 
 def denied(path: Path) -> str:
@@ -275,19 +278,31 @@ def denied(path: Path) -> str:
     while not os.path.exists(place):
         place = place.parent
     readable = os.access(place, os.R_OK | os.X_OK if place.is_dir() else os.R_OK)
-    return f"{path}: {_refused(place, 'written' if readable else 'read')}, or name another place"
+    missing = None if place == path.absolute() else path
+    refused = _refused(place, "written" if readable else "read", missing)
+    return f"{path}: {refused}, or name another place"
 
 
-def _refused(place: Path, what: str) -> str:
-    """what: "read" or "written"."""
+def _refused(place: Path, what: str, missing: Path | None) -> str:
+    """what: "read" or "written". missing: the path that is wanted, where it does not exist and
+    `place` is the nearest folder above it. That may be / or /home, whose modes are to stay."""
     found = place.stat()
     if what == "written" and os.statvfs(place).f_flag & os.ST_RDONLY:
         return f"{place} is on a read-only file system; make it writable"
     mine = found.st_uid == os.geteuid()
     owner = "you" if mine else _user(found.st_uid)
-    fix = f"chmod -R {'u' if mine else 'g'}+{'rwX' if what == 'written' else 'rX'} {place}"
+    letters = "rwX" if what == "written" else "rX"
+    if missing is None:
+        fix = f"chmod -R {'u' if mine else 'g'}+{letters} {place}"
+        fix = fix if mine else f"have {owner} run {fix}"
+    elif mine:
+        fix = f"chmod u+{letters} {place}"
+    elif what == "written":
+        fix = f"have {owner} make {missing} and give it to you"
+    else:
+        fix = f"have {owner} give you access to {missing}"
     return (f"{place} cannot be {what}, it belongs to {owner} (mode "
-            f"{stat.S_IMODE(found.st_mode):04o}); " + (fix if mine else f"have {owner} run {fix}"))
+            f"{stat.S_IMODE(found.st_mode):04o}); {fix}")
 
 
 def _user(number: int) -> str:
@@ -331,7 +346,8 @@ def sync_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
-    """The file's sha256 in hexadecimal. advance: told of the bytes of each piece that is read."""
+    """The file's sha256 in hexadecimal. advance: called with the size in bytes of
+    each piece that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

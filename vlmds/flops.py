@@ -4,7 +4,8 @@ A frozen weight costs its forward product and the gradient of its input, so abou
 position and not the 6N of full training; a trained one costs its own gradient, too. Counted are the
 matrix products: CLIP (forward only), projector, LLM, adapter, causal attention (half of the
 square) and logits where a caption token follows. Norms, activations, embeddings and softmax are
-not. What activation checkpointing computes again is not in a model's operations; it is told apart.
+not. What activation checkpointing computes again is not in a model's operations, but a field of
+its own.
 """
 
 from __future__ import annotations

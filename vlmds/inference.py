@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextIteratorStreamer
 
 from vlmds.config import Experiment
+from vlmds.cores import cores_of_rank
 from vlmds.cuda import check_gpus
 from vlmds.data.decode_child import Clip, decode_videos
 from vlmds.data.prompt import SequenceBuilder
@@ -92,7 +92,7 @@ class VideoCaptioner:
         there are none. deadline: seconds that decoding one may take."""
         return decode_videos(
             videos, self.experiment.data.num_frames, self.model.image_size,
-            workers=workers or len(os.sched_getaffinity(0)), deadline=deadline)
+            workers=workers or cores_of_rank(), deadline=deadline)
 
     @torch.no_grad()
     def caption_frames(

@@ -34,8 +34,9 @@ CONTEXT_BYTES, COMMUNICATOR_BYTES = 2.5e9, 1.0e9
 """CUDA's context with the libraries' kernels and workspaces; NCCL's communicators, which one GPU
 alone does not have. Assumed, until a GPU measures them."""
 LATER_BYTES = 1.0e9
-"""What of both comes only after :func:`vlmds.training.activations.free_bytes` was measured: kernels
-that are loaded when they are first called, workspaces, DeepSpeed's own communicators. Assumed."""
+"""The part of both that comes after :func:`vlmds.training.activations.free_bytes` was measured:
+kernels that are loaded when they are first called, workspaces, DeepSpeed's own communicators.
+Assumed."""
 USABLE = 0.94
 """Share of the memory that fragmentation leaves. Assumed."""
 _NF4_BLOCK, _NF4_BLOCKS_PER_SCALE = 64, 256

@@ -6,10 +6,11 @@ from torch import nn
 
 from vlmds.checks import check_experiment, sequence_builder, training_reader
 from vlmds.config import Experiment
+from vlmds.data.alike import converted, tower_keys
 from vlmds.data.coverage import coverage_lines
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import SampleRow
-from vlmds.data.prices import cheapest, conversion, needs, prices
+from vlmds.data.prices import cheapest, needs, prices
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.data.stored import read_description
 from vlmds.data.video import sample_times
@@ -71,9 +72,9 @@ def plan_experiment(
     hours = rate  # of an assumed card they would be worth nothing
     if rate is None:
         freeze(model.captioner, experiment.stages[-1])
-        rate = predicted_rate(
-            experiment, experiment.stages[-1], model, find_card(ASSUMED_CARD), 0, stored)
-        how = f"predicted on {ASSUMED_CARD}; give --gpu, or --samples-per-second when it is known"
+        assumed = find_card(ASSUMED_CARD)
+        rate = predicted_rate(experiment, experiment.stages[-1], model, assumed, 0, stored)
+        how = f"predicted on {assumed.name}; give --gpu, or --samples-per-second when it is known"
     return "\n\n".join([
         *sections, _schedule(experiment, dataset, gpus, hours),
         _stores(experiment, model, dataset, rate, how, cores_per_gpu),
@@ -192,8 +193,9 @@ def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate
         store = best.price.store
         lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: {store}")
         if store != dataset.store:
-            lines += ["  " + conversion(part, store, projector.num_frames, vision.image_size,
-                                        experiment.vision) for part in dataset.parts]
+            like = {"store": store, "num_frames": projector.num_frames,
+                    "image_size": vision.image_size, "vision": tower_keys(experiment.vision)}
+            lines += [f"  {converted(part, like)[0]}" for part in dataset.parts]
     return "\n".join(lines)
 
 
@@ -238,8 +240,7 @@ def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> s
         except SampleError as error:
             return f"sample: the first of split train cannot be read: {error}"
         lines = [f"sample: {row.key}, the first that training reads"]
-        end = row.duration if row.end is None else min(row.end, row.duration)
-        times = sample_times(experiment.data.num_frames, row.start or 0.0, end)
+        times = sample_times(experiment.data.num_frames, *row.span)
         lines.append(f"  frames at {', '.join(f'{t:.2f}' for t in times)} s")
     try:
         tokenizer = load_tokenizer(experiment.llm, local_files_only=True)

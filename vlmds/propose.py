@@ -75,8 +75,7 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int,
     batch = training.global_batch or training.micro_batch * training.gradient_accumulation * gpus
     if batch % gpus:
         raise InputError(f"training.global_batch: {batch} cannot be shared by "
-                         f"{counted(gpus, 'GPU')}; change it "
-                         "or --gpus")
+                         f"{counted(gpus, 'GPU')}; change it or --gpus")
     share = batch // gpus
     freeze(model.captioner, stage)
     found = []
@@ -123,14 +122,14 @@ def passes(every: int) -> float:
     return 2 + (1 / every if every else 0.0)
 
 
-def host_seconds(experiment: Experiment, model: Shapes, passes: float,
+def host_seconds(experiment: Experiment, model: Shapes, count: float,
                  linear: float = LINEAR_SECONDS) -> float:
-    """That the host is busy with so many passes over the LLM, whatever the size of the micro-batch.
+    """That the host is busy with `count` passes over the LLM, whatever the size of the micro-batch.
     linear: seconds for each 4-bit Linear."""
     llm = model.captioner.llm
     launching = LAUNCH_SECONDS * LAYER_KERNELS * llm.config.num_hidden_layers
     linears = len(quantised(llm)) if experiment.llm.load_in_4bit else 0
-    return passes * (launching + linears * linear)
+    return count * (launching + linears * linear)
 
 
 def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experiment,

@@ -40,6 +40,31 @@ def forked_workers(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "subprocess", SimpleNamespace(run=run))
 
 
+@pytest.mark.parametrize("steps", range(2, 7))
+def test_a_gpu_times_whole_steps_and_split_ones(tmp_path, steps):
+    work = workload.Workload(tmp_path, steps)
+    timed = [work.is_split(number) for number in range(work.total_steps)][work.WARM_UP:-1]
+    assert len(timed) == steps and timed == sorted(timed) and {*timed} == {False, True}
+
+
+def test_one_step_is_two_on_a_gpu_and_none_is_refused(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(folder, exp, tiny, baselines, steps, ranks, overrides):
+        asked.append(steps)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(train, "_measure", measured)
+    for gpus, steps in ((0, 1), (1, 1), (1, 3)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        with pytest.raises(RuntimeError, match="enough"):
+            train.bench_train(tmp_path, ["e3"], tiny=True, steps=steps)
+    assert asked == [1, 2, 3]
+    with pytest.raises(InputError, match="--steps 0: is less than 1"):
+        train.bench_train(tmp_path / "none", ["e3"], tiny=True, steps=0)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("exp", "baselines"), [("e3", ["reference", "hf"]), ("e8", ["reference"])])
 def test_all_variants_train_the_same(

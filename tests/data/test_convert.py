@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import fsspec
@@ -18,7 +19,9 @@ from safetensors.torch import load
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
+from vlmds import progress as progress_module
 from vlmds.config import load_experiment
+from vlmds.data import convert as module
 from vlmds.data.convert import convert
 from vlmds.data.index import ShardIndex
 from vlmds.data.pack import pack
@@ -27,6 +30,7 @@ from vlmds.data.stored import read_jpegs
 from vlmds.errors import InputError
 from vlmds.files import as_path
 from vlmds.models.vision import load_vision_tower
+from vlmds.progress import Phase
 
 FRAMES = dict(num_frames=tiny.FRAMES, image_size=tiny.SIDE)
 
@@ -162,6 +166,21 @@ def test_the_same_bytes_whatever_the_workers_and_the_start(sources, tower, tmp_p
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_conversion_says_what_it_does_unless_it_is_to_be_silent(
+        sources, tmp_path, monkeypatch, progress):
+    shown = []
+
+    @contextmanager
+    def recorded(what, total=None, *more, **how):
+        shown.append((what, total, progress_module._silenced == 0))
+        yield Phase(what, total, *more, **how)
+
+    monkeypatch.setattr(module, "phase", recorded)
+    convert(sources / "video", tmp_path, store="frames", progress=progress, **FRAMES)
+    assert shown == [("converting to frames", 7, progress), ("writing the index", None, progress)]
+
+
 def test_tasks_share_a_conversion(sources, tower, tmp_path):
     to_features(sources / "frames", tmp_path / "one", tower)
     for task in (1, 0, 2):
@@ -171,7 +190,7 @@ def test_tasks_share_a_conversion(sources, tower, tmp_path):
         if task == 1:  # of shards train 0, 2, 3 and val 0, the second
             assert [p.name for p in (tmp_path / "out").rglob("*.json")] == ["000002.json"]
         if task != 2:
-            with pytest.raises(InputError, match="--merge: .* shards are not there yet"):
+            with pytest.raises(InputError, match=r"--merge: .* not converted yet: \d of 4 shards, "):
                 to_features(sources / "frames", tmp_path / "out", tower, merge=True)
     summary = to_features(sources / "frames", tmp_path / "out", tower, merge=True)
     assert summary.kept_shards == summary.shards == 4

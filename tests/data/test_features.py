@@ -10,7 +10,8 @@ from safetensors.torch import save
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.cli import main
-from vlmds.config import load_experiment
+from vlmds.config import VisionConfig, load_experiment
+from vlmds.data.alike import converted, tower_keys
 from vlmds.data.convert import convert
 from vlmds.data.dataset import Dataset
 from vlmds.data.features import (
@@ -24,6 +25,7 @@ from vlmds.data.loader import SampleReader, Batches, training_collate
 from vlmds.data.pack import pack
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, SampleError
+from vlmds.files import as_path
 from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import load_model
@@ -212,7 +214,7 @@ def test_the_command_named_makes_features_of_another_part(stores, tmp_path):
 def test_another_number_of_frames_is_refused_naming_the_command(stores, tmp_path, store):
     with pytest.raises(InputError, match="num_frames 4, but the experiment needs 8") as caught:
         SampleReader(Dataset([ShardIndex.open(stores / store)]), "train", 8, tiny.SIDE)
-    command = re.search(r"anew from .*?: (vlmds pack .*), or set data.num_frames=4$",
+    command = re.search(r"again from .*?: (vlmds pack .*), or set data.num_frames=4$",
                         str(caught.value))[1]
     pack(stores / "m.jsonl", tmp_path / "video", progress=False)
     words = shlex.split(command)[1:]
@@ -221,6 +223,18 @@ def test_another_number_of_frames_is_refused_naming_the_command(stores, tmp_path
     assert main([*words, "--no-report"]) == 0
     new = ShardIndex.open(tmp_path / "new")
     SampleReader(Dataset([new]), new.splits[0], 8, tiny.SIDE)
+
+
+def test_a_command_names_the_towers_revision_and_the_new_place_beside_the_old(stores):
+    meta = ShardIndex.open(stores / "frames").meta
+    index = ShardIndex(as_path("memory://vlmds-command/a/"), meta)
+    vision = VisionConfig(model="owner/clip", revision="v1", pool=2)
+    like = {"store": "features", "num_frames": 4, "vision": tower_keys(vision)}
+    command, out = converted(index, like)
+    assert out == "memory://vlmds-command/a-features"
+    assert command == (f"vlmds pack memory://vlmds-command/a {out} --store features --num-frames 4 "
+                       "--vision owner/clip@v1 --pool 2")
+    assert tower_keys(VisionConfig(model="/models/clip"))["model"] == "/models/clip"
 
 
 def test_dataset_json_tells_the_tower(models, stores):

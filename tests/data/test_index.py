@@ -1,9 +1,11 @@
+import errno
 import gc
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +63,17 @@ def test_a_damaged_dataset_is_refused_at_start(dataset, break_it, message):
     with pytest.raises(InputError, match=message) as error:
         ShardIndex.open(dataset).verify_index()
     assert str(dataset) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_index_that_another_machine_has_replaced_is_not_called_damaged(packed, monkeypatch):
+    """On NFS, where the open file is gone with the old one."""
+    def gone(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    index = ShardIndex.open(packed)
+    monkeypatch.setattr(index, "_index", SimpleNamespace(read_row_group=gone))
+    with pytest.raises(InputError, match="not the one that was opened; .*: start again"):
+        index.row("train", 0, 0)
 
 
 def test_a_damaged_page_of_the_index_is_never_used(dataset):

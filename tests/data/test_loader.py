@@ -144,6 +144,15 @@ def test_batches_come_in_order_whatever_the_workers(dataset, collate, workers):
     assert all(b["bad"] == [] and b["positions"] <= b["input_ids"].numel() for b in batches)
 
 
+def test_the_ranks_of_a_node_share_its_cores(dataset, collate, monkeypatch):
+    source, positions = reader(dataset), [range(i, i + 1) for i in range(22)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    for ranks, asked, started in (("1", 16, 16), ("8", 16, 2), ("8", 1, 1), ("32", 4, 1),
+                                  ("32", 0, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert Batches(source, positions, collate, asked)._workers == started
+
+
 def test_captions_take_turns_over_the_epochs(dataset):
     source = reader(dataset)
     shown = [s.caption for s in map(source.load, range(33)) if s.key == "v0"]

@@ -275,7 +275,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_to_the_same_bytes(
     (folder / "v5.mp4").unlink()
     os.mkfifo(folder / "v5.mp4")
     out = tmp_path / "out"
-    code = f"""from vlmds.data.pack import counting, pack
+    code = f"""from vlmds.data.pack import pack
 pack({str(folder / 'manifest.jsonl')!r}, {str(out)!r}, workers=1, deadline={deadline}, **{SMALL})"""
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     writer = os.open(folder / "v5.mp4", os.O_WRONLY)  # waits until v5 is read

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -17,6 +18,7 @@ from vlmds.cli import main
 from vlmds.data.index import ShardIndex
 from vlmds.data.pack import pack
 from vlmds.errors import InputError
+from vlmds.progress import Phase
 
 SMALL = dict(shard_size=2, progress=False, workers=1)
 
@@ -48,7 +50,7 @@ def test_tasks_and_merge_make_what_one_run_makes(videos, clean, tmp_path):
     for task in (2, 0):
         summary = pack(videos / "manifest.jsonl", tmp_path, task=(task, 3), **SMALL)
         assert not summary.finished and not (tmp_path / "dataset.json").exists()
-    with pytest.raises(InputError, match=r"2 of 5 shards are not packed yet \(train/000001"):
+    with pytest.raises(InputError, match=r"not packed yet: 2 of 5 shards \(train/000001"):
         pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
     pack(videos / "manifest.jsonl", tmp_path, task=(1, 3), **SMALL)
     summary = pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
@@ -293,7 +295,7 @@ def test_a_network_error_does_not_change_the_plan(monkeypatch):
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     assert module._ask("v.mp4", 0, lambda: flaky(2)) == 7 and len(calls) == 3
     calls.clear()
-    with pytest.raises(InputError, match="v.mp4: cannot be looked at .* reset by peer"):
+    with pytest.raises(InputError, match="v.mp4: cannot be read to plan .* reset by peer"):
         module._ask("v.mp4", 0, lambda: flaky(99))
     calls.clear()
     assert module._ask("v.mp4", 0, lambda: flaky(99, FileNotFoundError())) == 0 and len(calls) == 1
@@ -324,6 +326,23 @@ def test_a_mended_file_goes_into_its_place_in_the_plan(videos, tmp_path, options
     after = contents(out)
     assert {name for name in before if name.endswith(".tar")} <= {*after}
     assert after[plan.name] == before[plan.name]
+
+
+def test_reading_the_videos_to_plan_says_how_far_it_is(videos, tmp_path, monkeypatch):
+    from vlmds.data import layout
+
+    shown = []
+
+    def recorded(what, total, unit, **how):
+        shown.append(Phase(what, total, unit, **how))
+        return nullcontext(shown[-1])
+
+    monkeypatch.setattr(layout, "phase", recorded)
+    monkeypatch.setattr(layout, "BATCH", 4)  # less than the videos
+    pack(videos / "manifest.jsonl", tmp_path, dedup=True, **SMALL)
+    assert [(p.what, p.done, p.total, p.unit) for p in shown] == [
+        ("reading the videos' sizes", 10, 10, "videos"),
+        ("comparing videos of one size", 2, 2, "videos")]
 
 
 def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):

@@ -44,11 +44,12 @@ from vlmds.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIP, QWEN = "openai/clip-vit-large-patch14-336", "Qwen/Qwen3-8B"
+TRAIN = "launch/train.py"
 SHARD = "2GB"  # of the weights; as many files as the real repository's, or more
 TRAIN_CLIPS, VAL_CLIPS = 8, 2
 FRAMES = {"e3": 4}  # where 8 would take hours: the MLP keeps every patch
 GIGABYTES = {"models": 18, "run": 5, "merged": 18}  # on disk, at most
-BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 SAMPLED_SECONDS = 0.2
 STEP = re.compile(r"\w+ step \d+/\d+  loss \S+")
 PARITY = re.compile("max [|]logit difference.*")
@@ -143,8 +144,7 @@ class Program:
     def plan(self, exp: str) -> Row:
         row, printed = self.measured(f"{exp} plan", "plan", "--exp", exp, "--data",
                                      str(self.shards), "--set", *self.settings(exp))
-        sums = re.findall(r"([\d.]+) ([kMG]?B)", last(SUM, printed))  # of each stage
-        row.predicted = max(float(number) * BYTES[unit] for number, unit in sums)
+        row.predicted = largest(last(SUM, printed))
         return row
 
     def train(self, exp: str) -> Row:
@@ -154,7 +154,8 @@ class Program:
         def in_second_stage() -> bool:
             return any(self.run_folder(exp).glob("checkpoints/finetune-*"))
 
-        row, printed = self.training(exp, f"{exp} train", kill=in_second_stage)
+        script = "tests/manual/held.py" if self.args.tiny else TRAIN
+        row, printed = self.training(exp, f"{exp} train", script=script, kill=in_second_stage)
         return self.trained(exp, row, f"killed after {last(STEP, printed)}")
 
     def resume(self, exp: str) -> Row:
@@ -193,11 +194,11 @@ class Program:
     def run_folder(self, exp: str) -> Path:
         return self.folder / "runs" / exp
 
-    def training(self, exp: str, name: str, **how) -> tuple[Row, str]:
+    def training(self, exp: str, name: str, script: str = TRAIN, **how) -> tuple[Row, str]:
         """The same command each time; how: see :meth:`measured`."""
         return self.measured(
             name, "--exp", exp, "--data", str(self.shards), "--output", str(self.run_folder(exp)),
-            "--set", *self.settings(exp), script="launch/train.py", **how)
+            "--set", *self.settings(exp), script=script, **how)
 
     def settings(self, exp: str) -> list[str]:
         """Overrides: few steps, a checkpoint after each, validation at a stage's end only."""
@@ -316,6 +317,12 @@ def kill_group(process: subprocess.Popen) -> None:
 def size(place: Path) -> int:
     files = [place] if place.is_file() else place.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def largest(sizes: str) -> float:
+    """Bytes of the largest of the sizes in a line of vlmds plan, one for each stage."""
+    found = re.findall(r"([\d.,]+) ([kMGT]?B)\b", sizes)
+    return max(float(number.replace(",", "")) * BYTES[unit] for number, unit in found)
 
 
 def last(pattern: re.Pattern, text: str) -> str:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+from tests.manual.full_size import largest
 from tests.training.forked import ROOT, environment
 
 
@@ -13,6 +14,12 @@ def program(folder, *options):
          *options], env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def test_the_largest_size_of_a_line_is_found():
+    assert largest("sum                 999 MB     1.20 GB") == 1.2e9
+    assert largest("sum               1,000 MB      998 MB") == 1e9
+    assert largest("sum                1.20 TB     1.10 GB") == 1.2e12
 
 
 def test_the_program_on_tiny_models(tmp_path):

@@ -45,7 +45,7 @@ class StepClock:
         begin = self._now()
         self._inner.append(0.0)
         try:
-            # Names the phase in a profile, too: memory is told by it.
+            # Names the phase in a profile, too, from which memory is attributed.
             with torch.autograd.profiler.record_function(f"vlmds {name}"):
                 yield
         finally:

@@ -1,11 +1,12 @@
 """`vlmds bench scaling`: how efficient training would be on many GPUs, from counted parts.
 
 A step is the work of :mod:`vlmds.propose` (operations at an assumed share of the card's peak, or the
-host's time where that is longer), then communication. Gradients are reduced and weights gathered once an optimizer step, by rings: a rank
-sends 2·bytes·(W−1)/W of the trainables, the least there is, which `vlmds bench train --ranks 2`
-finds, too; or 3·bytes·(W−1)/W beyond OWNER_REDUCTIONS ranks, where gradients are all-reduced.
-Between nodes a ring passes each node's links once, shared by its GPUs; within a node NVLink is
-taken to be no limit. Nothing is taken to overlap, and each hop between nodes takes LATENCY.
+host's time where that is longer), then communication. Gradients are reduced and weights gathered
+once an optimizer step, by rings: a rank sends 2·bytes·(W−1)/W of the trainables, the least there
+is, which `vlmds bench train --ranks 2` finds, too; or 3·bytes·(W−1)/W beyond OWNER_REDUCTIONS
+ranks, where gradients are all-reduced. Between nodes a ring passes each node's links once, shared
+by its GPUs; within a node NVLink is taken to be no limit. Nothing is taken to overlap, and each hop
+between nodes takes LATENCY.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from vlmds.errors import InputError
 from vlmds.flops import sample_flops
 from vlmds.hardware import device_card
 from vlmds.memory import quantised, stage_memories
+from vlmds.messages import counted
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.propose import LINEAR_SECONDS, host_seconds, passes
 from vlmds.training.optimizer import freeze
@@ -57,17 +58,22 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
     Args:
         tiny: small models with the full vocabulary of 151,669, in fp32, for a CPU.
         baselines: of BASELINES: "reference", "hf", or "lora" (the same experiment with LoRA).
-        steps: timed optimizer steps of each process.
+        steps: timed optimizer steps of each process; on a GPU at least 2.
         ranks: more than 1 also measures so many ranks against one.
 
     Raises:
-        InputError: an experiment that a baseline cannot train, a wrong override, or fewer GPUs than
-            ranks.
+        InputError: an experiment that a baseline cannot train, a wrong override, no step, or fewer
+            GPUs than ranks.
         RuntimeError: vlmds itself failed, or a loss is not that of the others.
     """
     gpus = torch.cuda.device_count()
     if not tiny and 0 < gpus < ranks:
-        raise InputError(f"--ranks {ranks}: this machine has {gpus} GPUs; take as many or fewer")
+        raise InputError(f"--ranks {ranks}: this machine has {counted(gpus, 'GPU')}; take as many "
+                         "or fewer")
+    if steps < 1:
+        raise InputError(f"--steps {steps}: is less than 1")
+    if gpus and steps == 1:
+        steps = 2  # one timed as it is, and one split into phases
     for exp in exps:
         for baseline in baselines:
             check_baseline(baseline, load_experiment(exp, overrides))

@@ -62,8 +62,7 @@ class StepRecorder:
         elif step + 1 == self.work.total_steps:
             self.memory.stop()
         # On a CPU nothing overlaps: every step can be split.
-        self.clock.split = self.clock.device.type == "cpu" or (
-            len(self.steps) >= self.work.WARM_UP + self.work.steps // 2)
+        self.clock.split = self.clock.device.type == "cpu" or self.work.is_split(len(self.steps))
         self.clock.lap()
         self._began = time.perf_counter()
 

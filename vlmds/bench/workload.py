@@ -67,6 +67,11 @@ class Workload:
     def total_steps(self) -> int:
         return self.WARM_UP + self.steps + 1
 
+    def is_split(self, number: int) -> bool:
+        """Whether a GPU's step `number` (from 0) is split into phases: of the timed steps the later
+        half, of an odd number the smaller one."""
+        return number >= self.WARM_UP + (self.steps + 1) // 2
+
     @property
     def experiment(self) -> Experiment:
         return load_experiment(self.folder / "experiment.yaml")

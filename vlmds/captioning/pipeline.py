@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections import deque
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from vlmds.captioning.outputs import Record
 from vlmds.captioning.sources import Item, Span, grouped, spans
+from vlmds.cores import cores_of_rank
 from vlmds.data.decode_child import Clip, decode_windows, video_facts
 from vlmds.data.loader import Batches, SampleReader, visual_inputs
 from vlmds.errors import InputError, SampleError
@@ -65,7 +65,8 @@ def caption_records(
     items = [Item(clip.video, clip.video, clip) for clip in (
         video if isinstance(video, Clip) else Clip(str(video)) for video in videos)]
     work = plan_work(items, {}, window, captioner.experiment.data.num_frames,
-                     probe(items, workers, deadline) if window else {}, workers or cores())
+                     probe(items, workers, deadline) if window else {},
+                     workers or cores_of_rank())
     clips = decoded(captioner, work, workers, deadline)
     for records in captions_of(captioner, clips, options, prompt, batch_size):
         for record in records:
@@ -75,8 +76,8 @@ def caption_records(
 def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[str, dict | str]:
     """{id: facts about the video, or why it cannot be read}"""
     items = [item for item in items if item.problem is None]
-    found = video_facts([item.clip.video for item in items], workers=workers or cores(),
-                        deadline=deadline)
+    found = video_facts([item.clip.video for item in items],
+                        workers=workers or cores_of_rank(), deadline=deadline)
     facts_by_id = {}
     with phase("looking at the videos", len(items), "videos", left=True) as shown:
         for item, facts in zip(items, found, strict=True):
@@ -164,7 +165,7 @@ def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None
 
     for result in decode_windows(
             requests(), captioner.experiment.data.num_frames, captioner.model.image_size,
-            workers=workers or cores(), deadline=deadline):
+            workers=workers or cores_of_rank(), deadline=deadline):
         yield from problems()
         job = taken.popleft()
         if isinstance(result, SampleError) and len(job.spans or ()) > 1:
@@ -288,12 +289,6 @@ def ahead(items: Iterable, count: int) -> Iterator:
             yield item
     finally:
         left.set()
-
-
-def cores() -> int:
-    """For this rank to decode with: its machine's, shared with the other ranks there."""
-    shared = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return max(1, len(os.sched_getaffinity(0)) // int(shared))
 
 
 def _record(item: Item, span: Span | None, duration: float | None) -> Record:

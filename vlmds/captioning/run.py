@@ -16,9 +16,10 @@ from vlmds.captioning.outputs import (
     CaptionFile, Record, check_one_video, find_target, in_order, srt_files, timestamp, write_format,
 )  # fmt: skip
 from vlmds.captioning.pipeline import (
-    Clipped, Work, captions_of, cores, decoded, packed, plan_work, probe, still_good, streamed,
+    Clipped, Work, captions_of, decoded, packed, plan_work, probe, still_good, streamed,
 )  # fmt: skip
 from vlmds.captioning.sources import Source, find_source
+from vlmds.cores import cores_of_rank
 from vlmds.data.decode_child import Clip
 from vlmds.data.features import check_tower
 from vlmds.data.loader import SampleReader
@@ -235,7 +236,7 @@ def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> li
                    if still_good(item, there.get(item.id, []), job.window) != "all"]
         for part in ranks.gather(probe(unknown[rank::world], job.workers, job.deadline)):
             facts |= part
-    decoders = sum(ranks.gather(job.workers or cores()))
+    decoders = sum(ranks.gather(job.workers or cores_of_rank()))
     return plan_work(source.items, there, job.window, experiment.data.num_frames, facts, decoders)
 
 

@@ -10,6 +10,7 @@ from vlmds.errors import InputError
 from vlmds.files import as_path
 from vlmds.messages import counted
 from vlmds.progress import phase
+from vlmds.units import size_text
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -23,7 +24,9 @@ def pack(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     args.out = as_path(args.out)
-    common = dict(quality=args.quality, workers=args.workers, deadline=args.deadline)
+    common = dict(workers=args.workers, deadline=args.deadline)
+    if args.quality is not None:
+        common["quality"] = args.quality
     if (as_path(args.manifest) / "dataset.json").is_file():
         with phase("loading PyTorch"):
             from vlmds.data.convert import convert_from_options
@@ -60,7 +63,7 @@ def _pack(args: argparse.Namespace) -> int:
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(f"packed {counted(summary.packed, 'sample')} ({counts}) into "
           f"{counted(summary.shards, 'shard')}, "
-          f"{summary.bytes / 1e6:,.1f} MB, in {summary.seconds:.1f} s: {args.out}")
+          f"{size_text(summary.bytes)}, in {summary.seconds:.1f} s: {args.out}")
     for line in coverage_lines([ShardIndex.open(args.out)]):
         print(line)
     if not args.no_report:
@@ -77,7 +80,7 @@ def _pack(args: argparse.Namespace) -> int:
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")
         print("once the files are repaired, or with a longer --deadline, --retry packs their shards "
-              "anew; rows that are corrected in the manifest are added by --append")
+              "again; rows that are corrected in the manifest are added by --append")
     if summary.known:
         were = "was" if summary.known == 1 else "were"
         print(f"{counted(summary.known, 'row')} {were} packed or rejected before, and {were} left")
@@ -130,11 +133,12 @@ def add_pack(commands) -> None:
         "model's features (default: video; of a packed dataset: frames)")
     add("--num-frames", type=int, help="of the frames or features store (default: 8)")
     add("--image-size", type=int, help="of the frames store (default: 336)")
-    add("--vision", metavar="MODEL", help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")
+    add("--vision", metavar="MODEL",
+        help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")
     add("--feature-layer", type=int, default=-1, choices=(-1, -2),
         help="of the features store: vision.feature_layer (default: -1)")
     add("--pool", type=int, default=1, help="of the features store: vision.pool (default: 1)")
-    add("--quality", type=int, default=95, help="JPEG quality of the frames store (default: 95)")
+    add("--quality", type=int, help="JPEG quality of the frames store (default: 95)")
     add("--shard-size", type=int, default=256, help="most rows per shard (default: 256)")
     add("--shard-bytes", metavar="SIZE", help="most bytes of videos per shard, such as 1GB")
     add("--val-fraction", type=float, default=0.0,
@@ -145,7 +149,8 @@ def add_pack(commands) -> None:
     add("--append", action="store_true",
         help="add the manifest's new rows to what is packed in OUT, as new shards")
     add("--retry", action="store_true",
-        help="pack the shards anew that had to reject rows: files are mended, --deadline is longer")
+        help="pack the shards again that had to reject rows: files are repaired, or --deadline is "
+        "longer")
     add("--task-index", type=int, metavar="I", help="pack only part I (from 0) …")
     add("--num-tasks", type=int, metavar="N", help="… of N parts; join them with --merge")
     add("--merge", action="store_true", help="pack nothing; make the dataset of the tasks' parts")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmds.data.index import ShardIndex
 from vlmds.data.shards import PackOptions
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
 from vlmds.messages import counted
+
+if TYPE_CHECKING:
+    from vlmds.config import VisionConfig
 
 CONVERSIONS = (("video", "frames"), ("video", "features"), ("frames", "features"))
 """(store, store that can be made from it)"""
@@ -41,19 +44,22 @@ def check_alike(parts: Sequence[ShardIndex]) -> None:
 
 
 def check_frames(index: ShardIndex, num_frames: int, image_size: int) -> None:
-    """Raise InputError, naming the command that helps, if a frames or features store was packed with
-    another number or size of frames than the experiment's."""
+    """Raise InputError, naming the command that helps, if a frames or features store was packed
+    with another number of frames than the experiment's, or a frames store with another size.
+    Features of another size are another tower's, which vlmds.data.features checks."""
     if index.store == "video":
         return
-    wanted = {"num_frames": num_frames, "image_size": image_size}
+    wanted = {"num_frames": num_frames}
+    if index.store == "frames":
+        wanted["image_size"] = image_size
     for name, want in wanted.items():
         if index.meta[name] != want:
-            origin, command, _ = made_anew(index, {**index.meta, **wanted})
+            origin, command, _ = remade(index, {**index.meta, **wanted})
             other = (f"set data.num_frames={index.meta[name]}" if name == "num_frames" else
                      "choose another vision.model")
             raise InputError(f"{index.root}: packed with {name} {index.meta[name]}, but the "
-                             f"experiment needs {want}; make it anew from its {origin}: {command}, "
-                             f"or {other}")
+                             f"experiment needs {want}; make it again from its {origin}: "
+                             f"{command}, or {other}")
 
 
 def same_tower(meta: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -61,53 +67,67 @@ def same_tower(meta: dict[str, Any], other: dict[str, Any]) -> bool:
     return meta["vision"]["fingerprint"] == other["vision"]["fingerprint"]
 
 
-def pack_command(source: object, out: object, store: str, *, num_frames: int | None = None,
-                 image_size: int | None = None, quality: int | None = None,
-                 vision: str | None = None, feature_layer: int = -1, pool: int = 1) -> str:
-    """The `vlmds pack` command that makes this store, to be pasted into a shell. source: a manifest
-    or a packed dataset."""
-    words = ["vlmds", "pack", str(source), str(out), "--store", store]
-    for option, value, default in (
-        ("--num-frames", num_frames, None), ("--image-size", image_size, None),
-        ("--quality", quality or PackOptions.quality, PackOptions.quality),
-        ("--vision", vision, None),
-        ("--feature-layer", feature_layer, -1), ("--pool", pool, 1),
-    ):
-        if value != default:
-            words += [option, str(value)]
-    return shlex.join(words)
+def tower_keys(vision: VisionConfig) -> dict[str, Any]:
+    """What the "vision" of a dataset.json says of the experiment's tower, but what follows from its
+    weights. "model" is what `vlmds pack --vision` takes."""
+    model = f"{vision.model}@{vision.revision}" if vision.revision else vision.model
+    return {"model": model, "feature_layer": vision.feature_layer, "pool": vision.pool}
 
 
-def made_anew(index: ShardIndex, like: dict[str, Any]) -> tuple[str, str, str]:
-    """For a dataset of frames or features that are made already and cannot be turned into others:
-    (what it came from, the command that makes of that a store such as `like`, a dataset.json,
-    describes, the new dataset's place)."""
+def remade(index: ShardIndex, like: dict[str, Any]) -> tuple[str, str, str]:
+    """How to replace a frames or features store by one with other frames or features. They cannot
+    be made from those that it has, but from what it came from.
+
+    Args:
+        like: what dataset.json is to say of the new store.
+
+    Returns:
+        (what it came from, the `vlmds pack` command, the new dataset's place)
+    """
     source = "VIDEO_STORE" if like["store"] == "features" else "MANIFEST"
-    out = f"{index.root}-new"
+    out = _beside(index, "new")
     return source.lower().replace("_", " "), _command(like, source, out), out
 
 
-def _command(like: dict[str, Any], source: object, out: str) -> str:
-    options = {name: like[name] for name in ("num_frames", "quality") if like.get(name)}
+def converted(index: ShardIndex, like: dict[str, Any]) -> tuple[str, str]:
+    """(the `vlmds pack` command that converts the dataset to a store such as `like`, a
+    dataset.json, describes; the new dataset's place)"""
+    out = _beside(index, like["store"])
+    return _command(like, str(index.root).rstrip("/"), out), out
+
+
+def _beside(index: ShardIndex, word: str) -> str:
+    return f"{str(index.root).rstrip('/')}-{word}"
+
+
+def _command(like: dict[str, Any], source: str, out: str) -> str:
+    """Ready to be pasted into a shell. source: a manifest or a packed dataset."""
+    words = ["vlmds", "pack", source, out, "--store", like["store"]]
+    if like.get("num_frames"):
+        words += ["--num-frames", str(like["num_frames"])]
+    if like["store"] == "frames":
+        words += ["--image-size", str(like["image_size"])]
+    if like.get("quality") not in (None, PackOptions.quality):
+        words += ["--quality", str(like["quality"])]
     if like["store"] == "features":
         vision = like["vision"]
-        options |= {"vision": vision["model"], "feature_layer": vision["feature_layer"],
-                    "pool": vision["pool"]}
-    elif like["store"] == "frames":
-        options["image_size"] = like["image_size"]
-    return pack_command(source, out, like["store"], **options)
+        words += ["--vision", vision["model"]]
+        for name, default in (("feature_layer", -1), ("pool", 1)):
+            if vision[name] != default:
+                words += [f"--{name.replace('_', '-')}", str(vision[name])]
+    return shlex.join(words)
 
 
 def _fix(parts: Sequence[ShardIndex], number: int) -> str:
     """How one of the first part and this one becomes like the other."""
     for source, target in ((number, 0), (0, number)):
         if _convertible(parts[source].meta, parts[target].meta):
-            out = f"{parts[source].root}-{parts[target].store}"
-            command = _command(parts[target].meta, parts[source].root, out)
+            command, out = converted(parts[source], parts[target].meta)
             return f"convert one: {command}; then name {out} in data.blend.{source}.path"
     old = 0 if _sampling(parts[0].meta) != [SAMPLER, RESIZER] else number
-    origin, command, out = made_anew(parts[old], parts[number - old].meta)
-    return f"make one anew from its {origin}: {command}; then name {out} in data.blend.{old}.path"
+    origin, command, out = remade(parts[old], parts[number - old].meta)
+    return (f"make one again from its {origin}: {command}; then name {out} in "
+            f"data.blend.{old}.path")
 
 
 def _convertible(source: dict[str, Any], target: dict[str, Any]) -> bool:

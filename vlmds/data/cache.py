@@ -34,7 +34,7 @@ class ShardCache:
 
     def fetch(self, source: Path, sha256: str, size: int) -> int | None:
         """The shard at ``source`` (a UPath) as an open local file, downloaded if need be; None if
-        it cannot be kept here (disk full, larger than the limit), which is told once.
+        it cannot be kept here (disk full, larger than the limit), which is reported once.
 
         Raises:
             OSError: the source cannot be read, or is not what ``sha256`` says.
@@ -63,7 +63,7 @@ class ShardCache:
 
     def drop_if_damaged(self, sha256: str) -> bool:
         """Read the copy of a shard again and remove it if it is not what ``sha256`` says. Returns
-        whether there was one: what was read from it may then be had anew."""
+        whether there was one: what was read from it may be right when it is read again."""
         path = self.folder / f"{sha256}.tar"
         try:
             with self._locked(f"{sha256}.lock"):

@@ -37,6 +37,7 @@ from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path, check_writable
+from vlmds.messages import counted
 from vlmds.progress import phase, silenced
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def convert(
     store: str,
     num_frames: int | None = None,
     image_size: int | None = None,
-    quality: int = 95,
+    quality: int = PackOptions.quality,
     tower: VisionTower | None = None,
     tower_name: str | None = None,
     workers: int | None = None,
@@ -89,7 +90,7 @@ def convert(
     conversion was stopped.
 
     num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
-    336, 95); a frames store already has its own. tower, tower_name: what makes the features.
+    336, packing's); a frames store already has its own. tower, tower_name: what makes the features.
     workers, deadline: as for packing. task: (i, n) makes only the ith of n parts; when all are
     done, a last call without it finds the shards there and makes the dataset. merge: convert
     nothing; a shard that is not there is an InputError.
@@ -108,8 +109,9 @@ def convert(
     shards = [_shard(source.info, target) for source in sources]
     todo = {shard.name for shard in unfinished(out, shards, {})}
     if merge and todo:
-        raise InputError(f"--merge: {out}: {len(todo)} of {len(shards)} shards are not there yet, "
-                         f"{min(todo)} among them; run the tasks that make them")
+        raise InputError(f"--merge: {out}: not converted yet: {len(todo)} of "
+                         f"{counted(len(shards), 'shard')}, {min(todo)} among them; run the tasks "
+                         "that make them")
     pending = [pair for pair in list(zip(shards, sources))[_part(task)] if pair[0].name in todo]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
@@ -131,7 +133,8 @@ def convert(
         return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0, seconds,
                            finished=False)
     before = _ledger(index.root)
-    done = finish(out, shards, before, _described(index, target))
+    with silenced(not progress), phase("writing the index"):
+        done = finish(out, shards, before, _described(index, target))
     new = Counter(r.reason.split(":")[0] for r in set(done.rejects) - set(before))
     return PackSummary(done.counts, dict(new.most_common()), [], len(shards),
                        len(shards) - len(todo), done.bytes, seconds)
@@ -310,8 +313,8 @@ def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterato
 
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
     """What dataset.json says of the new store."""
-    described = {**asdict(target), "sampler": SAMPLER, "resizer": RESIZER,
-                 "shard_size": index.meta["shard_size"], "verify": None, "shard_bytes": index.meta["shard_bytes"]}
+    described = {**asdict(target), "sampler": SAMPLER, "resizer": RESIZER, "verify": None,
+                 "shard_size": index.meta["shard_size"], "shard_bytes": index.meta["shard_bytes"]}
     if index.store == "frames":  # an older vlmds may have chosen them otherwise
         described |= {name: index.meta[name] for name in ("sampler", "resizer")}
     if target.vision is None:

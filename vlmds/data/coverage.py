@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from vlmds.config import DataConfig
 from vlmds.data.index import ShardIndex
+from vlmds.messages import counted
 
 SPARSE_SECONDS = 2.0
 """Distance of a clip's frames above which it is counted as sparsely sampled."""
@@ -46,7 +47,7 @@ def _crop(width: np.ndarray, height: np.ndarray) -> str:
     texts = []
     for form, which in (("landscape", width > height), ("portrait", height > width)):
         if count := int(which.sum()):
-            texts.append(f"{_clips(count, form)} {'lose' if count > 1 else 'loses'} "
+            texts.append(f"{counted(count, f'{form} clip')} {'lose' if count > 1 else 'loses'} "
                          f"{lost[which].mean():.0%} of the picture")
     return f"centre crop: {', '.join(texts)}" if texts else ""
 
@@ -56,11 +57,7 @@ def _sampling(gaps: np.ndarray, num_frames: int) -> str:
     sparse = gaps[gaps > SPARSE_SECONDS]
     if not len(sparse):
         return ""
-    frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
-    return (f"sampling: {_clips(len(sparse))} longer than {SPARSE_SECONDS * num_frames:g} s "
-            f"{'get' if len(sparse) > 1 else 'gets'} {frames}, one every {np.median(sparse):.1f} s "
-            f"(median; {sparse.max():.1f} s in the longest)")
-
-
-def _clips(count: int, form: str = "") -> str:
-    return f"{count:,} {form}{' ' if form else ''}clip{'s' if count > 1 else ''}"
+    get = "get" if len(sparse) > 1 else "gets"
+    return (f"sampling: {counted(len(sparse), 'clip')} longer than "
+            f"{SPARSE_SECONDS * num_frames:g} s {get} {counted(num_frames, 'frame')}, one every "
+            f"{np.median(sparse):.1f} s (median; {sparse.max():.1f} s in the longest)")

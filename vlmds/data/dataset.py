@@ -160,5 +160,3 @@ def _open(path: str, key: str, cache: ShardCache | None) -> ShardIndex:
     if isinstance(place, Path) and not hasattr(place, "fs") and not place.is_dir():
         raise InputError(f"{key}: {path} does not exist; make it with vlmds pack")
     return ShardIndex.open(place, cache)
-
-

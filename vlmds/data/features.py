@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vlmds.data.alike import made_anew
+from vlmds.data.alike import remade, tower_keys
 from vlmds.data.index import ShardIndex
 from vlmds.errors import InputError, SampleError
 
@@ -72,7 +72,7 @@ def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> Non
             raise InputError(
                 f"{index.root}: its features were made with vision.{name} {recorded[name]}, but "
                 f"the experiment has {getattr(experiment.vision, name)}; "
-                f"{_anew(index, experiment.vision)}, or set vision.{name}={recorded[name]}")
+                f"{_with_tower(index, experiment.vision)}, or set vision.{name}={recorded[name]}")
 
 
 def check_tower(
@@ -80,10 +80,11 @@ def check_tower(
 ) -> None:
     """Make sure that stored features are those of the experiment's tower; other stores pass.
 
-    index: a packed dataset, or a blend, whose parts are of one tower already. The experiment's keys
-    are compared first, without reading weights. tower: the experiment's, if
-    it is loaded anyway; otherwise it is loaded here, onto the CPU, for as long as it takes to hash
-    its weights. Hashing what was loaded, not the files, leaves the tower's file format open.
+    The experiment's keys are compared first, without reading weights. Then the loaded weights are
+    hashed, not their files, so that the tower's file format does not matter.
+
+    index: a packed dataset, or a blend, whose parts are known to be of one tower. tower: the
+    experiment's, if it is loaded anyway; otherwise it is loaded here, onto the CPU, and dropped.
 
     Raises InputError naming both towers.
     """
@@ -99,13 +100,12 @@ def check_tower(
         raise InputError(
             f"{index.root}: its features are of the tower {recorded['model']} "
             f"({recorded['fingerprint'][:12]}), but vision.model {vision.model} is another one "
-            f"({tower.fingerprint()[:12]}); {_anew(index, vision)}, or set vision.model to that "
-            "tower")
+            f"({tower.fingerprint()[:12]}); {_with_tower(index, vision)}, or set vision.model to "
+            "that tower")
 
 
-def _anew(index: ShardIndex | Dataset, vision: VisionConfig) -> str:
+def _with_tower(index: ShardIndex | Dataset, vision: VisionConfig) -> str:
     """How to make the features again with another tower."""
     first = index if isinstance(index, ShardIndex) else index.parts[0]
-    named = {name: getattr(vision, name) for name in ("model", "feature_layer", "pool")}
-    origin, command, _ = made_anew(first, {**first.meta, "vision": named})
-    return f"make them anew from the {origin}: {command}"
+    origin, command, _ = remade(first, {**first.meta, "vision": tower_keys(vision)})
+    return f"make them again from the {origin}: {command}"

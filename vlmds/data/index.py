@@ -127,7 +127,7 @@ class ShardIndex:
         """Open the dataset in the folder or at the URL `root`.
 
         Reads dataset.json and checks the footer of index.parquet, whose pages carry checksums that
-        are checked when they are read; no shard is looked at. Raises InputError.
+        are checked when they are read; no shard is opened. Raises InputError.
         """
         root = as_path(root)
         path = root / "dataset.json"
@@ -195,7 +195,7 @@ class ShardIndex:
         """The sample's members {extension: bytes}, "json" among them, checked against the index.
 
         Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced,
-        and a file that another machine has replaced on a shared drive is opened anew.
+        and a file that another machine has replaced on a shared drive is opened again.
         Raises SampleError naming shard, key and member.
         """
         try:
@@ -239,14 +239,14 @@ class ShardIndex:
         for shard in shards:
             path = self.root / shard.path
             if not path.is_file():
-                raise InputError(f"{path}: missing; run vlmds pack again to make it anew")
+                raise InputError(f"{path}: missing; run vlmds pack again to make it")
             size = path.stat().st_size
             if size != shard.bytes:
                 raise InputError(f"{path}: damaged, it has {size} bytes instead of {shard.bytes}; "
-                                 "run vlmds pack again to make it anew")
+                                 "run vlmds pack again to replace it")
             if level == "sha256" and sha256_of(path) != shard.sha256:
                 raise InputError(f"{path}: damaged, its sha256 is not the one in dataset.json; "
-                                 "delete it and run vlmds pack again to make it anew")
+                                 "delete it and run vlmds pack again to make it")
 
     def _open_caches(self) -> None:
         self._index: pq.ParquetFile | None = None
@@ -258,16 +258,19 @@ class ShardIndex:
 
     def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
         path = self.root / "index.parquet"
+        replaced = (f"{path}: not the one that was opened; the dataset has been packed again, or "
+                    "appended to, since then: start again")
         try:
             if self._index is None:
                 # pyarrow's own file reads without moving a position, which a fork would share.
                 source = path.open("rb") if hasattr(path, "fs") else pa.OSFile(str(path))
                 if _footer_sha256(source) != self.meta["index_footer_sha256"]:
-                    raise InputError(f"{path}: not the one that was opened; the dataset has been packed "
-                                     "anew, or appended to, since then: start again")
+                    raise InputError(replaced)
                 self._index = pq.ParquetFile(source, page_checksum_verification=True)
             return self._index.read_row_group(group, columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
+            if getattr(error, "errno", None) == errno.ESTALE:  # on NFS, by another machine
+                raise InputError(replaced) from None
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); "
                              "run vlmds pack again") from None
 

@@ -1,7 +1,7 @@
 """Which rows make which shard (`vlmds pack`).
 
 By numbers of rows this follows from the manifest alone. --shard-bytes and --dedup ask the videos
-too, and the answers change when a file is mended or comes back: so they are written down once, in
+too, and the answers change when a file is repaired or comes back: so they are written down once, in
 `plan-{key}.jsonl` beside the shards, where each task and each later start reads them.
 """
 
@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 
@@ -19,11 +20,13 @@ from vlmds.data.manifest import ManifestRow, Reject
 from vlmds.data.shards import PackOptions, Shard, json_line, options_hash
 from vlmds.errors import InputError
 from vlmds.files import as_path, sha256_of, write_once
+from vlmds.progress import phase
 
 PLANS = "plan-*.jsonl"
 ATTEMPTS = 4
 THREADS, BATCH = 32, 4096
 
+Value = TypeVar("Value")
 Facts = dict[int, tuple[int, str | None]]  # by ManifestRow.row: bytes of the video, sha256
 
 
@@ -34,7 +37,7 @@ def facts_of(
     `dedup`, the sha256 of those that may have a double (of the others None).
 
     Empty if the layout asks nothing. packed: as for :func:`without_duplicates`.
-    Raises InputError if a video cannot be looked at, or the plan in `out` is damaged.
+    Raises InputError if a video's size or bytes cannot be read, or the plan in `out` is damaged.
     """
     if not rows or not (dedup or options.shard_bytes):
         return {}
@@ -49,27 +52,36 @@ def facts_of(
     except ValueError:
         found = []
     if len(found) != len(rows):
-        raise InputError(f"{path}: damaged; delete it to look at the videos again")
+        raise InputError(f"{path}: damaged; delete it to read the videos' sizes again")
     return {row.row: fact for row, fact in zip(rows, found)}
 
 
 def _look_up(rows: list[ManifestRow], dedup: bool, packed: bool) -> list[tuple[int, str | None]]:
     """Bytes and sha256 of the rows' videos."""
     videos = list(dict.fromkeys(row.video for row in rows))
-    sizes = dict(zip(videos, _each(_size, videos)))
+    sizes = _each(_size, videos, "reading the videos' sizes")
     alike = Counter((sizes[row.video], row.start, row.end) for row in rows)
     doubtful = list(dict.fromkeys(
         row.video for row in rows if dedup and sizes[row.video]
         and (packed or alike[sizes[row.video], row.start, row.end] > 1)))
-    digests = dict(zip(doubtful, _each(_digest, doubtful)))
+    digests = _each(_digest, doubtful, "comparing videos of one size")
     return [(sizes[row.video], digests.get(row.video)) for row in rows]
 
 
-def _each(look: Callable, videos: list[str]) -> Iterator:
-    """What `look` says of each video, in order; in batches, as each call waiting costs memory."""
-    with ThreadPoolExecutor(THREADS) as pool:
+def _each(look: Callable[[str], Value], videos: list[str], what: str) -> dict[str, Value]:
+    """What `look` says of each video; in batches, as each call waiting costs memory. what: it does,
+    for the phase."""
+    found = {}
+    with (
+        phase(what, len(videos), "videos", left=True) as shown,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
         for at in range(0, len(videos), BATCH):
-            yield from pool.map(look, videos[at:at + BATCH])
+            batch = videos[at:at + BATCH]
+            for video, answer in zip(batch, pool.map(look, batch)):
+                found[video] = answer
+                shown.advance()
+    return found
 
 
 def _size(video: str) -> int:
@@ -159,7 +171,7 @@ def _ask(video: str, default, make: Callable):
             return default
         except Exception as error:  # each protocol's driver has its own
             if attempt + 1 == ATTEMPTS:
-                raise InputError(f"{video}: cannot be looked at to plan the shards: "
-                                 f"{type(error).__name__}: {error}; mend that and start again "
+                raise InputError(f"{video}: cannot be read to plan the shards: "
+                                 f"{type(error).__name__}: {error}; repair that and start again "
                                  "(nothing is lost)") from error
             time.sleep(2.0**attempt)

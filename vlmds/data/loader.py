@@ -9,7 +9,6 @@ learn of it and none is left waiting.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vlmds.cores import cores_of_rank
 from vlmds.data.alike import check_frames
 from vlmds.data.dataset import Dataset, DatasetOrder
 from vlmds.data.decode_child import FrameDecoder
@@ -160,7 +160,8 @@ def _outlive_signals(worker: int) -> None:
 
 class Batches:
     """Collated batches in the order of `batches` (positions), read ahead by `num_workers`
-    processes, of which there are no more than cores; 0 reads in this one. May be iterated once.
+    processes, but no more than :func:`vlmds.cores.cores_of_rank`; 0 reads in this one. The batches
+    do not depend on it. May be iterated once.
 
     A batch that cannot be had is a dict with "failure": why; the caller must not go on then.
     """
@@ -168,7 +169,7 @@ class Batches:
     def __init__(self, reader: SampleReader, batches: Sequence[Sequence[int]],
                  collate: Callable[[list[Sample]], dict], num_workers: int):
         self._reader, self._batches, self._collate = reader, batches, collate
-        self._workers = min(num_workers, len(batches), len(os.sched_getaffinity(0)))
+        self._workers = min(num_workers, len(batches), cores_of_rank())
         # What each reader process holds: position, or -1, and since when (ns of the clock that all
         # processes of a machine share). Shared memory, so that this process can tell.
         self._desks = torch.full((max(self._workers, 1), 2), -1, dtype=torch.int64).share_memory_()

@@ -25,8 +25,6 @@ from vlmds.files import as_path, check_writable, driver_advice
 from vlmds.messages import counted
 from vlmds.progress import Phase, phase, silenced
 
-ENGINES = ("local", "ray")
-
 
 @dataclass(frozen=True)
 class PackSummary:
@@ -84,11 +82,11 @@ def pack(
 
     manifest, out: paths or URLs. val_fraction: share of the rows without a split that go to "val".
     dedup: leave out rows whose video and span an earlier row has. append: add the rows that are new
-    (their source or span, as written), or were mended in the manifest, as shards after those there.
-    retry: pack the shards anew that had to reject rows (not those that `append` finds there), for
-    their files are mended or `deadline` is longer. task: (i, n) packs only the ith of n parts and
-    leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs on a Ray
-    cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
+    (their source or span, as written), or were corrected in the manifest, as shards after those
+    there. retry: pack the shards again that had to reject rows (not those that `append` finds
+    there), as their files are repaired or `deadline` is longer. task: (i, n) packs only the ith of
+    n parts and leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs
+    on a Ray cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
     seconds a video may take. progress: say on stderr how far it is. options: fields of
     :class:`PackOptions`.
 
@@ -112,9 +110,10 @@ def _pack(
         work = _plan(manifest, out, options, val_fraction, dedup, append, retry)
     if merge and work.todo:
         names = ", ".join(shard.name for shard in work.todo[:3])
-        raise InputError(f"{out}: {len(work.todo)} of {counted(len(work.shards), 'shard')} are not "
-                         f"packed yet ({names}{' …' if len(work.todo) > 3 else ''}); run the tasks that make "
-                         "them, or vlmds pack without --merge")
+        more = " …" if len(work.todo) > 3 else ""
+        raise InputError(f"{out}: not packed yet: {len(work.todo)} of "
+                         f"{counted(len(work.shards), 'shard')} ({names}{more}); run the tasks "
+                         "that make them, or vlmds pack without --merge")
     todo = work.todo
     if task is not None:
         index, tasks = task

@@ -101,8 +101,8 @@ def write_report(out: Path) -> Path:
     page = environment.get_template("pack_report.html.j2").render(
         facts=_facts(index, table, float(np.nansum(seconds))), splits=_splits(index), charts=charts,
         rejects=categories("", reasons, most=len(reasons) or 1).bars,
-        rejected=index.meta["rejected"], unseen=coverage_lines([index]), clips=_contact_sheet(index), total=total,
-        fingerprint=index.fingerprint)
+        rejected=index.meta["rejected"], unseen=coverage_lines([index]),
+        clips=_contact_sheet(index), total=total, fingerprint=index.fingerprint)
     write(out / NAME, page)
     return out / NAME
 

@@ -23,7 +23,7 @@ class Request:
     """A video to prepare; see `vlmds.data.pack.pack` for the options.
 
     store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
-    "facts": no members.
+    "facts": no members. quality: of the JPEGs, for store "frames".
     """
 
     video: str
@@ -32,7 +32,7 @@ class Request:
     store: str
     num_frames: int
     image_size: int
-    quality: int = 95
+    quality: int | None = None
     verify: bool = True
 
 
@@ -84,8 +84,7 @@ def prepare(
     images = _images(request, data, info)
     facts = _facts(info) | {"content": content} | {
         "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
-    return Reply(None, facts, {
-        f"{i}.jpg": _jpeg(image, request.quality) for i, image in enumerate(images)})
+    return Reply(None, facts, encode_jpegs(images, request.quality))
 
 
 def _images(request: Request, data: bytes, info: video.VideoInfo) -> np.ndarray:
@@ -198,6 +197,11 @@ def _extension(path: str, container: str) -> str:
     if extension.isascii() and extension.isalnum() and len(extension) <= 8 and extension != "json":
         return extension
     return {"matroska,webm": "mkv", "avi": "avi", "mpegts": "ts"}.get(container, "mp4")
+
+
+def encode_jpegs(images: np.ndarray, quality: int) -> dict[str, bytes]:
+    """uint8 [F, 3, size, size] as the members {extension: bytes} of a frames store."""
+    return {f"{i}.jpg": _jpeg(image, quality) for i, image in enumerate(images)}
 
 
 def _jpeg(image: np.ndarray, quality: int) -> bytes:

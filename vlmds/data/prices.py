@@ -6,28 +6,25 @@ decode in training too. Without data there is only a table of typical clips, and
 
 from __future__ import annotations
 
-import io
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
-from vlmds.config import VisionConfig
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, bytes_per_sample, decode_features, encode_features
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.pack_report import spread
+from vlmds.data.prepare import encode_jpegs
+from vlmds.data.shards import PackOptions
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import SampleError
 from vlmds.messages import counted
 
 SAMPLES = 6
 SECONDS = 30.0  # no further sample is timed after this long
-_QUALITY = 95  # of `vlmds pack`
 
 
 @dataclass(frozen=True)
@@ -89,22 +86,6 @@ def prices(
     return [*_video_prices(chosen, num_frames, image_size), features]
 
 
-def conversion(part: ShardIndex, store: str, num_frames: int, image_size: int, vision: VisionConfig
-               ) -> str:
-    """The command that makes this store, as the experiment needs it, of a packed dataset, beside
-    it. num_frames, image_size, vision: the experiment's."""
-    root = str(part.root).rstrip("/")
-    words = ["vlmds", "pack", root, f"{root}-{store}", "--store", store, "--num-frames", str(num_frames)]
-    if store == "frames":
-        words += ["--image-size", str(image_size)]
-    else:
-        words += ["--vision", vision.model]
-        for option, value, default in (("--feature-layer", vision.feature_layer, -1),
-                                       ("--pool", vision.pool, 1)):
-            words += [option, str(value)] if value != default else []
-    return shlex.join(words)
-
-
 def needs(
     found: Sequence[Price], samples_per_second: float, samples: int | None
 ) -> list[Need]:
@@ -139,7 +120,7 @@ def _video_prices(
                 elapsed = time.perf_counter() - started
                 if not isinstance(frames, SampleError):
                     seconds.append(elapsed)
-                    jpegs = _jpegs(frames)
+                    jpegs = encode_jpegs(frames, PackOptions.quality)
                     frame_sizes.append(sum(map(len, jpegs.values())))
                     frame_seconds.append(_timed(lambda: read_jpegs(jpegs, shape)))
                 if time.monotonic() - begin > SECONDS:
@@ -178,17 +159,6 @@ def _mean_size(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> float:
     shards = [shard for index, _ in chosen for split in index.splits
               for shard in index.shards(split)]
     return sum(shard.bytes for shard in shards) / sum(shard.count for shard in shards)
-
-
-def _jpegs(frames: np.ndarray) -> dict[str, bytes]:
-    """uint8 [F, 3, S, S] as the members of a frames store."""
-    members = {}
-    for number, frame in enumerate(frames):
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(
-            buffer, "JPEG", quality=_QUALITY)
-        members[f"{number}.jpg"] = buffer.getvalue()
-    return members
 
 
 def _timed(action: Callable[[], object]) -> float:

@@ -70,11 +70,11 @@ def read_jpeg(members: dict[str, bytes], number: int, size: int) -> np.ndarray:
 
 def decode_stored(
     index: ShardIndex, rows: Iterable[SampleRow], pool: DecodePool, *, store: str, num_frames: int,
-    image_size: int, quality: int = 95,
+    image_size: int, quality: int | None = None,
 ) -> Iterator[Reply]:
     """For each sample of a video store, in order, what `prepare` makes of its video for `store`:
-    "frames" (JPEGs) or "pixels"; or the reason why it cannot. A sample that cannot be read from
-    its shard is a Reply with a reason, too."""
+    "frames" (JPEGs of this quality) or "pixels"; or the reason why it cannot. A sample that cannot
+    be read from its shard is a Reply with a reason, too."""
     with tempfile.TemporaryDirectory(prefix="vlmds-") as folder:
         damaged: dict[int, str] = {}
 

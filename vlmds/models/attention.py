@@ -64,7 +64,7 @@ def choose_attention(wanted: str, dtype: str, micro_batch: int | None, major: in
 
 
 def _problem(name: str, dtype: str, major: int | None, installed: set[str]) -> str | None:
-    """What keeps it from running, and the mend."""
+    """What keeps it from running, and how to fix that."""
     package, majors = FLASH[name]
     if major is None:
         return "needs a GPU; train on one"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import platform
 import re
 import sys
 import traceback
@@ -21,10 +20,12 @@ from deepspeed.accelerator import get_accelerator
 
 from vlmds.checks import check_experiment, sequence_builder
 from vlmds.config import Experiment, load_experiment
+from vlmds.cores import cores_of_rank
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, copy_files, new_folder
+from vlmds.messages import counted
 from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
@@ -153,11 +154,13 @@ def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> Non
 
 
 def warn_of_readers(num_workers: int) -> None:
-    """Say if the ranks of rank 0's node would start more reader processes than it has cores."""
-    ranks, cores = gather(platform.node()).count(platform.node()), len(os.sched_getaffinity(0))
-    if is_main() and num_workers * ranks > cores:
-        tell(f"vlmds: WARNING: data.num_workers {num_workers} makes {num_workers * ranks} reader "
-             f"processes on this node, which has {cores} cores; lower it if data wait stays high")
+    """Say if rank 0 starts fewer reader processes than asked for
+    (:class:`vlmds.data.loader.Batches`)."""
+    cores = cores_of_rank()
+    if is_main() and num_workers > cores:
+        tell(f"vlmds: WARNING: data.num_workers {num_workers}: a rank starts only "
+             f"{counted(cores, 'reader process', 'reader processes')}, its share of this node's "
+             "cores")
 
 
 def note_attention(run: RunFolder, attention: str, remark: str) -> None:
@@ -294,7 +297,11 @@ def find_ds_config(given: str | None) -> Path:
 
 
 def default_ds_config() -> Path:
-    """zero2.json of ds_configs/, or on a CPU zero2_cpu.json."""
+    """zero2.json of ds_configs/, or on a CPU zero2_cpu.json.
+
+    The two are alike today. Both stay, since commands name each (``--ds-config zero2_cpu``), and
+    what suits a GPU, such as overlapping communication, must not change the CPU's numbers.
+    """
     on_cpu = get_accelerator().device_name() == "cpu"
     return _packaged_ds_config("zero2_cpu" if on_cpu else "zero2")
 

@@ -7,7 +7,6 @@ was stopped between two stages equals one which was not.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -372,10 +371,6 @@ def run_stages(
         if dist.get_rank() == 0:
             tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
-    cores = len(os.sched_getaffinity(0))
-    if experiment.data.num_workers > cores and dist.get_rank() == 0:
-        tell(f"vlmds: data.num_workers: {cores} reader processes a rank instead of "
-             f"{experiment.data.num_workers}, for this machine has {cores} cores")
     stop.training_begins()
     on_main(lambda: checkpoint.remove_unfinished(run.checkpoints))
     found = checkpoint.latest_checkpoint(run.checkpoints, names[first])
