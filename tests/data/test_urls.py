@@ -11,7 +11,6 @@ from vlmds.data.dataset import open_dataset
 from vlmds.data.prepare import read_file
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path
-from vlmds.training.main import main as train
 
 DRIVERS = {"s3": "s3fs", "gs": "gcsfs"}
 ADVICE = {scheme: f"{scheme}:// needs the extra {extra}: pip install -c constraints.txt -e '.[{extra}]'"
@@ -33,9 +32,9 @@ def manifest(tmp_path):
     return write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
 
 
-def refused(arguments, message, capsys, command=main):
+def refused(arguments, message, capsys):
     """One line and exit code 2."""
-    assert command([str(word) for word in arguments]) == 2
+    assert main([str(word) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vlmds: ") and error.count("\n") == 1 and message in error, error
 
@@ -50,9 +49,9 @@ def test_every_command_says_what_a_url_needs(url, message, manifest, tmp_path, c
     refused(["pack", manifest, url], message, capsys)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0"), monkeypatch.delenv(name)  # restored whatever training sets
-    refused(["--exp", "e3", "--data", url], message, capsys, train)
+    refused(["train", "--exp", "e3", "--data", url], message, capsys)
     blend = f"data.blend=[{{path: {url}, weight: 1}}]"
-    refused(["--exp", "e3", "--set", blend, f"data.cache_dir={tmp_path}"], message, capsys, train)
+    refused(["train", "--exp", "e3", "--set", blend, f"data.cache_dir={tmp_path}"], message, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "m.jsonl"]
     for call in (as_path, open_dataset, lambda place: find_source([], place)):
         with pytest.raises(InputError) as caught:

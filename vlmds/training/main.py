@@ -115,7 +115,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     doing("looking for the pretrained models")
     start_from = None if args.resume in ("auto", "never") else Path(args.resume)
-    earlier = (output, start_from and start_from.resolve().parents[1], args.from_run)
+    earlier = (output, start_from and start_from.resolve().parent.parent, args.from_run)
     experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(*earlier)))
     on_main(lambda: check_models(experiment, parts, dataset))
     doing("checking the base weights")
@@ -242,7 +242,7 @@ def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> Non
     problem = checkpoint.check(folder)
     if problem:
         raise InputError(f"--resume {folder}: not a usable checkpoint: {problem}")
-    other = folder.resolve().parents[1]
+    other = folder.resolve().parent.parent
     check_same_experiment(other, experiment)
     if other != run.path.resolve() and any(run.path.glob("checkpoints/[a-z]*")):
         raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another "
@@ -263,7 +263,7 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
     copied here; or of this one, whose later checkpoints and artifacts are moved out of the way."""
     names = [stage.name for stage in experiment.stages]
     number = names.index(checkpoint.read_state(folder)["stage"])
-    other = folder.resolve().parents[1]
+    other = folder.resolve().parent.parent
     if other != run.path.resolve():
         for name in names[:number]:
             with new_folder(run.artifact(name)) as new:
