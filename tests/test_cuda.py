@@ -14,6 +14,7 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from tests import tiny
 from tests.training.launch import PROGRESS, ROOT, arguments, environment
 from vlmds import cuda
+from vlmds.cli import main
 from vlmds.cuda import driver_version, free_memory_from_cuda, unusable_gpus
 from vlmds.errors import InputError
 from vlmds.inference import choose_device

@@ -298,7 +298,7 @@ def load_experiment(exp: str | Path, overrides: list[str] | tuple[str, ...] = ()
             (``stages.0.lr=5e-4``), values are YAML.
 
     Raises:
-        InputError: one line that names the file or override, the key, and the mend.
+        InputError: one line that names the file or override, the key, and the fix.
     """
     path = find_experiment(exp)
     origins: dict[str, str] = {}

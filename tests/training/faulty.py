@@ -2,12 +2,13 @@
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
 the call-th sample that the rank reads; when it does, the time goes into the file "note". "load":
-the rank cannot load its language model. "wait" stands for a wait for a GPU that never ends; with "alone"
-all other ranks are killed then. "lock" (Python's own, held in C) and "stop" (SIGSTOP) are over
+the rank cannot load its language model. "full": a disk is. "wait" stands for a wait for a GPU that
+never ends; with "alone" all other ranks are killed then. "lock" (Python's own, held in C) and "stop" (SIGSTOP) are over
 after "seconds".
 """
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -48,6 +49,8 @@ def faulty_forward(self, *inputs):
             strike()
             if kind == "exception":
                 raise RuntimeError("injected failure")
+            if kind == "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/disk")
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "signal":

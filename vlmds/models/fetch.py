@@ -48,7 +48,7 @@ from vlmds.models.hub import (
     weight_names,
 )
 from vlmds.progress import phase, tell
-from vlmds.training.ranks import gather, on_each_cache, on_main
+from vlmds.training.ranks import gather, on_each_cache, on_main, together
 
 TRIES, LONGEST_WAIT = 8, 30.0
 """Of a download that breaks off: attempts in a row that bring nothing, and the longest wait in
@@ -92,7 +92,8 @@ def fetch_models(experiment: Experiment, recorded: Mapping[str, str | None] | No
         if not looks_local(getattr(experiment, part).model):
             experiment = _pinned(experiment, part, commit)
     sections = (experiment.vision, experiment.llm)
-    if any(gather(any(cached_folder(section) is None for section in sections))):
+    missing = together(lambda: any(cached_folder(section) is None for section in sections))
+    if any(gather(missing)):
         def work(report: Callable[[str], None]) -> None:
             for before, section in zip(wanted, sections):
                 if cached_folder(section) is None:
@@ -100,8 +101,7 @@ def fetch_models(experiment: Experiment, recorded: Mapping[str, str | None] | No
                     _note(before, section.revision)
 
         on_each_cache(work, hub_cache())
-        for section in sections:
-            _wait_until_visible(section)
+        together(lambda: _wait_until_visible(sections))
     return experiment
 
 
@@ -148,14 +148,15 @@ def _note(section: Section, commit: str | None) -> None:
             write(path, commit)
 
 
-def _wait_until_visible(section: Section) -> None:
+def _wait_until_visible(sections: Iterable[Section]) -> None:
     """A file that another node downloaded may show late on a network drive."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while cached_folder(section) is None:
-        if time.monotonic() > deadline:
-            raise InputError(f"{key_of(section)}: {section.model} was downloaded by another process, but "
-                             f"is not to be seen in {hub_cache()} here; start again")
-        time.sleep(0.5)
+    for section in sections:
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while cached_folder(section) is None:
+            if time.monotonic() > deadline:
+                raise InputError(f"{key_of(section)}: {section.model} was downloaded by another "
+                                 f"process, but is not to be seen in {hub_cache()} here; start again")
+            time.sleep(0.5)
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from vlmds.data.loader import (
     training_collate,
 )
 from vlmds.data.prompt import SequenceBuilder
-from vlmds.errors import InputError, Stopped
+from vlmds.errors import Stopped
 from vlmds.messages import counted
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
-from vlmds.progress import Phase, phase
+from vlmds.progress import Phase, phase, tell
 from vlmds.training import checkpoint
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
@@ -45,11 +45,13 @@ from vlmds.training.monitor import Monitor
 from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
 from vlmds.training.overlap import FeaturesAhead
 from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import gather, on_main, raise_together, sum_over_ranks
+from vlmds.training.ranks import (
+    gather, on_main, raise_together, shared_error, sum_over_ranks, together,
+)  # fmt: skip
 from vlmds.training.run import RunFolder
 from vlmds.training.saver import Saver
 from vlmds.training.validation import Standing, Validator
-from vlmds.training.watch import doing, tell
+from vlmds.training.watch import doing
 
 
 @dataclass
@@ -80,7 +82,7 @@ class StageTrainer:
     Args:
         number: of the stage in the schedule, from 0.
         model: tower and captioner; the captioner already has the stage's adapter and weights.
-        monitor: what it tells. stop: whether this rank was asked to stop.
+        monitor: reports it. stop: whether this rank was asked to stop.
     """
 
     def __init__(self, experiment: Experiment, number: int, model: Model, dataset: Dataset,
@@ -113,7 +115,7 @@ class StageTrainer:
         """Seconds that this rank has waited for data since the last step was noted."""
 
     def resume(self, folder: Path, state: dict) -> None:
-        check_parent(self.lineage, state["lineage"], folder)
+        together(lambda: check_parent(self.lineage, state["lineage"], folder))
         checkpoint.load_checkpoint(folder, self.engine, self.average)
         self.progress = Progress.of(state["progress"])
         self.monitor.say(f"{self.stage.name}: going on from {folder}")
@@ -127,7 +129,7 @@ class StageTrainer:
         progress, standing = self.progress, self.progress.standing
         self.engine.train()
         self.energy = EnergyMeter(gpu_counter(self.device), progress.joules or 0.0)
-        if self.validator.look(progress.step, standing):  # which a stop request had cut short
+        if self.validator.run_due(progress.step, standing):  # which a stop request had cut short
             self._stop()
         ahead = FeaturesAhead(self.model, self.device, self._micro_batches())
         first = progress.step
@@ -137,8 +139,8 @@ class StageTrainer:
             with self._announced(step == first) as shown:
                 group = ahead.group(self.accumulation)
                 stop = self.train_step(step, group, ahead.features(group), shown)
-            # Asked to stop, a look that is due waits for the next start.
-            stop = stop or self.validator.look(progress.step, standing)
+            # Asked to stop, a validation that is due waits for the next start.
+            stop = stop or self.validator.run_due(progress.step, standing)
             if stop or self._checkpoint_due():
                 self.save_checkpoint()
             if stop:
@@ -213,7 +215,7 @@ class StageTrainer:
         return tokens, positions, stop > 0
 
     def save_checkpoint(self) -> None:
-        """Start to write a checkpoint; the saver tells if that fails, and training goes on."""
+        """Start to write a checkpoint; the saver reports if that fails, and training goes on."""
         self._doing(self.progress.step, "copying a checkpoint")
         self.monitor.flush()
         standing = self.progress.standing
@@ -242,9 +244,9 @@ class StageTrainer:
     def _stop(self) -> None:
         problem = self.saver.drain()
         if problem:  # a scheduler that starts what was stopped again would do so for ever
-            raise InputError(f"{self.stage.name}: stopped by a signal after step "
-                             f"{self.progress.step} of {self.total}, but {problem}; the same command "
-                             "goes on from the checkpoint before")
+            raise shared_error(f"{self.stage.name}: stopped by a signal after step "
+                               f"{self.progress.step} of {self.total}, but {problem}; the same "
+                               "command goes on from the checkpoint before")
         raise Stopped(f"{self.stage.name}: stopped by a signal after step {self.progress.step} of "
                       f"{self.total}, checkpoint saved; the same command goes on from there")
 
@@ -294,13 +296,13 @@ class StageTrainer:
         limit = self.experiment.data.max_bad_fraction
         seen = max(self.progress.samples, len(self.train_reader))
         if self.progress.bad > limit * seen:
-            raise InputError(
+            raise shared_error(
                 f"{self.dataset.root}: {self.progress.bad} of {self.progress.samples} "
                 f"samples read could not be used, more than data.max_bad_fraction {limit} allows; "
                 f"the last: {last['key']}, {last['reason']}; see {self.run.path / 'ledger.jsonl'}")
 
     def _account_skipped(self, step: int, group: list[dict]) -> None:
-        """Tell which samples cost a step; too many such steps end the run on all ranks."""
+        """Report which samples cost a step; too many such steps end the run on all ranks."""
         self.progress.skipped += 1
         everyone = gather([key for batch in group for key in batch["keys"]])
         keys = [key for keys in everyone for key in keys]
@@ -310,10 +312,10 @@ class StageTrainer:
                          f"gradient is not a finite number; samples: {', '.join(keys)}")
         limit = self.experiment.training.max_skipped_steps
         if self.progress.skipped > limit:
-            raise InputError(
+            raise shared_error(
                 f"stages.{self.number}: {counted(self.progress.skipped, 'step')} had a loss or "
-                f"gradient that is not a finite number, more than training.max_skipped_steps {limit}; lower "
-                f"stages.{self.number}.lr, or look at the samples in "
+                f"gradient that is not a finite number, more than training.max_skipped_steps "
+                f"{limit}; lower stages.{self.number}.lr, or check the samples in "
                 f"{self.run.path / 'ledger.jsonl'}")
 
     def _write_ledger(self, records: list[dict], step: int) -> list[dict]:
@@ -384,8 +386,8 @@ def run_stages(
         folder = Path(origin["checkpoint"])
         problem = on_main(lambda: checkpoint.check(folder))
         if problem:
-            raise InputError(f"{run.path}: grew from {folder}, which cannot be used ({problem}); "
-                             "restore it, or choose another --output")
+            raise shared_error(f"{run.path}: grew from {folder}, which cannot be used ({problem}); "
+                               "restore it, or choose another --output")
         found = folder, checkpoint.read_state(folder)
     step = found[1]["progress"]["step"] if found else 0
     totals = [stage_steps(stage, dataset.count("train"), run.global_batch)
