@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from vlmds.data.loader import (
 )
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import Stopped
-from vlmds.messages import counted
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
@@ -36,6 +35,7 @@ from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
 from vlmds.progress import Phase, phase, tell
 from vlmds.training import checkpoint
+from vlmds.training.accounts import Accounts, Progress
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
 from vlmds.training.energy import EnergyMeter, gpu_counter
@@ -46,34 +46,12 @@ from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, se
 from vlmds.training.overlap import FeaturesAhead
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
-    gather, on_main, raise_together, shared_error, sum_over_ranks, together,
+    on_main, raise_together, shared_error, sum_over_ranks, together,
 )  # fmt: skip
 from vlmds.training.run import RunFolder
 from vlmds.training.saver import Saver
-from vlmds.training.validation import Standing, Validator
+from vlmds.training.validation import Validator
 from vlmds.training.watch import doing
-
-
-@dataclass
-class Progress:
-    """Where a stage stands; a checkpoint holds it.
-
-    step: optimizer steps taken. samples, bad: samples read since the stage's start, and how many
-    of them were unreadable. skipped: steps whose loss or gradient was no number. joules: that the
-    GPUs took, None where nobody counts. standing: how good it was found to be.
-    """
-
-    step: int = 0
-    samples: int = 0
-    bad: int = 0
-    skipped: int = 0
-    joules: float | None = 0.0
-    standing: Standing = field(default_factory=Standing)
-
-    @classmethod
-    def of(cls, state: dict) -> Progress:
-        """What ``asdict`` made a dict."""
-        return cls(**{**state, "standing": Standing(**state["standing"])})
 
 
 class StageTrainer:
@@ -105,10 +83,12 @@ class StageTrainer:
         self.average = (
             WeightAverage(self.engine, training.ema_decay) if training.ema_decay else None)
         self.saver = Saver(run.checkpoints, self.stage.name, training.keep_checkpoints, monitor.say)
+        self.accounts = Accounts(
+            experiment, number, run, dataset, len(self.train_reader), monitor)
         self.validator = Validator(
             experiment, model, self._reader("val", shuffle=False) if "val" in dataset.splits else None,
             self.collate, device, self.total, monitor, stop, self.average, self._doing,
-            self._write_ledger)
+            self.accounts.write)
         self.lineage = stage_lineage(run, experiment, number)
         self.progress = Progress()
         self.waited = 0.0
@@ -184,7 +164,7 @@ class StageTrainer:
             waited=self.waited, skipped=skipped)
         self.waited = 0.0
         if skipped:
-            self._account_skipped(step, group)
+            self.accounts.skipped(self.progress, group)
         return stop
 
     def _announced(self, first: bool) -> AbstractContextManager[Phase]:
@@ -211,7 +191,7 @@ class StageTrainer:
         if written == self.world_size:
             self.saver.publish()
         raise_together(failed, failures)
-        self._account_bad(step, group, int(bad))
+        self.accounts.read(self.progress, group, int(bad))
         return tokens, positions, stop > 0
 
     def save_checkpoint(self) -> None:
@@ -284,47 +264,6 @@ class StageTrainer:
             batch = next(reading)
             self.waited += time.perf_counter() - started
             yield batch
-
-    def _account_bad(self, step: int, group: list[dict], bad: int) -> None:
-        """Into the ledger with the unreadable samples of all ranks; too many stop all ranks."""
-        self.progress.samples += self.run.global_batch
-        if not bad:
-            return
-        self.progress.bad += bad
-        last = self._write_ledger(
-            [record for batch in group for record in batch["bad"]], step + 1)[-1]
-        limit = self.experiment.data.max_bad_fraction
-        seen = max(self.progress.samples, len(self.train_reader))
-        if self.progress.bad > limit * seen:
-            raise shared_error(
-                f"{self.dataset.root}: {self.progress.bad} of {self.progress.samples} "
-                f"samples read could not be used, more than data.max_bad_fraction {limit} allows; "
-                f"the last: {last['key']}, {last['reason']}; see {self.run.path / 'ledger.jsonl'}")
-
-    def _account_skipped(self, step: int, group: list[dict]) -> None:
-        """Report which samples cost a step; too many such steps end the run on all ranks."""
-        self.progress.skipped += 1
-        everyone = gather([key for batch in group for key in batch["keys"]])
-        keys = [key for keys in everyone for key in keys]
-        reason = "step skipped: its loss or gradient is not a finite number"
-        self._write_ledger([{"keys": keys, "reason": reason}] if self.rank == 0 else [], step + 1)
-        self.monitor.say(f"WARNING: {self.stage.name} step {step + 1} skipped: its loss or "
-                         f"gradient is not a finite number; samples: {', '.join(keys)}")
-        limit = self.experiment.training.max_skipped_steps
-        if self.progress.skipped > limit:
-            raise shared_error(
-                f"stages.{self.number}: {counted(self.progress.skipped, 'step')} had a loss or "
-                f"gradient that is not a finite number, more than training.max_skipped_steps "
-                f"{limit}; lower stages.{self.number}.lr, or check the samples in "
-                f"{self.run.path / 'ledger.jsonl'}")
-
-    def _write_ledger(self, records: list[dict], step: int) -> list[dict]:
-        """Add all ranks' records, which are returned on every rank."""
-        everyone = [{"stage": self.stage.name, "step": step, **record}
-                    for records in gather(records) for record in records]
-        if self.rank == 0:
-            self.run.add_to_ledger(everyone)
-        return everyone
 
 
 def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
