@@ -14,6 +14,7 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from tests import tiny
 from tests.training.launch import PROGRESS, ROOT, arguments, environment
 from vlmds import cuda
+from vlmds.cli import main
 from vlmds.cuda import driver_version, free_memory_from_cuda, unusable_gpus
 from vlmds.errors import InputError
 from vlmds.inference import choose_device
@@ -72,24 +73,24 @@ import sys
 from pathlib import Path
 from vlmds import cuda
 cuda.DEVICES, cuda.DRIVER = sys.argv.pop(1), Path(sys.argv.pop(1))
-from vlmds.{module} import main
+from vlmds.cli import main
 sys.exit(main())
 """
 
 
-def on_broken_machine(machine, module, *words, **more):
+def on_broken_machine(machine, *words, **more):
     variables = {name: value for name, value in environment(**more).items()
                  if name not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
     (machine / "nvidia0").touch()
     return subprocess.run(
-        [sys.executable, "-c", BROKEN.format(module=module), cuda.DEVICES, str(cuda.DRIVER), *words],
+        [sys.executable, "-c", BROKEN, cuda.DEVICES, str(cuda.DRIVER), *words],
         cwd=ROOT, env=variables, text=True, capture_output=True, timeout=200)
 
 
 @needs_none
 def test_training_is_refused_there(machine, models, shards):
     run = machine / "run"
-    done = on_broken_machine(machine, "training.main", *arguments(models, shards, run))
+    done = on_broken_machine(machine, "train", *arguments(models, shards, run))
     said = [line for line in PROGRESS.sub("", done.stderr).splitlines() if line.startswith("vlmds: ")]
     assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
     assert "driver 535.104.05, torch " in said[0] and not run.exists()
@@ -97,7 +98,7 @@ def test_training_is_refused_there(machine, models, shards):
 
 @needs_none
 def test_the_doctor_says_the_same(machine, models):
-    done = on_broken_machine(machine, "cli", "doctor", "--output", str(machine), "--seconds", "20",
+    done = on_broken_machine(machine, "doctor", "--output", str(machine), "--seconds", "20",
                              "--set", *tiny.settings(models), *tiny.RESAMPLER)
     assert done.returncode == 2, done.stderr
     assert re.search(r"^FAILED   accelerator: \S+nvidia0 is there, but PyTorch cannot use it: driver "
@@ -142,12 +143,11 @@ def test_the_process_group_is_bound_to_the_ranks_gpu(monkeypatch, launcher, rank
     assert all(("store" in call) == (launcher == "torchrun") for call in calls)
 
 
-@pytest.mark.parametrize("module, words", [("training.main", ["--exp", "none"]), ("cli", [
-    "evaluate", "--run", "none"]), ("cli", ["caption", "--run", "none", "none.mp4"]), ("cli", [
-        "serve", "--run", "none"])])
-def test_segments_grow_unless_the_user_chose(monkeypatch, capsys, module, words):
+@pytest.mark.parametrize("words", [
+    ["train", "--exp", "none"], ["evaluate", "--run", "none"],
+    ["caption", "--run", "none", "none.mp4"], ["serve", "--run", "none"]])
+def test_segments_grow_unless_the_user_chose(monkeypatch, words):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    main = __import__(f"vlmds.{module}", fromlist=["main"]).main
     for chosen in (None, *names):
         for name in names:
             monkeypatch.setenv(name, "")  # so that it is as it was after the test

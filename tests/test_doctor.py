@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def examine(models, shards, outputs, *more, environments=({}, {}), wrap=()):
 def test_two_healthy_nodes(models, shards, tmp_path):
     codes, printed = examine(models, shards, [tmp_path, tmp_path])
     assert codes == [0, 0], printed
-    for line in ("same output:", "clock: clocks differ by up to", "GB/s", "checksums right",
+    for line in ("same output:", "clock: clocks differ by up to", "GB/s", "checksums correct",
                  "samples/s by", "written, fsync"):
         assert any(text.startswith("ok") and line in text for text in printed.splitlines()), printed
     assert "FAILED" not in printed and not list(tmp_path.iterdir())
@@ -63,9 +64,9 @@ def test_two_healthy_nodes(models, shards, tmp_path):
 def test_every_fault_is_named(models, shards, tmp_path):
     """Another version, another folder and another time on the second node, and more speed wanted
     than there is."""
-    other = tmp_path / "packages" / "decord-9.9.dist-info"
+    other = tmp_path / "packages" / "av-9.9.dist-info"
     other.mkdir(parents=True)
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: decord\nVersion: 9.9\n")
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: av\nVersion: 9.9\n")
     path = {"PYTHONPATH": f"{other.parent}:{ROOT}"}
     codes, printed = examine(models, shards, [tmp_path / "a", tmp_path / "b"],
                              "--samples-per-second", "1e9", environments=({}, path),
@@ -73,7 +74,7 @@ def test_every_fault_is_named(models, shards, tmp_path):
     assert codes == [2, 2], printed
     failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
     assert len(failed) == 3, printed
-    assert "decord: 0.6.0 on" in failed[0] and "9.9 on" in failed[0]
+    assert f"av: {metadata.version('av')} on" in failed[0] and "9.9 on" in failed[0]
     assert "same output" in failed[1] and "1e+09 wanted" in failed[2]
     if FAKETIME:
         assert re.search(r"^warning  clock: clocks differ by up to 7\d{3}\.\d{3} s \(\S+ from \S+\)"
@@ -111,14 +112,14 @@ def test_one_machine_with_everything_wrong(models, shards, tmp_path):
     before = ["unshare", "--mount", "sh", "-c", small + 'ulimit -n 100 && exec "$@"', "sh"]
     if os.geteuid() or subprocess.run([*before, "true"], capture_output=True).returncode:
         pytest.skip("needs root and namespaces of mounts")
-    code, printed = alone(tmp_path, "--data", str(broken), "--output", ".", "--seconds", "3",
+    code, printed = alone(tmp_path, "--data", str(broken), "--output", ".", "--seconds", "10",
                           "--set", *tiny.settings(models), *tiny.RESAMPLER, "data.num_workers=1",
                           before=before)
     assert code == 2, printed
     failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
     for line, words in zip(failed, (
             "limits: only 100 open files; ulimit -n", "memory: 0.00 GiB free in /dev/shm, readers",
-            "output: no answer within 3 s; a disk", "dataset:", "decoding:"), strict=True):
+            "output: no answer within 10 s; a disk", "dataset:", "decoding:"), strict=True):
         assert words in line, printed
     assert "000000.tar" in failed[3], printed
 
@@ -135,7 +136,7 @@ init_distributed(1)
 found = check_links(Patient(load_experiment("e3"), Path(), 0.001, 1, None, torch.device("cpu"),
                             [0, 1], ["a", "b"]))
 if is_main():
-    print(found[0].level, found[0].text, found[0].mend, flush=True)
+    print(found[0].level, found[0].text, found[0].fix, flush=True)
 """
 
 
@@ -153,7 +154,7 @@ def test_a_link_without_an_answer_in_time_is_told(tmp_path):
         for process in ranks:
             kill_tree(process)
     # Which reason gloo gives depends on how far the two had come.
-    assert re.search("^FAILED a and b: .+ look at the link, firewalls", printed, re.M), printed
+    assert re.search("^FAILED a and b: .+ check the link, firewalls", printed, re.M), printed
 
 
 HUNG = """
@@ -166,25 +167,28 @@ from vlmds.doctor import check_links
 from vlmds.doctor_local import Patient
 from vlmds.training.ranks import init_distributed, is_main
 
-init_distributed(1, probing=True)
+init_distributed(4 * 0.5 / 60, probing=True)
 doctor_network._all_reduce_rate = lambda *_: time.sleep(3600)  # as NCCL waits for a connection
 for _ in range(2):  # and the next check finds all ranks together
     found = check_links(Patient(load_experiment("e3"), Path(), 0.5, 1, None, torch.device("cpu"),
-                                [0, 1], ["a", "b"]))
+                                [0, 1, 2], ["a", "b", "c"]))
     if is_main():
-        print(found[0].level, found[0].text, found[0].mend, flush=True)
+        for one in found:
+            print(one.level, one.text, one.fix, flush=True)
 print("NCCL raises:", os.environ["TORCH_NCCL_BLOCKING_WAIT"], flush=True)
 os._exit(0)
 """
 
 
-def test_a_link_that_never_answers_is_told(tmp_path):
-    """As NCCL's, which has no timeout while it connects."""
+def test_a_link_that_never_answers_is_reported(tmp_path):
+    """As NCCL's, which has no timeout while it connects. All of them together take longer than the
+    watchdog gives to one."""
     script = tmp_path / "rank.py"
     script.write_text(HUNG)
-    printed = forked(2, str(script), log=tmp_path / "log")
-    assert printed.count("FAILED a and b: no answer within 1.5 s look at the link") == 2, printed
-    assert printed.count("NCCL raises: 1") == 2, printed
+    printed = forked(3, str(script), log=tmp_path / "log")
+    for link in ("a and b", "a and c", "b and c", "all ranks"):
+        assert printed.count(f"FAILED {link}: no answer within 1.5 s check the link") == 2, printed
+    assert printed.count("NCCL raises: 1") == 3, printed
 
 
 def test_a_slow_link_is_held_against_the_others():
@@ -198,7 +202,7 @@ def test_a_slow_link_is_held_against_the_others():
 def test_decoding_is_held_against_what_is_wanted(total, level):
     found = judge_decoding(total, 100, "all")
     assert (found.level, found.text) == (level, "all, 100 wanted")
-    assert bool(found.mend) == (level != OK)
+    assert bool(found.fix) == (level != OK)
 
 
 def test_without_a_wish_decoding_is_held_against_the_gpus(shards):
@@ -233,13 +237,13 @@ def test_the_output_is_no_folder_or_too_small(models, tmp_path):
     assert found.level == FAILED and found.text.startswith("NotADirectoryError: ")
     found = finding(check_disk, patient(models, tmp_path, "training.keep_checkpoints=100000000"))
     assert found.level == FAILED and "100000002 checkpoints of each stage of e3 need" in found.text
-    assert "training.keep_checkpoints" in found.mend
+    assert "training.keep_checkpoints" in found.fix
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_data_not_given_or_cut_short(models, shards, tmp_path):
     found = finding(check_dataset, patient(models, tmp_path))
-    assert (found.level, found.text) == (WARNING, "not looked at")
+    assert (found.level, found.text) == (WARNING, "not checked")
     cut = tmp_path / "cut"
     shutil.copytree(shards, cut)
     os.truncate(cut / "train" / "000001.tar", 1000)

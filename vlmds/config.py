@@ -194,7 +194,7 @@ class TrainingConfig(Section):
     keep: Literal["last", "best"] = "last"
     """Which weights a stage leaves as its artifact."""
     early_stopping: PositiveInt | None = None
-    """A stage ends after so many looks at best_metric in a row that found it no better."""
+    """A stage ends after so many validations in a row that did not improve best_metric."""
     checkpoint_every: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
     timeout_minutes: PositiveFloat = 30
@@ -298,7 +298,7 @@ def load_experiment(exp: str | Path, overrides: list[str] | tuple[str, ...] = ()
             (``stages.0.lr=5e-4``), values are YAML.
 
     Raises:
-        InputError: one line that names the file or override, the key, and the mend.
+        InputError: one line that names the file or override, the key, and the fix.
     """
     path = find_experiment(exp)
     origins: dict[str, str] = {}

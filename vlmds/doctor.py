@@ -2,7 +2,7 @@
 
 As a plain process it looks at one machine; as launch/doctor.py in the place of launch/train.py, under
 any launcher, at all machines and at what lies between them. Each check says ok, warning or FAILED,
-and the mend. None can hang: a local check runs in a thread that is left behind at its deadline, and
+and the fix. None can hang: a local check runs in a thread that is left behind at its deadline, and
 what ranks do together has the process group's timeout.
 """
 
@@ -66,13 +66,13 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             ("same output", check_same_output),
             ("models", _by_leaders(check_models)), ("dataset", _by_leaders(check_dataset)),
             ("decoding", check_decoding)):
-        doing(f"the check {name!r}")
+        doing(f"checking {name}")
         try:
             findings = check(patient)
         except RuntimeError as error:  # of a collective; what a check finds is no exception
             _print(name, Finding(FAILED, f"rank {os.environ['RANK']} has lost the others: "
                                  f"{_first_line(error)}",
-                                 "look at the node whose launcher ended first, and at the link"))
+                                 "check the node whose launcher ended first, and the link"))
             return 2
         for finding in findings:
             failed |= finding.level == FAILED
@@ -106,7 +106,7 @@ def _merge(found: list[list[Finding]], patient: Patient) -> list[Finding]:
                 nodes.append(patient.nodes[rank])
     return [finding if len(nodes) == len(patient.names) else
             Finding(finding.level, f"{', '.join(patient.names[n] for n in nodes)}: {finding.text}",
-                    finding.mend) for finding, nodes in where.items()]
+                    finding.fix) for finding, nodes in where.items()]
 
 
 def within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -166,8 +166,8 @@ def check_links(patient: Patient) -> list[Finding]:
 def judge_link(measure: Measure, measures: list[Measure]) -> Finding:
     if measure.problem:
         return Finding(FAILED, f"{measure.name}: {measure.problem}",
-                       "look at the link, firewalls, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; "
-                       "NCCL_DEBUG=INFO tells more")
+                       "check the link, firewalls, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; "
+                       "NCCL_DEBUG=INFO prints more")
     text = f"{measure.name}: {measure.gb_per_s:.2f} GB/s"
     best = max(m.gb_per_s for m in measures if m.kind == measure.kind)
     if measure.kind == "pair" and measure.gb_per_s < best / 2:
@@ -195,7 +195,7 @@ def check_same_output(patient: Patient) -> list[Finding]:
         try:
             token.write_text(text)
         except OSError:
-            pass  # told by the check of the disk
+            pass  # the check of the disk reports it
     text = gather(text)[0]
 
     def look() -> list[Finding]:
@@ -260,8 +260,8 @@ def judge_decoding(total: float, wanted: float | None, text: str, guessed: bool 
 
 
 def _print(name: str, finding: Finding) -> None:
-    mend = f"; {finding.mend}" if finding.mend else ""
-    print(f"{finding.level:<8} {name}: {finding.text}{mend}", flush=True)
+    fix = f"; {finding.fix}" if finding.fix else ""
+    print(f"{finding.level:<8} {name}: {finding.text}{fix}", flush=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -22,10 +22,10 @@ from vlmds.errors import SampleError
 from vlmds.files import sync_file
 from vlmds.memory import checkpoint_bytes
 from vlmds.messages import counted
+from vlmds.models.assemble import shapes
 from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.vision import vision_half
-from vlmds.plan import shapes
 from vlmds.training.optimizer import freeze
 from vlmds.training.ranks import place
 
@@ -39,7 +39,7 @@ WRITE_BYTES, WRITE_CHUNK = 256 << 20, 8 << 20
 class Finding:
     level: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass
@@ -171,7 +171,7 @@ def check_dataset(patient: Patient) -> list[Finding]:
     for this data and number of ranks."""
     data = patient.experiment.data
     if data.path is None and data.blend is None:
-        return [Finding(WARNING, "not looked at", "pass --data DIR")]
+        return [Finding(WARNING, "not checked", "pass --data DIR")]
     dataset = open_dataset(data)
     for part, shard in dataset.shards():
         part.verify([shard], "size")
@@ -189,7 +189,7 @@ def check_dataset(patient: Patient) -> list[Finding]:
         read += sum(len(member) for member in part.read(row).values())
     rate = read / 1e6 / max(time.monotonic() - begin, 1e-9)
     return [Finding(OK, f"{dataset.fingerprint[:12]}: {counted(len(reader), 'sample')} in {split}; "
-                    f"{count} read and their checksums right, {rate:,.0f} MB/s")]
+                    f"{count} read and their checksums correct, {rate:,.0f} MB/s")]
 
 
 def decode_rate(patient: Patient) -> float:

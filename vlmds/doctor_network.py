@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vlmds.training.ranks import gather
+from vlmds.training.watch import doing
 
 ROUNDS = 5
 ALL_PAIRS = 8  # nodes; more of them are measured each with the next only
@@ -54,6 +55,7 @@ def measure_links(nodes: list[int], names: list[str], device: torch.device, seco
 
 def _measure(kind: str, name: str, ranks: list[int], device: torch.device, seconds: float
              ) -> Measure:
+    doing(f"measuring {name}")  # the watchdog's timeout is that of one measurement
     mine: list[tuple[float, str | None]] = []
     groups: list[dist.ProcessGroup] = []
 

@@ -46,7 +46,7 @@ def weights_sha256(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def weight_sha256(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
-    """sha256 of a local file; advance: told of bytes read, or found to be known."""
+    """sha256 of a local file; advance: called with bytes that were read, or found to be known."""
     known = _name_of_blob(path)
     if known is not None:
         advance(path.stat().st_size)

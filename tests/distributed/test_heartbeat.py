@@ -2,14 +2,19 @@
 that is only slow ends nobody."""
 
 import json
+import os
+import resource
+import socket
+import threading
 import time
 
 import pytest
 
 from tests.distributed import namespaces
 from tests.training.launch import (
-    FAULTY, arguments, forked, metrics, train,
+    FAULTY, TIMEOUT, arguments, fork, forked, kill_tree, metrics, train,
 )  # fmt: skip
+from vlmds.training.heartbeat import Centre
 
 pytestmark = pytest.mark.distributed
 
@@ -90,3 +95,67 @@ def test_who_lost_the_connection_comes_back_and_who_leaves_is_not_missed(tmp_pat
     script.write_text(RANK.format(seconds=SECONDS))
     printed = forked(2, str(script), log=tmp_path / "log")
     assert "all there: True" in printed and "vlmds:" not in printed, printed
+
+
+KILLED = """
+import os, signal, time
+import torch.distributed as dist
+from vlmds.training import ranks
+
+ranks.init_distributed(1, heartbeat_seconds={seconds})
+ranks.gather(None)
+time.sleep(2)  # until all have connected
+if dist.get_rank() == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def test_not_every_survivor_reports_the_same(tmp_path):
+    """The first rank of a machine does, and rank 1."""
+    script = tmp_path / "rank.py"
+    script.write_text(KILLED.format(seconds=SECONDS))
+    process = fork(4, str(script), log=tmp_path / "log")
+    try:
+        assert process.wait(TIMEOUT) != 0
+    finally:
+        kill_tree(process)
+    said = (tmp_path / "log.err").read_text()
+    for rank, count in enumerate((1, 1, 0, 0)):
+        assert said.count(f"vlmds: rank {rank}: rank 3 on ") == count, said
+
+
+class Judging(Centre):
+    """Counts its judgements."""
+
+    judged = 0
+
+    def _judge(self, elapsed):
+        self.judged += 1
+        super()._judge(elapsed)
+
+
+def test_too_many_open_files_keep_nobody_from_judging():
+    """A connection that cannot be accepted stays ready; it is accepted when that is possible."""
+    centre = Judging(SECONDS, "token", 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.create_connection(("localhost", centre.port)):
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one more: the selector
+        try:
+            threading.Thread(target=centre.run, daemon=True).start()
+            until(lambda: centre.judged > 1)
+            accepted = len(centre._received)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert accepted == 0
+        until(lambda: len(centre._received) == 1)
+    centre.leave()
+
+
+def until(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -65,6 +65,10 @@ def test_the_start_says_which_attention_and_why(capsys):
     note_attention(run, "sdpa", "flash_attention_2 waits")
     assert capsys.readouterr().out.splitlines() == [
         "vlmds: attention: sdpa", "vlmds: attention: sdpa (flash_attention_2 waits)"]
+    note_attention(run, "flash_attention_2", "WARNING: flash_attention_2 waits")
+    assert capsys.readouterr().out.splitlines() == [
+        "vlmds: attention: flash_attention_2", "vlmds: WARNING: flash_attention_2 waits"]
+    note_attention(run, "sdpa", "")
     assert noted == {"attention": "sdpa"}
 
 
@@ -75,7 +79,7 @@ def test_the_start_says_which_attention_and_why(capsys):
     ("flash_attention_2", "float32", 9, BOTH, "set llm.dtype to bfloat16"),
     ("flash_attention_2", "bfloat16", None, BOTH, "needs a GPU"),
 ])
-def test_one_named_that_cannot_run_is_refused_with_the_mend(wanted, dtype, major, installed, told):
+def test_one_named_that_cannot_run_is_refused_with_the_fix(wanted, dtype, major, installed, told):
     with pytest.raises(InputError) as error:
         choose_attention(wanted, dtype, 2, major, installed)
     assert str(error.value).startswith(f"llm.attention: {wanted} ") and told in str(error.value)

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from vlmds.cli import main
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import Captioner
 from vlmds.training import overlap
@@ -38,9 +39,7 @@ overlap.runs_ahead = lambda device: True
 Model.features, Captioner.forward = noted_features, noted_forward
 
 if "VLMDS_TEST_FAULT" in os.environ:
-    from tests.training.faulty import main
-else:
-    from vlmds.training.main import main
+    from tests.training import faulty  # noqa: F401
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

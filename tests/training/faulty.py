@@ -2,12 +2,13 @@
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
 the call-th sample that the rank reads; when it does, the time goes into the file "note". "load":
-the rank cannot load its models. "wait" stands for a wait for a GPU that never ends; with "alone"
-all other ranks are killed then. "lock" (Python's own, held in C) and "stop" (SIGSTOP) are over
+the rank cannot load its language model. "full": a disk is. "wait" stands for a wait for a GPU that
+never ends; with "alone" all other ranks are killed then. "lock" (Python's own, held in C) and "stop" (SIGSTOP) are over
 after "seconds".
 """
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -16,11 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-import vlmds.training.main
+from vlmds.cli import main
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
+from vlmds.models import assemble
 from vlmds.models.captioner import Captioner
-from vlmds.cli import main
 
 FAULT = json.loads(os.environ["VLMDS_TEST_FAULT"])
 MINE = int(os.environ.get("RANK", 0)) == FAULT["rank"]
@@ -48,6 +49,8 @@ def faulty_forward(self, *inputs):
             strike()
             if kind == "exception":
                 raise RuntimeError("injected failure")
+            if kind == "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/disk")
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "signal":
@@ -78,13 +81,13 @@ def faulty_load(self, position):
     return load(self, position)
 
 
-def faulty_load_model(*_):
+def faulty_load_language_model(*_):
     raise InputError("llm.model: injected failure")
 
 
 Captioner.forward, SampleReader.load = faulty_forward, faulty_load
 if FAULT["kind"] == "load" and MINE:
-    vlmds.training.main.load_model = faulty_load_model
+    assemble.load_language_model = faulty_load_language_model
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

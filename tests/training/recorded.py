@@ -6,7 +6,7 @@ import os
 import sys
 
 from vlmds import progress
-from vlmds.training.main import main
+from vlmds.cli import main
 
 announced = []
 
@@ -20,7 +20,7 @@ class Recorded(progress.Phase):
 progress.Phase = Recorded
 
 if __name__ == "__main__":
-    code = main()
+    code = main(["train", *sys.argv[1:]])
     if os.environ.get("RANK", "0") == "0":
         for phase in announced:
             print("phase", json.dumps({n: getattr(phase, n) for n in ("what", "done", "total")}))

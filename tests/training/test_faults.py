@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,14 @@ def test_a_rank_that_fails_takes_the_job_down_and_is_named(
         assert done.stderr.count("Traceback") == 1 and again not in done.stderr
 
 
+def test_a_disk_that_fills_up_is_one_line(models, shards, tmp_path):
+    args = arguments(models, shards, tmp_path / "run")
+    done = train_with_fault(0, args, 2, kind="full", rank=0, call=3)
+    assert done.stderr.splitlines()[-1] == (
+        "vlmds: /full/disk: No space left on device; make room there, or name another place")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tmp_path):
     args = arguments(models, shards, tmp_path / "run", "training.timeout_minutes=0.2",
                      "logging.stall_seconds=2")
@@ -117,6 +126,20 @@ def test_the_watch_counts_from_its_start(tmp_path):
         "watch._since -= 3600\n"
         "watch.start_watch(timeout_minutes=1, stall_seconds=1)\n"
         "time.sleep(0.2)\n")
+    forked(1, str(script), log=tmp_path / "log")
+
+
+def test_the_watch_ends_with_the_training(tmp_path):
+    """A process that goes on after it, as a notebook, is not ended for that."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import time, torch.distributed as dist\n"
+        "from vlmds.training import main, watch\n"
+        "dist.init_process_group('gloo')\n"
+        "watch.start_watch(timeout_minutes=0.02, stall_seconds=1)\n"
+        "main.leave()\n"
+        "time.sleep(3)\n"
+        "watch.doing('something else')\n")
     forked(1, str(script), log=tmp_path / "log")
 
 
@@ -165,3 +188,18 @@ def test_changed_base_weights_are_refused_by_name(models, shards, two_ranks, tmp
     done = train(0, *arguments(copy, shards, run), expect=2)
     assert "llm.model: model.safetensors of" in done.stderr
     assert (run / "run.json").read_text() == (two_ranks / "run.json").read_text()
+
+
+@pytest.mark.parametrize(("there", "fault", "line"), [
+    (["--set", "llm.model=/nowhere/qwen3"], {}, "llm.model: /nowhere/qwen3"),
+    (["--ds-config", "zero9"], {}, "--ds-config: zero9 is neither a file nor"),
+    ([], {"kind": "nan", "rank": 0, "calls": [1]}, "more than training.max_skipped_steps 0"),
+])
+def test_what_one_node_finds_or_all_is_one_line(models, shards, tmp_path, there, fault, line):
+    """And ends both with bad input, not one by a lost connection."""
+    env = {"VLMDS_TEST_FAULT": json.dumps(fault)} if fault else {}
+    done = train(2, *arguments(models, shards, tmp_path / "run", "training.max_skipped_steps=0"),
+                 expect=2, script=Path(__file__).with_name("nodes.py"),
+                 VLMDS_TEST_NODES=json.dumps(there), **env)
+    (said,) = [text for text in done.stderr.splitlines() if text.startswith("vlmds: ")]
+    assert line in said and "Traceback" not in done.stderr, done.stderr

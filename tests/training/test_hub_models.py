@@ -8,6 +8,8 @@ import pytest
 from tests import hub as hubs
 from tests.models.test_fetch import CLIP, ONCE, QWEN, publish, weights
 from tests.training.launch import arguments, forked, train
+from vlmds.config import load_experiment, to_yaml
+from vlmds.training.lineage import recorded_revisions
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 pytestmark = pytest.mark.distributed
@@ -54,3 +56,19 @@ def test_a_model_that_is_not_there_ends_all_ranks_with_one_line(hub, models, sha
 def test_a_download_may_take_longer_than_the_timeout(tmp_path, kind, worked):
     forked(2, str(WORKER), str(tmp_path), kind, log=tmp_path / "log")
     assert sorted(tmp_path.glob("worked-*")) == [tmp_path / f"worked-{rank}" for rank in worked]
+
+
+def test_a_commit_is_kept_for_the_model_that_it_is_of(tmp_path):
+    """Of an earlier start, or of the run that --from names."""
+    commits = {"vision": "a" * 40, "llm": "b" * 40}
+    names = [f"vision.model={CLIP}", f"llm.model={QWEN}"]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"revisions": commits}))
+    (run / "experiment.yaml").write_text(to_yaml(load_experiment("e3", names)))
+    assert recorded_revisions(load_experiment("e3", names), None, run) == commits
+    other = load_experiment("e3", [*names, "llm.model=team/other"])
+    assert recorded_revisions(other, tmp_path / "none", run) == {"vision": commits["vision"]}
+    (run / "run.json").write_text("{}")  # of a time when none was recorded
+    (run / "experiment.yaml").unlink()
+    assert recorded_revisions(other, run) == recorded_revisions(other, None) == {}

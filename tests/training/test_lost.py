@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.training.launch import TIMEOUT, fork, kill_tree
-from vlmds.training.lost import connection_lost
+from vlmds.training.lost import connection_lost, report_loss
 
 RANK = """
 import json, os, signal, sys, time
@@ -28,7 +28,7 @@ try:
         time.sleep(fault["busy"])  # in something else
     dist.all_reduce(torch.ones(1))
 except Exception as error:
-    watch.lost_words() if connection_lost(error) else watch.last_words(f"{error}")
+    watch.report_lost_rank() if connection_lost(error) else watch.report_failure(f"{error}")
     print(rank, type(error).__name__, flush=True)
     os._exit(1)
 """
@@ -38,7 +38,7 @@ except Exception as error:
 @pytest.mark.parametrize(("kind", "line"), [
     ("kill", "rank 1 died while it was at align step 3 (v1, v2); run the same command again to "
              "continue from the last checkpoint"),
-    ("fail", "rank 1 failed first; what it says of that is the cause")])
+    ("fail", "rank 1 failed first; its message names the cause")])
 def test_one_line_for_a_machine_names_the_rank(tmp_path, kind, line):
     """Not those that have not noticed yet, such as rank 3."""
     script = tmp_path / "rank.py"
@@ -69,3 +69,15 @@ def test_one_line_for_a_machine_names_the_rank(tmp_path, kind, line):
     (RuntimeError("shape mismatch"), False)])
 def test_what_is_taken_for_a_lost_rank(error, lost):
     assert connection_lost(error) == lost
+
+
+@pytest.mark.parametrize(("rank", "local", "lines"), [(8, 0, 1), (1, 1, 1), (2, 2, 0)])
+def test_before_there_is_a_store_the_first_of_a_machine_and_rank_1_report(
+        monkeypatch, capsys, rank, local, lines):
+    """Rank 1 too, because it may be rank 0 that is gone."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    report_loss(None)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    assert all(f"vlmds: rank {rank}: the connection to rank 0 is lost; " in line for line in said)

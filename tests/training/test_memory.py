@@ -6,7 +6,7 @@ from safetensors import safe_open
 from tests import tiny
 from vlmds.config import load_experiment
 from vlmds.memory import checkpoint_bytes, partition_sizes
-from vlmds.plan import shapes
+from vlmds.models.assemble import shapes
 from vlmds.training.optimizer import freeze
 
 pytestmark = pytest.mark.distributed

@@ -187,13 +187,15 @@ def test_a_checkpoint_of_another_origin_is_refused(models, shards, two_ranks, tm
 
 
 def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
-    configs = tmp_path / "stage.json", tmp_path / "bucket.json"
+    configs = tmp_path / "stage.json", tmp_path / "bucket.json", tmp_path / "norm.json"
     configs[0].write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     configs[1].write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "large"}}))
+    configs[2].write_text(json.dumps({"zero_optimization": {"compute_grad_norm": False}}))
     run = tmp_path / "run"
     for more, told in ((["training.global_batch=3"], "training.global_batch: 3"),
                        (["--ds-config", str(configs[0])], "zero_optimization.stage is 3"),
                        (["--ds-config", str(configs[1])], f"{configs[1]}: DeepSpeed refuses it"),
+                       (["--ds-config", str(configs[2])], "compute_grad_norm is False, but"),
                        (["--ds-config", "zero3"], "zero2, zero2_cpu, zero2_offload"),
                        (["--resume", "/nowhere"], "--resume /nowhere: not a usable checkpoint")):
         done = train(0, *arguments(models, shards, run), *more, expect=2)

@@ -18,10 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlmds.cli import main
 from vlmds.models import captioner
 from vlmds.models.assemble import Model
 from vlmds.training import stages
-from vlmds.training.main import main
 
 aten = torch.ops.aten
 WAITING = {
@@ -96,4 +96,4 @@ def marked(tensor, device):
 stages.reduced_once, Model.features, captioner.without_wait = watched, marked_features, marked
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -138,7 +138,7 @@ def caption_to_file(
         InputError: no run, nothing to caption, or captions of other settings are there.
     """
     if "RANK" in os.environ:
-        device = str(ranks.init_distributed(30))
+        device = str(ranks.init_distributed())
     job = CaptionJob(Path(run), videos, data, split, window, generation, prompt, batch_size,
                      workers, deadline, device, overrides)
     with silenced(not progress), CaptionFile(find_target(out, format)) as file:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import select
 import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 
 from vlmds.cli import bench, evaluating, packing, planning, training, using
 from vlmds.cuda import use_expandable_segments
 from vlmds.errors import InputError
-from vlmds.files import denied
+from vlmds.messages import unusable_place
 from vlmds.progress import phase
 from vlmds.quiet import quiet_libraries
-
-
-# What is wrong with a disk or a path that the user named, and not with the program.
-UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,14 +48,10 @@ def _run(args: argparse.Namespace) -> int:
             print(f"vlmds: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in UNUSABLE or error.filename is None:
+        line = unusable_place(error)
+        if line is None:
             raise
-        if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-                and "://" not in str(error.filename)):
-            print(f"vlmds: {denied(Path(error.filename))}", file=sys.stderr)
-        else:
-            print(f"vlmds: {error.filename}: {error.strerror}; make room there, or name another "
-                  "place", file=sys.stderr)
+        print(f"vlmds: {line}", file=sys.stderr)
         return 2
 
 

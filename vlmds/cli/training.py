@@ -25,7 +25,7 @@ def add_train(commands) -> None:
     command = commands.add_parser(
         "train", help="train one experiment: all stages of its schedule",
         description="Train one experiment: all stages of its schedule. One process; or, on many "
-        "GPUs, deepspeed launch/train.py …, deepspeed --module vlmds.cli train …, or torchrun -m "
+        "GPUs, deepspeed launch/train.py …, deepspeed --module vlmds.cli train …, or torchrun -m -- "
         "vlmds.cli train …")
     add = command.add_argument
     add("--exp", required=True, help="path of a YAML file, or the name of a packaged experiment")

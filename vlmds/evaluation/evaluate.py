@@ -88,7 +88,7 @@ def _evaluate_run(
 ) -> Path:
     started = time.perf_counter()
     if "RANK" in os.environ:
-        device = str(ranks.init_distributed(30))
+        device = str(ranks.init_distributed())
     artifact = final_artifact(run)
     experiment = load_experiment(
         artifact / "experiment.yaml",

@@ -58,13 +58,14 @@ def choose_attention(wanted: str, dtype: str, micro_batch: int | None, major: in
     if problem := problems.get(wanted):
         raise InputError(f"llm.attention: {wanted} {problem}, or set llm.attention to auto")
     if wanted in FLASH and micro_batch == 1:
-        return wanted, ("WARNING: it waits for the GPU in every layer if training.micro_batch is 1; "
-                        "set llm.attention to auto, or training.micro_batch to 2 or more")
+        return wanted, (f"WARNING: {wanted} waits for the GPU in every layer if "
+                        "training.micro_batch is 1; set llm.attention to auto, or "
+                        "training.micro_batch to 2 or more")
     return wanted, ""
 
 
 def _problem(name: str, dtype: str, major: int | None, installed: set[str]) -> str | None:
-    """What keeps it from running, and how to fix that."""
+    """What keeps it from running, and the fix."""
     package, majors = FLASH[name]
     if major is None:
         return "needs a GPU; train on one"

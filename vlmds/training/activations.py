@@ -35,7 +35,7 @@ def checkpointed_layers(
 
 def free_bytes(device: torch.device) -> int:
     """What PyTorch may take of a GPU's memory, its weights and all that it has taken already
-    included. Measured after a collective, for NCCL makes its communicators in the first one; all
+    included. Measured after a collective, because NCCL makes its communicators in the first one; all
     ranks call this together."""
     start_communicators(device)
     free, _ = torch.cuda.mem_get_info(device)

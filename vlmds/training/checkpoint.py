@@ -32,7 +32,7 @@ from vlmds.errors import InputError
 from vlmds.files import look_again, publish_folder, remove_folder, sha256_of, sync_file
 from vlmds.progress import phase, tell
 from vlmds.training.ema import WeightAverage
-from vlmds.training.ranks import on_main
+from vlmds.training.ranks import on_main, together
 
 VERSION = 1
 WEIGHT = "weight"
@@ -137,8 +137,15 @@ def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None
     """Put a checkpoint's weights and moments into an engine of any world size; all ranks call it.
 
     Raises:
-        InputError: a parameter of the engine is not, or not wholly, in the checkpoint.
+        InputError: on every rank, if a parameter of the engine is not, or not wholly, in the
+            checkpoint.
     """
+    together(lambda: _load(folder, engine, average))
+    engine.optimizer.update_lp_params()
+
+
+def _load(folder: Path, engine, average: WeightAverage | None) -> None:
+    """This rank's part of :func:`load_checkpoint`."""
     look_again(folder / "checkpoint.json")  # another machine has just written it, or may have
     meta = json.loads((folder / "checkpoint.json").read_text())
     pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
@@ -162,7 +169,6 @@ def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None
             if _fill(flat[fragment.place], fragment.start, found):
                 raise InputError(f"{folder}: {kind} of {fragment.name} is not wholly there; "
                                  "was the checkpoint made by another experiment?")
-    engine.optimizer.update_lp_params()
 
 
 def optimizer_steps(engine) -> int:

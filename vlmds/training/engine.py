@@ -50,14 +50,14 @@ def accumulation_steps(experiment: Experiment, world_size: int, global_batch: in
 
 
 def describe_batch(experiment: Experiment, world_size: int, global_batch: int | None = None) -> str:
-    """The global batch as a sum of its parts and, where it follows from the number of ranks, how to
+    """The global batch as the product of its factors and, where it follows from the number of ranks, how to
     keep it. ``global_batch`` is the run's recorded one. Raises InputError as
     :func:`accumulation_steps` does."""
     accumulation = accumulation_steps(experiment, world_size, global_batch)
     micro_batch = experiment.training.micro_batch
     batch = micro_batch * accumulation * world_size
     text = (f"global batch {batch} = micro_batch {micro_batch} × accumulation {accumulation} × "
-            f"{world_size} rank{'s' if world_size > 1 else ''}")
+            f"{counted(world_size, 'rank')}")
     if experiment.training.global_batch is None:
         text += f"; set training.global_batch={batch} to have it with any number of GPUs"
     return text
@@ -116,6 +116,7 @@ def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int,
         "gradient_clipping": training.max_grad_norm,
         "bf16.enabled": experiment.llm.dtype == "bfloat16",
         "zero_optimization.stage": 2,
+        "zero_optimization.compute_grad_norm": True,  # which also finds steps to skip
     })
     zero = config["zero_optimization"]
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):

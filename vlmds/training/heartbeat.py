@@ -7,12 +7,12 @@ Python does. Neither a long hold of the interpreter's lock, nor a disk that does
 SIGSTOP or swapping is taken for a death; what stands still on a machine that answers is left to
 ``training.timeout_minutes``.
 
-A rank that cannot be reached tries to connect again. It is given up if it has not come back by
-the time, and the rank that waits for it has made no progress meanwhile. A machine may so be paused,
-or a link be down, for almost ``heartbeat_seconds``. Rank 0 ends all others; if rank 0 is gone, each
-sees that for itself. Time for which the observer itself was stopped does not count, and no clock is
-compared between machines. Who ends a rank is a thread, which needs the interpreter's lock: PyTorch
-gives it up wherever it waits for a GPU or for other ranks.
+A rank that cannot be reached tries to connect again. The job ends if it has not come back within
+``heartbeat_seconds`` and the rank that waits for it has made no progress in that time. So a machine
+may be paused, or a link be down, for almost ``heartbeat_seconds``. Rank 0 ends all others; if rank 0
+is gone, each finds that out by itself. Time for which the observer itself was stopped does not
+count, and no clock is compared between machines. A thread ends the rank; it needs the interpreter's
+lock, which PyTorch releases wherever it waits for a GPU or for other ranks.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from vlmds.training.watch import MOST_RANKS, end_job, idle_seconds, tell
+from vlmds.progress import tell
+from vlmds.training.lost import speaks
+from vlmds.training.watch import MOST_RANKS, end_job, idle_seconds
 
 TICK = 1.0  # seconds between two judgements
 CONNECT_SECONDS = 2.0
 LONGEST_LINE = 1024  # bytes
+MOST_ROUNDS = 64  # of reading what has come, between two judgements
 
 
 def start_heartbeat(seconds: float | None) -> None:
@@ -53,7 +56,7 @@ def start_heartbeat(seconds: float | None) -> None:
         store.set("address", json.dumps([side.port, side.token, socket.gethostname()]))
     else:
         port, token, host = json.loads(store.get("address"))
-        side = Member(seconds, token, (os.environ["MASTER_ADDR"], port), host)
+        side = Member(dist.get_rank(), seconds, token, (os.environ["MASTER_ADDR"], port), host)
     threading.Thread(target=side.run, daemon=True).start()
     atexit.register(side.leave)
     # A reader process that outlives its rank must not keep the connection open.
@@ -103,10 +106,14 @@ class Centre:
         clock = _Clock()
         while not self._left:
             ready = self._selector.select(TICK)
-            while ready:  # whoever came back while this thread was stopped is heard before judging
+            # Whoever came back while this thread was stopped is heard before judging. A connection
+            # that cannot be accepted because too many files are open stays ready for ever.
+            for _ in range(MOST_ROUNDS):
                 for key, _ in ready:
                     self._hear(key.fileobj)
                 ready = self._selector.select(0)
+                if not ready:
+                    break
             self._judge(clock())
 
     def leave(self) -> None:
@@ -122,7 +129,7 @@ class Centre:
         if connection is self._listener:
             try:
                 new, _ = connection.accept()
-            except OSError:  # it is gone again
+            except OSError:  # it is gone again, or this process has too many files open
                 return
             new.setblocking(False)
             probe(new, self.seconds / 2)
@@ -182,8 +189,9 @@ class Centre:
 class Member:
     """The side of any rank but 0."""
 
-    def __init__(self, seconds: float, token: str, address: tuple[str, int], host: str):
-        self._seconds, self._token, self._address, self._host = seconds, token, address, host
+    def __init__(self, rank: int, seconds: float, token: str, address: tuple[str, int], host: str):
+        self._rank, self._seconds, self._token = rank, seconds, token
+        self._address, self._host = address, host
         self._connection: socket.socket | None = None
         self._met = self._left = False
 
@@ -200,7 +208,8 @@ class Member:
                     self._warn()
                     return
                 if not self._left and idle_seconds() >= self._seconds / 2:
-                    end_job(f"{describe(0, self._host, lost, silent)} (training.heartbeat_seconds)")
+                    end_job(f"{describe(0, self._host, lost, silent)} (training.heartbeat_seconds)",
+                            report=speaks())
 
     def leave(self) -> None:
         """This rank ends as it should."""
@@ -216,7 +225,7 @@ class Member:
             self._connection.close()
 
     def _connect(self) -> bool:
-        hello = f"hello {self._token} {dist.get_rank()} {socket.gethostname()}\n"
+        hello = f"hello {self._token} {self._rank} {socket.gethostname()}\n"
         try:
             connection = socket.create_connection(self._address, CONNECT_SECONDS)
             connection.settimeout(None)
@@ -237,7 +246,7 @@ class Member:
                     for line in lines:
                         word, _, problem = line.decode().partition(" ")
                         if word == "end":
-                            end_job(problem)
+                            end_job(problem, report=speaks())
                         self._left = self._left or word == "bye"
         except OSError as error:
             return silence(error, self._seconds)
@@ -246,7 +255,7 @@ class Member:
     def _warn(self) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             host, port = self._address
-            tell(f"vlmds: rank {dist.get_rank()}: WARNING: port {port} of {host} cannot be "
+            tell(f"vlmds: rank {self._rank}: WARNING: port {port} of {host} cannot be "
                  "reached; a node that dies is noticed after training.timeout_minutes only",
                  sys.stderr)
 

@@ -10,7 +10,7 @@ from vlmds.progress import tell
 
 
 class Journal:
-    """Such a file. A full disk does not end the training: what it would not take is told once, kept,
+    """Such a file. A full disk does not end the training: what it would not take is reported once, kept,
     and written with what comes next."""
 
     def __init__(self, path: Path):

@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from vlmds.config import Experiment, LanguageConfig, load_experiment
 from vlmds.errors import InputError
-from vlmds.files import copy_files, new_folder
+from vlmds.files import copy_files, machine, new_folder
 from vlmds.hashes import weights_sha256
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
 from vlmds.models.fetch import model_folder
 from vlmds.models.hub import weight_files
 from vlmds.models.language import load_tokenizer
-from vlmds.training.ranks import gather, together
+from vlmds.training.ranks import gather, shared_error, together
 from vlmds.training.run import RunFolder, check_base_weights, differing_keys
 
 # What a projector of an earlier stage depends on: these keys, the base weights and the sampling.
@@ -41,13 +41,15 @@ def base_files(experiment: Experiment) -> dict[str, Path]:
 
 
 def recorded_revisions(experiment: Experiment, *runs: Path | None) -> dict[str, str | None]:
-    """The commits of the experiment's pretrained models that the first of the runs which is there was
-    trained from; of a model that has another name there, none."""
+    """The commits of the pretrained models that the first of the runs which is there was trained
+    from, of those models that have the same name in the experiment; empty if none is there, or it
+    was begun before commits were recorded. Raises InputError: the run is damaged."""
     run = next((run for run in runs if run is not None and (run / "run.json").is_file()), None)
-    if run is None:
+    revisions = RunFolder.read(run).get("revisions") if run else None
+    if not revisions:
         return {}
     theirs = load_experiment(run / "experiment.yaml")
-    return {part: commit for part, commit in (RunFolder.read(run).get("revisions") or {}).items()
+    return {part: commit for part, commit in revisions.items()
             if getattr(theirs, part).model == getattr(experiment, part).model}
 
 
@@ -59,18 +61,18 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
         InputError: on every rank, if a file is missing or two machines have different ones.
     """
     files = together(lambda: base_files(experiment))
-    hosts = gather(platform.node())
-    here = [rank for rank, host in enumerate(hosts) if host == platform.node()]
+    places = gather((machine(), platform.node()))
+    here = [rank for rank, (where, _) in enumerate(places) if where == machine()]
     share = sorted(files)[here.index(dist.get_rank()) :: len(here)]
     mine = together(lambda: weights_sha256({name: files[name] for name in share}))
-    mine["llm/tokenizer"] = tokenizer_sha256(experiment.llm)
+    mine["llm/tokenizer"] = together(lambda: tokenizer_sha256(experiment.llm))
     found: dict[str, tuple[str, str]] = {}
-    for host, hashes in zip(hosts, gather(mine)):
+    for (_, host), hashes in zip(places, gather(mine)):
         for name, value in hashes.items():
             first, expected = found.setdefault(name, (host, value))
             if value != expected:
-                raise InputError(f"{name.split('/')[0]}.model: {host} has another {name} than "
-                                 f"{first}; give all machines the same files")
+                raise shared_error(f"{name.split('/')[0]}.model: {host} has another {name} than "
+                                   f"{first}; give all machines the same files")
     return {name: value for name, (_, value) in sorted(found.items())}
 
 

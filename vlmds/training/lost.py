@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from vlmds.files import machine
 from vlmds.progress import tell
 
 SETTLE_SECONDS = 3.0  # for a process to be gone, and for notes to arrive
-STORE_SECONDS = 5.0  # as in vlmds.training.watch
+STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
 AGAIN = "run the same command again to continue from the last checkpoint"
 _LOST = re.compile(
     r"connection (was likely )?closed|connection reset|broken pipe|socket closed|"
@@ -37,6 +38,21 @@ def connection_lost(error: BaseException) -> bool:
     return of_ranks and _LOST.search(str(error)) is not None
 
 
+def speaks() -> bool:
+    """Whether this rank reports what every rank of its machine finds: the first one of a machine,
+    and rank 1, because it may be rank 0 that is gone."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("RANK") == "1"
+
+
+def answered(ask: Callable[[], None], seconds: float) -> bool:
+    """Call ``ask``, which asks the store, in another thread: where the store's host cannot be
+    reached, no answer ever comes. Returns whether it was over in time."""
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return not asking.is_alive()
+
+
 def note_process(store: dist.Store) -> None:
     """Let the others find this rank's process; called when the ranks have joined."""
     store.set(f"process-{dist.get_rank()}", f"{machine()} {os.getpid()}")
@@ -48,23 +64,26 @@ def note_failure(store: dist.Store) -> None:
 
 
 def report_loss(store: dist.Store | None) -> None:
-    """Print on stderr, once on each machine, which rank died, what it was doing and what to do."""
+    """Print on stderr, once on each machine, which rank died, what it was doing and what to do.
+
+    Args:
+        store: of :func:`note_process`; None if the ranks were still joining.
+    """
     found: list[str] = []
-    # Another thread asks the store: where its host cannot be reached, no answer ever comes.
-    asking = threading.Thread(target=_ask, args=(store, found), daemon=True)
-    asking.start()
-    asking.join(SETTLE_SECONDS + STORE_SECONDS)
+    if store is not None:
+        answered(lambda: _ask(store, found), SETTLE_SECONDS + STORE_SECONDS)
     if not found:
-        found.append(f"rank 0 is gone, or its machine cannot be reached (see what other "
-                     f"ranks say); {AGAIN}")
+        found.append(f"the connection to rank 0 is lost; the first line of another rank names the "
+                     f"cause, unless rank 0's machine or the network failed; {AGAIN}"
+                     if speaks() else "")
     rank = os.environ.get("RANK", "0")
     if found[0]:
         tell(f"vlmds: rank {rank}: {found[0]}", sys.stderr)
-    if rank == "0":  # whose process holds the store, which the others still ask
+    if rank == "0" and store is not None:  # this process holds it, and the others still ask it
         time.sleep(SETTLE_SECONDS)
 
 
-def _ask(store: dist.Store | None, found: list[str]) -> None:
+def _ask(store: dist.Store, found: list[str]) -> None:
     """Put the line into `found`, an empty one if another rank of this machine prints it."""
     with suppress(RuntimeError):  # the store's host is gone: nothing is found
         mine, world = dist.get_rank(), dist.get_world_size()
@@ -79,7 +98,7 @@ def _ask(store: dist.Store | None, found: list[str]) -> None:
             time.sleep(0.1)
         if dead:
             store.set("died", _names(dead))
-        if store.add(f"told-{machine()}", 1) > 1:
+        if store.add(f"reported-{machine()}", 1) > 1:
             found.append("")
             return
         found.append(_line(store, dead, failed))
@@ -91,10 +110,10 @@ def _line(store: dist.Store, dead: list[int], failed: list[int]) -> str:
         was = f" while it was {doing.decode()}" if doing and len(dead) == 1 else ""
         return f"{_names(dead)} died{was}; {AGAIN}"
     if failed:
-        return f"{_names(failed)} failed first; what it says of that is the cause"
-    told = _get(store, "died")
-    if told:
-        return f"{told.decode()} died; {AGAIN}"
+        return f"{_names(failed)} failed first; its message names the cause"
+    died = _get(store, "died")
+    if died:
+        return f"{died.decode()} died; {AGAIN}"
     return f"the connection to another rank is lost: a process, a machine or the network failed; {AGAIN}"
 
 

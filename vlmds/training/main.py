@@ -25,25 +25,25 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
 from vlmds.files import absolute, copy_files, new_folder
-from vlmds.messages import counted
+from vlmds.messages import counted, unusable_place
 from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.language import load_tokenizer
-from vlmds.progress import phase
-from vlmds.training import checkpoint
+from vlmds.progress import phase, tell
+from vlmds.training import checkpoint, watch
 from vlmds.training.engine import accumulation_steps, check_ds_config, describe_batch
 from vlmds.training.lineage import base_weights, inherit, inheritance, recorded_revisions
 from vlmds.training.lost import connection_lost
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
-    gather, init_distributed, is_main, on_main, shared_error, together,
+    gather, init_distributed, is_main, on_main, place, shared_error, together,
 )  # fmt: skip
 from vlmds.training.run import (
     RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run,
 )  # fmt: skip
 from vlmds.training.stages import run_stages
-from vlmds.training.watch import doing, last_words, lost_words, note_failure, tell
+from vlmds.training.watch import doing, note_failure, report_failure, report_lost_rank
 
 # Keys that may differ between nodes.
 OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
@@ -55,7 +55,8 @@ DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
 
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal with a checkpoint saved.
-    After any other failure the process ends with 1, having told what it was doing.
+    After any other failure the process ends: with 2 if a disk or a path cannot be used, else with 1
+    after a report of what it was doing.
 
     Args:
         args: of :func:`vlmds.cli.training.add_train`.
@@ -83,15 +84,29 @@ def main(args: argparse.Namespace) -> int:
         leave()
         return 2 if isinstance(error, InputError) else 3
     except BaseException as error:
-        if connection_lost(error):
-            lost_words()
-        else:
-            tell(traceback.format_exc(), sys.stderr)
-            last_words(f"{type(error).__name__}: {error}".splitlines()[0])
-        # Taking the process groups down would wait for ranks that are not coming.
-        os._exit(1)
+        code = report_end(error)
+        if code == 1 or place()[1] > 1:
+            # Taking the process groups down would wait for ranks that are not coming.
+            os._exit(code)
+        leave()
+        return code
     leave()
     return 0
+
+
+def report_end(error: BaseException) -> int:
+    """Print on stderr what ends this rank, and note it for the others. Returns the exit code."""
+    if line := unusable_place(error):
+        tell(f"vlmds: {line}" if is_main() else f"vlmds: rank {os.environ['RANK']}: {line}",
+             sys.stderr)
+        note_failure()
+        return 2
+    if connection_lost(error):
+        report_lost_rank()
+    else:
+        tell(traceback.format_exc(), sys.stderr)
+        report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
+    return 1
 
 
 def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> None:
@@ -105,7 +120,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         device = init_distributed(
             experiment.training.timeout_minutes, experiment.logging.stall_seconds,
             experiment.training.heartbeat_seconds)
-    config = find_ds_config(args.ds_config)
+    config = together(lambda: find_ds_config(args.ds_config))
     check_same_everywhere(experiment, config)
     on_main(lambda: check_run_folder(output))
     doing("checking the data")
@@ -129,8 +144,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     world_size = dist.get_world_size()
     run = on_main(lambda: open_run(
         output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv))
-    check_ds_config(
-        config, experiment, accumulation_steps(experiment, world_size, run.global_batch))
+    together(lambda: check_ds_config(
+        config, experiment, accumulation_steps(experiment, world_size, run.global_batch)))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
         tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
@@ -164,9 +179,13 @@ def warn_of_readers(num_workers: int) -> None:
 
 
 def note_attention(run: RunFolder, attention: str, remark: str) -> None:
-    """Say what ``llm.attention`` has become here, and what is to be known of it."""
+    """Record and print what ``llm.attention`` is here, and the remark of :func:`attention_for`; a
+    warning has a line of its own."""
     run.note(attention=attention)
-    tell(f"vlmds: attention: {attention}{remark and f' ({remark})'}")
+    warning = remark.startswith("WARNING: ")
+    tell(f"vlmds: attention: {attention}{f' ({remark})' if remark and not warning else ''}")
+    if warning:
+        tell(f"vlmds: {remark}")
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
@@ -188,8 +207,10 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
 
 
 def leave() -> None:
+    """Leave the other ranks; the process may go on with other things."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    watch.stop()
 
 
 def verify(dataset: Dataset, experiment: Experiment) -> None:
@@ -255,7 +276,7 @@ def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> Non
     for name, what in (("data_fingerprint", "on other data"), ("weights", "from other base weights"),
                        ("sampling", "on frames that were sampled or resized otherwise")):
         if lineage.get(name, run.record[name]) != run.record[name]:
-            raise InputError(f"--resume {folder}: was trained {what}; give the same, or start anew")
+            raise InputError(f"--resume {folder}: was trained {what}; use the same, or start a new run")
     theirs = RunFolder.read(other)["global_batch"]
     if theirs != run.global_batch:
         raise InputError(f"--resume {folder}: was trained with training.global_batch {theirs}, not "

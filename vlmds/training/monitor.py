@@ -1,8 +1,8 @@
-"""What a run tells: a progress line, metrics.jsonl, TensorBoard and, if asked for, W&B.
+"""What a run reports: a progress line, metrics.jsonl, TensorBoard and, if asked for, W&B.
 
 Every optimizer step has its line in metrics.jsonl; steps are written in groups of
 ``logging.every``, because reading a loss off the GPU makes it wait. The first one after a start is
-written at once: it tells that training works, and its warm-up is in no other group's speed.
+written at once: it shows that training works, and its warm-up is in no other group's speed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Monitor:
             positions: of the language model's input over all ranks, padding not counted.
             supervised: tokens with loss, over all ranks.
             waited: seconds that this rank waited for data.
-            skipped: the weights stayed as they were, for a gradient was not finite.
+            skipped: the weights stayed as they were, because a gradient was not finite.
         """
         self._waited += waited
         self._pending.append({

@@ -18,7 +18,8 @@ class FeaturesAhead:
     busy with this one. What either leaves idle the other can take: with 64 visual tokens a small
     micro-batch waits for the weights to be read, while CLIP computes. The next one may be the first
     of the next optimizer step: its frames are then read, and its features computed, before this
-    step ends, and nothing else is done with it until its own step comes. On a CPU there is nothing
+    step ends, and nothing else is done with it until its own step comes. A stop, and a checkpoint
+    that is due, so come after the wait for that micro-batch; after a stop it is read again. On a CPU there is nothing
     to gain, and each is read and computed when it is asked for.
 
     Args:

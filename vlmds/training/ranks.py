@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from vlmds.config import LoggingConfig, TrainingConfig
 from vlmds.cuda import NCCL_RAISES, check_gpus, free_memory_from_cuda
 from vlmds.errors import InputError
 from vlmds.files import machine
@@ -31,12 +32,15 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 REPORT_SECONDS, WAIT_SECONDS = 5.0, 0.5
 """Between two reports of a long piece of work, and between two looks at whether it is done."""
+TIMEOUT_MINUTES, HEARTBEAT_SECONDS = (
+    TrainingConfig.model_fields[name].default for name in ("timeout_minutes", "heartbeat_seconds"))
+STALL_SECONDS = LoggingConfig.model_fields["stall_seconds"].default
 _turns = 0
 _control: dist.ProcessGroup | None = None
 
 
-def init_distributed(timeout_minutes: float, stall_seconds: float = 60.0,
-                     heartbeat_seconds: float | None = 120.0, probing: bool = False
+def init_distributed(timeout_minutes: float = TIMEOUT_MINUTES, stall_seconds: float = STALL_SECONDS,
+                     heartbeat_seconds: float | None = HEARTBEAT_SECONDS, probing: bool = False
                      ) -> torch.device:
     """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
     and return this rank's device, which is set before any weight is loaded.

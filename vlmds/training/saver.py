@@ -29,7 +29,7 @@ class Saver:
     Args:
         root: the run's folder for checkpoints, on a file system that all ranks share.
         keep: newest checkpoints that stay, besides the best.
-        say: told of a checkpoint that could not be written; training goes on, and the earlier
+        say: called with a line on a checkpoint that could not be written; training goes on, and the earlier
             checkpoints stand.
     """
 
@@ -60,7 +60,7 @@ class Saver:
     @phase("writing the checkpoint")
     def drain(self) -> str | None:
         """Wait for the checkpoint that is being written, if any. Afterwards it has its name, or
-        the reason was told, and is returned on every rank."""
+        the reason was reported, and is returned on every rank."""
         self._settle()
         # Also a barrier: the first rank to leave may take the others with it.
         return gather(self._unsaved)[0]
@@ -74,8 +74,8 @@ class Saver:
             self._publisher = None
 
     def publish(self) -> None:
-        """Once ``finished`` on all ranks: make the files a checkpoint, or tell why not. Rank 0 does
-        it in a thread, for a file system may take its time over it."""
+        """Once ``finished`` on all ranks: make the files a checkpoint, or report why not. Rank 0 does
+        it in a thread, because a file system may take long for it."""
         self._writer = None
         results = gather((self._entry, self._problem))
         if self.rank == 0:
@@ -90,7 +90,7 @@ class Saver:
         try:
             if problem is None:
                 checkpoint.publish(temporary, folder, state, [entry for entry, _ in results])
-        except Exception as error:  # whatever it is, it must be told
+        except Exception as error:  # whatever it is, it must be reported
             problem = str(error)
         if problem is not None:
             self._unsaved = f"{folder.name} not saved: {problem}"
@@ -117,5 +117,5 @@ class Saver:
         temporary = checkpoint.temporary_name(self._folder)
         try:
             self._entry = checkpoint.write_part(temporary, self.rank, tensors)
-        except Exception as error:  # whatever it is, all ranks must be told that there is no file
+        except Exception as error:  # whatever it is, all ranks must learn that there is no file
             self._problem = f"{temporary.parent}: {error}"

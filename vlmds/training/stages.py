@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,15 +26,15 @@ from vlmds.data.loader import (
     training_collate,
 )
 from vlmds.data.prompt import SequenceBuilder
-from vlmds.errors import InputError, Stopped
-from vlmds.messages import counted
+from vlmds.errors import Stopped
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
-from vlmds.progress import Phase, phase
+from vlmds.progress import Phase, phase, tell
 from vlmds.training import checkpoint
+from vlmds.training.accounts import Accounts, Progress
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
 from vlmds.training.energy import EnergyMeter, gpu_counter
@@ -44,33 +44,13 @@ from vlmds.training.monitor import Monitor
 from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
 from vlmds.training.overlap import FeaturesAhead
 from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import gather, on_main, raise_together, sum_over_ranks
+from vlmds.training.ranks import (
+    on_main, raise_together, shared_error, sum_over_ranks, together,
+)  # fmt: skip
 from vlmds.training.run import RunFolder
 from vlmds.training.saver import Saver
-from vlmds.training.validation import Standing, Validator
-from vlmds.training.watch import doing, tell
-
-
-@dataclass
-class Progress:
-    """Where a stage stands; a checkpoint holds it.
-
-    step: optimizer steps taken. samples, bad: samples read since the stage's start, and how many
-    of them were unreadable. skipped: steps whose loss or gradient was no number. joules: that the
-    GPUs took, None where nobody counts. standing: how good it was found to be.
-    """
-
-    step: int = 0
-    samples: int = 0
-    bad: int = 0
-    skipped: int = 0
-    joules: float | None = 0.0
-    standing: Standing = field(default_factory=Standing)
-
-    @classmethod
-    def of(cls, state: dict) -> Progress:
-        """What ``asdict`` made a dict."""
-        return cls(**{**state, "standing": Standing(**state["standing"])})
+from vlmds.training.validation import Validator
+from vlmds.training.watch import doing
 
 
 class StageTrainer:
@@ -79,7 +59,7 @@ class StageTrainer:
     Args:
         number: of the stage in the schedule, from 0.
         model: tower and captioner; the captioner already has the stage's adapter and weights.
-        monitor: what it tells. stop: whether this rank was asked to stop.
+        monitor: reports it. stop: whether this rank was asked to stop.
     """
 
     def __init__(self, experiment: Experiment, number: int, model: Model, dataset: Dataset,
@@ -102,17 +82,19 @@ class StageTrainer:
         self.average = (
             WeightAverage(self.engine, training.ema_decay) if training.ema_decay else None)
         self.saver = Saver(run.checkpoints, self.stage.name, training.keep_checkpoints, monitor.say)
+        self.accounts = Accounts(
+            experiment, number, run, dataset, len(self.train_reader), monitor)
         self.validator = Validator(
             experiment, model, self._reader("val", shuffle=False) if "val" in dataset.splits else None,
             self.collate, device, self.total, monitor, stop, self.average, self._doing,
-            self._write_ledger)
+            self.accounts.write)
         self.lineage = stage_lineage(run, experiment, number)
         self.progress = Progress()
         self.waited = 0.0
         """Seconds that this rank has waited for data since the last step was noted."""
 
     def resume(self, folder: Path, state: dict) -> None:
-        check_parent(self.lineage, state["lineage"], folder)
+        together(lambda: check_parent(self.lineage, state["lineage"], folder))
         checkpoint.load_checkpoint(folder, self.engine, self.average)
         self.progress = Progress.of(state["progress"])
         self.monitor.say(f"{self.stage.name}: going on from {folder}")
@@ -126,7 +108,7 @@ class StageTrainer:
         progress, standing = self.progress, self.progress.standing
         self.engine.train()
         self.energy = EnergyMeter(gpu_counter(self.device), progress.joules or 0.0)
-        if self.validator.look(progress.step, standing):  # which a stop request had cut short
+        if self.validator.run_due(progress.step, standing):  # which a stop request had cut short
             self._stop()
         ahead = FeaturesAhead(self.model, self.device, self._micro_batches())
         first = progress.step
@@ -136,8 +118,8 @@ class StageTrainer:
             with self._announced(step == first) as shown:
                 group = ahead.group(self.accumulation)
                 stop = self.train_step(step, group, ahead.features(group), shown)
-            # Asked to stop, a look that is due waits for the next start.
-            stop = stop or self.validator.look(progress.step, standing)
+            # Asked to stop, a validation that is due waits for the next start.
+            stop = stop or self.validator.run_due(progress.step, standing)
             if stop or self._checkpoint_due():
                 self.save_checkpoint()
             if stop:
@@ -181,7 +163,7 @@ class StageTrainer:
             waited=self.waited, skipped=skipped)
         self.waited = 0.0
         if skipped:
-            self._account_skipped(step, group)
+            self.accounts.skipped(self.progress, group)
         return stop
 
     def _announced(self, first: bool) -> AbstractContextManager[Phase]:
@@ -208,11 +190,11 @@ class StageTrainer:
         if written == self.world_size:
             self.saver.publish()
         raise_together(failed, failures)
-        self._account_bad(step, group, int(bad))
+        self.accounts.read(self.progress, group, int(bad))
         return tokens, positions, stop > 0
 
     def save_checkpoint(self) -> None:
-        """Start to write a checkpoint; the saver tells if that fails, and training goes on."""
+        """Start to write a checkpoint; the saver reports if that fails, and training goes on."""
         self._doing(self.progress.step, "copying a checkpoint")
         self.monitor.flush()
         standing = self.progress.standing
@@ -241,9 +223,9 @@ class StageTrainer:
     def _stop(self) -> None:
         problem = self.saver.drain()
         if problem:  # a scheduler that starts what was stopped again would do so for ever
-            raise InputError(f"{self.stage.name}: stopped by a signal after step "
-                             f"{self.progress.step} of {self.total}, but {problem}; the same command "
-                             "goes on from the checkpoint before")
+            raise shared_error(f"{self.stage.name}: stopped by a signal after step "
+                               f"{self.progress.step} of {self.total}, but {problem}; the same "
+                               "command goes on from the checkpoint before")
         raise Stopped(f"{self.stage.name}: stopped by a signal after step {self.progress.step} of "
                       f"{self.total}, checkpoint saved; the same command goes on from there")
 
@@ -281,47 +263,6 @@ class StageTrainer:
             batch = next(reading)
             self.waited += time.perf_counter() - started
             yield batch
-
-    def _account_bad(self, step: int, group: list[dict], bad: int) -> None:
-        """Into the ledger with the unreadable samples of all ranks; too many stop all ranks."""
-        self.progress.samples += self.run.global_batch
-        if not bad:
-            return
-        self.progress.bad += bad
-        last = self._write_ledger(
-            [record for batch in group for record in batch["bad"]], step + 1)[-1]
-        limit = self.experiment.data.max_bad_fraction
-        seen = max(self.progress.samples, len(self.train_reader))
-        if self.progress.bad > limit * seen:
-            raise InputError(
-                f"{self.dataset.root}: {self.progress.bad} of {self.progress.samples} "
-                f"samples read could not be used, more than data.max_bad_fraction {limit} allows; "
-                f"the last: {last['key']}, {last['reason']}; see {self.run.path / 'ledger.jsonl'}")
-
-    def _account_skipped(self, step: int, group: list[dict]) -> None:
-        """Tell which samples cost a step; too many such steps end the run on all ranks."""
-        self.progress.skipped += 1
-        everyone = gather([key for batch in group for key in batch["keys"]])
-        keys = [key for keys in everyone for key in keys]
-        reason = "step skipped: its loss or gradient is not a finite number"
-        self._write_ledger([{"keys": keys, "reason": reason}] if self.rank == 0 else [], step + 1)
-        self.monitor.say(f"WARNING: {self.stage.name} step {step + 1} skipped: its loss or "
-                         f"gradient is not a finite number; samples: {', '.join(keys)}")
-        limit = self.experiment.training.max_skipped_steps
-        if self.progress.skipped > limit:
-            raise InputError(
-                f"stages.{self.number}: {counted(self.progress.skipped, 'step')} had a loss or "
-                f"gradient that is not a finite number, more than training.max_skipped_steps {limit}; lower "
-                f"stages.{self.number}.lr, or look at the samples in "
-                f"{self.run.path / 'ledger.jsonl'}")
-
-    def _write_ledger(self, records: list[dict], step: int) -> list[dict]:
-        """Add all ranks' records, which are returned on every rank."""
-        everyone = [{"stage": self.stage.name, "step": step, **record}
-                    for records in gather(records) for record in records]
-        if self.rank == 0:
-            self.run.add_to_ledger(everyone)
-        return everyone
 
 
 def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
@@ -379,8 +320,8 @@ def run_stages(
         folder = Path(origin["checkpoint"])
         problem = on_main(lambda: checkpoint.check(folder))
         if problem:
-            raise InputError(f"{run.path}: grew from {folder}, which cannot be used ({problem}); "
-                             "restore it, or choose another --output")
+            raise shared_error(f"{run.path}: grew from {folder}, which cannot be used ({problem}); "
+                               "restore it, or choose another --output")
         found = folder, checkpoint.read_state(folder)
     step = found[1]["progress"]["step"] if found else 0
     totals = [stage_steps(stage, dataset.count("train"), run.global_batch)

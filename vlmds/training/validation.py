@@ -1,5 +1,5 @@
-"""What a stage looks at on its way: the loss on split val, captions of a part of it, and by one of
-the two which checkpoint is the best."""
+"""Validation during a stage: the loss on split val, captions of some of its clips and their
+metrics, and which checkpoint is the best by one of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlmds.training.ema import WeightAverage
 from vlmds.progress import phase
 from vlmds.training.monitor import Monitor
 from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import raise_together, sum_over_ranks
+from vlmds.training.ranks import raise_together, shared_error, sum_over_ranks
 
 
 @dataclass
@@ -60,7 +60,8 @@ class Validator:
     Args:
         reader: of split val, unshuffled; None if the data has none.
         total: optimizer steps of the stage.
-        doing: told what this rank does. ledger: takes samples that could not be read and the step.
+        doing: called with what this rank does. ledger: takes samples that could not be read and
+            the step.
     """
 
     def __init__(self, experiment: Experiment, model: Model, reader: SampleReader | None,
@@ -73,8 +74,8 @@ class Validator:
         self._doing, self._ledger = doing, ledger
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
-    def look(self, step: int, standing: Standing) -> bool:
-        """Make what is due after optimizer step ``step`` and is not in ``standing`` yet. Returns
+    def run_due(self, step: int, standing: Standing) -> bool:
+        """Do what is due after optimizer step ``step`` and is not in ``standing`` yet. Returns
         whether any rank was asked to stop meanwhile; what is missing is then due at the next
         start."""
         if self.reader is None:
@@ -98,13 +99,13 @@ class Validator:
         return False
 
     def is_over(self, step: int, standing: Standing) -> bool:
-        """Whether the stage ends here, for it has long not become better."""
+        """Whether the stage ends here because it has not improved for long."""
         patience = self.settings.early_stopping
         if patience is None or standing.worse < patience:
             return False
         self.monitor.say(f"ends early after step {step} of {self.total}: "
-                         f"{self.settings.best_metric} has not become better {standing.worse} "
-                         f"times in a row; best at step {standing.best_step}")
+                         f"{self.settings.best_metric} has not improved in "
+                         f"{counted(standing.worse, 'validation')}; best at step {standing.best_step}")
         return True
 
     def _due(self, step: int, every: int | None) -> bool:
@@ -143,9 +144,9 @@ class Validator:
             self._ledger(bad, step)
             limit = self.experiment.data.max_bad_fraction
             if any_bad > max(1, limit * len(reader)):
-                raise InputError(
-                    f"split val: {any_bad:.0f} of {counted(len(reader), 'sample')} could not be used, more than "
-                    f"data.max_bad_fraction {limit} allows; see the run's ledger.jsonl")
+                raise shared_error(
+                    f"split val: {any_bad:.0f} of {counted(len(reader), 'sample')} could not be "
+                    f"used, more than data.max_bad_fraction {limit} allows; see the run's ledger.jsonl")
         self.monitor.validation(step, total / tokens, len(reader))
         return total / tokens
 

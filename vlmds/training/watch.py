@@ -1,11 +1,11 @@
-"""No rank hangs in silence: each says what it is about to do, and somebody is always there to tell.
+"""The watchdog: no rank hangs without a message that says where.
 
 Before whatever may take long or fail, a rank calls :func:`doing`, which notes it here and in the
-job's key-value store, where the other ranks can read it also when this one is dead. If a rank stays
-with one thing for longer than the job's timeout, a thread of its own says so and ends the process;
-launchers then end the others. Long before that, from ``logging.stall_seconds`` on, it tells what it
-is waiting for. If an exception ends a rank, :func:`last_words` tells what it and the
-others were doing. No clock is compared between machines.
+job's key-value store, where the other ranks can read it even when this one is dead. If a rank stays
+with one thing for longer than the job's timeout, a thread of its own reports that and ends the
+process; launchers then end the others. Long before that, from ``logging.stall_seconds`` on, it
+reports what it is waiting for. If an exception ends a rank, :func:`report_failure` prints what it
+and the others were doing. No clock is compared between machines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch.distributed as dist
 from vlmds.progress import tell
 from vlmds.training import lost
 
-STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
 MOST_RANKS = 16  # that one rank quotes
 NO_ANSWER = "vlmds:   the other ranks cannot be asked: rank 0's host does not answer"
 
@@ -31,16 +30,28 @@ _activity = "starting"
 _since = time.monotonic()
 _explain: Callable[[], str] | None = None
 _store: dist.Store | None = None
+_over = threading.Event()  # the watchdog of this process has nothing to watch any more
 
 
 def start_watch(timeout_minutes: float, stall_seconds: float) -> None:
     """Watch this rank from now on; the process group must be there."""
-    global _store
+    global _store, _over
+    stop()
     if dist.get_world_size() > 1:
         _store = dist.PrefixStore("vlmds", dist.distributed_c10d._get_default_store())
         lost.note_process(_store)
     doing("starting")  # first: this module may have been imported long ago
-    threading.Thread(target=_watch, args=(timeout_minutes * 60, stall_seconds), daemon=True).start()
+    _over = threading.Event()
+    threading.Thread(target=_watch, args=(timeout_minutes * 60, stall_seconds, _over),
+                     daemon=True).start()
+
+
+def stop() -> None:
+    """End the watch: the ranks have left each other, and this process may go on with other things,
+    as in a notebook."""
+    global _store
+    _over.set()
+    _store = None
 
 
 def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None = None) -> None:
@@ -55,21 +66,17 @@ def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None
     if _store is not None:
         try:
             _store.set(str(dist.get_rank()), _activity)
-        except RuntimeError:  # the store's host is gone; the next collective will tell
+        except RuntimeError:  # the store's host is gone; the next collective fails
             pass
 
 
-def last_words(problem: str) -> None:
+def report_failure(problem: str) -> None:
     """Print on stderr what this rank was doing when ``problem`` came, and what others were."""
     rank = os.environ.get("RANK", "0")
     lines = [f"vlmds: rank {rank}: {problem}",
              f"vlmds: rank {rank}: it was {_described()}"]
-    # Another thread asks the store: where its host cannot be reached, no answer ever comes.
     others: list[str] = []
-    asking = threading.Thread(target=_ask, args=(others,), daemon=True)
-    asking.start()
-    asking.join(STORE_SECONDS)
-    if asking.is_alive():
+    if not lost.answered(lambda: _ask(others), lost.STORE_SECONDS):
         others.append(NO_ANSWER)
     tell("\n".join(lines + list(others)), sys.stderr)
 
@@ -81,14 +88,21 @@ def note_failure() -> None:
             lost.note_failure(_store)
 
 
-def lost_words() -> None:
+def report_lost_rank() -> None:
     """Print on stderr which other rank is gone, where that ends this one."""
     lost.report_loss(_store)
 
 
-def end_job(problem: str) -> NoReturn:
-    """End this process, and with it the job, from any thread, after its :func:`last_words`."""
-    last_words(f"{problem}, ending the job")
+def end_job(problem: str, report: bool = True) -> NoReturn:
+    """End this process, and with it the job, from any thread, after :func:`report_failure`.
+
+    Args:
+        report: False where another rank reports the same.
+    """
+    if report:
+        report_failure(f"{problem}, ending the job")
+    else:
+        lost.answered(note_failure, lost.STORE_SECONDS)
     os._exit(1)
 
 
@@ -127,16 +141,16 @@ def _described() -> str:
     return f"{text}; {more}" if more else text
 
 
-def _watch(timeout: float, stall: float) -> None:
-    told, due = 0.0, stall
-    while True:
+def _watch(timeout: float, stall: float, over: threading.Event) -> None:
+    seen, due, wait = 0.0, stall, 0.0
+    while not over.wait(wait):
         since = _since
-        if since != told:
-            told, due = since, stall
+        if since != seen:
+            seen, due = since, stall
         waited = time.monotonic() - since
         if waited >= timeout:
             end_job(f"no progress for {timeout:.0f} s (training.timeout_minutes)")
         if waited >= due and _explain is not None:
             tell(f"vlmds: rank {os.environ.get('RANK', '0')}: still {_described()}", sys.stderr)
             due *= 2
-        time.sleep(min(max(timeout - waited, 0) + 0.05, 1.0))
+        wait = min(max(timeout - waited, 0) + 0.05, 1.0)
