@@ -1,10 +1,15 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
-from vlmds.cli import main
+from vlmds import progress
+from vlmds.cli import main, packing
 
 
 def test_pack_counts_every_reject_and_goes_on(tmp_path, capsys):
@@ -16,11 +21,45 @@ def test_pack_counts_every_reject_and_goes_on(tmp_path, capsys):
         {"video": "a.mp4", "id": "y"}, {"video": "a.mp4", "caption": "가"}])
     assert main(["pack", str(manifest), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "packed 1 samples (train 1)" in printed and "rejected 5 rows" in printed
+    assert "packed 1 sample (train 1)" in printed and "rejected 5 rows" in printed
     reasons = [json.loads(line)["reason"].split(":")[0]
                for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
     assert reasons == ["cannot be read", "file not found", "empty caption", "no caption",
                        "duplicate id"]
+
+
+@pytest.mark.parametrize("command", ["pack", "caption"])
+def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
+    """As `vlmds … | head -1` does, with the exit code that other tools have then."""
+    write_video(tmp_path / "a.mp4")
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
+    record = tmp_path / "c.jsonl"
+    record.write_text('{"id": "a", "video": "a.mp4", "start": 0.0, "end": 1.0, "caption": "가"}\n')
+    arguments = {"pack": [str(manifest), str(tmp_path / "out")],
+                 "caption": ["--from", str(record), "--out", str(tmp_path / "c.srt")]}[command]
+    process = subprocess.Popen([sys.executable, "-m", "vlmds.cli", command, *arguments],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert (process.wait(60), error) == (128 + signal.SIGPIPE, "")
+
+
+def test_slow_imports_are_announced(tmp_path, monkeypatch, capsys):
+    imported = []
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("vlmds.cli.import_module", lambda name: (time.sleep(0.5), imported.append(name)))
+    assert main(["evaluate", "--run", str(tmp_path)]) == 2
+    assert imported == ["vlmds.evaluation.evaluate"]
+    assert capsys.readouterr().err.startswith("vlmds: loading PyTorch and transformers: ")
+
+
+def test_another_broken_pipe_is_not_hidden(monkeypatch):
+    def broken(args):
+        raise BrokenPipeError("of a child process")
+
+    monkeypatch.setattr(packing, "pack", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["pack", "m.jsonl", "out"])
 
 
 def test_pack_of_nothing_is_bad_input(tmp_path, capsys):
@@ -83,7 +122,7 @@ def test_pack_converts_a_packed_dataset(tmp_path, capsys):
                  "--image-size", str(tiny.SIDE)]) == 0
     assert main(["pack", frames, features, "--store", "features", "--vision",
                  str(models / "clip"), "--pool", "2", "--feature-layer", "-2"]) == 0
-    assert capsys.readouterr().out.count("packed 1 samples (train 1)") == 3
+    assert capsys.readouterr().out.count("packed 1 sample (train 1)") == 3
     meta = json.loads((tmp_path / "features" / "dataset.json").read_text())
     assert (meta["vision"]["pool"], meta["vision"]["feature_layer"]) == (2, -2)
     for arguments, message in (

@@ -47,6 +47,18 @@ def test_changing_the_projector_drops_the_old_types_keys():
     assert load_experiment("e7", ["projector.type=mlp"]).projector.type == "mlp"
 
 
+def test_other_data_replaces_the_files(tmp_path):
+    """As --data does for a run that was trained on a blend; both on one command are a mistake."""
+    blend, path = "data.blend=[{path: a}, {path: b}]", "data.path=/data/c"
+    mine = tmp_path / "mine.yaml"
+    for first, second in ((blend, path), (path, blend)):
+        mine.write_text(to_yaml(load_experiment("e3", [first])), encoding="utf-8")
+        assert load_experiment(mine, [second]).data == load_experiment("e3", [second]).data
+        with pytest.raises(InputError, match="data: give path or blend, not both"):
+            load_experiment(mine, [second, first])
+    assert load_experiment(mine, ["data.blend=null"]).data.path == "/data/c"
+
+
 def test_local_file_extends_packaged(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: e8\nname: mine\nprojector: {depth: 3}\n")

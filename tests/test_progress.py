@@ -80,6 +80,27 @@ def test_a_phase_without_a_count_shows_its_seconds(screen):
     assert re.fullmatch(r"vlmds: quantising: done in \d+ s", lines[-1])
 
 
+def test_the_rest_and_a_note_follow(screen, monkeypatch):
+    monkeypatch.setattr(progress, "duration", lambda seconds: f"{seconds:.0f} s")
+    current = Phase("captioning", 40, "clips", left=True)
+    monkeypatch.setattr(Phase, "seconds", 30.0)
+    assert current.under_way() == "captioning: 0 of 40 clips, 30 s"
+    current.advance(10)
+    current.note = "2 failed"
+    assert current.under_way() == "captioning: 10 of 40 clips, 30 s, about 90 s left, 2 failed"
+    assert current.over() == "captioning: 10 clips in 30 s, 2 failed"
+
+
+def test_silenced_phases_say_nothing(screen):
+    log = screen()
+    with progress.silenced(), phase("loading"):
+        with progress.silenced(False):
+            assert not log.there.wait(0.2)
+    assert log.getvalue() == ""
+    with phase("loading"):
+        assert log.there.wait(30)
+
+
 def test_a_log_gets_ever_fewer_lines(screen, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 2.0)
     monkeypatch.setattr(progress, "LOG_SECONDS", (10.0, 60.0))

@@ -495,6 +495,9 @@ def _apply_override(tree: dict, override: str, origins: dict[str, str]) -> None:
             node.clear()  # as _merge does: the old type's keys mean nothing to the new one
         if leaf == "model" and f"{parents[0]}." in _PRETRAINED and node.get("model") != value:
             node.pop("revision", None)
+        other = _DATA.get(key)
+        if other and value is not None and not origins.get(f"data.{other}", "").startswith("--set"):
+            node.pop(other, None)  # other data than the file's; two overrides are a mistake
         node[leaf] = value
     for depth in range(1, len(parents) + 1):
         origins.setdefault(".".join(parents[:depth]), f"--set {override}")
@@ -508,6 +511,7 @@ def _list_index(items: list, part: str, where: str, override: str) -> int:
 
 
 _PRETRAINED = ("vision.", "llm.")
+_DATA = {"data.path": "blend", "data.blend": "path"}  # each replaces the other
 _LISTS = {"stages": StageConfig, "blend": BlendPart}  # keys that hold lists of mappings
 
 

@@ -26,6 +26,7 @@ from vlmds.doctor_local import (
 from vlmds.doctor_network import Measure, check_clocks, measure_links
 from vlmds.errors import InputError
 from vlmds.hardware import Card, device_card
+from vlmds.messages import counted
 from vlmds.models.assemble import shapes
 from vlmds.propose import predicted_rate
 from vlmds.training.optimizer import freeze
@@ -53,8 +54,8 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             patient.names.append(f"{host}#{number}" if host in patient.names else host)
         patient.nodes.append(len(patient.names) - 1)
     if is_main():
-        print(f"{len(places)} ranks on {len(patient.names)} nodes: {', '.join(patient.names)}",
-              flush=True)
+        print(f"{counted(len(places), 'rank')} on {counted(len(patient.names), 'node')}: "
+              f"{', '.join(patient.names)}", flush=True)
     failed = False
     for name, check in (
             ("accelerator", _by_each_rank(check_accelerator)), ("versions", check_versions),

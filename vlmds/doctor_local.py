@@ -21,6 +21,7 @@ from vlmds.data.loader import Batches, SampleReader
 from vlmds.errors import SampleError
 from vlmds.files import sync_file
 from vlmds.memory import checkpoint_bytes
+from vlmds.messages import counted
 from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.vision import vision_half
@@ -187,8 +188,8 @@ def check_dataset(patient: Patient) -> list[Finding]:
         row = part.row(split, *next(reader.order.candidates(wanted)))
         read += sum(len(member) for member in part.read(row).values())
     rate = read / 1e6 / max(time.monotonic() - begin, 1e-9)
-    return [Finding(OK, f"{dataset.fingerprint[:12]}: {len(reader):,} samples in {split}; {count} "
-                    f"read and their checksums right, {rate:,.0f} MB/s")]
+    return [Finding(OK, f"{dataset.fingerprint[:12]}: {counted(len(reader), 'sample')} in {split}; "
+                    f"{count} read and their checksums right, {rate:,.0f} MB/s")]
 
 
 def decode_rate(patient: Patient) -> float:

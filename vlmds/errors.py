@@ -1,13 +1,13 @@
-"""Errors that are the user's to mend, told apart from bugs."""
+"""Errors that the user can fix, told apart from bugs."""
 
 
 class InputError(Exception):
-    """Bad input: a file, key or value that the user can mend.
+    """Bad input: a file, key or value that the user can fix.
 
-    The message is one line that names the file or key and the mend. Commands print it
-    without a traceback and exit with code 2.
+    The message is one line that names the file or key and the fix. Commands print it without a
+    traceback and exit with code 2.
 
-    shared: every rank of the job has raised it, so that one may tell for all.
+    shared: every rank of the job has raised it, so that one may report it for all.
     """
 
     shared = False

@@ -16,6 +16,7 @@ from vlmds.data.video import sample_times
 from vlmds.errors import InputError, SampleError
 from vlmds.hardware import find_card
 from vlmds.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
+from vlmds.messages import counted
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.fetch import presence
@@ -171,7 +172,7 @@ def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate
                    projector.patches, vision.hidden_size)
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
-    of = f"{samples:,} samples" if dataset else "per 10,000 samples"
+    of = counted(samples, "sample") if dataset else "per 10,000 samples"
     lines = [
         f"stores at {rate:.3g} samples/s per GPU ({how})",
         f"{'store':<22}{'a sample':>12}{of:>22}{'core-ms a sample':>18}"
@@ -205,11 +206,11 @@ def _schedule(
     batch = experiment.training.micro_batch * accumulation_steps(experiment, gpus, None) * gpus
     for stage in experiment.stages:
         steps = stage.steps
-        length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        length = counted(stage.steps, "step") if stage.steps else counted(stage.epochs, "epoch")
         if dataset and not stage.steps:
             samples = dataset.count("train")
             steps = stage_steps(stage, samples, batch)
-            length += f" of {samples:,} samples = {steps:,} steps"
+            length += f" of {counted(samples, 'sample')} = {counted(steps, 'step')}"
         if steps and rate:
             length += f", about {steps * batch / (rate * gpus) / 3600:,.1f} h"
         lines.append(f"stage {stage.name}: trains {' and '.join(stage.train)}, lr {stage.lr:g}, "

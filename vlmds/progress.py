@@ -25,15 +25,18 @@ LOG_SECONDS = (10.0, 60.0)  # between two lines of a log: at first, and at most
 TERMINAL_SECONDS = 0.5  # between two states of the line on a terminal
 
 _open: list[Phase] = []  # the innermost one last: it alone has the screen
+_silenced = 0  # blocks that say nothing, one inside of another
 _in_place = 0  # characters of the line that a phase has on the terminal
 
 
 class Phase:
-    """One thing that takes long. done, total: how far it is, in ``unit``; both may be set at any
-    time and by any thread."""
+    """One thing that takes long. done, total: how far it is, in ``unit``; both, and ``note``, which
+    follows them on the line, may be set at any time and by any thread."""
 
-    def __init__(self, what: str, total: float | None = None, unit: str = ""):
+    def __init__(self, what: str, total: float | None = None, unit: str = "",
+                 left: bool = False):
         self.what, self.total, self.unit, self.done = what, total, unit, 0.0
+        self.left, self.note = left, ""
         self._start = time.monotonic()
         self._lock = threading.Lock()
 
@@ -56,11 +59,19 @@ class Phase:
     def under_way(self) -> str:
         """"checking weights: 5.2 of 16.4 GB, 12 s"."""
         counted = self._counted(self.total)
-        return f"{self.what}: {counted}{', ' if counted else ''}{duration(self.seconds)}"
+        parts = [counted, duration(self.seconds), self._rest(), self.note]
+        return f"{self.what}: {', '.join(part for part in parts if part)}"
 
     def over(self) -> str:
         """"checking weights: 16.4 GB in 31 s"."""
-        return f"{self.what}: {self._counted(None) or 'done'} in {duration(self.seconds)}"
+        note = f", {self.note}" if self.note else ""
+        return f"{self.what}: {self._counted(None) or 'done'} in {duration(self.seconds)}{note}"
+
+    def _rest(self) -> str:
+        """How long the rest will take at the pace so far."""
+        if not self.left or not self.total or not 0 < self.done < self.total:
+            return ""
+        return f"about {duration(self.seconds * (self.total - self.done) / self.done)} left"
 
     def _counted(self, total: float | None) -> str:
         """How much is done, and of how much; empty where nothing is counted."""
@@ -76,7 +87,7 @@ class Phase:
 
 @contextmanager
 def phase(what: str, total: float | None = None, unit: str = "", *, each_node: bool = False,
-          ) -> Iterator[Phase]:
+          left: bool = False) -> Iterator[Phase]:
     """Say how far the block is, on rank 0, once it has taken two seconds. Inside of another phase
     it takes that one's place on the screen until it ends.
 
@@ -84,10 +95,11 @@ def phase(what: str, total: float | None = None, unit: str = "", *, each_node: b
         what: it does, such as "checking weights".
         total: how much there is to do; None if that is not known.
         unit: what :meth:`Phase.advance` counts: "bytes", a noun in the plural, or nothing.
+        left: say how long the rest will take, where things are of about one size.
         each_node: the first rank of each other node speaks, too, with its host's name.
     """
     who = _speaker(each_node)
-    current = Phase(what, total, unit)
+    current = Phase(what, total, unit, left)
     if who is None:
         yield current
         return
@@ -109,6 +121,17 @@ def phase(what: str, total: float | None = None, unit: str = "", *, each_node: b
                 tell(f"{who}{current.over()}", sys.stderr)
 
 
+@contextmanager
+def silenced(yes: bool = True) -> Iterator[None]:
+    """Phases inside of the block say nothing, as a notebook may want it."""
+    global _silenced
+    _silenced += yes
+    try:
+        yield
+    finally:
+        _silenced -= yes
+
+
 def tell(text: str, stream: TextIO | None = None) -> None:
     """Print a line, on stdout if no stream is given. Where nobody reads any more, since a terminal
     or an ssh is gone, that must not end the training: from then on the stream leads nowhere."""
@@ -127,6 +150,8 @@ def duration(seconds: float) -> str:
 
 def _speaker(each_node: bool) -> str | None:
     """What this rank's lines begin with, None if it says nothing."""
+    if _silenced:
+        return None
     if os.environ.get("RANK", "0") == "0":
         return "vlmds: "
     if each_node and os.environ.get("LOCAL_RANK") == "0":

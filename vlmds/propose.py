@@ -23,6 +23,7 @@ from vlmds.memory import (
     quantised,
     stage_memories,
 )  # fmt: skip
+from vlmds.messages import counted
 from vlmds.models.assemble import Shapes
 from vlmds.training.optimizer import freeze
 from vlmds.units import size_text
@@ -73,7 +74,8 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int,
     training, stage = experiment.training, experiment.stages[-1]
     batch = training.global_batch or training.micro_batch * training.gradient_accumulation * gpus
     if batch % gpus:
-        raise InputError(f"training.global_batch: {batch} cannot be shared by {gpus} GPUs; change it "
+        raise InputError(f"training.global_batch: {batch} cannot be shared by "
+                         f"{counted(gpus, 'GPU')}; change it "
                          "or --gpus")
     share = batch // gpus
     freeze(model.captioner, stage)

@@ -17,6 +17,7 @@ from pathlib import Path
 from vlmds.config import Experiment, load_experiment, packaged_experiments
 from vlmds.errors import InputError
 from vlmds.models.artifact import is_artifact, weights_sha256
+from vlmds.progress import tell
 from vlmds.training.main import REPOSITORY
 
 STOPPED = 3  # exit code of a training that a signal stopped after it saved
@@ -144,7 +145,7 @@ def run_jobs(jobs: list[Job], data: str, launcher: str, evaluate_options: tuple[
             if doing == "training" and job.trained:
                 continue
             job.state = doing
-            print(f"vlmds: {job.name}: {shlex.join(command)}", flush=True)
+            tell(f"vlmds: {job.name}: {shlex.join(command)}")
             code = subprocess.run(command, env=environment).returncode
             if code:
                 job.state = f"{doing} stopped" if code == STOPPED else f"{doing} failed ({code})"

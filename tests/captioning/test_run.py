@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_a_folder_is_captioned_and_what_failed_is_tried_again(
     out = tmp_path / "captions.jsonl"
     assert main(command(artifact, "--data", folder, "--out", out)) == 2
     printed = capsys.readouterr()
-    assert "3 captions, 1 failed, 2 files are no videos" in printed.out
+    assert "3 captions, 1 failed, 2 other files skipped" in printed.out
     assert "bad.mp4: cannot be read" in printed.err
     rows = lines(out)
     assert [row["id"] for row in rows] == ["a.mp4", "b.mp4", "bad.mp4", "c/a.mkv"]
@@ -116,7 +117,7 @@ def test_a_folder_is_captioned_and_what_failed_is_tried_again(
     write_video(folder / "bad.mp4", frames=12)
     write_video(folder / "0.mp4", frames=8)
     assert main(command(artifact, "--data", folder, "--out", out)) == 0
-    assert "5 captions (3 were there)" in capsys.readouterr().out and sum(generated) == 2
+    assert "5 captions (3 there before)" in capsys.readouterr().out and sum(generated) == 2
     after = lines(out)
     assert [row["id"] for row in after] == ["0.mp4", "a.mp4", "b.mp4", "bad.mp4", "c/a.mkv"]
     assert [row for row in after if row["id"] not in ("0.mp4", "bad.mp4")] == [
@@ -144,6 +145,18 @@ def test_the_watch_hears_of_every_batch(artifact, folder, tmp_path, monkeypatch)
     caption_to_file(artifact, tmp_path / "x.jsonl", data=str(folder), batch_size=4, **WINDOW)
     assert [n for what, n in heard if what == "captioning"] == [4, 4, 3]
     assert [n for what, n in heard if what == "probing"] == [1] * 4
+
+
+def test_progress_is_shown_and_can_be_switched_off(
+        artifact, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vlmds.progress.QUIET_SECONDS", 1e-3)
+    for shown in (False, True):
+        caption_to_file(artifact, tmp_path / f"{shown}.jsonl", data=str(folder), progress=shown,
+                        **WINDOW)
+        error = capsys.readouterr().err
+        assert ("vlmds: looking at the videos: 4 videos in " in error) == shown, error
+        assert bool(re.search(r"vlmds: captioning: 11 clips in .*, 1 failed", error)) == shown
+        assert ("vlmds: " in error) == shown, error
 
 
 class Killed(Exception):
@@ -232,7 +245,7 @@ def test_a_second_command_is_kept_off(artifact, folder, tmp_path, capsys):
         for more in ([], ["--again"]):
             assert main([*arguments, *more]) == 2
             assert "another vlmds caption is at it" in capsys.readouterr().err
-    assert main(arguments) == 0 and "(1 were there)" in capsys.readouterr().out
+    assert main(arguments) == 0 and "(1 there before)" in capsys.readouterr().out
 
 
 def test_captions_of_other_videos_stay_and_those_of_another_span_go(artifact, folder, tmp_path):
@@ -273,8 +286,55 @@ def test_one_record_gives_all_formats_without_the_model(artifact, folder, tmp_pa
     monkeypatch.setattr(VideoCaptioner, "from_pretrained", None)  # nothing is left to caption
     caption_to_file(artifact, tmp_path / "x.json", **options)
     assert json.loads((tmp_path / "x.json").read_text("utf-8")) == rows
-    with pytest.raises(InputError, match=r"x.srt: is one file, but there are several videos"):
+    with pytest.raises(InputError, match=r"x.srt: is one file, but there are several videos"
+                       rf".*vlmds caption --from {tmp_path}/x.jsonl --out {tmp_path}/x --format srt"):
         caption_to_file(artifact, tmp_path / "x.srt", **options)
+
+
+def test_from_a_record_comes_any_format_without_a_model(
+        artifact, folder, tmp_path, monkeypatch, capsys):
+    record = tmp_path / "captions.jsonl"
+    caption_to_file(artifact, record, data=str(folder), **WINDOW)
+    caption_to_file(artifact, tmp_path / "subs", data=str(folder), format="srt", **WINDOW)
+    before = record.read_bytes()
+    monkeypatch.setattr(VideoCaptioner, "from_pretrained", None)
+
+    def write(out, *more, source=record, code=0):
+        capsys.readouterr()
+        assert main(["caption", "--from", str(source), "--out", str(tmp_path / out), *more]) == code
+        said = capsys.readouterr()
+        assert said.err.count("\n") == (code == 2)
+        return said.out + said.err
+
+    assert "3 files" in write("new", "--format", "srt")
+    for path in (tmp_path / "subs").rglob("*.srt"):
+        assert (tmp_path / "new" / path.relative_to(tmp_path / "subs")).read_bytes() == (
+            path.read_bytes())
+    write("captions.csv"), write("captions.csv")  # beside its record: its own
+    with (tmp_path / "captions.csv").open(encoding="utf-8-sig", newline="") as file:
+        assert len([*csv.DictReader(file)]) == len(lines(record))
+    # What lies elsewhere may be another record's.
+    assert "is there already; --again replaces it" in write("new", "--format", "srt", code=2)
+    write("new", "--format", "srt", "--again")
+    assert f"--from {record} --out {tmp_path}/captions --format srt" in write("captions.srt", code=2)
+    assert "no captions in it" in write("x.csv", source=tmp_path / "captions.csv", code=2)
+    assert "no captions in it" in write("x.csv", source=tmp_path / "none.jsonl", code=2)
+    assert "choose .json, .csv or .srt" in write("other.jsonl", code=2)
+    assert "VIDEO: with --from nothing is captioned" in write("x.csv", "v.mp4", code=2)
+    assert "--window: with --from" in write("x.csv", "--window", "2s", code=2)
+    assert record.read_bytes() == before
+
+
+def test_a_record_is_written_in_another_format_without_pytorch(tmp_path):
+    """So that it takes no seconds to start."""
+    (tmp_path / "c.jsonl").write_text(json.dumps(
+        {"id": "a", "video": "a.mp4", "start": 0.0, "end": 1.5, "duration": 1.5, "caption": "가"}))
+    code = ("import sys; from vlmds.captioning.outputs import write_from; "
+            f"write_from({str(tmp_path / 'c.jsonl')!r}, {str(tmp_path / 'c.srt')!r}); "
+            "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert (tmp_path / "c.srt").read_text("utf-8") == (
+        "1\n00:00:00,000 --> 00:00:01,500\n가\n")
 
 
 def test_subtitles_of_a_folder_and_of_a_video(artifact, folder, tmp_path):
@@ -360,7 +420,7 @@ def test_two_ranks_go_on_with_what_one_has_done(artifact, folder, tmp_path):
     printed = forked(2, "-m", "vlmds.cli",
                      *command(artifact, "--data", folder, "--out", out, "--window", "1s"),
                      log=tmp_path / "log", expect=2)  # bad.mp4
-    assert printed.count("10 captions (3 were there), 1 failed") == 1, printed[-3000:]
+    assert printed.count("10 captions (3 there before), 1 failed") == 1, printed[-3000:]
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.glob("ranks*")) == [
         "ranks.csv", "ranks.jsonl", "ranks.settings.json"]

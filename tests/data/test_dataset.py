@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import write_manifest, write_video
 from tests.training.forked import fork_context
+from vlmds.cli import main
 from vlmds.config import BlendPart, DataConfig
 from vlmds.data.blend import BLOCK, Blend, shares
 from vlmds.data.cache import ShardCache
@@ -87,15 +90,41 @@ def test_a_blend_reads_each_part_once_before_any_twice(two):
     assert len({Dataset([a, b], [1.0, 1.0]).fingerprint, dataset.fingerprint, a.fingerprint}) == 3
 
 
-def test_parts_that_do_not_fit_are_refused(two, tmp_path):
-    write_video(tmp_path / "v.mp4")
-    pack(write_manifest(tmp_path / "m.jsonl", [{"video": "v.mp4", "caption": "가"}]),
-         tmp_path / "video", progress=False)
-    parts = [BlendPart(path=str(two[0])), BlendPart(path=str(tmp_path / "video"))]
-    with pytest.raises(InputError, match="data.blend: .*store 'video', but .* has 'frames'"):
-        open_dataset(DataConfig(blend=parts))
+def test_a_part_that_is_not_there_is_refused(two, tmp_path):
+    parts = [BlendPart(path=str(path)) for path in (two[0], tmp_path / "gone")]
     with pytest.raises(InputError, match=r"data.blend.1.path: .*gone does not exist"):
-        open_dataset(DataConfig(blend=[parts[0], BlendPart(path=str(tmp_path / "gone"))]))
+        open_dataset(DataConfig(blend=parts))
+
+
+@pytest.mark.parametrize(("options", "first"), [
+    ({}, False),  # a video store, named second
+    ({}, True),
+    ({"store": "frames", "num_frames": 4, "image_size": 28}, False),
+    ({"store": "frames", "num_frames": 2, "image_size": 20}, False)])
+def test_the_command_named_makes_parts_fit_that_do_not(two, tmp_path, options, first):
+    """Pasted into a shell; only where the manifest lies is for the user to fill in."""
+    folder = tmp_path / "my clips"
+    folder.mkdir()
+    write_video(folder / "v.mp4")
+    manifest = write_manifest(folder / "m.jsonl", [{"video": "v.mp4", "caption": "가"}])
+    pack(manifest, folder / "out", progress=False, **options)
+    paths = [str(folder / "out"), str(two[0])] if first else [str(two[0]), str(folder / "out")]
+
+    def blend():
+        return open_dataset(DataConfig(blend=[BlendPart(path=path) for path in paths]))
+
+    with pytest.raises(InputError) as caught:
+        blend()
+    message = str(caught.value)
+    assert message.startswith("data.blend: ") and "\n" not in message
+    assert all(path in message for path in paths), message
+    assert bool(options) != ("a video store" in message), message
+    command, new, number = re.search(
+        r": (vlmds pack .*); then name (.*) in data\.blend\.(\d)\.path$", message).groups()
+    assert main([*shlex.split(command.replace("MANIFEST", shlex.quote(str(manifest))))[1:],
+                 "--no-report"]) == 0
+    paths[int(number)] = new
+    assert blend().store == "frames"
 
 
 def test_every_part_of_a_blend_must_have_what_is_trained_on(two, tmp_path):

@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -7,6 +9,7 @@ from safetensors.torch import save
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
+from vlmds.cli import main
 from vlmds.config import load_experiment
 from vlmds.data.convert import convert
 from vlmds.data.dataset import Dataset
@@ -190,9 +193,34 @@ def test_a_blend_needs_one_tower_but_not_one_name(stores, tmp_path):
     assert both.store == "features" and both.count("train") == 2 * plain.count("train")
 
 
-def test_another_number_of_frames_is_refused(stores):
-    with pytest.raises(InputError, match="num_frames 4, but the experiment needs 8"):
-        SampleReader(Dataset([ShardIndex.open(stores / "features")]), "train", 8, tiny.SIDE)
+def test_the_command_named_makes_features_of_another_part(stores, tmp_path):
+    """Of a video or frames store, like those of the other part."""
+    source = tmp_path / "my videos"
+    pack(stores / "m.jsonl", source, progress=False)
+    for plain in (source, stores / "frames"):
+        with pytest.raises(InputError) as caught:
+            Dataset([ShardIndex.open(stores / "pooled"), ShardIndex.open(plain)], [1.0, 1.0])
+        command, new = re.search(r"convert one: (.*); then name (.*) in data\.blend\.1\.path$",
+                                 str(caught.value)).groups()
+        assert main([*shlex.split(command)[1:], "--no-report"]) == 0
+        both = Dataset([ShardIndex.open(stores / "pooled"), ShardIndex.open(new)], [1.0, 1.0])
+        assert both.count("train") > 0
+        shutil.rmtree(new)
+
+
+@pytest.mark.parametrize("store", ["features", "frames"])
+def test_another_number_of_frames_is_refused_naming_the_command(stores, tmp_path, store):
+    with pytest.raises(InputError, match="num_frames 4, but the experiment needs 8") as caught:
+        SampleReader(Dataset([ShardIndex.open(stores / store)]), "train", 8, tiny.SIDE)
+    command = re.search(r"anew from .*?: (vlmds pack .*), or set data.num_frames=4$",
+                        str(caught.value))[1]
+    pack(stores / "m.jsonl", tmp_path / "video", progress=False)
+    words = shlex.split(command)[1:]
+    words[1:3] = [{"MANIFEST": str(stores / "m.jsonl"),
+                   "VIDEO_STORE": str(tmp_path / "video")}[words[1]], str(tmp_path / "new")]
+    assert main([*words, "--no-report"]) == 0
+    new = ShardIndex.open(tmp_path / "new")
+    SampleReader(Dataset([new]), new.splits[0], 8, tiny.SIDE)
 
 
 def test_dataset_json_tells_the_tower(models, stores):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,12 @@ from tests.data.conftest import write_manifest, write_video
 from vlmds.cli import main, packing
 from vlmds.data import video
 from vlmds.data.decode_child import DecodePool
-from vlmds.data.prepare import Request
+from vlmds.data.prepare import Reply, Request
 from vlmds.data.index import ShardIndex
-from vlmds.data.pack import pack
+from vlmds.data.pack import counting, pack
 from vlmds.errors import InputError
 from vlmds.files import machine, replacing
+from vlmds.progress import Phase
 
 SMALL = {"shard_size": 2, "num_frames": 3, "image_size": 32, "progress": False}
 
@@ -273,7 +275,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_to_the_same_bytes(
     (folder / "v5.mp4").unlink()
     os.mkfifo(folder / "v5.mp4")
     out = tmp_path / "out"
-    code = f"""from vlmds.data.pack import pack
+    code = f"""from vlmds.data.pack import counting, pack
 pack({str(folder / 'manifest.jsonl')!r}, {str(out)!r}, workers=1, deadline={deadline}, **{SMALL})"""
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     writer = os.open(folder / "v5.mp4", os.O_WRONLY)  # waits until v5 is read
@@ -316,10 +318,20 @@ def test_a_full_disk_is_told_with_the_place(tmp_path):
 
 
 def test_a_log_gets_lines(tmp_path, videos, capsys, monkeypatch):
-    monkeypatch.setattr("vlmds.data.pack.LOG_SECONDS", 1e-3)
+    monkeypatch.setattr("vlmds.progress.QUIET_SECONDS", 1e-3)
+    pack(videos / "manifest.jsonl", tmp_path / "quiet", **{**SMALL, "progress": False})
+    assert capsys.readouterr().err == ""
     pack(videos / "manifest.jsonl", tmp_path / "out", **{**SMALL, "progress": True})
-    lines = [line for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.strip()]
-    assert lines[-1].startswith("pack: ") and "rejects=" in lines[-1] and "left" in lines[-1]
+    lines = capsys.readouterr().err.splitlines()
+    [first, *_, last] = [line for line in lines if line.startswith("vlmds: packing: ")]
+    assert re.match(r"vlmds: packing: \d+ of \d+ videos, ", first)
+    assert re.match(r"vlmds: packing: 7 videos in \d+ s$", last), last
+
+
+def test_rejected_videos_are_counted_while_packing():
+    shown = Phase("packing", 3, "videos")
+    assert len(list(counting([Reply(), Reply("file not found"), Reply()], shown))) == 3
+    assert (shown.done, shown.note) == (3, "1 rejected")
 
 
 def test_packing_imports_no_torch():

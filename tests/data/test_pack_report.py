@@ -63,6 +63,22 @@ def test_the_page_tells_counts_rejects_and_captions(packed):
         assert part in text, part
 
 
+@pytest.mark.parametrize("store", ["video", "frames"])
+def test_a_row_with_start_and_end_counts_for_its_span(tmp_path, store):
+    """Not for the file that is kept of it."""
+    write_video(tmp_path / "v.mp4", frames=40, fps=10)
+    rows = [{"id": "part", "video": "v.mp4", "caption": "가", "start": 1.0, "end": 1.5},
+            {"id": "tail", "video": "v.mp4", "caption": "나", "start": 3.0, "end": 9.0},
+            {"id": "all", "video": "v.mp4", "caption": "다"}]
+    pack(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out", store=store, num_frames=2,
+         image_size=32, progress=False)
+    text = re.sub(r"\s+", " ", Page(write_report(tmp_path / "out").read_text("utf-8")).text)
+    assert re.findall(r"train / (\w+) 64 × 48, ([\d.]+) s", text) == [
+        ("part", "0.5"), ("tail", "1.0"), ("all", "4.0")], text
+    assert "median 1, from 0.5 to 4;" in text
+    assert re.search(r"\b6 s of video", text), text
+
+
 def test_the_page_asks_for_nothing_and_runs_nothing(packed):
     text = write_report(packed).read_text("utf-8")
     page = Page(text)

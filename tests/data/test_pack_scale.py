@@ -171,7 +171,7 @@ def rows(out):
 def test_the_same_content_is_told_and_dropped_on_request(videos, tmp_path, capsys):
     arguments = ["pack", str(videos / "manifest.jsonl")]
     assert main([*arguments, str(tmp_path / "a"), "--no-report"]) == 0
-    assert "1 groups of samples have the same content" in capsys.readouterr().out
+    assert "groups of samples with the same content: 1," in capsys.readouterr().out
     assert (tmp_path / "a" / "duplicates.jsonl").read_text() == '["v1", "again"]\n'
     assert main([*arguments, str(tmp_path / "b"), "--dedup", "--no-report"]) == 0
     assert "duplicate content" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Statistics on made-up predictions whose answer is known, and bad input on real evaluations."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -172,6 +173,21 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     assert "different global batches" in told and "e3: 4; " in told and ": 64" in told
     keys = {d["key"]: d["expected"] for d in found["differences"]}
     assert keys["peft.type"] and keys["projector.type"] and "data.prompt" not in keys
+
+
+def test_a_run_that_does_not_look_is_told_in_each_language(runs, tmp_path):
+    path = copies(runs, tmp_path)[0]
+    file = path / "evaluation" / "val" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    looking = metrics["looking"]
+    looking["loss"]["blank"]["low"] = looking["metrics"]["blank"]["cider_d@morpheme"]["low"] = -0.5
+    del looking["loss"]["shuffled"]
+    file.write_text(json.dumps(metrics))
+    [warning] = compare([load_run(path)])["warnings"]
+    assert "shuffled: too few clips to tell; loss with blank videos is not worse" in warning["en"]
+    korean = warning["ko"].replace("cider_d@morpheme", "")
+    assert "빈 영상을 넣어도 손실이" in korean and "다른 클립의 영상: 클립이 너무 적어" in korean
+    assert not re.search("[a-zA-Z]{2}", korean.removeprefix("e3"))
 
 
 def test_a_run_in_progress_is_told_and_one_without_evaluation_refused(runs, tmp_path):

@@ -12,10 +12,11 @@ from tests import tiny
 from tests.evaluation.conftest import SAYINGS
 from tests.training.launch import forked
 from vlmds.cli import main
-from vlmds.config import load_experiment
+from vlmds.config import load_experiment, to_yaml
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
+from vlmds.errors import InputError
 from vlmds.evaluation import evaluate
 from vlmds.evaluation.clips import ClipText, evaluated_positions, read_text, swap_videos
 from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset, read_evaluation
@@ -84,6 +85,29 @@ def test_blind_captions_are_what_the_model_says_to_that_video(result, run, shard
 def test_batch_size_does_not_matter(result, run, tmp_path):
     for size in (1, 3):
         same(result, evaluate_run(run, output=tmp_path / str(size), batch_size=size, **OPTIONS))
+
+
+def test_progress_is_shown_and_can_be_switched_off(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vlmds.progress.QUIET_SECONDS", 1e-3)
+    for shown in (False, True):
+        evaluate_run(run, output=tmp_path / str(shown), clips=4, progress=shown, **OPTIONS)
+        error = capsys.readouterr().err
+        assert ("vlmds: evaluating: 4 clips in " in error) == shown, error
+        assert ("vlmds: " in error) == shown, error
+
+
+def test_a_run_of_a_blend_is_evaluated_on_one_dataset(result, run, shards, tmp_path):
+    artifact = tmp_path / "finetune"
+    shutil.copytree(run / "artifacts" / "finetune", artifact)
+    path = artifact / "experiment.yaml"
+    blend = [{"path": str(shards), "weight": 2.0}, {"path": str(tmp_path / "elsewhere")}]
+    path.write_text(to_yaml(load_experiment(path, [f"data.blend={json.dumps(blend)}"])), "utf-8")
+    with pytest.raises(InputError, match="data.blend.1.path: .*elsewhere does not exist"):
+        evaluate_run(artifact, output=tmp_path / "blend", **OPTIONS)
+    options = ["--max-new-tokens", "8", "--device", "cpu"]
+    assert main(["evaluate", "--run", str(artifact), "--data", str(shards), "--output",
+                 str(tmp_path / "one"), *options]) == 0
+    same(result, tmp_path / "one")
 
 
 def test_a_model_that_does_not_look_is_warned_of(run, tmp_path, result):

@@ -48,6 +48,7 @@ SHARD = "2GB"  # of the weights; as many files as the real repository's, or more
 TRAIN_CLIPS, VAL_CLIPS = 8, 2
 FRAMES = {"e3": 4}  # where 8 would take hours: the MLP keeps every patch
 GIGABYTES = {"models": 18, "run": 5, "merged": 18}  # on disk, at most
+BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 SAMPLED_SECONDS = 0.2
 STEP = re.compile(r"\w+ step \d+/\d+  loss \S+")
 PARITY = re.compile("max [|]logit difference.*")
@@ -142,8 +143,8 @@ class Program:
     def plan(self, exp: str) -> Row:
         row, printed = self.measured(f"{exp} plan", "plan", "--exp", exp, "--data",
                                      str(self.shards), "--set", *self.settings(exp))
-        sums = last(SUM, printed).split()[1:]  # of each stage, in GB
-        row.predicted = max(map(float, sums)) * 1e9
+        sums = re.findall(r"([\d.]+) ([kMG]?B)", last(SUM, printed))  # of each stage
+        row.predicted = max(float(number) * BYTES[unit] for number, unit in sums)
         return row
 
     def train(self, exp: str) -> Row:

@@ -191,4 +191,4 @@ def test_bad_arguments_are_told_in_one_line(served_runs, server, capsys, monkeyp
         assert error.startswith("vlmds: ") and error.count("\n") == 1 and message in error
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["serve", "--run", run]) == 2
-    assert "pip install 'vlmds[serve]'" in capsys.readouterr().err
+    assert "pip install -c constraints.txt -e '.[serve]'" in capsys.readouterr().err

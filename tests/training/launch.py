@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ SCRIPT = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("faulty.py")
 TIMEOUT = 240
 START_SECONDS = 120  # until a run has taken the wanted steps
+DURATION = r"(\d+ s|\d+ min \d\d s|\d+ h \d\d min)"
+PROGRESS = re.compile(rf"^vlmds: (?!rank).+(: |, | in ){DURATION}\n", re.M)
+"""Lines of vlmds.progress, of which a slow machine prints more."""
 
 
 def arguments(models: Path, shards: Path, run: Path, *overrides: str, exp: str = "e3") -> list[str]:
@@ -77,7 +81,7 @@ def forked(ranks: int, *words: str, log: Path, expect: int = 0) -> str:
 def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SCRIPT,
           timeout: float = TIMEOUT, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
     """Run to the end; the exit code must be `expect` (None: any but 0). fresh: see
-    :func:`running`."""
+    :func:`running`. What it returns as stderr is without the lines of progress."""
     run = Path(arguments[arguments.index("--output") + 1])
     log = run.with_name(f"{run.name}-log")
     with running(ranks, *arguments, log=log, script=script, fresh=fresh, **env) as process:
@@ -87,7 +91,7 @@ def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SC
             code = "hung"
     out, err = (log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
     assert code != 0 if expect is None else code == expect, f"{code}\n{out[-3000:]}{err[-5000:]}"
-    return subprocess.CompletedProcess(arguments, code, out, err)
+    return subprocess.CompletedProcess(arguments, code, out, PROGRESS.sub("", err))
 
 
 def train_until(ranks: int, run: Path, lines: int, act: Callable[[subprocess.Popen], None],

@@ -80,7 +80,7 @@ def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
 
 @pytest.mark.parametrize("kind, told, fresh", [
     ("exception", "vlmds: rank 1: RuntimeError: injected failure", False),
-    ("kill", "rank 1 was last at align step 3, in forward and backward (v", True),
+    ("kill", "rank 1 died while it was at align step 3, in forward and backward (v", True),
 ])
 def test_a_rank_that_fails_takes_the_job_down_and_is_named(
         models, shards, tmp_path, kind, told, fresh):
@@ -90,6 +90,11 @@ def test_a_rank_that_fails_takes_the_job_down_and_is_named(
     done = train_with_fault(2, args, None, fresh, kind=kind, rank=1, call=6)
     assert told in done.stderr, done.stderr
     assert "at align step 3, in forward and backward (v" in done.stderr  # with the samples
+    again = "run the same command again to continue from the last checkpoint"
+    if kind == "kill":
+        assert done.stderr.count(again) == 1 and "Traceback" not in done.stderr
+    else:  # its own traceback, and none of the survivor, which is no cause
+        assert done.stderr.count("Traceback") == 1 and again not in done.stderr
 
 
 def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tmp_path):

@@ -20,6 +20,7 @@ from vlmds.captioning.run import (
 from vlmds.captioning.sources import parse_seconds
 from vlmds.errors import InputError
 from vlmds.generation import GenerationOptions
+from vlmds.messages import counted
 from vlmds.training.ranks import is_main
 
 SHOWN_FAILURES = 10
@@ -73,17 +74,17 @@ def _to_stdout(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 def _to_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
     try:
-        summary = caption_to_file(args.run, args.out, format=args.format, again=args.again,
-                                  progress=sys.stderr.isatty(), **options)
+        summary = caption_to_file(args.run, args.out, format=args.format, again=args.again, **options)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if is_main():
         for line in summary.failed[:SHOWN_FAILURES]:
             print(f"vlmds: {line}", file=sys.stderr)
-        paths = summary.paths[0] if len(summary.paths) == 1 else f"{len(summary.paths)} files"
-        also = f" ({summary.before:,} were there)" if summary.before else ""
+        paths = summary.paths[0] if len(summary.paths) == 1 else counted(len(summary.paths), "file")
+        also = f" ({summary.before:,} there before)" if summary.before else ""
         also += f", {len(summary.failed):,} failed" if summary.failed else ""
-        also += f", {summary.skipped:,} files are no videos" if summary.skipped else ""
-        print(f"{summary.captions:,} captions{also}\nsaved: {paths}")
+        if summary.skipped:
+            also += f", {counted(summary.skipped, 'other file')} skipped"
+        print(f"{counted(summary.captions, 'caption')}{also}\nsaved: {paths}")
     return 2 if summary.failed else 0

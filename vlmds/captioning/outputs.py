@@ -16,20 +16,23 @@ import fcntl
 import io
 import json
 import os
+import shlex
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from vlmds.captioning.sources import Item, Span
 from vlmds.errors import InputError
 from vlmds.files import check_writable, sync_folder, write
-from vlmds.training.run import flat_settings
+
+if TYPE_CHECKING:  # which bring in PyTorch
+    from vlmds.captioning.sources import Item, Span
 
 FORMATS = ("jsonl", "json", "csv", "srt")
+RECORD = frozenset(("id", "video", "start", "end"))  # what every line has
 CSV_COLUMNS = ("id", "video", "start", "end", "duration", "prompt", "caption", "error")
 SYNC_SECONDS = 10.0  # what a power cut may cost
 SRT_COLUMNS = 42  # of a subtitle's line; a Hangul syllable takes two
@@ -132,6 +135,8 @@ class CaptionFile:
             file.close()
 
     def _check(self, settings: dict[str, Any]) -> None:
+        from vlmds.training.run import flat_settings
+
         path = self.target.settings
         try:
             old = flat_settings(json.loads(path.read_text(encoding="utf-8")))
@@ -222,6 +227,52 @@ def write_format(target: Target, records: Sequence[Record]) -> None:
             write(target.path / name, to_srt(cues))
     elif target.format == "srt":
         write(target.path, to_srt(records))
+
+
+def write_from(record: str | Path, out: str | Path, format: str | None = None,
+               again: bool = False) -> list[Path]:
+    """Write the captions that are collected in a .jsonl in another format, without a model; returns
+    the files written.
+
+    Args:
+        record: the .jsonl beside what :func:`vlmds.caption_to_file` wrote.
+        out, format: as there. again: replace files that are there and belong to another record.
+
+    Raises:
+        InputError: nothing to read, one .srt for several videos, or files that are there.
+    """
+    target, record = find_target(out, format), Path(record)
+    if target.format == "jsonl":
+        raise InputError(f"--out {out}: the captions are in {record} as JSONL; choose .json, .csv or "
+                         ".srt, or --format srt")
+    source = CaptionFile(Target("jsonl", record, record, record.with_suffix(".settings.json")))
+    found = {(r["id"], r["start"], r["end"]): r for r in source.read() if {*r} >= RECORD}
+    if not found:
+        raise InputError(f"--from {record}: no captions in it; give the .jsonl that vlmds caption "
+                         "--out writes")
+    records = list(found.values())
+    check_one_video(target, {r["video"] for r in records}, record)
+    paths = [target.path]
+    if target.folder:
+        paths = [target.path / name for name in srt_files(records)]
+    if not again and target.jsonl.resolve() != record.resolve():
+        for path in paths:
+            if path.exists():
+                raise InputError(f"--out: {path} is there already; --again replaces it")
+    write_format(target, records)
+    return paths
+
+
+def check_one_video(target: Target, videos: Collection[str], record: Path) -> None:
+    """Raise InputError, naming the command that helps, if the target is one file of subtitles, but
+    there are several videos."""
+    if target.format == "srt" and not target.folder and len(videos) > 1:
+        how = "name a folder and give --format srt"
+        if record.is_file():
+            folder = target.path.with_suffix("")
+            how = "subtitles of what is captioned already: " + shlex.join(
+                ["vlmds", "caption", "--from", str(record), "--out", str(folder), "--format", "srt"])
+        raise InputError(f"--out {target.path}: is one file, but there are several videos; {how}")
 
 
 def to_csv(records: Iterable[Record]) -> str:

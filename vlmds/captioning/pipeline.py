@@ -22,6 +22,7 @@ from vlmds.errors import InputError, SampleError
 from vlmds.evaluation.clips import ClipReader, Unreadable
 from vlmds.generation import GenerationOptions, generate_captions
 from vlmds.inference import VideoCaptioner, batched
+from vlmds.progress import phase
 from vlmds.training.watch import doing
 
 GROUP_BYTES = 512 << 20  # of frames as the video has them, which a decoding process holds
@@ -77,9 +78,11 @@ def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[s
     found = video_facts([item.clip.video for item in items], workers=workers or cores(),
                         deadline=deadline)
     facts_by_id = {}
-    for item, facts in zip(items, found, strict=True):
-        doing("probing", [item.id])
-        facts_by_id[item.id] = str(facts) if isinstance(facts, SampleError) else facts
+    with phase("looking at the videos", len(items), "videos", left=True) as shown:
+        for item, facts in zip(items, found, strict=True):
+            doing("probing", [item.id])
+            facts_by_id[item.id] = str(facts) if isinstance(facts, SampleError) else facts
+            shown.advance()
     return facts_by_id
 
 
@@ -203,8 +206,7 @@ def packed(reader: SampleReader, work: Sequence[Work], workers: int, batch_size:
             raise InputError(samples["failure"])
         for sample in samples:
             item, row = items[sample.position], reader.row(sample.position)
-            span = (row.start or 0.0, row.duration if row.end is None else row.end)
-            record = _record(item, span, row.duration)
+            record = _record(item, row.span, row.duration)
             if isinstance(sample, Unreadable):
                 yield Clipped(record | {"error": sample.reason})
                 continue

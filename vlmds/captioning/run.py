@@ -7,17 +7,13 @@ the number of ranks.
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vlmds.captioning.outputs import (
-    CaptionFile, Record, find_target, in_order, srt_files, timestamp, write_format,
+    CaptionFile, Record, check_one_video, find_target, in_order, srt_files, timestamp, write_format,
 )  # fmt: skip
 from vlmds.captioning.pipeline import (
     Clipped, Work, captions_of, cores, decoded, packed, plan_work, probe, still_good, streamed,
@@ -30,10 +26,9 @@ from vlmds.errors import InputError
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
 from vlmds.models.artifact import artifact_experiment, weights_sha256
+from vlmds.progress import phase, silenced
 from vlmds.training import ranks
 from vlmds.training.run import final_artifact
-
-TOLD_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ def caption_to_file(
     again: bool = False, window: float | None = None,
     generation: GenerationOptions = GenerationOptions(), prompt: str | None = None,
     batch_size: int = 4, workers: int | None = None, deadline: float = 60.0,
-    device: str | None = None, overrides: Sequence[str] = (), progress: bool = False,
+    device: str | None = None, overrides: Sequence[str] = (), progress: bool = True,
 ) -> CaptionSummary:
     """Caption videos into a file, on all ranks that the launcher started; a stopped job, started
     again, goes on, and one that is finished captions what has been added or has failed.
@@ -136,7 +131,7 @@ def caption_to_file(
         deadline: seconds that decoding may take, for a video or some windows of it.
         device: default: the first GPU, else the CPU; of ranks, each one's own.
         overrides: of the experiment, such as ``llm.model=/models/Qwen3-8B``.
-        progress: show a progress bar.
+        progress: say on stderr how far it is.
 
     Raises:
         InputError: no run, nothing to caption, or captions of other settings are there.
@@ -145,21 +140,18 @@ def caption_to_file(
         device = str(ranks.init_distributed(30))
     job = CaptionJob(Path(run), videos, data, split, window, generation, prompt, batch_size,
                      workers, deadline, device, overrides)
-    with CaptionFile(find_target(out, format)) as file:
-        return _caption(job, file, again, progress)
+    with silenced(not progress), CaptionFile(find_target(out, format)) as file:
+        return _caption(job, file, again)
 
 
-def _caption(job: CaptionJob, file: CaptionFile, again: bool, progress: bool) -> CaptionSummary:
+def _caption(job: CaptionJob, file: CaptionFile, again: bool) -> CaptionSummary:
     source = ranks.together(job.source)
-    one_file = file.target.format == "srt" and not file.target.folder
-    if one_file and len({item.video for item in source.items}) > 1:
-        raise InputError(f"--out {file.target.path}: is one file, but there are several videos; "
-                         "name a folder and give --format srt")
+    check_one_video(file.target, {item.video for item in source.items}, file.target.jsonl)
     settings = job.settings(source)
     there = ranks.on_main(lambda: _begin(file, job, source, settings, again))
     work = _plan(job, source, there)
     if work:
-        _share(job, job.captioner(), source, work, file, progress)
+        _share(job, job.captioner(), source, work, file)
     ranks.gather(None)
     return ranks.on_main(lambda: _finish(file, source, sum(map(len, there.values()))))
 
@@ -248,25 +240,22 @@ def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> li
 
 
 def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: list[Work],
-           file: CaptionFile, progress: bool) -> None:
+           file: CaptionFile) -> None:
     """This rank's share, written batch by batch."""
     rank, world = ranks.place()
     total = sum(len(part.spans or [None]) for part in work)
     clips = job.clips(captioner, source, work)
-    done, failed, told = 0, 0, time.monotonic()
+    failed = 0
     with (
         file.appender(rank) as appender,
-        tqdm(total=total, desc="caption", unit="clip", disable=not progress or rank > 0) as bar,
+        phase("captioning", total, "clips", left=True) as shown,
     ):
         for records in captions_of(captioner, clips, job.generation, job.prompt, job.batch_size):
             appender.add(records)
             failed += len(_failures(records)) * world
-            done = min(done + len(records) * world, total)  # the other ranks are about as far
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(done - bar.n)
-            if rank == 0 and not progress and time.monotonic() - told > TOLD_SECONDS:
-                told = time.monotonic()
-                print(f"vlmds: {done} of {total} captions", file=sys.stderr, flush=True)
+            # The other ranks are about as far.
+            shown.done = min(shown.done + len(records) * world, total)
+            shown.note = f"{failed:,} failed" if failed else ""
 
 
 def _finish(file: CaptionFile, source: Source, before: int) -> CaptionSummary:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import select
+import signal
 import sys
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from vlmds.cli import bench, evaluating, packing, planning, training, using
 from vlmds.cuda import use_expandable_segments
 from vlmds.errors import InputError
 from vlmds.files import denied
+from vlmds.progress import phase
 from vlmds.quiet import quiet_libraries
 
 
@@ -20,11 +26,29 @@ UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal. Other failures raise."""
+    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal, 141 if nobody reads any more
+    what is printed (as after ``| head -1``). Other failures raise."""
     args = _parser().parse_args(arguments)
     quiet_libraries()  # before the command imports them
     use_expandable_segments()
     try:
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        # Or the interpreter would try again when it ends, and complain.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        _load(args)
         return args.call(args)
     except InputError as error:
         print(f"vlmds: {error}", file=sys.stderr)
@@ -39,6 +63,23 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"vlmds: {error.filename}: {error.strerror}; make room there, or name another "
                   "place", file=sys.stderr)
         return 2
+
+
+def _load(args: argparse.Namespace) -> None:
+    """Import what takes seconds, and say so: ``module`` of the command."""
+    if getattr(args, "module", None) and getattr(args, "record", None) is None:
+        with phase("loading PyTorch and transformers"):
+            import_module(args.module)
+
+
+def _reader_gone() -> bool:
+    """Whether standard output or error is a pipe that nobody reads any more; another pipe may be the
+    broken one."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # one that is no file, as in a notebook
+            poll.register(stream.fileno(), 0)  # errors are reported in any case
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:

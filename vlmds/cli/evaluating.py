@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlmds.cli.generation import add_generation, add_loading, generation_options
 from vlmds.errors import InputError
+from vlmds.progress import tell
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -88,7 +89,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     try:
         code = module.run_jobs(jobs, data, launcher, options, environment)
     finally:
-        print(module.status_table(jobs), flush=True)
+        tell(module.status_table(jobs))
     evaluated = [job.run for job in jobs if job.evaluated]
     if evaluated and code != module.STOPPED:
         write_comparison(evaluated, output / "report.html", words=words)
@@ -110,7 +111,7 @@ def add_evaluate(commands) -> None:
     add("--batch-size", type=int, default=8, help="clips at once (default: 8)")
     add("--again", action="store_true", help="evaluate anew what is finished already")
     add_loading(command)
-    command.set_defaults(call=evaluate)
+    command.set_defaults(call=evaluate, module="vlmds.evaluation.evaluate")
 
 
 def add_compare(commands) -> None:

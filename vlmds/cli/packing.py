@@ -8,6 +8,8 @@ import sys
 
 from vlmds.errors import InputError
 from vlmds.files import as_path
+from vlmds.messages import counted
+from vlmds.progress import phase
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -23,7 +25,8 @@ def _pack(args: argparse.Namespace) -> int:
     args.out = as_path(args.out)
     common = dict(quality=args.quality, workers=args.workers, deadline=args.deadline)
     if (as_path(args.manifest) / "dataset.json").is_file():
-        from vlmds.data.convert import convert_from_options  # which brings in PyTorch
+        with phase("loading PyTorch"):
+            from vlmds.data.convert import convert_from_options
 
         _refuse(args, "a conversion keeps shards and splits as they are", shard_size=256,
                 shard_bytes=None, val_fraction=0.0, no_verify=False, dedup=False, append=False,
@@ -49,33 +52,37 @@ def _pack(args: argparse.Namespace) -> int:
     from vlmds.data.index import ShardIndex
 
     if not summary.finished:
-        print(f"packed the {summary.shards} shards of task {args.task_index} of {args.num_tasks}; "
-              "when all tasks are done, join them: vlmds pack "
+        print(f"packed the {counted(summary.shards, 'shard')} of task {args.task_index} of "
+              f"{args.num_tasks}; when all tasks are done, join them: vlmds pack "
               f"{args.manifest} {args.out} with the same options, but without --task-index and "
               "--num-tasks (--merge makes sure that nothing is left to pack)")
         return 0
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
-    print(f"packed {summary.packed:,} samples ({counts}) into {summary.shards} shards, "
+    print(f"packed {counted(summary.packed, 'sample')} ({counts}) into "
+          f"{counted(summary.shards, 'shard')}, "
           f"{summary.bytes / 1e6:,.1f} MB, in {summary.seconds:.1f} s: {args.out}")
     for line in coverage_lines([ShardIndex.open(args.out)]):
         print(line)
     if not args.no_report:
         from vlmds.data.pack_report import write_report
 
-        print(f"what it looks like: {write_report(args.out)}")
+        with phase("making the report"):
+            report = write_report(args.out)
+        print(f"what it looks like: {report}")
     if summary.kept_shards:
         print(f"{summary.kept_shards} of the shards were there already")
     if summary.rejected:
-        print(f"rejected {sum(summary.rejected.values()):,} rows; each stands in "
+        print(f"rejected {counted(sum(summary.rejected.values()), 'row')}; each stands in "
               f"{args.out / 'ledger.jsonl'} with its reason:")
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")
-        print("once the files are mended, or with a longer --deadline, --retry packs their shards "
-              "anew; rows that are mended in the manifest are added by --append")
+        print("once the files are repaired, or with a longer --deadline, --retry packs their shards "
+              "anew; rows that are corrected in the manifest are added by --append")
     if summary.known:
-        print(f"{summary.known:,} rows were packed or rejected before, and were left")
+        were = "was" if summary.known == 1 else "were"
+        print(f"{counted(summary.known, 'row')} {were} packed or rejected before, and {were} left")
     if summary.duplicates:
-        print(f"{summary.duplicates:,} groups of samples have the same content, see "
+        print(f"groups of samples with the same content: {summary.duplicates:,}, see "
               f"{args.out / 'duplicates.jsonl'}; --dedup leaves all but the first out")
     if summary.ignored_columns:
         print(f"ignored columns: {', '.join(summary.ignored_columns)}")

@@ -68,7 +68,7 @@ def add_plan(commands) -> None:
                          help="training speed of one GPU, to price the stores (default: estimated)")
     command.add_argument("--cores-per-gpu", type=float, default=8.0,
                          help="CPU cores that may decode for one GPU (default: 8)")
-    command.set_defaults(call=plan)
+    command.set_defaults(call=plan, module="vlmds.plan")
 
 
 def add_doctor(commands) -> None:
@@ -85,7 +85,7 @@ def add_doctor(commands) -> None:
     add("--seconds", type=float, default=30.0, help="that one check may take (default: 30)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    command.set_defaults(call=doctor)
+    command.set_defaults(call=doctor, module="vlmds.doctor")
 
 
 def add_fetch(commands) -> None:

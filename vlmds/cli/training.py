@@ -43,7 +43,7 @@ def add_train(commands) -> None:
              "zero2_offload; default: zero2, on a CPU zero2_cpu)")
     add("--plan", action="store_true", help="print the plan and stop")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    command.set_defaults(call=train)
+    command.set_defaults(call=train, module="vlmds.training.main")
 
 
 def add_new(commands) -> None:

@@ -6,13 +6,36 @@ import argparse
 from pathlib import Path
 
 from vlmds.cli.generation import add_generation, add_loading, generation_options
+from vlmds.errors import InputError
+from vlmds.messages import counted
+
+# What `caption --from` looks at.
+OF_FROM = ("record", "out", "format", "again", "call", "parser", "module")
 
 
 def caption(args: argparse.Namespace) -> int:
     """0 if every video has a caption, 2 otherwise; 3 if a signal stopped it."""
+    if args.record is not None:
+        return _write_from(args)
     from vlmds.captioning.command import caption
 
     return caption(args, generation_options(args))
+
+
+def _write_from(args: argparse.Namespace) -> int:
+    from vlmds.captioning.outputs import write_from
+
+    if args.out is None:
+        raise InputError("--from: needs --out with a name that ends in .json, .csv or .srt, or a "
+                         "folder and --format srt")
+    unused = vars(args.parser.parse_args(["--from", "", "--out", ""]))
+    for name, default in unused.items():
+        if name not in OF_FROM and getattr(args, name) != default:
+            option = "VIDEO" if name == "videos" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{option}: with --from nothing is captioned; leave it out")
+    paths = write_from(args.record, args.out, args.format, args.again)
+    print(f"saved: {paths[0] if len(paths) == 1 else counted(len(paths), 'file')}")
+    return 0
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -44,7 +67,11 @@ def add_caption(commands) -> None:
         description="Over many GPUs, with --out: torchrun --nproc-per-node 8 -m -- vlmds.cli "
         "caption … Start it again after a stop, or when there are more videos: it goes on.")
     add = command.add_argument
-    add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="run folder, or one of its artifacts")
+    which.add_argument("--from", dest="record", metavar="JSONL",
+                       help="captions nothing: writes what was collected here before in another "
+                       "format, such as --from captions.jsonl --out subs --format srt")
     add("videos", nargs="*", metavar="VIDEO", help="path or URL")
     add("--data", metavar="DIR", help="a folder of videos, a manifest (CSV, TSV, JSONL, Parquet; "
         "no captions needed) or a packed dataset, instead of VIDEO")
@@ -63,7 +90,7 @@ def add_caption(commands) -> None:
     add("--deadline", type=float, default=60.0,
         help="seconds that decoding may take, for a video or some windows (default: 60)")
     add_loading(command)
-    command.set_defaults(call=caption)
+    command.set_defaults(call=caption, parser=command, module="vlmds.captioning.command")
 
 
 def add_serve(commands) -> None:
@@ -81,7 +108,7 @@ def add_serve(commands) -> None:
         help="also fetch videos from http(s) URLs that a request names, whatever this machine "
         "can reach")
     add_loading(command)
-    command.set_defaults(call=serve)
+    command.set_defaults(call=serve, module="vlmds.serve.app")
 
 
 def add_export(commands) -> None:
@@ -97,4 +124,4 @@ def add_export(commands) -> None:
         help="fold the adapter into the language model, in llm.dtype, never in 4 bit")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload it, to a private repository if new")
     add_loading(command)
-    command.set_defaults(call=export)
+    command.set_defaults(call=export, module="vlmds.export.folder")

@@ -24,18 +24,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vlmds.data.alike import CONVERSIONS
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.manifest import ManifestRow, Reject
 from vlmds.data.merge import finish
-from vlmds.data.pack import PackSummary, meter, shown
+from vlmds.data.pack import PackSummary, counting
 from vlmds.data.prepare import Reply
 from vlmds.data.shards import PackOptions, Shard, json_line, unfinished, write_shard
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path, check_writable
+from vlmds.progress import phase, silenced
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 FACTS = ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
 # Of a description: the manifest's, and what holds for the video store's file alone.
 ROW = ("id", "captions", "source", "prompt", "start", "end", "timing")
-POSSIBLE = (("video", "frames"), ("video", "features"), ("frames", "features"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def convert(
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
     with (
         DecodePool(workers, deadline) as pool,
-        meter(total, f"to {store}", "sample", progress) as bar,
+        silenced(not progress),
+        phase(f"converting to {store}", total, "samples", left=True) as shown,
     ):
         made = _made(index, [source for _, source in pending], target, tower, pool, workers)
         for shard, from_shard in pending:
@@ -122,7 +124,7 @@ def convert(
             told = [(row, _description(index, row)) for row in from_shard.rows(index)]
             replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
             shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
-            write_shard(out, shard, shown(replies, bar))
+            write_shard(out, shard, counting(replies, shown))
     seconds = time.monotonic() - begin
     if task is not None:
         mine = shards[_part(task)]
@@ -175,7 +177,7 @@ def _target(
     tower: VisionTower | None, tower_name: str | None,
 ) -> Target:
     """Raises InputError if the source cannot become this."""
-    if (index.store, store) not in POSSIBLE:
+    if (index.store, store) not in CONVERSIONS:
         why = {"features": "features cannot be turned back; convert the store they came from",
                store: "it is one already"}.get(
                    index.store, "pack the manifest with --store video")

@@ -10,15 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 
 from vlmds.config import DataConfig
+from vlmds.data.alike import check_alike
 from vlmds.data.blend import Blend
 from vlmds.data.cache import ShardCache
-from vlmds.data.features import check_same_tower
 from vlmds.data.index import SampleRow, ShardIndex, ShardInfo
 from vlmds.data.order import SampleOrder
 from vlmds.errors import InputError
 from vlmds.files import as_path
-
-SAME = ("store", "sampler", "resizer")  # what dataset.json of all parts must agree on
 
 
 class Dataset:
@@ -32,14 +30,7 @@ class Dataset:
         self.parts, self.weights = parts, weights
         self.splits = sorted({split for part in parts for split in part.splits})
         self.meta = parts[0].meta
-        for part in parts[1:]:
-            for name in SAME:
-                if part.meta.get(name) != self.meta.get(name):
-                    raise InputError(
-                        f"data.blend: {part.root} has {name} {part.meta.get(name)!r}, but "
-                        f"{parts[0].root} has {self.meta.get(name)!r}; pack them alike")
-            if part.store == "features":
-                check_same_tower(part, parts[0])
+        check_alike(parts)
 
     @property
     def root(self) -> str:

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vlmds.data.alike import made_anew
 from vlmds.data.index import ShardIndex
 from vlmds.errors import InputError, SampleError
 
 if TYPE_CHECKING:
-    from vlmds.config import Experiment
+    from vlmds.config import Experiment, VisionConfig
     from vlmds.data.dataset import Dataset
     from vlmds.models.vision import VisionTower
 
@@ -60,16 +61,6 @@ def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
             "pool": tower.pool, "patches": tower.patches, "width": tower.hidden_size}
 
 
-def check_same_tower(index: ShardIndex, other: ShardIndex) -> None:
-    """Raise InputError unless the features of both are of one tower, whatever it was called."""
-    ours, theirs = index.meta["vision"], other.meta["vision"]
-    if ours["fingerprint"] != theirs["fingerprint"]:
-        named = [f"{v['model']}, layer {v['feature_layer']}, pool {v['pool']} "
-                 f"({v['fingerprint'][:12]})" for v in (ours, theirs)]
-        raise InputError(f"data.blend: the features of {index.root} are of {named[0]}, but those "
-                         f"of {other.root} are of {named[1]}; convert them alike")
-
-
 def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> None:
     """Raise InputError if stored features are of another layer or pooling than the experiment's.
     Other stores pass."""
@@ -80,9 +71,8 @@ def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> Non
         if recorded[name] != getattr(experiment.vision, name):
             raise InputError(
                 f"{index.root}: its features were made with vision.{name} {recorded[name]}, but "
-                f"the experiment has {getattr(experiment.vision, name)}; make them again with "
-                f"vlmds pack --store features --{name.replace('_', '-')} "
-                f"{getattr(experiment.vision, name)}, or change the experiment")
+                f"the experiment has {getattr(experiment.vision, name)}; "
+                f"{_anew(index, experiment.vision)}, or set vision.{name}={recorded[name]}")
 
 
 def check_tower(
@@ -109,4 +99,13 @@ def check_tower(
         raise InputError(
             f"{index.root}: its features are of the tower {recorded['model']} "
             f"({recorded['fingerprint'][:12]}), but vision.model {vision.model} is another one "
-            f"({tower.fingerprint()[:12]}); make them again with it, or give that tower")
+            f"({tower.fingerprint()[:12]}); {_anew(index, vision)}, or set vision.model to that "
+            "tower")
+
+
+def _anew(index: ShardIndex | Dataset, vision: VisionConfig) -> str:
+    """How to make the features again with another tower."""
+    first = index if isinstance(index, ShardIndex) else index.parts[0]
+    named = {name: getattr(vision, name) for name in ("model", "feature_layer", "pool")}
+    origin, command, _ = made_anew(first, {**first.meta, "vision": named})
+    return f"make them anew from the {origin}: {command}"

@@ -92,6 +92,12 @@ class SampleRow:
     end: float | None
     status: str
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """(start, end) of the sample in its video, in seconds."""
+        end = self.duration if self.end is None else min(self.end, self.duration)
+        return self.start or 0.0, end
+
 
 class ShardIndex:
     """A packed dataset. Can be pickled, and used after a fork.

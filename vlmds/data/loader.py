@@ -20,6 +20,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vlmds.data.alike import check_frames
 from vlmds.data.dataset import Dataset, DatasetOrder
 from vlmds.data.decode_child import FrameDecoder
 from vlmds.data.features import decode_features
@@ -67,14 +68,7 @@ class SampleReader:
                  seed: int = 0, window: int = 16, shuffle: bool = True,
                  decode_seconds: float = 60.0):
         for index in dataset.parts:
-            if index.store == "video":
-                continue
-            for name, want in (("num_frames", num_frames), ("image_size", image_size)):
-                if index.meta[name] != want:
-                    raise InputError(
-                        f"{index.root}: packed with {name} {index.meta[name]}, but the experiment "
-                        f"needs {want}; pack again or change the experiment"
-                    )
+            check_frames(index, num_frames, image_size)
         self.dataset, self.split = dataset, split
         self.num_frames, self.image_size = num_frames, image_size
         self.order = DatasetOrder(dataset, split, seed, window, shuffle)

@@ -7,15 +7,12 @@ result is the same to the byte. `layout.py` says which rows make a shard, `shard
 """
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from vlmds.data.decode_child import DecodePool
 from vlmds.data.layout import facts_of, shards_of, without_duplicates
@@ -25,9 +22,10 @@ from vlmds.data.prepare import Reply, Request
 from vlmds.data.shards import PackOptions, Shard, unfinished, write_shard
 from vlmds.errors import InputError
 from vlmds.files import as_path, check_writable, driver_advice
+from vlmds.messages import counted
+from vlmds.progress import Phase, phase, silenced
 
 ENGINES = ("local", "ray")
-LOG_SECONDS = 30.0  # between the lines of progress in a log
 
 
 @dataclass(frozen=True)
@@ -91,21 +89,31 @@ def pack(
     their files are mended or `deadline` is longer. task: (i, n) packs only the ith of n parts and
     leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs on a Ray
     cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
-    seconds a video may take. options: fields of :class:`PackOptions`.
+    seconds a video may take. progress: say on stderr how far it is. options: fields of
+    :class:`PackOptions`.
 
     Rows that cannot be packed go to ledger.jsonl. Raises InputError if nothing was packed, if the
     manifest cannot be read, or if `out` holds a dataset of another manifest or other options.
     """
+    with silenced(not progress):
+        return _pack(as_path(manifest), as_path(out), PackOptions(**options), val_fraction, dedup,
+                     append, merge, retry, task, engine, workers, deadline)
+
+
+def _pack(
+    manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool,
+    merge: bool, retry: bool, task: tuple[int, int] | None, engine: str, workers: int | None,
+    deadline: float,
+) -> PackSummary:
     begin = time.monotonic()
-    out = as_path(out)
-    options = PackOptions(**options)
     if not hasattr(out, "fs"):
         check_writable(out, "OUT")
-    work = _plan(as_path(manifest), out, options, val_fraction, dedup, append, retry)
+    with phase("reading the manifest"):
+        work = _plan(manifest, out, options, val_fraction, dedup, append, retry)
     if merge and work.todo:
         names = ", ".join(shard.name for shard in work.todo[:3])
-        raise InputError(f"{out}: {len(work.todo)} of {len(work.shards)} shards are not packed yet "
-                         f"({names}{' …' if len(work.todo) > 3 else ''}); run the tasks that make "
+        raise InputError(f"{out}: {len(work.todo)} of {counted(len(work.shards), 'shard')} are not "
+                         f"packed yet ({names}{' …' if len(work.todo) > 3 else ''}); run the tasks that make "
                          "them, or vlmds pack without --merge")
     todo = work.todo
     if task is not None:
@@ -113,11 +121,12 @@ def pack(
         mine = {shard.name for shard in work.shards[index::tasks]}
         todo = [shard for shard in todo if shard.name in mine]
     packers = {"local": pack_here, "ray": _pack_on_ray}
-    packers[engine](out, todo, options, workers, deadline, progress)
+    packers[engine](out, todo, options, workers, deadline)
     if task is not None:
         return PackSummary({}, {}, work.ignored_columns, len(mine), len(mine) - len(todo), 0,
                            time.monotonic() - begin, finished=False)
-    done = _finish(out, work, options)
+    with phase("writing the index"):
+        done = _finish(out, work, options)
     reasons = Counter(reject.reason.split(":")[0] for reject in done.rejects)
     return PackSummary(
         done.counts, dict(reasons.most_common()), work.ignored_columns, len(work.shards),
@@ -126,8 +135,7 @@ def pack(
 
 
 def pack_here(
-    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float,
-    progress: bool,
+    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float
 ) -> None:
     """Pack these shards with decoding processes of this machine."""
     rows = sum(len(shard.rows) for shard in shards)
@@ -135,9 +143,9 @@ def pack_here(
     requests = (request(row, options) for shard in shards for row in shard.rows)
     with (
         DecodePool(lanes, deadline) as pool,
-        meter(rows, "pack", "video", progress) as bar,
+        phase("packing", rows, "videos", left=True) as shown,
     ):
-        replies = shown(pool.map(requests), bar)
+        replies = counting(pool.map(requests), shown)
         for shard in shards:
             write_shard(out, shard, replies)
 
@@ -147,22 +155,13 @@ def request(row: ManifestRow, options: PackOptions) -> Request:
                    options.image_size, options.quality, options.verify)
 
 
-def meter(total: int, what: str, unit: str, progress: bool) -> tqdm:
-    """A progress bar with rate, time left and rejects; where nobody looks at a terminal, a line of
-    a log every LOG_SECONDS."""
-    lines = {} if sys.stderr.isatty() else {
-        "delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, "bar_format":
-        "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}\n"}
-    return tqdm(total=total, desc=what, unit=unit, disable=not progress, **lines)
-
-
-def shown(replies: Iterable[Reply], bar: tqdm) -> Iterator[Reply]:
-    """The same replies, with the progress bar moved along."""
+def counting(replies: Iterable[Reply], shown: Phase) -> Iterator[Reply]:
+    """The same replies, each counted."""
     rejected = 0
     for reply in replies:
         rejected += reply.reason is not None
-        bar.set_postfix(rejects=rejected, refresh=False)
-        bar.update()
+        shown.note = f"{rejected:,} rejected" if rejected else ""
+        shown.advance()
         yield reply
 
 

@@ -81,13 +81,15 @@ def write_report(out: Path) -> Path:
     index = ShardIndex.open(out)
     with (out / "index.parquet").open("rb") as file:
         table = pq.read_table(file, columns=[
-            "num_captions", "duration", "fps", "width", "height", "codec", "decoder"])
+            "num_captions", "duration", "start", "end", "fps", "width", "height", "codec",
+            "decoder"])
+    seconds = span_seconds(table)
     reasons = _reject_reasons(out / "ledger.jsonl")
     lengths, caption_rows = _caption_lengths(index)
     total = table.num_rows
     of_all = f"of the captions of {caption_rows:,} evenly spread samples out of {total:,}"
     charts = [
-        histogram("Duration, seconds", table["duration"].to_numpy()),
+        histogram("Duration, seconds", seconds),
         histogram("Frames per second", table["fps"].to_numpy()),
         histogram("Caption length, characters", np.array(lengths, np.float64), whole=True,
                   note=of_all if caption_rows < total else ""),
@@ -97,12 +99,20 @@ def write_report(out: Path) -> Path:
     environment = Environment(loader=PackageLoader("vlmds", "data"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("pack_report.html.j2").render(
-        facts=_facts(index, table), splits=_splits(index), charts=charts,
+        facts=_facts(index, table, float(np.nansum(seconds))), splits=_splits(index), charts=charts,
         rejects=categories("", reasons, most=len(reasons) or 1).bars,
         rejected=index.meta["rejected"], unseen=coverage_lines([index]), clips=_contact_sheet(index), total=total,
         fingerprint=index.fingerprint)
     write(out / NAME, page)
     return out / NAME
+
+
+def span_seconds(table: pa.Table) -> np.ndarray:
+    """float [N]: how long each sample is, which is less than its video's duration where the row has
+    a start or an end; see :attr:`SampleRow.span`."""
+    duration = table["duration"]
+    end = pc.min_element_wise(pc.coalesce(table["end"], duration), duration)
+    return pc.subtract(end, pc.fill_null(table["start"], 0.0)).to_numpy()
 
 
 def histogram(title: str, values: np.ndarray, whole: bool = False, note: str = "") -> Chart:
@@ -156,11 +166,10 @@ def _round_step(least: float, whole: bool) -> float:
                 if step >= least * (1 - 1e-9))
 
 
-def _facts(index: ShardIndex, table: pa.Table) -> list[tuple[str, str]]:
-    """Label and value of each tile at the top."""
+def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[str, str]]:
+    """Label and value of each tile at the top. seconds: of video in all samples."""
     shards = index.meta["shards"]
     size = sum(shard["bytes"] for shard in shards)
-    seconds = pc.sum(table["duration"]).as_py() or 0.0
     facts = [
         ("samples", f"{table.num_rows:,}"),
         ("captions", f"{pc.sum(table['num_captions']).as_py():,}"),
@@ -252,7 +261,8 @@ def _contact_sheet(index: ShardIndex) -> list[Clip]:
         except SampleError as error:
             caption, found = "", error
         problem = str(found) if isinstance(found, SampleError) else ""
-        facts = f"{row.width} × {row.height}, {row.duration:.1f} s, {row.codec}"
+        start, end = row.span
+        facts = f"{row.width} × {row.height}, {end - start:.1f} s, {row.codec}"
         clips.append(Clip(row.key, row.split, caption, facts, [] if problem else found, problem))
     return clips
 

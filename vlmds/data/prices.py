@@ -23,6 +23,7 @@ from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.pack_report import spread
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import SampleError
+from vlmds.messages import counted
 
 SAMPLES = 6
 SECONDS = 30.0  # no further sample is timed after this long
@@ -146,7 +147,7 @@ def _video_prices(
             replies.close()
     if not seconds:
         return []
-    origin = f"{len(seconds)} samples timed here"
+    origin = f"{counted(len(seconds), 'sample')} timed here"
     return [Price("video", "video (this data)", _mean_size(chosen), float(np.mean(seconds)), origin),
             Price("frames", "frames", float(np.mean(frame_sizes)), float(np.mean(frame_seconds)),
                   origin)]
@@ -162,7 +163,7 @@ def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Pr
             except SampleError:
                 continue  # damaged since it was packed; training tells
     return Price("frames", "frames (this data)", _mean_size(chosen), float(np.mean(seconds or [0.0])),
-                 f"{len(seconds)} samples timed here")
+                 f"{counted(len(seconds), 'sample')} timed here")
 
 
 def _features_price(num_frames: int, patches: int, width: int) -> Price:

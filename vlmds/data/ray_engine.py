@@ -7,19 +7,17 @@ folder under the same paths or URLs.
 
 from pathlib import Path
 
-from tqdm import tqdm
-
-from vlmds.data.pack import meter
 from vlmds.data.shards import PackOptions, Shard
 from vlmds.errors import InputError
+from vlmds.messages import install_hint
+from vlmds.progress import Phase, phase, silenced
 
 IN_FLIGHT = 2  # tasks per CPU of the cluster that are handed out at once
 RETRIES = 5  # of a task whose worker or machine is lost
 
 
 def pack_on_ray(
-    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float,
-    progress: bool,
+    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float
 ) -> None:
     """Pack these shards on the cluster that RAY_ADDRESS names, or on a local one.
 
@@ -29,7 +27,7 @@ def pack_on_ray(
     try:
         import ray
     except ImportError:
-        raise InputError("--engine ray: Ray is not installed; pip install 'vlmds[ray]'") from None
+        raise InputError(f"--engine ray: Ray is not installed; {install_hint('ray')}") from None
     started = not ray.is_initialized()
     if started:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -38,13 +36,13 @@ def pack_on_ray(
     pending: dict = {}
     rows = sum(len(shard.rows) for shard in shards)
     try:
-        with meter(rows, "pack", "video", progress) as bar:
+        with phase("packing", rows, "videos", left=True) as shown:
             for shard in shards:
                 if len(pending) == limit:
-                    _collect(ray, pending, bar)
+                    _collect(ray, pending, shown)
                 pending[task.remote(out, shard, options, deadline)] = shard
             while pending:
-                _collect(ray, pending, bar)
+                _collect(ray, pending, shown)
     finally:
         if started:
             ray.shutdown()
@@ -54,10 +52,11 @@ def _pack_one(out: Path, shard: Shard, options: PackOptions, deadline: float) ->
     """What runs in a Ray worker: one shard, one decoding process."""
     from vlmds.data.pack import pack_here
 
-    pack_here(out, [shard], options, 1, deadline, False)
+    with silenced():
+        pack_here(out, [shard], options, 1, deadline)
 
 
-def _collect(ray, pending: dict, bar: tqdm) -> None:
+def _collect(ray, pending: dict, shown: Phase) -> None:
     """Wait for one task."""
     (done,), _ = ray.wait(list(pending), num_returns=1)
     shard = pending.pop(done)
@@ -70,4 +69,4 @@ def _collect(ray, pending: dict, bar: tqdm) -> None:
     except ray.exceptions.RayError as error:
         raise InputError(f"--engine ray: shard {shard.name} could not be packed: "
                          f"{' '.join(str(error).split())[-300:]}; start again to go on") from error
-    bar.update(len(shard.rows))
+    shown.advance(len(shard.rows))

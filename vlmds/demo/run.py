@@ -21,6 +21,7 @@ from vlmds.demo.pretrain import make_tiny_models
 from vlmds.errors import InputError, SampleError
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
+from vlmds.messages import counted
 from vlmds.training.main import REPOSITORY
 from vlmds.training.ranks import cpu_environment, free_port
 from vlmds.training.run import final_artifact
@@ -89,7 +90,8 @@ def prepare_demo(output: Path, size: Size, seconds: dict[str, float]) -> Path:
     with _timed("packing", seconds):
         summary = pack(manifest, output / "shards", store="frames", image_size=IMAGE_SIZE,
                        progress=False)
-        print(f"  {summary.packed} samples in {summary.shards} shards", flush=True)
+        print(f"  {counted(summary.packed, 'sample')} in {counted(summary.shards, 'shard')}",
+              flush=True)
     return manifest
 
 

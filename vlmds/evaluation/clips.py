@@ -58,8 +58,7 @@ def read_text(reader: SampleReader, position: int) -> ClipText | Unreadable:
         meta = read_description(reader.index_of(position).read(only_json))
     except SampleError as error:
         return Unreadable(position, row.key, str(error))
-    end = row.duration if row.end is None else row.end
-    duration = None if end is None else end - (row.start or 0.0)
+    duration = None if row.duration is None else row.span[1] - row.span[0]
     return ClipText(position, row.key, meta["captions"], meta.get("prompt"), duration)
 
 

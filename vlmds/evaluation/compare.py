@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import InputError
+from vlmds.evaluation.blind import doubts
 from vlmds.evaluation.metrics import (
     aggregate, characters, interval, resampled_means, score_captions,
 )  # fmt: skip
@@ -130,9 +131,11 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
         elif artifact != run.experiment.stages[-1].name:
             add(f"{run.name}: the evaluation is of stage {artifact}, not of the last; evaluate again",
                 f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.")
-        if doubts := run.metrics["looking"]["warnings"]:
-            add(f"{run.name} may not be looking: {'; '.join(doubts)}",
-                f"{run.name}: 영상을 보지 않는 것일 수 있습니다 ({'; '.join(doubts)})")
+        if found_doubts := doubts(run.metrics["looking"]):
+            english, korean = ("; ".join(doubt[language] for doubt in found_doubts)
+                               for language in ("en", "ko"))
+            add(f"{run.name} may not be looking: {english}",
+                f"{run.name}: 영상을 보지 않는 것일 수 있습니다 ({korean})")
     return found
 
 

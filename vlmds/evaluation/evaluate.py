@@ -28,6 +28,7 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
+from vlmds.evaluation.blind import looking
 from vlmds.evaluation.clips import (
     ClipScorer,
     ClipText,
@@ -37,10 +38,7 @@ from vlmds.evaluation.clips import (
     thumbnail_jpeg,
 )
 from vlmds.evaluation.metrics import (
-    aggregate,
     describe_captions,
-    interval,
-    resampled_means,
     score_captions,
     summarise,
     tokenizers,
@@ -48,8 +46,10 @@ from vlmds.evaluation.metrics import (
 from vlmds.files import absolute, check_writable, write
 from vlmds.generation import GenerationOptions
 from vlmds.inference import VideoCaptioner
+from vlmds.messages import counted
 from vlmds.models.artifact import weights_sha256
 from vlmds.models.assemble import Model
+from vlmds.progress import phase, silenced, tell
 from vlmds.training import ranks
 from vlmds.training.run import final_artifact
 from vlmds.training.watch import doing
@@ -63,6 +63,7 @@ def evaluate_run(
     output: str | Path | None = None, clips: int | None = None, batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(),
     device: str | None = None, overrides: Sequence[str] = (), again: bool = False,
+    progress: bool = True,
 ) -> Path:
     """Evaluate a run, on all ranks that the launcher started; returns the folder of the results.
 
@@ -70,12 +71,22 @@ def evaluate_run(
         run: run folder or artifact. data: packed dataset (default: the run's own).
         split: default: "val", or the only one. clips: evaluate so many, evenly spaced.
         output: default: RUN/evaluation/SPLIT, or DATA-SPLIT for other data than the run's.
-        again: evaluate anew what is finished already.
+        again: evaluate anew what is finished already. progress: say on stderr how far it is.
 
     Raises:
         InputError: no finished run, no such data or split.
     """
-    run, started = Path(run), time.perf_counter()
+    with silenced(not progress):
+        return _evaluate_run(Path(run), data, split, output, clips, batch_size, generation, device,
+                             overrides, again)
+
+
+def _evaluate_run(
+    run: Path, data: str | None, split: str | None, output: str | Path | None, clips: int | None,
+    batch_size: int, generation: GenerationOptions, device: str | None, overrides: Sequence[str],
+    again: bool,
+) -> Path:
+    started = time.perf_counter()
     if "RANK" in os.environ:
         device = str(ranks.init_distributed(30))
     artifact = final_artifact(run)
@@ -102,17 +113,17 @@ def evaluate_run(
     reader = SampleReader(dataset, split, experiment.data.num_frames, captioner.model.image_size,
                           shuffle=False, decode_seconds=experiment.data.decode_seconds)
     positions = evaluated_positions(len(reader), clips)
-    texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
+    texts = _read_texts(reader, positions)
     scorer = ClipScorer(experiment, captioner.model, texts, swap_videos(texts),
                         batch_size=batch_size, generation=generation)
     # Rank 0 alone reads what is done: another rank may have begun to write by then.
     finished = ranks.on_main(lambda: [r["position"] for r in _read_parts(output)])
     todo = sorted(set(positions) - set(finished))
     if finished:
-        _say(f"{output}: {len(finished)} of {len(positions)} clips are done already")
+        _say(f"{output}: {len(finished)} of {counted(len(positions), 'clip')} are done already")
     shown = set(evaluated_positions(len(positions), THUMBNAILS))
     shown = {position for number, position in enumerate(positions) if number in shown}
-    _score_share(scorer, reader, todo, output, shown, len(positions))
+    _score_share(scorer, reader, todo, output, shown)
     ranks.gather(None)  # a barrier over gloo, whose timeout is init_distributed's
 
     def finish() -> None:
@@ -124,7 +135,8 @@ def evaluate_run(
         _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result},
               predictions, records)
 
-    ranks.on_main(finish)
+    with phase("computing the metrics"):
+        ranks.on_main(finish)
     return output
 
 
@@ -149,7 +161,7 @@ def evaluate_subset(
     captioner.eval()
     try:
         positions = evaluated_positions(len(reader), clips)
-        texts = [t for p in positions if isinstance(t := read_text(reader, p), ClipText)]
+        texts = _read_texts(reader, positions)
         scorer = ClipScorer(experiment, model, texts, swap_videos(texts),
                             batch_size=batch_size, generation=generation)
         rank, world = ranks.place()
@@ -206,45 +218,6 @@ def summarise_records(records: Sequence[dict], texts: Sequence[ClipText], scorer
     return result, predictions
 
 
-def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any]:
-    """Does the model use the video? The caption loss and the metrics with the clip's own video,
-    another clip's and black frames. gap: how much worse blind is, with its paired 95% bootstrap
-    interval; one that holds 0 is within noise."""
-    found: dict[str, Any] = {"loss": {}, "metrics": {}, "warnings": []}
-    metric = f"cider_d@{tokenizers()[0].level}"
-    for blind, others in (("shuffled", [borrowed.get(t.position) for t in texts]),
-                          ("blank", [r["blank"] for r in records])):
-        kept = [i for i, other in enumerate(others) if other]
-        if blind == "shuffled":
-            made = [partner.get(t.position) for t in texts]
-        else:
-            made = [blank[t.prompt] for t in texts]
-        if len(kept) < 2:
-            found["warnings"].append(f"{blind}: too few clips to tell")
-            continue
-        own = np.array([records[i]["real"] for i in kept], dtype=np.float64)
-        other = np.array([others[i] for i in kept], dtype=np.float64)
-        means = resampled_means([own, other])
-        loss = [-float(x[:, 0].sum() / x[:, 1].sum()) for x in (own, other)]
-        gaps = means[0][:, 0] / means[0][:, 1] - means[1][:, 0] / means[1][:, 1]
-        found["loss"][blind] = _gap(loss[0], loss[1], loss[1] - loss[0], gaps)
-        references = [texts[i].captions for i in kept]
-        ours = score_captions([captions[i] for i in kept], references)
-        theirs = score_captions([made[i] for i in kept], references)
-        found["metrics"][blind] = {}
-        for name in ours:
-            pair = resampled_means([ours[name].statistics, theirs[name].statistics])
-            gaps = aggregate(name, pair[0]) - aggregate(name, pair[1])
-            values = ours[name].value, theirs[name].value
-            found["metrics"][blind][name] = _gap(*values, values[0] - values[1], gaps)
-        for what, gap in (("loss", found["loss"][blind]), (metric, found["metrics"][blind][metric])):
-            if gap["low"] <= 0:
-                found["warnings"].append(
-                    f"{what} with {blind} videos is not worse beyond noise: gap {gap['gap']:.4g}, "
-                    f"95% interval {gap['low']:.4g} to {gap['high']:.4g}")
-    return found
-
-
 def model_facts(model: Model) -> dict[str, int]:
     """Visual tokens per clip, and the parameters that training made."""
     adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
@@ -278,7 +251,7 @@ def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
 
 def evaluation_table(metrics: dict) -> str:
     """metrics.json for a terminal."""
-    lines = [f"{metrics['clips']:,} clips, {metrics['unreadable']} unreadable",
+    lines = [f"{counted(metrics['clips'], 'clip')}, {metrics['unreadable']:,} unreadable",
              f"{'metric':<20}{'value':>9}{'95% interval':>20}{'shuffled':>10}{'blank':>9}"]
     blind = metrics["looking"]
 
@@ -297,13 +270,8 @@ def evaluation_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def _gap(own: float, blind: float, gap: float, samples: np.ndarray) -> dict[str, float]:
-    low, high = interval(samples)
-    return {"own": own, "blind": blind, "gap": gap, "low": low, "high": high}
-
-
 def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], output: Path,
-                 shown: set[int], total: int) -> None:
+                 shown: set[int]) -> None:
     """This rank's share of the clips, written batch by batch."""
 
     def thumbnail(position: int, frames: np.ndarray) -> None:
@@ -311,18 +279,27 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
             write(output / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
 
     rank, world = ranks.place()
-    done = total - len(todo)
-    last_told = time.monotonic()
-    with (output / "parts" / f"{rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+    with (
+        (output / "parts" / f"{rank:05d}.jsonl").open("a", encoding="utf-8") as file,
+        phase("evaluating", len(todo), "clips", left=True) as progress,
+    ):
         file.write("\n")  # ends a line that a kill cut short
         for records in scorer.batches(reader, todo[rank::world], thumbnail):
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
             file.flush()
             doing("evaluating", [record["key"] for record in records])
-            done += len(records) * world
-            if time.monotonic() - last_told > 30:
-                last_told = time.monotonic()
-                _say(f"{min(done, total)} of {total} clips")
+            # The other ranks are about as far.
+            progress.done = min(progress.done + len(records) * world, len(todo))
+
+
+def _read_texts(reader: SampleReader, positions: Sequence[int]) -> list[ClipText]:
+    """Of the clips whose text can be read."""
+    with phase("reading the captions", len(positions), "clips") as progress:
+        texts = []
+        for position in positions:
+            texts.append(read_text(reader, position))
+            progress.advance()
+    return [text for text in texts if isinstance(text, ClipText)]
 
 
 def _prepare(output: Path, settings: dict, again: bool) -> bool:
@@ -373,4 +350,4 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
 
 def _say(text: str) -> None:
     if ranks.place()[0] == 0:
-        print(f"vlmds: {text}", flush=True)
+        tell(f"vlmds: {text}")

@@ -13,6 +13,7 @@ from vlmds.config import Experiment
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.export.parity import Parity
+from vlmds.messages import counted
 from vlmds.models.artifact import weights_sha256
 from vlmds.models.hub import looks_local
 
@@ -124,7 +125,7 @@ def _results(facts: Facts) -> str:
         if settings["weights_sha256"] != weights:
             continue
         search = ", ".join(f"{k} {v}" for k, v in settings.get("generation", {}).items())
-        lines = [f"Split {settings['split']}, {found['clips']:,} clips, language model in "
+        lines = [f"Split {settings['split']}, {counted(found['clips'], 'clip')}, language model in "
                  f"{settings['llm_precision']}, {search}:", "",
                  "| metric | value | 95% interval |", "|---|---|---|"]
         lines += [f"| {name} | {m['value']:.2f} | {m['low']:.2f} to {m['high']:.2f} |"

@@ -18,6 +18,7 @@ from vlmds.data.prompt import SequenceBuilder, TokenSequence
 from vlmds.errors import InputError, SampleError
 from vlmds.evaluation.clips import evaluated_positions
 from vlmds.generation import GenerationOptions, generate_captions
+from vlmds.messages import counted
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.progress import phase
@@ -49,8 +50,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (f"max |logit difference| {self.max_diff:.3g}, same top-1 token {self.top1:.2%}, "
-                f"KL {self.kl:.3g} nats ({self.tokens} caption tokens of {self.clips} clips, "
-                f"{self.source})")
+                f"KL {self.kl:.3g} nats ({counted(self.tokens, 'caption token')} of "
+                f"{counted(self.clips, 'clip')}, {self.source})")
 
 
 def make_probes(experiment: Experiment, model: Model) -> tuple[

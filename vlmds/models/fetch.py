@@ -218,7 +218,9 @@ def presence(section: Section, timeout: float = 5.0) -> Presence:
     try:
         missing = ask_hub(section, timeout).to_download(section)
     except InputError as error:
-        return Presence(False, None, f"not on this machine; {str(error).partition(': ')[2]}")
+        reason = str(error).partition(": ")[2].removeprefix(
+            f"{section.model} is not complete in {hub_cache()}, and ")
+        return Presence(False, None, f"not in {hub_cache()}, and {reason}")
     return Presence(False, missing, f"{missing / 1e9:.2f} GB are to be downloaded to {hub_cache()} "
                     f"({_free_bytes() / 1e9:.1f} GB free): a start does it, or ahead of it vlmds fetch")
 

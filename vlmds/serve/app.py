@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vlmds.errors import InputError
+from vlmds.messages import install_hint
 from vlmds.serve.models import Limits, Models
 
 
@@ -29,7 +30,7 @@ def serve(
         InputError: the serve extra is missing, the address cannot be had, or a run not be loaded.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise InputError("serving needs more packages: pip install 'vlmds[serve]'")
+        raise InputError(f"serving needs more packages: {install_hint('serve')}")
     with _listen(host, port) as listening:  # before minutes go into loading
         models = Models.load(runs, limits or Limits(), device=device, overrides=overrides)
         with TemporaryDirectory(prefix="vlmds-serve-") as folder:  # mode 0700

@@ -20,6 +20,7 @@ from PIL import Image
 from vlmds.data.video import sample_times
 from vlmds.errors import SampleError
 from vlmds.inference import VideoCaptioner
+from vlmds.serve.korean import in_korean
 from vlmds.serve.models import Busy, Models, RequestError
 
 TEXTS = {
@@ -38,7 +39,7 @@ TEXTS = {
     },
     "ko": {
         "title": "영상 설명", "video": "영상", "runs": "실행 결과", "prompt": "프롬프트",
-        "options": "옵션", "tokens": "최대 토큰 수", "temperature": "온도 (0: 탐욕적 탐색)",
+        "options": "옵션", "tokens": "최대 토큰 수", "temperature": "온도 (0: 그리디 디코딩)",
         "go": "설명하기", "stop": "중지", "frames": "모델이 보는 프레임",
         "none": "먼저 영상을 선택하세요.", "no_run": "실행 결과를 하나 이상 선택하세요.",
         "stopped": "중지했습니다.", "reading": "영상을 읽는 중…",
@@ -156,7 +157,8 @@ class _Page:
                 prompt, max_new_tokens=int(tokens), temperature=float(temperature))
             yield from self._write(Path(video), runs, prompt, options, text)
         except (SampleError, RequestError) as error:
-            yield {self.state: _state(text["bad"].format(why=error), bad=True)}
+            why = in_korean(str(error)) if text is TEXTS["ko"] else str(error)
+            yield {self.state: _state(text["bad"].format(why=why), bad=True)}
         except Busy:
             yield {self.state: _state(text["busy"], bad=True)}
         except Exception:  # what it is stays here

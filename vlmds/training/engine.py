@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vlmds.config import Experiment, StageConfig
 from vlmds.errors import InputError
+from vlmds.messages import counted
 from vlmds.models.dora import weights_changed
 from vlmds.progress import phase
 from vlmds.training.optimizer import parameter_groups, trainable
@@ -43,7 +44,7 @@ def accumulation_steps(experiment: Experiment, world_size: int, global_batch: in
     if wanted % per_pass:
         raise InputError(
             f"training.global_batch: {wanted} is not a multiple of micro_batch "
-            f"{training.micro_batch} x {world_size} ranks; choose another training.micro_batch"
+            f"{training.micro_batch} x {counted(world_size, 'rank')}; choose another training.micro_batch"
         )
     return wanted // per_pass
 

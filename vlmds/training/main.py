@@ -33,6 +33,7 @@ from vlmds.progress import phase
 from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps, check_ds_config, describe_batch
 from vlmds.training.lineage import base_weights, inherit, inheritance, recorded_revisions
+from vlmds.training.lost import connection_lost
 from vlmds.training.preemption import StopRequest
 from vlmds.training.ranks import (
     gather, init_distributed, is_main, on_main, shared_error, together,
@@ -41,7 +42,7 @@ from vlmds.training.run import (
     RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run,
 )  # fmt: skip
 from vlmds.training.stages import run_stages
-from vlmds.training.watch import doing, last_words, tell
+from vlmds.training.watch import doing, last_words, lost_words, note_failure, tell
 
 # Keys that may differ between nodes.
 OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
             if is_main():
                 from vlmds.plan import plan_experiment
 
-                print(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
+                tell(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
             return 0
         train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     except (InputError, Stopped) as error:
@@ -76,11 +77,16 @@ def main(args: argparse.Namespace) -> int:
         elif not getattr(error, "shared", True) and os.environ.get("LOCAL_RANK") == "0":
             # What only this node finds, such as a file that is not on it; rank 0 may still be waiting.
             tell(f"vlmds: rank {os.environ['RANK']}: {error}", sys.stderr)
+        if not getattr(error, "shared", True):
+            note_failure()
         leave()
         return 2 if isinstance(error, InputError) else 3
     except BaseException as error:
-        tell(traceback.format_exc(), sys.stderr)
-        last_words(f"{type(error).__name__}: {error}".splitlines()[0])
+        if connection_lost(error):
+            lost_words()
+        else:
+            tell(traceback.format_exc(), sys.stderr)
+            last_words(f"{type(error).__name__}: {error}".splitlines()[0])
         # Taking the process groups down would wait for ranks that are not coming.
         os._exit(1)
     leave()
@@ -108,27 +114,25 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     parts = together(lambda: shapes(experiment) if is_main() else None)
     on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     doing("looking for the pretrained models")
-    resumed = args.resume not in ("auto", "never")
-    experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(
-        output, Path(args.resume).resolve().parents[1] if resumed else None, args.from_run)))
+    start_from = None if args.resume in ("auto", "never") else Path(args.resume)
+    earlier = (output, start_from and start_from.resolve().parents[1], args.from_run)
+    experiment = fetch_models(experiment, on_main(lambda: recorded_revisions(*earlier)))
     on_main(lambda: check_models(experiment, parts, dataset))
-    warn_of_readers(experiment.data.num_workers)
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
         "weights": base_weights(experiment),
         "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision}}
-    resume = args.resume
-    start_from = None if resume in ("auto", "never") else Path(resume)
+    world_size = dist.get_world_size()
     run = on_main(lambda: open_run(
-        output, experiment, resume, origin=origin, world_size=dist.get_world_size(),
-        command=sys.argv))
-    check_ds_config(config, experiment, accumulation_steps(
-        experiment, dist.get_world_size(), run.global_batch))
+        output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv))
+    check_ds_config(
+        config, experiment, accumulation_steps(experiment, world_size, run.global_batch))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
-        tell(f"vlmds: {describe_batch(experiment, dist.get_world_size(), run.global_batch)}")
+        tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
+    warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
     stored = None
     if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames

@@ -1,7 +1,8 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard and, if asked for, W&B.
 
 Every optimizer step has its line in metrics.jsonl; steps are written in groups of
-``logging.every``, because reading a loss off the GPU makes it wait.
+``logging.every``, because reading a loss off the GPU makes it wait. The first one after a start is
+written at once: it tells that training works, and its warm-up is in no other group's speed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vlmds.config import Experiment
+from vlmds.messages import counted
 from vlmds.progress import duration, tell
 from vlmds.training.journal import Journal
 
@@ -111,7 +113,7 @@ class Monitor:
         self._write([{"kind": "val", "stage": self.stage, "step": step, "loss": loss,
                       "samples": samples}])
         self.say(f"{self.stage} step {step}/{self.total}  validation loss {loss:.4f} "
-                 f"({samples} samples)")
+                 f"({counted(samples, 'sample')})")
         # Training throughput counts training only.
         self._window_start, self._waited = time.perf_counter(), 0.0
 
@@ -129,7 +131,7 @@ class Monitor:
         name = next(iter(values))
         self.say(f"{self.stage} step {step}/{self.total}  {name} {values[name]:.2f}  "
                  + "  ".join(f"{gap} {value:.3f}" for gap, value in gaps.items())
-                 + f" ({found['clips']} clips)")
+                 + f" ({counted(found['clips'], 'clip')})")
         self._window_start, self._waited = time.perf_counter(), 0.0
 
     def energy(self, step: int, joules: float | None) -> None:

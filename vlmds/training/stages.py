@@ -28,6 +28,7 @@ from vlmds.data.loader import (
 )
 from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError, Stopped
+from vlmds.messages import counted
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
@@ -310,8 +311,8 @@ class StageTrainer:
         limit = self.experiment.training.max_skipped_steps
         if self.progress.skipped > limit:
             raise InputError(
-                f"stages.{self.number}: {self.progress.skipped} steps had a loss or gradient that "
-                f"is not a finite number, more than training.max_skipped_steps {limit}; lower "
+                f"stages.{self.number}: {counted(self.progress.skipped, 'step')} had a loss or "
+                f"gradient that is not a finite number, more than training.max_skipped_steps {limit}; lower "
                 f"stages.{self.number}.lr, or look at the samples in "
                 f"{self.run.path / 'ledger.jsonl'}")
 

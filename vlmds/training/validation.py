@@ -18,6 +18,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import evaluate_subset
 from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.generation import GenerationOptions
+from vlmds.messages import counted
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
@@ -143,7 +144,7 @@ class Validator:
             limit = self.experiment.data.max_bad_fraction
             if any_bad > max(1, limit * len(reader)):
                 raise InputError(
-                    f"split val: {any_bad:.0f} of {len(reader)} samples could not be used, more than "
+                    f"split val: {any_bad:.0f} of {counted(len(reader), 'sample')} could not be used, more than "
                     f"data.max_bad_fraction {limit} allows; see the run's ledger.jsonl")
         self.monitor.validation(step, total / tokens, len(reader))
         return total / tokens

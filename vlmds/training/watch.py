@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from vlmds.progress import tell
+from vlmds.training import lost
 
 STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
 MOST_RANKS = 16  # that one rank quotes
@@ -36,6 +38,7 @@ def start_watch(timeout_minutes: float, stall_seconds: float) -> None:
     global _store
     if dist.get_world_size() > 1:
         _store = dist.PrefixStore("vlmds", dist.distributed_c10d._get_default_store())
+        lost.note_process(_store)
     doing("starting")  # first: this module may have been imported long ago
     threading.Thread(target=_watch, args=(timeout_minutes * 60, stall_seconds), daemon=True).start()
 
@@ -71,6 +74,18 @@ def last_words(problem: str) -> None:
     tell("\n".join(lines + list(others)), sys.stderr)
 
 
+def note_failure() -> None:
+    """Let the others know that this rank ends by an error that it reports itself."""
+    if _store is not None:
+        with suppress(RuntimeError):
+            lost.note_failure(_store)
+
+
+def lost_words() -> None:
+    """Print on stderr which other rank is gone, where that ends this one."""
+    lost.report_loss(_store)
+
+
 def end_job(problem: str) -> NoReturn:
     """End this process, and with it the job, from any thread, after its :func:`last_words`."""
     last_words(f"{problem}, ending the job")
@@ -85,6 +100,7 @@ def idle_seconds() -> float:
 def _ask(lines: list[str]) -> None:
     if _store is None:
         return
+    note_failure()
     mine = dist.get_rank()
     for rank in range(dist.get_world_size()):
         try:

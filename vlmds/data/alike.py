@@ -1,0 +1,140 @@
+"""Do packed datasets fit together, and an experiment; and the command that makes one of them fit.
+
+Only what dataset.json says is compared. A message names a whole command where one can be known; a
+word in capitals stands for what only the user knows, such as where the manifest lies.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from vlmds.data.index import ShardIndex
+from vlmds.data.shards import PackOptions
+from vlmds.data.video import RESIZER, SAMPLER
+from vlmds.errors import InputError
+from vlmds.messages import counted
+
+CONVERSIONS = (("video", "frames"), ("video", "features"), ("frames", "features"))
+"""(store, store that can be made from it)"""
+_SAMPLING = ("sampler", "resizer")
+_SHAPE = ("num_frames", "image_size")
+
+
+def check_alike(parts: Sequence[ShardIndex]) -> None:
+    """Raise InputError, naming both and the command that converts one, unless all parts of a blend
+    are of the same store and have the same frames."""
+    for number, part in enumerate(parts[1:], 1):
+        first = parts[0].meta
+        names = ["store", *_SAMPLING]
+        if part.store == parts[0].store != "video":
+            names += _SHAPE
+        differing = [name for name in names if part.meta.get(name) != first.get(name)]
+        if part.store == parts[0].store == "features" and not same_tower(part.meta, first):
+            differing.append("vision")
+        if not differing:
+            continue
+        shown = [_described(meta, differing) for meta in (part.meta, first)]
+        raise InputError(f"data.blend: {part.root} has {shown[0]}, but {parts[0].root} has "
+                         f"{shown[1]}; {_fix(parts, number)}")
+
+
+def check_frames(index: ShardIndex, num_frames: int, image_size: int) -> None:
+    """Raise InputError, naming the command that helps, if a frames or features store was packed with
+    another number or size of frames than the experiment's."""
+    if index.store == "video":
+        return
+    wanted = {"num_frames": num_frames, "image_size": image_size}
+    for name, want in wanted.items():
+        if index.meta[name] != want:
+            origin, command, _ = made_anew(index, {**index.meta, **wanted})
+            other = (f"set data.num_frames={index.meta[name]}" if name == "num_frames" else
+                     "choose another vision.model")
+            raise InputError(f"{index.root}: packed with {name} {index.meta[name]}, but the "
+                             f"experiment needs {want}; make it anew from its {origin}: {command}, "
+                             f"or {other}")
+
+
+def same_tower(meta: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the features of both are of one tower, whatever it was called."""
+    return meta["vision"]["fingerprint"] == other["vision"]["fingerprint"]
+
+
+def pack_command(source: object, out: object, store: str, *, num_frames: int | None = None,
+                 image_size: int | None = None, quality: int | None = None,
+                 vision: str | None = None, feature_layer: int = -1, pool: int = 1) -> str:
+    """The `vlmds pack` command that makes this store, to be pasted into a shell. source: a manifest
+    or a packed dataset."""
+    words = ["vlmds", "pack", str(source), str(out), "--store", store]
+    for option, value, default in (
+        ("--num-frames", num_frames, None), ("--image-size", image_size, None),
+        ("--quality", quality or PackOptions.quality, PackOptions.quality),
+        ("--vision", vision, None),
+        ("--feature-layer", feature_layer, -1), ("--pool", pool, 1),
+    ):
+        if value != default:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def made_anew(index: ShardIndex, like: dict[str, Any]) -> tuple[str, str, str]:
+    """For a dataset of frames or features that are made already and cannot be turned into others:
+    (what it came from, the command that makes of that a store such as `like`, a dataset.json,
+    describes, the new dataset's place)."""
+    source = "VIDEO_STORE" if like["store"] == "features" else "MANIFEST"
+    out = f"{index.root}-new"
+    return source.lower().replace("_", " "), _command(like, source, out), out
+
+
+def _command(like: dict[str, Any], source: object, out: str) -> str:
+    options = {name: like[name] for name in ("num_frames", "quality") if like.get(name)}
+    if like["store"] == "features":
+        vision = like["vision"]
+        options |= {"vision": vision["model"], "feature_layer": vision["feature_layer"],
+                    "pool": vision["pool"]}
+    elif like["store"] == "frames":
+        options["image_size"] = like["image_size"]
+    return pack_command(source, out, like["store"], **options)
+
+
+def _fix(parts: Sequence[ShardIndex], number: int) -> str:
+    """How one of the first part and this one becomes like the other."""
+    for source, target in ((number, 0), (0, number)):
+        if _convertible(parts[source].meta, parts[target].meta):
+            out = f"{parts[source].root}-{parts[target].store}"
+            command = _command(parts[target].meta, parts[source].root, out)
+            return f"convert one: {command}; then name {out} in data.blend.{source}.path"
+    old = 0 if _sampling(parts[0].meta) != [SAMPLER, RESIZER] else number
+    origin, command, out = made_anew(parts[old], parts[number - old].meta)
+    return f"make one anew from its {origin}: {command}; then name {out} in data.blend.{old}.path"
+
+
+def _convertible(source: dict[str, Any], target: dict[str, Any]) -> bool:
+    """Whether converting the source gives a store like the target."""
+    if (source["store"], target["store"]) not in CONVERSIONS:
+        return False
+    if source["store"] == "video":
+        return _sampling(target) == [SAMPLER, RESIZER]
+    return all(source.get(name) == target.get(name) for name in (*_SAMPLING, *_SHAPE))
+
+
+def _sampling(meta: dict[str, Any]) -> list:
+    return [meta.get(name) for name in _SAMPLING]
+
+
+def _described(meta: dict[str, Any], names: Sequence[str]) -> str:
+    """What it has of these keys, such as "a frames store of 8 frames at 336 px"."""
+    parts = []
+    if "store" in names:
+        parts.append(f"a {meta['store']} store")
+    for name in _SAMPLING:
+        if name in names:
+            parts.append(f"{name} {meta.get(name)!r}")
+    if meta["store"] != "video" and {*names} & {"store", *_SHAPE}:
+        parts.append(f"{counted(meta['num_frames'], 'frame')} at {meta['image_size']} px")
+    if meta["store"] == "features" and {*names} & {"store", "vision"}:
+        vision = meta["vision"]
+        parts.append(f"features of {vision['model']}, layer {vision['feature_layer']}, pool "
+                     f"{vision['pool']} ({vision['fingerprint'][:12]})")
+    return ", ".join(parts)

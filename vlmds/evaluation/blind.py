@@ -1,0 +1,75 @@
+"""Does the model use the video? What it says of each clip is held against what it says blind: of
+another clip's video, and of black frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlmds.evaluation.metrics import aggregate, interval, resampled_means, score_captions
+
+BLIND = {"shuffled": ("shuffled videos", "다른 클립의 영상"), "blank": ("blank videos", "빈 영상")}
+
+
+def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any]:
+    """Does the model use the video? The caption loss and the metrics with the clip's own video,
+    another clip's and black frames. gap: how much worse blind is, with its paired 95% bootstrap
+    interval; one that holds 0 is within noise."""
+    found: dict[str, Any] = {"loss": {}, "metrics": {}, "warnings": []}
+    for blind, others in (("shuffled", [borrowed.get(t.position) for t in texts]),
+                          ("blank", [r["blank"] for r in records])):
+        kept = [i for i, other in enumerate(others) if other]
+        if blind == "shuffled":
+            made = [partner.get(t.position) for t in texts]
+        else:
+            made = [blank[t.prompt] for t in texts]
+        if len(kept) < 2:
+            continue
+        own = np.array([records[i]["real"] for i in kept], dtype=np.float64)
+        other = np.array([others[i] for i in kept], dtype=np.float64)
+        means = resampled_means([own, other])
+        loss = [-float(x[:, 0].sum() / x[:, 1].sum()) for x in (own, other)]
+        gaps = means[0][:, 0] / means[0][:, 1] - means[1][:, 0] / means[1][:, 1]
+        found["loss"][blind] = _gap(loss[0], loss[1], loss[1] - loss[0], gaps)
+        references = [texts[i].captions for i in kept]
+        ours = score_captions([captions[i] for i in kept], references)
+        theirs = score_captions([made[i] for i in kept], references)
+        found["metrics"][blind] = {}
+        for name in ours:
+            pair = resampled_means([ours[name].statistics, theirs[name].statistics])
+            gaps = aggregate(name, pair[0]) - aggregate(name, pair[1])
+            values = ours[name].value, theirs[name].value
+            found["metrics"][blind][name] = _gap(*values, values[0] - values[1], gaps)
+    found["warnings"] = [doubt["en"] for doubt in doubts(found)]
+    return found
+
+
+def doubts(evidence: dict[str, Any]) -> list[dict[str, str]]:
+    """Why the model may not use the video, in English ("en") and Korean ("ko").
+
+    Args:
+        evidence: what :func:`looking` found. The loss counts, and the first of its metrics.
+    """
+    found = []
+    for blind, (english, korean) in BLIND.items():
+        if blind not in evidence["loss"]:
+            found.append({"en": f"{blind}: too few clips to tell",
+                          "ko": f"{korean}: 클립이 너무 적어 판단할 수 없습니다"})
+            continue
+        metric, gap_of_metric = next(iter(evidence["metrics"][blind].items()))
+        for name, subject, gap in (("loss", "손실이", evidence["loss"][blind]),
+                                       (metric, f"{metric}이(가)", gap_of_metric)):
+            if gap["low"] <= 0:
+                low, high = f"{gap['low']:.4g}", f"{gap['high']:.4g}"
+                found.append({
+                    "en": f"{name} with {english} is not worse beyond noise: gap "
+                          f"{gap['gap']:.4g}, 95% interval {low} to {high}",
+                    "ko": f"{korean}을 넣어도 {subject} 유의하게 나빠지지 않습니다: 차이 "
+                          f"{gap['gap']:.4g}, 95% 구간 {low} ~ {high}"})
+    return found
+
+
+def _gap(own: float, blind: float, gap: float, samples: np.ndarray) -> dict[str, float]:
+    low, high = interval(samples)
+    return {"own": own, "blind": blind, "gap": gap, "low": low, "high": high}
