@@ -1,4 +1,4 @@
-"""The names that `import vlmds` offers, and the README's worked example as it is written."""
+"""The names that `import vlmds` offers, and the documentation's worked example as it is written."""
 
 import inspect
 import re
@@ -48,10 +48,10 @@ def test_importing_and_help_load_no_pytorch():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_example_runs_as_written(models, run, shards, tmp_path, monkeypatch, capsys):  # noqa: F811
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"<!-- notebook-example -->\n```python\n(.*?)```", readme, re.DOTALL)
-    assert found, "README.md has no <!-- notebook-example --> followed by a python block"
+def test_the_documented_example_runs_as_written(models, run, shards, tmp_path, monkeypatch, capsys):  # noqa: F811
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- notebook-example -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert found, "python-api.md has no <!-- notebook-example --> followed by a python block"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run, "runs/e3")
     make_run(models, shards, tmp_path / "runs" / "e7", "e7")
@@ -59,7 +59,7 @@ def test_the_readmes_example_runs_as_written(models, run, shards, tmp_path, monk
         write_video(tmp_path / f"new{number}.mp4", frames=30)
     (tmp_path / "videos").mkdir()
     shutil.copy("new1.mp4", "videos")
-    exec(compile(found[1], "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(found[1], "python-api.md", "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
     assert "1 captions; 0 failed" in printed and "failed:" not in printed
     assert (tmp_path / "captions.csv").is_file()

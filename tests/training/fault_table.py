@@ -1,4 +1,4 @@
-"""Bring on each fault, see what happens, and print the table of README's section on reliability.
+"""Bring on each fault, see what happens, and print the table of docs/reliability.md.
 
     python -m tests.training.fault_table [NAME …]
 """

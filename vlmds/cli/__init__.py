@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (packing.add_pack, training.add_new, planning.add_plan, planning.add_doctor,
-                planning.add_fetch, training.add_train, using.add_caption, using.add_serve,
-                using.add_export, evaluating.add_evaluate, evaluating.add_compare,
+                planning.add_fetch, planning.add_schema, training.add_train, using.add_caption,
+                using.add_serve, using.add_export, evaluating.add_evaluate, evaluating.add_compare,
                 evaluating.add_sweep, bench.add_bench, planning.add_demo):
         add(commands)
     return parser

@@ -1,4 +1,4 @@
-"""`vlmds plan`, `vlmds doctor` and `vlmds demo`: before the first run."""
+"""`vlmds plan`, `vlmds doctor`, `vlmds fetch`, `vlmds schema` and `vlmds demo`: before the first run."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def fetch(args: argparse.Namespace) -> int:
         experiment = artifact_experiment(final_artifact(resolve_artifact(args.run)), args.set)
     for line in fetch_newest(experiment):
         print(line, flush=True)
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    from vlmds.schema import configuration_page, schema_text
+
+    print(configuration_page() if args.markdown else schema_text(), end="")
     return 0
 
 
@@ -95,6 +102,18 @@ def add_fetch(commands) -> None:
                        "trained from")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     command.set_defaults(call=fetch, module="vlmds.models.fetch")
+
+
+def add_schema(commands) -> None:
+    command = commands.add_parser(
+        "schema", help="the JSON Schema of experiment files, for editors",
+        description="Prints the JSON Schema of experiment files. An editor with the YAML language "
+        "server then completes and checks the keys of a file that begins with "
+        "'# yaml-language-server: $schema=PATH'.")
+    command.add_argument("--markdown", action="store_true",
+                         help="print the page docs/configuration.md instead: every key with its "
+                         "type, default and meaning")
+    command.set_defaults(call=schema)
 
 
 def add_demo(commands) -> None:

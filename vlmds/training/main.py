@@ -1,8 +1,8 @@
 """The command `deepspeed launch/train.py --exp e7.yaml`: one experiment, whole schedule.
 
 The arguments, the checks, the models, the run folder, the stages: in this order, so that a mistake
-is found before the slow part, and a start that is refused leaves nothing behind. See the README for
-what each argument does.
+is found before the slow part, and a start that is refused leaves nothing behind. See
+docs/training.md for what each argument does.
 """
 
 from __future__ import annotations

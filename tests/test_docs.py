@@ -1,0 +1,121 @@
+"""README, docs/ and launch/README.md: links lead somewhere, commands exist, the site builds."""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmds.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "launch" / "README.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+pages = pytest.mark.parametrize("page", PAGES, ids=IDS)
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = (action for action in parser._actions
+               if isinstance(action, argparse._SubParsersAction))
+    return next((action.choices for action in actions), {})
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings as GitHub and mkdocs both name them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def fenced_commands(page: Path) -> list[list[str]]:
+    """The arguments of every vlmds command in a bash block: the subcommand first."""
+    found = []
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language != "bash":
+            continue
+        block = re.sub(r"<<JSON\n.*?^JSON$", "", block, flags=re.MULTILINE | re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|", line.replace("$(", "(")):
+                words = shlex.split(part, comments=True)
+                if ">" in words:
+                    words = words[:words.index(">")]
+                for number, word in enumerate(words):
+                    if word in ("vlmds", "vlmds.cli") or word.endswith("/vlmds"):
+                        found.append(words[number + 1:])
+                        break
+                    if word in ("launch/train.py", "launch/slurm.sbatch"):
+                        found.append(["train", *words[number + 1:]])
+                        break
+    return found
+
+
+@pages
+def test_links_lead_to_a_file_and_a_heading(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), f"{target}: no such file"
+        if page.parent == ROOT / "docs":
+            assert other.parent == page.parent, f"{target}: mkdocs has no files outside of docs/"
+        assert not anchor or anchor in anchors(other), f"{target}: no such heading"
+
+
+@pages
+def test_commands_in_blocks_are_accepted(page):
+    for arguments in fenced_commands(page):
+        try:
+            _parser().parse_args(arguments)
+        except SystemExit as end:
+            assert end.code == 0, f"vlmds {' '.join(arguments)}"
+
+
+def test_there_are_commands_to_try():
+    found = {words[0] for page in PAGES for words in fenced_commands(page) if words}
+    assert found >= {"pack", "plan", "train", "evaluate", "caption", "compare", "sweep", "export",
+                     "serve", "fetch", "new", "demo", "schema"}
+
+
+@pages
+def test_commands_in_a_line_name_what_there_is(page):
+    known = subcommands(_parser())
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for code in re.findall(r"`(?:vlmds) ([^`]+)`", text):
+        words = code.split()
+        if words[0] in ("…", "COMMAND", "[...]"):
+            continue
+        assert words[0] in known, f"vlmds {code}"
+        parser = known[words[0]]
+        if len(words) > 1 and words[1] in subcommands(parser):
+            parser = subcommands(parser)[words[1]]
+        for word in words:
+            if word.startswith("--"):
+                assert word in parser._option_string_actions, f"vlmds {code}"
+
+
+def test_both_readmes_have_the_same_shape_and_are_short():
+    english, korean = ((ROOT / name).read_text(encoding="utf-8")
+                       for name in ("README.md", "README.ko.md"))
+    assert max(len(english.splitlines()), len(korean.splitlines())) <= 150
+    shape = [[len(marks) for marks in re.findall(r"^(#+) ", FENCE.sub("", text), re.MULTILINE)]
+             for text in (english, korean)]
+    assert shape[0] == shape[1]
+    blocks = [[re.sub(r"\s*#.*", "", block) for language, block in FENCE.findall(text)
+               if language == "bash"] for text in (english, korean)]
+    assert blocks[0] == blocks[1], "the commands differ"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "configuration" / "index.html").is_file()
