@@ -38,6 +38,10 @@ from vlmds.messages import install_hint
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """The extra of pyproject.toml that brings a protocol's driver."""
 
+UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE}
+"""What is wrong with a disk or a path that the user named, and not with the program."""
+
 
 def as_path(place: str | os.PathLike) -> Path:
     """A ``Path``, or for a URL that fsspec knows (``s3://…``, ``memory://…``) a ``UPath``, which
@@ -270,6 +274,16 @@ def check_writable(path: Path, option: str, inside: tuple[str, ...] = ()) -> Non
         if os.path.exists(place) and not os.access(place, wanted):
             raise InputError(f"{option} {path}: {_refused(place, 'written', missing)}, or choose "
                              f"another {option}")
+
+
+def unusable_place(error: BaseException) -> str | None:
+    """What is wrong with a disk or a path, and the fix, in one line; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in UNUSABLE or error.filename is None:
+        return None
+    if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            and "://" not in str(error.filename)):
+        return denied(Path(error.filename))
+    return f"{error.filename}: {error.strerror}; make room there, or name another place"
 
 
 def denied(path: Path) -> str:

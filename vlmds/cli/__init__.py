@@ -13,7 +13,7 @@ from importlib import import_module
 from vlmds.cli import bench, evaluating, packing, planning, training, using
 from vlmds.cuda import use_expandable_segments
 from vlmds.errors import InputError
-from vlmds.messages import unusable_place
+from vlmds.files import unusable_place
 from vlmds.progress import phase
 from vlmds.quiet import quiet_libraries
 

@@ -24,8 +24,8 @@ from vlmds.cores import cores_of_rank
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.errors import InputError, Stopped
-from vlmds.files import absolute, copy_files, new_folder
-from vlmds.messages import counted, unusable_place
+from vlmds.files import absolute, copy_files, new_folder, unusable_place
+from vlmds.messages import counted
 from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
