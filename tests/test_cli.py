@@ -28,6 +28,14 @@ def test_pack_counts_every_reject_and_goes_on(tmp_path, capsys):
                        "duplicate id"]
 
 
+def test_a_share_too_small_for_the_rows_is_announced(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4")
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
+    for share, warned in (("1e-9", True), ("1", False)):
+        assert main(["pack", str(manifest), str(tmp_path / share), "--val-fraction", share]) == 0
+        assert ("WARNING: split val is empty" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("command", ["pack", "caption"])
 def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
     """As `vlmds … | head -1` does, with the exit code that other tools have then."""

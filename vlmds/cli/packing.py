@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from vlmds.errors import InputError
 from vlmds.files import as_path
 from vlmds.messages import counted
 from vlmds.progress import phase
 from vlmds.units import size_text
+
+if TYPE_CHECKING:
+    from vlmds.data.pack import PackSummary
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -51,15 +55,21 @@ def _pack(args: argparse.Namespace) -> int:
             val_fraction=args.val_fraction, verify=not args.no_verify, dedup=args.dedup,
             append=args.append, merge=args.merge, retry=args.retry, task=_task(args),
             engine=args.engine, **common)
-    from vlmds.data.coverage import coverage_lines
-    from vlmds.data.index import ShardIndex
-
     if not summary.finished:
         print(f"packed the {counted(summary.shards, 'shard')} of task {args.task_index} of "
               f"{args.num_tasks}; when all tasks are done, join them: vlmds pack "
               f"{args.manifest} {args.out} with the same options, but without --task-index and "
               "--num-tasks (--merge makes sure that nothing is left to pack)")
-        return 0
+    else:
+        _report(args, summary)
+    return 0
+
+
+def _report(args: argparse.Namespace, summary: PackSummary) -> None:
+    """What is in the dataset now, and what is not, and why."""
+    from vlmds.data.coverage import coverage_lines
+    from vlmds.data.index import ShardIndex
+
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(f"packed {counted(summary.packed, 'sample')} ({counts}) into "
           f"{counted(summary.shards, 'shard')}, "
@@ -89,7 +99,9 @@ def _pack(args: argparse.Namespace) -> int:
               f"{args.out / 'duplicates.jsonl'}; --dedup leaves all but the first out")
     if summary.ignored_columns:
         print(f"ignored columns: {', '.join(summary.ignored_columns)}")
-    return 0
+    if args.val_fraction and not summary.counts.get("val"):
+        print(f"WARNING: split val is empty: none of so few rows falls into --val-fraction "
+              f"{args.val_fraction:g}; give a larger one, or a column split in the manifest")
 
 
 def _task(args: argparse.Namespace) -> tuple[int, int] | None:
