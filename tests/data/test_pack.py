@@ -300,7 +300,7 @@ def test_the_command_tells_a_stop_and_a_bad_place_in_one_line(tmp_path, videos, 
     words = ["pack", str(videos / "manifest.jsonl"), str(tmp_path / "file" / "out")]
     assert main(words) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("vlmds: ") and str(tmp_path / "file") in told and "Not a directory" in told
+    assert told.startswith("vlmds: ") and str(tmp_path / "file") in told and "is not a folder" in told
     monkeypatch.setattr(packing, "_pack", interrupted)
     assert main(words) == 3
     assert capsys.readouterr().err.splitlines()[-1].startswith("vlmds: stopped; finished shards are kept")
