@@ -30,10 +30,12 @@ def test_pack_counts_every_reject_and_goes_on(tmp_path, capsys):
 
 def test_a_share_too_small_for_the_rows_is_announced(tmp_path, capsys):
     write_video(tmp_path / "a.mp4")
-    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
-    for share, warned in (("1e-9", True), ("1", False)):
-        assert main(["pack", str(manifest), str(tmp_path / share), "--val-fraction", share]) == 0
+    rows = [{"video": "a.mp4", "caption": "가"}, {"video": "a.mp4", "id": "b", "caption": "나"}]
+    for name, warned in (("none", True), ("one", False)):
+        manifest = write_manifest(tmp_path / f"{name}.jsonl", rows)
+        assert main(["pack", str(manifest), str(tmp_path / name), "--val-fraction", "1e-9"]) == 0
         assert ("WARNING: split val is empty" in capsys.readouterr().out) == warned
+        rows[1]["split"] = "val"  # as the manifest says, whatever the share
 
 
 @pytest.mark.parametrize("command", ["pack", "caption"])
