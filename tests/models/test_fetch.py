@@ -170,7 +170,7 @@ def test_without_a_hub_what_is_there_is_used(hub, tmp_path, monkeypatch):
     ({"llm": "team/holes"}, "llm.model: team/holes has no weights on the hub .model-00002"),
     ({"vision": QWEN}, "vision.model: team/qwen3 has no preprocessor_config.json on the hub"),
     ({"llm": "team/secret"}, "llm.model: team/secret: http.* answers 401: .*; log in"),
-    ({"llm": "team/denied"}, "llm.model: http.* does not let this account read team/denied; log in"),
+    ({"llm": "team/denied"}, "llm.model: http.* refuses team/denied to this account; log in"),
     ({"llm": "team/inside"}, "model.safetensors.index.json names parts/a.safetensors, but weights"),
     ({"llm": "a/b c"}, "llm.model: a/b c is neither a folder here nor a name of the hub"),
 ])

@@ -407,7 +407,7 @@ def _translated(section: Section) -> Iterator[None]:
         InputError: trying again would not help. _Interrupted: it might.
     """
     key, name = key_of(section), section.model
-    log_in = "log in (hf auth login, or HF_TOKEN) with one that may"
+    log_in = "log in (hf auth login, or HF_TOKEN) with an account that may read it"
     full = (f"{key}: {name}: the disk of {hub_cache()} is full; free some, or set HF_HOME to a folder on "
             "another disk")
     ahead = (f"run vlmds fetch where there is a network and copy or share HF_HOME, or name a folder: "
@@ -441,7 +441,7 @@ def _translated(section: Section) -> Iterator[None]:
         if isinstance(error, RuntimeError) and re.search("os error 28|No space left", str(error)):
             raise InputError(full) from None
         if _status(error.__cause__) in (401, 403):
-            raise InputError(f"{key}: {constants.ENDPOINT} does not let this account read {name}; "
+            raise InputError(f"{key}: {constants.ENDPOINT} refuses {name} to this account; "
                              f"{log_in}") from None
         raise _Interrupted(f"{key}: {name} is not complete in {hub_cache()}, and {constants.ENDPOINT} "
                            f"cannot be reached ({_one_line(error)}); {ahead}") from None
