@@ -174,8 +174,8 @@ for _ in range(2):  # and the next check finds all ranks together
                                 [0, 1, 2], ["a", "b", "c"]))
     if is_main():
         for one in found:
-            print(one.level, one.text, one.fix, flush=True)
-print("NCCL raises:", os.environ["TORCH_NCCL_BLOCKING_WAIT"], flush=True)
+            print(f"{one.level} {one.text} {one.fix}", flush=True)  # in one piece: others print, too
+print(f"NCCL raises: {os.environ['TORCH_NCCL_BLOCKING_WAIT']}", flush=True)
 os._exit(0)
 """
 
