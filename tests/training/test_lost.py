@@ -29,7 +29,7 @@ try:
     dist.all_reduce(torch.ones(1))
 except Exception as error:
     watch.report_lost_rank() if connection_lost(error) else watch.report_failure(f"{error}")
-    print(rank, type(error).__name__, flush=True)
+    print(f"{rank} {type(error).__name__}", flush=True)
     os._exit(1)
 """
 
