@@ -32,10 +32,9 @@ def fetch(args: argparse.Namespace) -> int:
     from vlmds.models.fetch import fetch_newest
     from vlmds.training.run import final_artifact
 
-    begun = args.run is not None and Path(args.run) / "run.json"
     if args.run is None:
         experiment = load_experiment(args.exp, args.set)
-    elif begun.is_file():  # also one that is to be resumed and has finished nothing yet
+    elif (Path(args.run) / "run.json").is_file():  # also one that is to be resumed and has finished nothing yet
         experiment = load_experiment(Path(args.run) / "experiment.yaml", args.set)
     else:
         experiment = artifact_experiment(final_artifact(resolve_artifact(args.run)), args.set)
