@@ -34,7 +34,7 @@ def fetch(args: argparse.Namespace) -> int:
 
     if args.run is None:
         experiment = load_experiment(args.exp, args.set)
-    elif (Path(args.run) / "run.json").is_file():  # also one that is to be resumed and has finished nothing yet
+    elif (Path(args.run) / "run.json").is_file():  # which may have finished nothing yet
         experiment = load_experiment(Path(args.run) / "experiment.yaml", args.set)
     else:
         experiment = artifact_experiment(final_artifact(resolve_artifact(args.run)), args.set)
