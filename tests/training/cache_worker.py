@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from vlmds.training import ranks
 
-TIMEOUT = 6.0  # seconds without a report
+TIMEOUT = 15.0  # seconds without a report, and for the ranks to join
 
 
 def main(folder: Path, kind: str) -> None:
@@ -23,7 +23,7 @@ def main(folder: Path, kind: str) -> None:
 
     def work(report) -> None:
         (folder / f"worked-{rank}").touch()
-        end = time.monotonic() + (1.5 * TIMEOUT if rank == 0 else 0)
+        end = time.monotonic() + (1.2 * TIMEOUT if rank == 0 else 0)
         while time.monotonic() < end:
             report("downloading")
             time.sleep(0.1)
