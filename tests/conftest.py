@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.training.fixtures import models, shards, two_ranks  # noqa: E402, F401
-from vlmds import progress  # noqa: E402
+from vlmds.console import progress
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

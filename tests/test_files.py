@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.data.conftest import write_manifest, write_video
-from tests.test_inference import made
+from tests.inference.test_video_captioner import made
 from vlmds import files
 from vlmds.cli import main
-from vlmds.data.pack import pack
 from vlmds.errors import InputError
 from vlmds.export.folder import export_run
+from vlmds.packing.pack import pack
+from vlmds.runs.folder import check_run_folder
 from vlmds.training import checkpoint
-from vlmds.training.run import check_run_folder
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

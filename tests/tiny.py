@@ -12,17 +12,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import (
-    AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase, Qwen3Config,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
     Qwen3ForCausalLM,
 )  # fmt: skip
 
-from vlmds.config import load_experiment
-from vlmds.data.prompt import SequenceBuilder, TokenSequence
 from vlmds.demo.pretrain import train_tokenizer
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
+from vlmds.models.sequences import SequenceBuilder, TokenSequence
 
 SIDE = 28  # pixels; patches of 14, so 4 a frame
 FRAMES = 4

@@ -7,23 +7,23 @@ loads neither PyTorch nor a model. The commands are in :mod:`vlmds.cli`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlmds.quiet import drop_accelerator_notice
+from vlmds.console.quiet import drop_accelerator_notice
 
 if TYPE_CHECKING:
+    from vlmds.captioning.job import caption_to_file
     from vlmds.captioning.pipeline import caption_records
-    from vlmds.captioning.run import caption_to_file
-    from vlmds.config import Experiment, load_experiment
     from vlmds.data.dataset import open_dataset
-    from vlmds.data.decode_child import Clip
-    from vlmds.data.pack import pack
     from vlmds.errors import InputError, SampleError
     from vlmds.evaluation.compare import compare
     from vlmds.evaluation.evaluate import evaluate_run, read_evaluation
     from vlmds.evaluation.report import write_report
     from vlmds.evaluation.runs import load_run
-    from vlmds.generation import GenerationOptions
-    from vlmds.inference import VideoCaptioner
-    from vlmds.plan import plan_experiment
+    from vlmds.experiments.schema import Experiment, load_experiment
+    from vlmds.inference.generation import GenerationOptions
+    from vlmds.inference.video_captioner import VideoCaptioner
+    from vlmds.packing.pack import pack
+    from vlmds.planning.plan import plan_experiment
+    from vlmds.video.pool import Clip
 
 __all__ = [
     "Clip", "Experiment", "GenerationOptions", "InputError", "SampleError", "VideoCaptioner",
@@ -32,19 +32,19 @@ __all__ = [
 ]
 _MODULES = {
     "captioning.pipeline": ("caption_records",),
-    "captioning.run": ("caption_to_file",),
-    "config": ("Experiment", "load_experiment"),
+    "captioning.job": ("caption_to_file",),
+    "experiments.schema": ("Experiment", "load_experiment"),
     "data.dataset": ("open_dataset",),
-    "data.decode_child": ("Clip",),
-    "data.pack": ("pack",),
+    "video.pool": ("Clip",),
+    "packing.pack": ("pack",),
     "errors": ("InputError", "SampleError"),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate_run", "read_evaluation"),
     "evaluation.report": ("write_report",),
     "evaluation.runs": ("load_run",),
-    "generation": ("GenerationOptions",),
-    "inference": ("VideoCaptioner",),
-    "plan": ("plan_experiment",),
+    "inference.generation": ("GenerationOptions",),
+    "inference.video_captioner": ("VideoCaptioner",),
+    "planning.plan": ("plan_experiment",),
 }
 
 drop_accelerator_notice()

@@ -32,8 +32,8 @@ from typing import BinaryIO
 from fsspec import get_filesystem_class
 from upath import UPath
 
+from vlmds.console.text import install_hint
 from vlmds.errors import InputError
-from vlmds.messages import install_hint
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """The extra of pyproject.toml that brings a protocol's driver."""

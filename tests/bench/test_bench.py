@@ -10,7 +10,7 @@ from tests.training.launch import environment
 from vlmds.bench import data
 from vlmds.bench.data import bench_data
 from vlmds.bench.generate import bench_generate
-from vlmds.bench.scale import bench_scale
+from vlmds.bench.large_index import bench_scale
 
 
 def test_scale(tmp_path, capsys):

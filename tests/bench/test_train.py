@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from tests.training.launch import environment, forked
-from vlmds.bench import scaling, train, workload
+from vlmds.bench import many_gpus, train, workload
 from vlmds.bench.clock import StepClock
-from vlmds.bench.scaling import bench_scaling, communication_seconds, sent_bytes
-from vlmds.config import load_experiment
+from vlmds.bench.many_gpus import bench_scaling, communication_seconds, sent_bytes
 from vlmds.errors import InputError
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.assemble import shapes
 
 SMALL = ["data.num_frames=2", "training.gradient_accumulation=1"]
@@ -188,7 +188,7 @@ def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, monkeypatch):
     # Owners get their part up to 64 ranks; over more, gradients are all-reduced.
     assert sent_bytes(1.0, 64) == 2 * 63 / 64 and sent_bytes(1.0, 128) == 3 * 127 / 128
     assert communication_seconds(1e8, 64, 400) < communication_seconds(1e8, 64, 200)
-    monkeypatch.setattr(scaling, "EXPERIMENTS", ("e3", "e8"))
+    monkeypatch.setattr(many_gpus, "EXPERIMENTS", ("e3", "e8"))
     found = bench_scaling(tmp_path, "h200")
     assert [row["experiment"] for row in found["rows"]] == ["e3", "e8"]
     efficiency = [float(found["rows"][1][f"{gpus} GPUs, 200 Gb/s"].rstrip("%"))

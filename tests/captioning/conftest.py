@@ -6,9 +6,8 @@ import pytest
 
 from tests import tiny
 from tests.data.conftest import write_video
-from vlmds.data.decode_child import Clip, decode_videos
-from vlmds.inference import VideoCaptioner
-
+from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.video.pool import Clip, decode_videos
 
 SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른쪽으로 움직입니다",
            "노란 사각형이 위로 움직입니다", "하얀 고리가 아래로 움직입니다")

@@ -6,7 +6,14 @@ import io
 import pytest
 
 from vlmds.captioning.outputs import (
-    CaptionFile, find_target, srt_files, timestamp, to_csv, to_srt, width, wrap,
+    CaptionFile,
+    find_target,
+    srt_files,
+    timestamp,
+    to_csv,
+    to_srt,
+    width,
+    wrap,
 )  # fmt: skip
 from vlmds.errors import InputError
 

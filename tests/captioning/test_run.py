@@ -18,20 +18,20 @@ from tests.captioning.conftest import SAYINGS
 from tests.data.conftest import write_manifest, write_video
 from tests.training.launch import forked
 from vlmds.captioning import pipeline
+from vlmds.captioning.job import caption_to_file
 from vlmds.captioning.outputs import CaptionFile, find_target
 from vlmds.captioning.pipeline import ahead, caption_records, plan_work
-from vlmds.captioning.run import caption_to_file
 from vlmds.captioning.sources import Item
 from vlmds.cli import main
-from vlmds.data.convert import convert_from_options
 from vlmds.data.dataset import Dataset
-from vlmds.data.decode_child import Clip, decode_videos, decode_windows, video_facts
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader, visual_inputs
-from vlmds.data.pack import pack
 from vlmds.errors import InputError, SampleError
-from vlmds.generation import GenerationOptions, generate_captions
-from vlmds.inference import VideoCaptioner
+from vlmds.inference.generation import GenerationOptions, generate_captions
+from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.packing.convert import convert_from_options
+from vlmds.packing.pack import pack
+from vlmds.video.pool import Clip, decode_videos, decode_windows, video_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATION = GenerationOptions(max_new_tokens=8)
@@ -149,7 +149,7 @@ def test_the_watch_hears_of_every_batch(artifact, folder, tmp_path, monkeypatch)
 
 def test_progress_is_shown_and_can_be_switched_off(
         artifact, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vlmds.progress.QUIET_SECONDS", 1e-3)
+    monkeypatch.setattr("vlmds.console.progress.QUIET_SECONDS", 1e-3)
     for shown in (False, True):
         caption_to_file(artifact, tmp_path / f"{shown}.jsonl", data=str(folder), progress=shown,
                         **WINDOW)

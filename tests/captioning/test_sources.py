@@ -6,8 +6,8 @@ import pytest
 
 from tests.data.conftest import write_manifest
 from vlmds.captioning.sources import find_source, grouped, parse_seconds, spans
-from vlmds.data.decode_child import Clip
 from vlmds.errors import InputError, SampleError
+from vlmds.video.pool import Clip
 
 
 def test_a_folder_gives_its_videos_in_order_and_counts_the_rest(folder):

@@ -6,7 +6,7 @@ from tests.data.conftest import write_manifest, write_video
 from vlmds.cli import main
 from vlmds.data.coverage import coverage_lines
 from vlmds.data.index import ShardIndex
-from vlmds.data.pack import pack
+from vlmds.packing.pack import pack
 
 
 @pytest.fixture

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from tests.data.conftest import write_manifest, write_video
 from tests.training.forked import fork_context
 from vlmds.cli import main
-from vlmds.config import BlendPart, DataConfig
 from vlmds.data.blend import BLOCK, Blend, shares
 from vlmds.data.cache import ShardCache
 from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
-from vlmds.data.pack import pack
 from vlmds.errors import InputError, SampleError
+from vlmds.experiments.schema import BlendPart, DataConfig
 from vlmds.files import as_path
+from vlmds.packing.pack import pack
 
 
 def packed(folder: Path, name: str, count: int, val: int = 0) -> Path:

@@ -10,27 +10,22 @@ from safetensors.torch import save
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from vlmds.cli import main
-from vlmds.config import VisionConfig, load_experiment
 from vlmds.data.alike import converted, tower_keys
-from vlmds.data.convert import convert
 from vlmds.data.dataset import Dataset
-from vlmds.data.features import (
-    bytes_per_sample,
-    check_tower,
-    decode_features,
-    encode_features,
-)
+from vlmds.data.features import bytes_per_sample, check_tower, decode_features, encode_features
 from vlmds.data.index import ShardIndex
-from vlmds.data.loader import SampleReader, Batches, training_collate
-from vlmds.data.pack import pack
-from vlmds.data.prompt import SequenceBuilder
+from vlmds.data.loader import Batches, SampleReader, training_collate
 from vlmds.errors import InputError, SampleError
+from vlmds.experiments.schema import VisionConfig, load_experiment
 from vlmds.files import as_path
-from vlmds.inference import VideoCaptioner
+from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import load_model
 from vlmds.models.captioner import IGNORE
+from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.vision import load_vision_tower
+from vlmds.packing.convert import convert
+from vlmds.packing.pack import pack
 
 CPU = torch.device("cpu")
 META = {"num_frames": 2, "vision": {"patches": 3, "width": 4}}

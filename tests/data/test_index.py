@@ -11,8 +11,8 @@ import pytest
 
 from tests.data.conftest import write_manifest
 from vlmds.data.index import CACHED_SHARDS, ShardIndex
-from vlmds.data.pack import pack
 from vlmds.errors import InputError, SampleError
+from vlmds.packing.pack import pack
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,12 @@ from hypothesis import strategies as st
 from tests.data.conftest import write_manifest, write_video
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
-from vlmds.data.loader import (
-    Batches,
-    SampleReader,
-    TrainingPositions,
-    evaluation_positions,
-    training_collate,
-)
+from vlmds.data.loader import Batches, SampleReader, TrainingPositions, evaluation_positions, training_collate
 from vlmds.data.order import SampleOrder
-from vlmds.data.pack import pack
-from vlmds.data.prompt import SequenceBuilder
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.errors import InputError, SampleError
+from vlmds.models.sequences import SequenceBuilder
+from vlmds.packing.pack import pack
 
 SIDE, FRAMES = 28, 4
 

@@ -8,9 +8,9 @@ from tests.data.conftest import write_manifest, write_video
 from vlmds.captioning.sources import find_source
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset
-from vlmds.data.prepare import read_file
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path
+from vlmds.video.decode_work import read_file
 
 DRIVERS = {"s3": "s3fs", "gs": "gcsfs"}
 ADVICE = {scheme: f"{scheme}:// needs the extra {extra}: pip install -c constraints.txt -e '.[{extra}]'"

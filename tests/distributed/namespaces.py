@@ -23,7 +23,15 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.training.fixtures import make_shards
 from tests.training.launch import (
-    FAULTY, ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, train, until_lines,
+    FAULTY,
+    ROOT,
+    SCRIPT,
+    START_SECONDS,
+    arguments,
+    environment,
+    metrics,
+    train,
+    until_lines,
 )  # fmt: skip
 
 ADDRESSES = ("10.87.65.1", "10.87.65.2")

@@ -11,10 +11,8 @@ import time
 import pytest
 
 from tests.distributed import namespaces
-from tests.training.launch import (
-    FAULTY, TIMEOUT, arguments, fork, forked, kill_tree, metrics, train,
-)  # fmt: skip
-from vlmds.training.heartbeat import Centre
+from tests.training.launch import FAULTY, TIMEOUT, arguments, fork, forked, kill_tree, metrics, train  # fmt: skip
+from vlmds.distributed.heartbeat import Centre
 
 pytestmark = pytest.mark.distributed
 
@@ -66,7 +64,7 @@ def test_a_node_that_vanishes_ends_the_other_in_its_wait(models, shards, tmp_pat
 RANK = """
 import os, socket, struct, sys, time
 import torch.distributed as dist
-from vlmds.training import heartbeat, ranks
+from vlmds.distributed import heartbeat, ranks
 
 ranks.init_distributed(1, heartbeat_seconds={seconds})
 if dist.get_rank() == 1:
@@ -100,7 +98,7 @@ def test_who_lost_the_connection_comes_back_and_who_leaves_is_not_missed(tmp_pat
 KILLED = """
 import os, signal, time
 import torch.distributed as dist
-from vlmds.training import ranks
+from vlmds.distributed import ranks
 
 ranks.init_distributed(1, heartbeat_seconds={seconds})
 ranks.gather(None)

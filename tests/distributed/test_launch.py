@@ -10,9 +10,19 @@ import time
 
 import pytest
 
-from tests.distributed import namespaces, restarts
+from tests.distributed import namespaces
+from tests.manual import restarts
 from tests.training.launch import (
-    ROOT, SCRIPT, TIMEOUT, arguments, environment, fork, free_port, kill_tree, metrics, ranks_of,
+    ROOT,
+    SCRIPT,
+    TIMEOUT,
+    arguments,
+    environment,
+    fork,
+    free_port,
+    kill_tree,
+    metrics,
+    ranks_of,
 )  # fmt: skip
 from tests.training.test_training import assert_same_weights, weights
 

@@ -9,14 +9,14 @@ import torch
 
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
-from vlmds.config import load_experiment, to_yaml
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
-from vlmds.data.pack import pack
+from vlmds.experiments.schema import load_experiment, to_yaml
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import load_model
 from vlmds.models.language import add_adapter
+from vlmds.packing.pack import pack
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from vlmds.evaluation.compare import compare, factors, holm, verdict
 from vlmds.evaluation.evaluate import evaluate_run
 from vlmds.evaluation.runs import group_runs, load_run
 from vlmds.evaluation.words import words_told
-from vlmds.generation import GenerationOptions
+from vlmds.inference.generation import GenerationOptions
 
 
 @pytest.fixture(scope="module")

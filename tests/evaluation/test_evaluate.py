@@ -12,17 +12,17 @@ from tests import tiny
 from tests.evaluation.conftest import SAYINGS
 from tests.training.launch import forked
 from vlmds.cli import main
-from vlmds.config import load_experiment, to_yaml
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.evaluation import evaluate
-from vlmds.evaluation.clips import ClipText, evaluated_positions, read_text, swap_videos
 from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset, read_evaluation
+from vlmds.evaluation.scoring import ClipText, evaluated_positions, read_text, swap_videos
+from vlmds.experiments.schema import load_experiment, to_yaml
 from vlmds.files import sha256_of
-from vlmds.generation import GenerationOptions
-from vlmds.inference import VideoCaptioner
+from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.video_captioner import VideoCaptioner
 
 GENERATION = GenerationOptions(max_new_tokens=8)
 OPTIONS = dict(generation=GENERATION)
@@ -88,7 +88,7 @@ def test_batch_size_does_not_matter(result, run, tmp_path):
 
 
 def test_progress_is_shown_and_can_be_switched_off(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vlmds.progress.QUIET_SECONDS", 1e-3)
+    monkeypatch.setattr("vlmds.console.progress.QUIET_SECONDS", 1e-3)
     for shown in (False, True):
         evaluate_run(run, output=tmp_path / str(shown), clips=4, progress=shown, **OPTIONS)
         error = capsys.readouterr().err

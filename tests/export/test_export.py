@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
 from tests.data.conftest import write_video
-from tests.test_inference import made
+from tests.inference.test_video_captioner import made
 from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.export.folder import export_run
-from vlmds.generation import GenerationOptions
-from vlmds.inference import VideoCaptioner
+from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.video_captioner import VideoCaptioner
 
 ALL = [f"e{n}" for n in range(1, 9)]
 BARE = Path(__file__).with_name("bare.py")

@@ -5,10 +5,10 @@ import torch
 
 from tests import hub as hubs
 from tests import tiny
-from tests.test_inference import made
+from tests.inference.test_video_captioner import made
 from vlmds.cli import main
 from vlmds.errors import InputError
-from vlmds.inference import VideoCaptioner
+from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import resolve_artifact
 
 

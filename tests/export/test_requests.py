@@ -12,16 +12,16 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from tests import tiny
 from tests.evaluation.conftest import make_run, models, shards  # noqa: F401, fixtures
-from tests.test_inference import made
+from tests.inference.test_video_captioner import made
 from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import evaluate_run
 from vlmds.export.folder import export_run
 from vlmds.export.llava import linear_as_mlp
 from vlmds.files import sha256_of
-from vlmds.generation import GenerationOptions
-from vlmds.inference import VideoCaptioner
-from vlmds.training.lineage import base_files, tokenizer_sha256
+from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.runs.lineage import base_files, tokenizer_sha256
 
 
 def refused(capsys, run, out, *options) -> str:

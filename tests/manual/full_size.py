@@ -29,18 +29,16 @@ import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel,
-)  # fmt: skip
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel  # fmt: skip
 
 from tests import tiny
-from vlmds.config import load_experiment
+from vlmds.console.progress import phase
+from vlmds.console.quiet import quiet_libraries
 from vlmds.demo.clips import make_clips
 from vlmds.demo.pretrain import train_tokenizer
+from vlmds.experiments.schema import load_experiment
 from vlmds.files import new_folder, write
 from vlmds.models.pretrained import PUBLISHED_SHAPES
-from vlmds.progress import phase
-from vlmds.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIP, QWEN = "openai/clip-vit-large-patch14-336", "Qwen/Qwen3-8B"

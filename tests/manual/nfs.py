@@ -28,9 +28,9 @@ from tests import tiny
 from tests.training.fixtures import make_shards
 from tests.training.launch import SCRIPT, arguments, environment
 from vlmds import files
+from vlmds.distributed.ranks import free_port
+from vlmds.runs.journal import append
 from vlmds.training import checkpoint
-from vlmds.training.journal import append
-from vlmds.training.ranks import free_port
 
 SHORT = [f"stages.{number}.steps=4" for number in (0, 1)] + ["training.timeout_minutes=10"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests import tiny
-from vlmds.config import load_experiment
 from vlmds.errors import InputError
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.attention import attention_for, choose_attention, installed_flash
 from vlmds.models.language import load_language_model
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from vlmds.config import LinearProjector
-from vlmds.generation import GenerationOptions
+from vlmds.experiments.schema import LinearProjector
+from vlmds.inference.generation import GenerationOptions
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.projectors import build_projector
 

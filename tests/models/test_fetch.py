@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from tests import hub as hubs
 from tests import tiny
 from vlmds.cli import main
-from vlmds.config import load_experiment
 from vlmds.errors import InputError
-from vlmds.models.assemble import load_model
+from vlmds.experiments.schema import load_experiment
 from vlmds.models import fetch
+from vlmds.models.assemble import load_model
 from vlmds.models.fetch import download, fetch_models, model_folder, pin_models, presence
 from vlmds.models.hub import cached_folder, commit_of, snapshot
 from vlmds.models.pretrained import load_config
-from vlmds.training.lineage import base_files
+from vlmds.runs.lineage import base_files
 
 CLIP, QWEN = "team/clip", "team/qwen3"
 NEVER = {"tf_model.h5": b"tensorflow", "flax_model.msgpack": b"flax", "README.md": b"# card",

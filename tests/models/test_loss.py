@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmds.memory import saved_bytes
 from vlmds.models import loss
 from vlmds.models.loss import can_split, token_losses
+from vlmds.planning.memory import saved_bytes
 
 K, D, V = 11, 16, 50
 

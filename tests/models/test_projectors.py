@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vlmds.config import CAbstractorProjector, LinearProjector, MLPProjector, PerceiverProjector
 from vlmds.errors import InputError
+from vlmds.experiments.schema import CAbstractorProjector, LinearProjector, MLPProjector, PerceiverProjector
 from vlmds.models.projectors import build_projector
 
 FRAMES, PATCHES, VISION, LLM = 4, 9, 12, 16

@@ -4,8 +4,8 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests import tiny
-from vlmds.config import load_experiment
 from vlmds.errors import InputError
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.assemble import load_model
 from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.data.conftest import write_video
-from vlmds.data.decode_child import decode_videos
+from vlmds.video.pool import decode_videos
 
 LIMIT = 8.0  # megabytes
 
@@ -39,7 +39,7 @@ def server(served_runs, tmp_path_factory):
     import uvicorn
 
     from vlmds.serve.app import _listen, make_app
-    from vlmds.serve.models import Limits, Models
+    from vlmds.serve.loaded import Limits, Models
 
     models = Models.load(served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000,
                                              decode_seconds=20.0), device="cpu")

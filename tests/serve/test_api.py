@@ -17,10 +17,10 @@ pytest.importorskip("gradio")
 import httpx  # noqa: E402
 
 from tests.data.conftest import write_video  # noqa: E402
-from tests.data.test_decode_child import long_video  # noqa: E402
 from tests.serve.conftest import LIMIT, SAYINGS  # noqa: E402
-from vlmds.generation import GenerationOptions  # noqa: E402
-from vlmds.serve.models import WAITING, Limits, Models  # noqa: E402
+from tests.video.test_pool import long_video  # noqa: E402
+from vlmds.inference.generation import GenerationOptions  # noqa: E402
+from vlmds.serve.loaded import WAITING, Limits, Models  # noqa: E402
 
 
 def data_url(data: bytes) -> str:

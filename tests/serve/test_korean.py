@@ -5,8 +5,8 @@ import re
 import pytest
 
 from tests.data.conftest import write_video
-from vlmds.data.decode_child import video_facts
 from vlmds.serve.korean import in_korean
+from vlmds.video.pool import video_facts
 
 
 @pytest.mark.parametrize("damage", ["no video", "cut short", "frames damaged", "empty", "missing"])

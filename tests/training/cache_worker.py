@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vlmds.training import ranks
+from vlmds.distributed import ranks
 
 TIMEOUT = 15.0  # seconds without a report, and for the ranks to join
 

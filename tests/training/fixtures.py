@@ -9,7 +9,7 @@ import pytest
 from tests import tiny
 from tests.data.conftest import write_manifest, write_video
 from tests.training.launch import arguments, train
-from vlmds.data.pack import pack
+from vlmds.packing.pack import pack
 
 
 @contextmanager

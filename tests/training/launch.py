@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests import tiny
 from tests.training.forked import ROOT, Forked, environment
-from vlmds.training.ranks import free_port
+from vlmds.distributed.ranks import free_port
 
 SCRIPT = ROOT / "launch" / "train.py"
 FAULTY = Path(__file__).with_name("faulty.py")
@@ -21,7 +21,7 @@ TIMEOUT = 240
 START_SECONDS = 120  # until a run has taken the wanted steps
 DURATION = r"(\d+ s|\d+ min \d\d s|\d+ h \d\d min)"
 PROGRESS = re.compile(rf"^vlmds: (?!rank).+(: |, | in ){DURATION}\n", re.M)
-"""Lines of vlmds.progress, of which a slow machine prints more."""
+"""Lines of vlmds.console.progress, of which a slow machine prints more."""
 
 
 def arguments(models: Path, shards: Path, run: Path, *overrides: str, exp: str = "e3") -> list[str]:

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from tests.training.engine_worker import GLOBAL_BATCH, batch, tiny_captioner
-from vlmds.config import load_experiment
+from vlmds.distributed.ranks import gather, init_distributed
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
 from vlmds.training.engine import accumulation_steps, build_engine, reduced_once
 from vlmds.training.optimizer import freeze
-from vlmds.training.ranks import gather, init_distributed
 
 FAULTS = (None, "nan", "inf", "-inf", None)
 """What one element of one gradient becomes in each step."""

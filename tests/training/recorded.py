@@ -5,8 +5,8 @@ import json
 import os
 import sys
 
-from vlmds import progress
 from vlmds.cli import main
+from vlmds.console import progress
 
 announced = []
 

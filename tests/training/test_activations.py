@@ -5,17 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.manual.optimisations import curves, differences
 from tests.training.engine_worker import batch, tiny_captioner
 from tests.training.launch import forked, metrics
-from tests.training.optimisations import curves, differences
-from vlmds.config import load_experiment
 from vlmds.errors import InputError
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.language import add_adapter
-from vlmds.training.activations import (
-    checkpoint_activations,
-    checkpointed_layers,
-    fewest_that_fits,
-)
+from vlmds.training.activations import checkpoint_activations, checkpointed_layers, fewest_that_fits
 from vlmds.training.optimizer import freeze
 
 CPU = torch.device("cpu")
@@ -65,9 +61,9 @@ def test_the_rank_with_the_least_free_memory_decides_for_all(tmp_path: Path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, torch\n"
-        "from vlmds.config import load_experiment\n"
+        "from vlmds.experiments.schema import load_experiment\n"
         "from vlmds.training import activations\n"
-        "from vlmds.training.ranks import init_distributed\n"
+        "from vlmds.distributed.ranks import init_distributed\n"
         "init_distributed(3)\n"
         "rank, happened = int(os.environ['RANK']), []\n"
         "def free(device):\n"

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from vlmds.runs.journal import Journal
 from vlmds.training import checkpoint
-from vlmds.training.journal import Journal
 
 
 def make(root, step, score):

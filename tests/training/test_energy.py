@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vlmds.training import ranks
+from vlmds.distributed import ranks
 from vlmds.training.energy import EnergyMeter, gpu_counter
 
 

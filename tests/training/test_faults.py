@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.training.launch import (
-    FAULTY, ROOT, TIMEOUT, arguments, command, environment, forked, kill_tree, metrics, train,
+    FAULTY,
+    ROOT,
+    TIMEOUT,
+    arguments,
+    command,
+    environment,
+    forked,
+    kill_tree,
+    metrics,
+    train,
     until_lines,
 )  # fmt: skip
 from tests.training.test_training import assert_same_weights, weights
@@ -121,10 +130,10 @@ def test_the_watch_counts_from_its_start(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import time, torch.distributed as dist\n"
-        "from vlmds.training import watch\n"
+        "from vlmds.distributed import watchdog\n"
         "dist.init_process_group('gloo')\n"
-        "watch._since -= 3600\n"
-        "watch.start_watch(timeout_minutes=1, stall_seconds=1)\n"
+        "watchdog._since -= 3600\n"
+        "watchdog.start_watch(timeout_minutes=1, stall_seconds=1)\n"
         "time.sleep(0.2)\n")
     forked(1, str(script), log=tmp_path / "log")
 
@@ -134,12 +143,13 @@ def test_the_watch_ends_with_the_training(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import time, torch.distributed as dist\n"
-        "from vlmds.training import main, watch\n"
+        "from vlmds.distributed import watchdog\n"
+        "from vlmds.training import main\n"
         "dist.init_process_group('gloo')\n"
-        "watch.start_watch(timeout_minutes=0.02, stall_seconds=1)\n"
+        "watchdog.start_watch(timeout_minutes=0.02, stall_seconds=1)\n"
         "main.leave()\n"
         "time.sleep(3)\n"
-        "watch.doing('something else')\n")
+        "watchdog.doing('something else')\n")
     forked(1, str(script), log=tmp_path / "log")
 
 

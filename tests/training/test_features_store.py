@@ -5,9 +5,9 @@ import torch
 
 from tests import tiny
 from tests.training.launch import arguments, metrics, train
-from vlmds.config import load_experiment
-from vlmds.data.convert import convert
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.vision import load_vision_tower
+from vlmds.packing.convert import convert
 
 pytestmark = pytest.mark.distributed
 

@@ -8,8 +8,8 @@ import pytest
 from tests import hub as hubs
 from tests.models.test_fetch import CLIP, ONCE, QWEN, publish, weights
 from tests.training.launch import arguments, forked, train
-from vlmds.config import load_experiment, to_yaml
-from vlmds.training.lineage import recorded_revisions
+from vlmds.experiments.schema import load_experiment, to_yaml
+from vlmds.runs.lineage import recorded_revisions
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 pytestmark = pytest.mark.distributed

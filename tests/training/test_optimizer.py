@@ -3,10 +3,9 @@
 import pytest
 
 from tests.training.engine_worker import tiny_captioner
-from vlmds.config import load_experiment
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.language import add_adapter
-from vlmds.training.optimizer import learning_rate, parameter_groups
-from vlmds.training.optimizer import freeze
+from vlmds.training.optimizer import freeze, learning_rate, parameter_groups
 
 
 def stage(**values):

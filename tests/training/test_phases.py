@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests import tiny
 from tests.training.launch import arguments, train
-from vlmds import progress
+from vlmds.console import progress
 from vlmds.export.folder import export_run
 
 SCRIPT = Path(__file__).with_name("recorded.py")

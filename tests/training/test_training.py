@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests import tiny
-from tests.training.kills import train_with_kills
+from tests.manual.kills import train_with_kills
 from tests.training.launch import FAULTY, ROOT, arguments, metrics, train, train_and_kill
-from vlmds.config import load_experiment
 from vlmds.errors import InputError
+from vlmds.experiments.schema import load_experiment
 from vlmds.files import sha256_of
+from vlmds.runs.folder import RunFolder
 from vlmds.training import checkpoint
 from vlmds.training.main import begin
-from vlmds.training.run import RunFolder
 
 pytestmark = pytest.mark.distributed
 
@@ -73,7 +73,7 @@ def test_one_process_equals_two_ranks(models, shards, two_ranks, tmp_path):
 
 def test_killed_again_and_again_equals_undisturbed(models, shards, tmp_path):
     """SIGKILL twice at a random moment, and twice while a checkpoint is written;
-    tests/training/kills.py does it 30 times. Batches, optimizer and schedule are what is compared,
+    tests/manual/kills.py does it 30 times. Batches, optimizer and schedule are what is compared,
     bit for bit."""
     run, calm = tmp_path / "killed", tmp_path / "calm"
     steps = ["stages.0.steps=60", "stages.1.steps=60"]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from tests.training.launch import FAULTY, arguments, metrics, train
 from tests.training.test_training import assert_same_weights, checkpoint_tensors, weights
-from vlmds.config import load_experiment
 from vlmds.errors import InputError
+from vlmds.experiments.schema import load_experiment
 from vlmds.training.validation import Standing, check_validation
 
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from vlmds.bench.baselines import micro_batches, prepared
 from vlmds.bench.workload import Workload
-from vlmds.config import Experiment
+from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import VISUAL
 

@@ -18,15 +18,15 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from vlmds.bench.workload import Workload
-from vlmds.config import Experiment
 from vlmds.data.dataset import open_dataset
 from vlmds.data.loader import SampleReader, TrainingPositions
-from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import load_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE, VISUAL
 from vlmds.models.dora import Dora
+from vlmds.models.sequences import SequenceBuilder
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.engine import build_engine
 from vlmds.training.main import default_ds_config

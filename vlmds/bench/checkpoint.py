@@ -16,15 +16,15 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vlmds.bench.measure import save, table
-from vlmds.config import load_experiment
+from vlmds.distributed.ranks import init_distributed
+from vlmds.experiments.schema import load_experiment
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.projectors import build_projector
 from vlmds.training.engine import build_engine
 from vlmds.training.main import default_ds_config
-from vlmds.training.ranks import init_distributed
-from vlmds.training.saver import Saver
 from vlmds.training.optimizer import freeze
+from vlmds.training.saver import Saver
 
 ROUNDS = 4
 WIDTH, VOCABULARY, PATCHES, FRAMES = 512, 151_936, 16, 4

@@ -24,17 +24,17 @@ import torch
 import webdataset as wds
 
 from vlmds.bench.measure import in_turns, save, table
-from vlmds.data import video
 from vlmds.data.dataset import Dataset
 from vlmds.data.features import EXTENSION, encode_features
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
-from vlmds.data.manifest import ManifestRow, read_manifest
-from vlmds.data.merge import finish
-from vlmds.data.pack import pack
-from vlmds.data.prepare import Reply
-from vlmds.data.shards import Shard, write_shard
 from vlmds.errors import InputError
+from vlmds.packing.finish import finish
+from vlmds.packing.manifest import ManifestRow, read_manifest
+from vlmds.packing.pack import pack
+from vlmds.packing.shards import Shard, write_shard
+from vlmds.video import decode as video
+from vlmds.video.decode_work import Reply
 
 FRAMES, SIDE = 8, 336
 PACKED = 150e6  # bytes to pack: the videos are named again and again until there are so many

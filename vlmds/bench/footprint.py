@@ -11,7 +11,7 @@ from vlmds.models.assemble import Model
 
 
 def resident_parts(model: Model, engine) -> dict[str, int]:
-    """Bytes of what stays from step to step, by the parts of :func:`vlmds.memory.stage_memory`.
+    """Bytes of what stays from step to step, by the parts of :func:`vlmds.planning.memory.stage_memory`.
     Tensors that share memory count once."""
     llm = dict(model.captioner.llm.named_parameters())
     optimizer = engine.optimizer

@@ -18,10 +18,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen3Config, Qwen3Fo
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlmds.bench.measure import in_turns, save, table
-from vlmds.config import Experiment, load_experiment
 from vlmds.demo.pretrain import train_tokenizer
-from vlmds.generation import GenerationOptions
-from vlmds.inference import VideoCaptioner
+from vlmds.experiments.schema import Experiment, load_experiment
+from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.assemble import Model, experiment_projector, load_model
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import add_adapter

@@ -21,16 +21,16 @@ import torch
 from vlmds.bench.baselines import check_baseline
 from vlmds.bench.measure import save, table
 from vlmds.bench.workload import CAPTION_TOKENS, Workload, prepare
-from vlmds.config import Experiment, load_experiment
+from vlmds.console.text import counted
+from vlmds.distributed.ranks import cpu_environment, free_port
 from vlmds.errors import InputError
-from vlmds.flops import sample_flops
-from vlmds.hardware import device_card
-from vlmds.memory import quantised, stage_memories
-from vlmds.messages import counted
+from vlmds.experiments.schema import Experiment, load_experiment
 from vlmds.models.assemble import Shapes, shapes
-from vlmds.propose import LINEAR_SECONDS, host_seconds, passes
+from vlmds.planning.cards import device_card
+from vlmds.planning.flops import sample_flops
+from vlmds.planning.memory import quantised, stage_memories
+from vlmds.planning.propose import LINEAR_SECONDS, host_seconds, passes
 from vlmds.training.optimizer import freeze
-from vlmds.training.ranks import cpu_environment, free_port
 
 BASELINES = ("reference", "hf", "lora")
 ROUNDS = 2
@@ -38,7 +38,7 @@ ROUNDS = 2
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 3e-2)}
 STEP_PARTS = ("gradients", "gradient buckets", "activations", "logits", "CLIP forward",
               "features ahead", "one unpacked weight", "first DoRA norm")
-"""Of :func:`vlmds.memory.stage_memories`: what comes and goes within a step."""
+"""Of :func:`vlmds.planning.memory.stage_memories`: what comes and goes within a step."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
 
 def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes, every: int
                    ) -> float | None:
-    """What :data:`vlmds.propose.LINEAR_SECONDS` would be here, or None without 4-bit weights. Too
+    """What :data:`vlmds.planning.propose.LINEAR_SECONDS` would be here, or None without 4-bit weights. Too
     much where the GPU is the slower one, for then the host waits for it.
 
     Args:

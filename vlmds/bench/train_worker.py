@@ -16,15 +16,15 @@ import torch.distributed as dist
 from vlmds.bench.clock import StepClock
 from vlmds.bench.footprint import StepMemory, resident_parts
 from vlmds.bench.workload import Workload
-from vlmds.cuda import use_expandable_segments
+from vlmds.console.quiet import quiet_libraries
 from vlmds.data.dataset import open_dataset
+from vlmds.distributed.cuda import use_expandable_segments
+from vlmds.distributed.ranks import init_distributed, is_main
+from vlmds.distributed.stop_request import StopRequest
 from vlmds.files import write
 from vlmds.models.assemble import load_model
-from vlmds.quiet import quiet_libraries
 from vlmds.training.main import default_ds_config, leave
 from vlmds.training.monitor import peak_memory
-from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import init_distributed, is_main
 from vlmds.training.stages import StageTrainer, prepare_stage
 
 PHASES = ("data wait", "CLIP", "forward", "backward", "communication", "optimizer")

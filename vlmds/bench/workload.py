@@ -26,16 +26,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from vlmds.config import Experiment, load_experiment, to_yaml
 from vlmds.data.dataset import open_dataset
-from vlmds.data.pack import pack
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import experiment_projector, shapes
 from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.vision import vision_half
-from vlmds.training.run import RunFolder
+from vlmds.packing.pack import pack
+from vlmds.runs.folder import RunFolder
 
 CLIPS = 8
 CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다. 날씨는 맑고 나무 사이로 햇빛이 비칩니다."

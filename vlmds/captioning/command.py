@@ -10,18 +10,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vlmds.captioning.run import (
-    CaptionJob,
-    caption_to_file,
-    caption_to_stdout,
-    stream_to_stdout,
-    title,
-)
+from vlmds.captioning.job import CaptionJob, caption_to_file, caption_to_stdout, stream_to_stdout, title
 from vlmds.captioning.sources import parse_seconds
+from vlmds.console.text import counted
+from vlmds.distributed.ranks import is_main
 from vlmds.errors import InputError
-from vlmds.generation import GenerationOptions
-from vlmds.messages import counted
-from vlmds.training.ranks import is_main
+from vlmds.inference.generation import GenerationOptions
 
 SHOWN_FAILURES = 10
 

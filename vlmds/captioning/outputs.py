@@ -135,7 +135,7 @@ class CaptionFile:
             file.close()
 
     def _check(self, settings: dict[str, Any]) -> None:
-        from vlmds.training.run import flat_settings
+        from vlmds.runs.folder import flat_settings
 
         path = self.target.settings
         try:

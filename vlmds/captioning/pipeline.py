@@ -15,15 +15,15 @@ from torch import Tensor
 
 from vlmds.captioning.outputs import Record
 from vlmds.captioning.sources import Item, Span, grouped, spans
-from vlmds.cores import cores_of_rank
-from vlmds.data.decode_child import Clip, decode_windows, video_facts
+from vlmds.console.progress import phase
 from vlmds.data.loader import Batches, SampleReader, visual_inputs
+from vlmds.distributed.cores import cores_of_rank
+from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError, SampleError
-from vlmds.evaluation.clips import ClipReader, Unreadable
-from vlmds.generation import GenerationOptions, generate_captions
-from vlmds.inference import VideoCaptioner, batched
-from vlmds.progress import phase
-from vlmds.training.watch import doing
+from vlmds.evaluation.scoring import ClipReader, Unreadable
+from vlmds.inference.generation import GenerationOptions, generate_captions
+from vlmds.inference.video_captioner import VideoCaptioner, batched
+from vlmds.video.pool import Clip, decode_windows, video_facts
 
 GROUP_BYTES = 512 << 20  # of frames as the video has them, which a decoding process holds
 GROUP_WINDOWS = 32

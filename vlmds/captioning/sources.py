@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
-from vlmds.data.decode_child import Clip
-from vlmds.data.manifest import read_manifest
 from vlmds.errors import InputError, SampleError
 from vlmds.files import absolute, as_path
+from vlmds.packing.manifest import read_manifest
+from vlmds.video.pool import Clip
 
 VIDEO_SUFFIXES = frozenset((
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",

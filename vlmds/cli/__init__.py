@@ -10,12 +10,12 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 
-from vlmds.cli import bench, evaluating, packing, planning, training, using
-from vlmds.cuda import use_expandable_segments
+from vlmds.cli import bench, evaluating, inference, packing, planning, training
+from vlmds.console.progress import phase
+from vlmds.console.quiet import quiet_libraries
+from vlmds.distributed.cuda import use_expandable_segments
 from vlmds.errors import InputError
 from vlmds.files import unusable_place
-from vlmds.progress import phase
-from vlmds.quiet import quiet_libraries
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (packing.add_pack, training.add_new, planning.add_plan, planning.add_doctor,
-                planning.add_fetch, planning.add_schema, training.add_train, using.add_caption,
-                using.add_serve, using.add_export, evaluating.add_evaluate, evaluating.add_compare,
+                planning.add_fetch, planning.add_schema, training.add_train, inference.add_caption,
+                inference.add_serve, inference.add_export, evaluating.add_evaluate, evaluating.add_compare,
                 evaluating.add_sweep, bench.add_bench, planning.add_demo):
         add(commands)
     return parser

@@ -14,7 +14,7 @@ def data(args: argparse.Namespace) -> int:
 
 
 def scale(args: argparse.Namespace) -> int:
-    from vlmds.bench.scale import bench_scale
+    from vlmds.bench.large_index import bench_scale
 
     bench_scale(args.output)
     return 0
@@ -43,7 +43,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def scaling(args: argparse.Namespace) -> int:
-    from vlmds.bench.scaling import bench_scaling
+    from vlmds.bench.many_gpus import bench_scaling
 
     bench_scaling(args.output, args.gpu, args.set)
     return 0

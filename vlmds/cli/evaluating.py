@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 from vlmds.cli.generation import add_generation, add_loading, generation_options
+from vlmds.console.progress import tell
 from vlmds.errors import InputError
-from vlmds.progress import tell
 
 
 def evaluate(args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
+    from vlmds.distributed.ranks import is_main
     from vlmds.evaluation.evaluate import evaluate_run, evaluation_table, read_evaluation
-    from vlmds.training.ranks import is_main
 
     try:
         folder = evaluate_run(
@@ -63,14 +63,14 @@ def write_comparison(runs: list[Path], output: Path, *, evaluation: str | None =
 
 def sweep(args: argparse.Namespace, size=None) -> int:
     """0 if all are done, 2 if one refused its input, 3 if a signal stopped one, else 1."""
-    from vlmds import sweep as module
+    from vlmds.training import sweep as module
 
     exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
     data, output, launcher, environment, words = args.data, args.output, args.launcher, {}, []
     options = tuple(shlex.split(args.evaluate))
     if args.demo:
         from vlmds.demo.run import RANKS, Size, direction_words, prepare_sweep
-        from vlmds.training.ranks import cpu_environment, free_port
+        from vlmds.distributed.ranks import cpu_environment, free_port
 
         root = (output or Path("demo")).absolute()
         exps = prepare_sweep(root, exps, size or Size())

@@ -23,7 +23,7 @@ def add_loading(command) -> None:
 
 
 def generation_options(args: argparse.Namespace):
-    from vlmds.generation import GenerationOptions
+    from vlmds.inference.generation import GenerationOptions
 
     return GenerationOptions(
         max_new_tokens=args.max_new_tokens, num_beams=args.beams, temperature=args.temperature,

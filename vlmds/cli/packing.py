@@ -7,14 +7,14 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from vlmds.console.progress import phase
+from vlmds.console.text import counted
+from vlmds.console.units import size_text
 from vlmds.errors import InputError
 from vlmds.files import as_path
-from vlmds.messages import counted
-from vlmds.progress import phase
-from vlmds.units import size_text
 
 if TYPE_CHECKING:
-    from vlmds.data.pack import PackSummary
+    from vlmds.packing.pack import PackSummary
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def _pack(args: argparse.Namespace) -> int:
         common["quality"] = args.quality
     if (as_path(args.manifest) / "dataset.json").is_file():
         with phase("loading PyTorch"):
-            from vlmds.data.convert import convert_from_options
+            from vlmds.packing.convert import convert_from_options
 
         _refuse(args, "a conversion keeps shards and splits as they are", shard_size=256,
                 shard_bytes=None, val_fraction=0.0, no_verify=False, dedup=False, append=False,
@@ -43,7 +43,7 @@ def _pack(args: argparse.Namespace) -> int:
             feature_layer=args.feature_layer, pool=args.pool, num_frames=args.num_frames,
             image_size=args.image_size, task=_task(args), merge=args.merge, **common)
     else:
-        from vlmds.data.pack import pack
+        from vlmds.packing.pack import pack
 
         _refuse(args, "features are made from a packed dataset: pack the videos first, then "
                 "vlmds pack OUT OUT2 --store features", vision=None, feature_layer=-1, pool=1)
@@ -77,7 +77,7 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
     for line in coverage_lines([ShardIndex.open(args.out)]):
         print(line)
     if not args.no_report:
-        from vlmds.data.pack_report import write_report
+        from vlmds.packing.report import write_report
 
         with phase("making the report"):
             report = write_report(args.out)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def plan(args: argparse.Namespace) -> int:
-    from vlmds.config import load_experiment
-    from vlmds.plan import plan_experiment
+    from vlmds.experiments.schema import load_experiment
+    from vlmds.planning.plan import plan_experiment
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
     print(plan_experiment(
@@ -18,8 +18,8 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from vlmds.config import load_experiment
-    from vlmds.doctor import examine
+    from vlmds.doctor.cluster import examine
+    from vlmds.experiments.schema import load_experiment
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
     return examine(load_experiment(args.exp, overrides), args.output, seconds=args.seconds,
@@ -27,10 +27,10 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def fetch(args: argparse.Namespace) -> int:
-    from vlmds.config import load_experiment
+    from vlmds.experiments.schema import load_experiment
     from vlmds.models.artifact import artifact_experiment, resolve_artifact
     from vlmds.models.fetch import fetch_newest
-    from vlmds.training.run import final_artifact
+    from vlmds.runs.folder import final_artifact
 
     if args.run is None:
         experiment = load_experiment(args.exp, args.set)
@@ -44,7 +44,7 @@ def fetch(args: argparse.Namespace) -> int:
 
 
 def schema(args: argparse.Namespace) -> int:
-    from vlmds.schema import configuration_page, schema_text
+    from vlmds.experiments.json_schema import configuration_page, schema_text
 
     print(configuration_page() if args.markdown else schema_text(), end="")
     return 0
@@ -70,7 +70,7 @@ def add_plan(commands) -> None:
                          help="training speed of one GPU, to price the stores (default: estimated)")
     command.add_argument("--cores-per-gpu", type=float, default=8.0,
                          help="CPU cores that may decode for one GPU (default: 8)")
-    command.set_defaults(call=plan, module="vlmds.plan")
+    command.set_defaults(call=plan, module="vlmds.planning.plan")
 
 
 def add_doctor(commands) -> None:
@@ -87,7 +87,7 @@ def add_doctor(commands) -> None:
     add("--seconds", type=float, default=30.0, help="that one check may take (default: 30)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    command.set_defaults(call=doctor, module="vlmds.doctor")
+    command.set_defaults(call=doctor, module="vlmds.doctor.cluster")
 
 
 def add_fetch(commands) -> None:

@@ -13,7 +13,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def new(args: argparse.Namespace) -> int:
-    from vlmds.template import write_experiment
+    from vlmds.planning.new_experiment import write_experiment
 
     for line in write_experiment(args.path, args.projector, args.adapter, clips=args.clips,
                                  data=args.data):

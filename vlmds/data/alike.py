@@ -10,14 +10,14 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlmds.console.text import counted
 from vlmds.data.index import ShardIndex
-from vlmds.data.shards import PackOptions
-from vlmds.data.video import RESIZER, SAMPLER
 from vlmds.errors import InputError
-from vlmds.messages import counted
+from vlmds.packing.shards import PackOptions
+from vlmds.video.decode import RESIZER, SAMPLER
 
 if TYPE_CHECKING:
-    from vlmds.config import VisionConfig
+    from vlmds.experiments.schema import VisionConfig
 
 CONVERSIONS = (("video", "frames"), ("video", "features"), ("frames", "features"))
 """(store, store that can be made from it)"""

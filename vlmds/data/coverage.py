@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from vlmds.config import DataConfig
+from vlmds.console.text import counted
 from vlmds.data.index import ShardIndex
-from vlmds.messages import counted
+from vlmds.experiments.schema import DataConfig
 
 SPARSE_SECONDS = 2.0
 """Distance of a clip's frames above which it is counted as sparsely sampled."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from vlmds.config import DataConfig
 from vlmds.data.alike import check_alike
 from vlmds.data.blend import Blend
 from vlmds.data.cache import ShardCache
 from vlmds.data.index import SampleRow, ShardIndex, ShardInfo
 from vlmds.data.order import SampleOrder
 from vlmds.errors import InputError
+from vlmds.experiments.schema import DataConfig
 from vlmds.files import as_path
 
 

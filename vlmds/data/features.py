@@ -19,8 +19,8 @@ from vlmds.data.index import ShardIndex
 from vlmds.errors import InputError, SampleError
 
 if TYPE_CHECKING:
-    from vlmds.config import Experiment, VisionConfig
     from vlmds.data.dataset import Dataset
+    from vlmds.experiments.schema import Experiment, VisionConfig
     from vlmds.models.vision import VisionTower
 
 EXTENSION = "safetensors"

@@ -19,17 +19,17 @@ import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlmds.cores import cores_of_rank
 from vlmds.data.alike import check_frames
 from vlmds.data.dataset import Dataset, DatasetOrder
-from vlmds.data.decode_child import FrameDecoder
 from vlmds.data.features import decode_features
-from vlmds.data.frame_table import DESCRIBED
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.order import micro_batch_positions
-from vlmds.data.prompt import SequenceBuilder
 from vlmds.data.stored import read_description, read_jpegs, read_video
+from vlmds.distributed.cores import cores_of_rank
 from vlmds.errors import InputError, SampleError
+from vlmds.models.sequences import SequenceBuilder
+from vlmds.video.frame_table import DESCRIBED
+from vlmds.video.pool import FrameDecoder
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _outlive_signals(worker: int) -> None:
 
 class Batches:
     """Collated batches in the order of `batches` (positions), read ahead by `num_workers`
-    processes, but no more than :func:`vlmds.cores.cores_of_rank`; 0 reads in this one. The batches
+    processes, but no more than :func:`vlmds.distributed.cores.cores_of_rank`; 0 reads in this one. The batches
     do not depend on it. May be iterated once.
 
     A batch that cannot be had is a dict with "failure": why; the caller must not go on then.

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmds.data.decode_child import DecodePool
 from vlmds.data.index import SampleRow, ShardIndex
-from vlmds.data.prepare import Reply, Request
 from vlmds.errors import SampleError
+from vlmds.video.decode_work import Reply, Request
+from vlmds.video.pool import DecodePool
 
 
 def read_description(members: dict[str, bytes]) -> dict[str, Any]:

@@ -21,7 +21,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.demo.clips import (
-    COLOURS, DIRECTIONS, SHAPE_SIZE, SHAPES, TRAVEL, Attributes, caption, subject, towards,
+    COLOURS,
+    DIRECTIONS,
+    SHAPE_SIZE,
+    SHAPES,
+    TRAVEL,
+    Attributes,
+    caption,
+    subject,
+    towards,
 )  # fmt: skip
 
 LEFT, RIGHT, TOP, BOTTOM, START, END, NOTHING = "좌", "우", "상", "하", "처음", "끝", "·"

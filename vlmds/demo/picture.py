@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from vlmds.data import video
+from vlmds.video import decode as video
 
 SHOWN = (0, 2, 5, 7)  # of 8 sampled frames
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic",

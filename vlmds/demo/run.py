@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmds.config import load_experiment
-from vlmds.data.pack import pack
+from vlmds.console.text import counted
 from vlmds.demo.clips import COLOURS, DIRECTIONS, SHAPES, make_clips, parse_caption
 from vlmds.demo.picture import draw_results
 from vlmds.demo.pretrain import make_tiny_models
+from vlmds.distributed.ranks import cpu_environment, free_port
 from vlmds.errors import InputError, SampleError
-from vlmds.generation import GenerationOptions
-from vlmds.inference import VideoCaptioner
-from vlmds.messages import counted
+from vlmds.experiments.schema import load_experiment
+from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.packing.pack import pack
+from vlmds.runs.folder import final_artifact
 from vlmds.training.main import REPOSITORY
-from vlmds.training.ranks import cpu_environment, free_port
-from vlmds.training.run import final_artifact
 
 ATTRIBUTES = ("colour", "shape", "direction")
 IMAGE_SIZE = 64

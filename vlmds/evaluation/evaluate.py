@@ -23,36 +23,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmds.config import Experiment, load_experiment
+from vlmds.console.progress import phase, silenced, tell
+from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.data.loader import SampleReader
+from vlmds.distributed import ranks
+from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import looking
-from vlmds.evaluation.clips import (
-    ClipScorer,
-    ClipText,
-    evaluated_positions,
-    read_text,
-    swap_videos,
-    thumbnail_jpeg,
-)
-from vlmds.evaluation.metrics import (
-    describe_captions,
-    score_captions,
-    summarise,
-    tokenizers,
-)
+from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers
+from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
+from vlmds.experiments.schema import Experiment, load_experiment
 from vlmds.files import absolute, check_writable, write
-from vlmds.generation import GenerationOptions
-from vlmds.inference import VideoCaptioner
-from vlmds.messages import counted
+from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import weights_sha256
 from vlmds.models.assemble import Model
-from vlmds.progress import phase, silenced, tell
-from vlmds.training import ranks
-from vlmds.training.run import final_artifact
-from vlmds.training.watch import doing
+from vlmds.runs.folder import final_artifact
 
 FORMAT, VERSION = "vlmds-evaluation", 1
 THUMBNAILS = 500

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmds.config import Experiment, load_experiment
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import read_evaluation
-from vlmds.training.run import flat_settings
+from vlmds.experiments.schema import Experiment, load_experiment
+from vlmds.runs.folder import flat_settings
 
 
 @dataclass

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from vlmds.config import Experiment
+from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import read_evaluation
+from vlmds.experiments.schema import Experiment
 from vlmds.export.parity import Parity
-from vlmds.messages import counted
 from vlmds.models.artifact import weights_sha256
 from vlmds.models.hub import looks_local
 
@@ -80,7 +80,7 @@ def _adapter(facts: Facts) -> str:
 def _use(facts: Facts) -> str:
     exp = facts.experiment
     if facts.kind in ("vlmds", "merged"):
-        return ("```python\nfrom vlmds.inference import VideoCaptioner\n"
+        return ("```python\nfrom vlmds.inference.video_captioner import VideoCaptioner\n"
                 "captioner = VideoCaptioner.from_pretrained(\"this folder, or owner/name\")\n"
                 "print(*captioner.caption([\"video.mp4\"]))\n```"
                 + ("\n\n`llm/` is a plain language model: `AutoModelForCausalLM` loads it."

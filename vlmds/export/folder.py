@@ -25,31 +25,24 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmds.config import Experiment, load_experiment, to_yaml
-from vlmds.data.prompt import SequenceBuilder
+from vlmds.console.progress import phase
 from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
 from vlmds.export.card import REMOTE, Facts, model_card
 from vlmds.export.llava import fits_llava, write_llava
 from vlmds.export.merge import load_unmerged, merge_adapter, unquantised
-from vlmds.export.parity import (
-    Parity,
-    Probe,
-    captioner_logits,
-    compare_logits,
-    make_probes,
-    supervised,
-)
+from vlmds.export.parity import Parity, Probe, captioner_logits, compare_logits, make_probes, supervised
 from vlmds.export.processor import user_message
 from vlmds.export.remote import write_remote
 from vlmds.files import check_writable, copy_files, new_folder, sha256_of
-from vlmds.inference import VideoCaptioner, choose_device
+from vlmds.inference.video_captioner import VideoCaptioner, choose_device
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import counted_phase
-from vlmds.progress import phase
-from vlmds.training.run import final_artifact
+from vlmds.models.sequences import SequenceBuilder
+from vlmds.runs.folder import final_artifact
 
 FORMATS = ("vlmds", "peft", "hf-llava")
 PEFT_CARD = ("README.md",)  # an empty form

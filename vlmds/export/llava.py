@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaProcessor
 
-from vlmds.config import Experiment
-from vlmds.data.prompt import SequenceBuilder
+from vlmds.experiments.schema import Experiment
 from vlmds.export.processor import check_sequence, exported_tokenizer, image_processor
 from vlmds.export.weights import named, nameless, write_model
 from vlmds.models.assemble import Model
 from vlmds.models.projectors import MLP, Linear, Projector
+from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.vision import VisionTower
 
 

@@ -9,14 +9,14 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from vlmds.config import Experiment
+from vlmds.console.progress import phase
 from vlmds.errors import InputError
-from vlmds.hashes import weights_sha256
+from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import check_tower, load_artifact, read_artifact
 from vlmds.models.assemble import Model, load_model
-from vlmds.progress import phase
-from vlmds.training.lineage import base_files, tokenizer_sha256
-from vlmds.training.run import check_base_weights
+from vlmds.models.hashes import weights_sha256
+from vlmds.runs.folder import check_base_weights
+from vlmds.runs.lineage import base_files, tokenizer_sha256
 
 
 def unquantised(experiment: Experiment) -> Experiment:

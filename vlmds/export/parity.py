@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmds.config import Experiment
+from vlmds.console.progress import phase
+from vlmds.console.text import counted
 from vlmds.data.dataset import open_dataset
 from vlmds.data.loader import SampleReader
-from vlmds.data.prompt import SequenceBuilder, TokenSequence
 from vlmds.errors import InputError, SampleError
-from vlmds.evaluation.clips import evaluated_positions
-from vlmds.generation import GenerationOptions, generate_captions
-from vlmds.messages import counted
+from vlmds.evaluation.scoring import evaluated_positions
+from vlmds.experiments.schema import Experiment
+from vlmds.inference.generation import GenerationOptions, generate_captions
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
-from vlmds.progress import phase
+from vlmds.models.sequences import SequenceBuilder, TokenSequence
 
 CLIPS = 8
 

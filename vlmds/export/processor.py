@@ -6,9 +6,9 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlmds.data.prompt import SequenceBuilder
 from vlmds.errors import InputError
 from vlmds.models.captioner import VISUAL
+from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.vision import VisionTower
 
 IMAGE_TOKENS = ("<|image_pad|>", "<image>")
@@ -67,7 +67,7 @@ def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, model: str
 
 
 def image_processor(tower: VisionTower) -> CLIPImageProcessorPil:
-    """Resizes as :func:`vlmds.data.video.resize_frames` does, bit for bit, then normalises."""
+    """Resizes as :func:`vlmds.video.decode.resize_frames` does, bit for bit, then normalises."""
     size = tower.image_size
     return CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size},

@@ -6,8 +6,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from vlmds.config import Experiment
-from vlmds.data.prompt import SequenceBuilder
+from vlmds.experiments.schema import Experiment
 from vlmds.export import bundle
 from vlmds.export.bundle.configuration_vlmds import VlmdsConfig
 from vlmds.export.bundle.processing_vlmds import VlmdsProcessor
@@ -15,10 +14,11 @@ from vlmds.export.processor import check_sequence, exported_tokenizer, image_pro
 from vlmds.export.weights import named, nameless, write_model
 from vlmds.models import projectors
 from vlmds.models.assemble import Model
+from vlmds.models.sequences import SequenceBuilder
 
 CODE = ("configuration_vlmds", "modeling_vlmds", "processing_vlmds")
 # What the copy of projectors.py must do without.
-REPLACED = {"from vlmds.config import ProjectorConfig\n": "",
+REPLACED = {"from vlmds.experiments.schema import ProjectorConfig\n": "",
             "from vlmds.errors import InputError\n": "",
             "raise InputError(": "raise ValueError("}
 

@@ -9,7 +9,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from vlmds.data.prompt import SequenceBuilder
+from vlmds.models.sequences import SequenceBuilder
 
 
 def named(prefix: str, module: nn.Module) -> dict[str, Tensor]:

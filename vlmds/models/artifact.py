@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmds.config import Experiment, load_experiment, to_yaml
+from vlmds.console.progress import phase
 from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
 from vlmds.files import is_there, look_again, new_folder, sha256_of
 from vlmds.models.captioner import Captioner
-from vlmds.models.language import add_adapter
 from vlmds.models.hub import looks_local
+from vlmds.models.language import add_adapter
 from vlmds.models.vision import VisionTower
-from vlmds.progress import phase
 
 FORMAT, VERSION = "vlmds-artifact", 2
 READABLE = (1, 2)

@@ -6,26 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionModel,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, CLIPVisionModel, PretrainedConfig, PreTrainedTokenizerBase
 
-from vlmds.config import Experiment
+from vlmds.console.progress import phase
+from vlmds.experiments.schema import Experiment
 from vlmds.models.captioner import Captioner
 from vlmds.models.fetch import fetch_models
-from vlmds.models.language import (
-    add_adapter,
-    check_vocabulary,
-    load_language_model,
-    load_tokenizer,
-)
+from vlmds.models.language import add_adapter, check_vocabulary, load_language_model, load_tokenizer
 from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.projectors import Projector, build_projector
 from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame, vision_half
-from vlmds.progress import phase
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from vlmds.config import LanguageConfig
 from vlmds.errors import InputError
+from vlmds.experiments.schema import LanguageConfig
 
 SDPA = "sdpa"
 FLASH = {  # name: (package, major compute capabilities that its kernels are made for); newest first

@@ -35,8 +35,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
-from vlmds.config import Experiment
+from vlmds.console.progress import phase, tell
+from vlmds.console.quiet import quietly
+from vlmds.console.units import size_text
+from vlmds.distributed.ranks import gather, on_each_cache, on_main, together
 from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment
 from vlmds.files import look_again, write
 from vlmds.models.hub import (
     SMALL,
@@ -51,10 +55,6 @@ from vlmds.models.hub import (
     snapshot,
     weight_names,
 )
-from vlmds.progress import phase, tell
-from vlmds.quiet import quietly
-from vlmds.training.ranks import gather, on_each_cache, on_main, together
-from vlmds.units import size_text
 
 Answer = TypeVar("Answer")
 TRIES, LONGEST_WAIT = 8, 30.0

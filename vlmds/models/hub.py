@@ -16,8 +16,8 @@ from huggingface_hub import constants, resolve_revision
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 
-from vlmds.config import LanguageConfig, VisionConfig
 from vlmds.errors import InputError
+from vlmds.experiments.schema import LanguageConfig, VisionConfig
 from vlmds.files import denied
 
 Section = VisionConfig | LanguageConfig

@@ -12,14 +12,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vlmds.config import LanguageConfig, PeftSection
+from vlmds.console.quiet import quietly
 from vlmds.errors import InputError
+from vlmds.experiments.schema import LanguageConfig, PeftSection
 from vlmds.models.attention import attention_for
 from vlmds.models.dora import use_dora
 from vlmds.models.fetch import model_folder
 from vlmds.models.hub import cached_folder
 from vlmds.models.pretrained import load_config, load_weights, loading
-from vlmds.quiet import quietly
 
 
 def load_tokenizer(llm: LanguageConfig, local_files_only: bool = False) -> PreTrainedTokenizerBase:

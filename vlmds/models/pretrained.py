@@ -8,11 +8,11 @@ from pathlib import Path
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
+from vlmds.console.progress import phase
+from vlmds.console.quiet import quietly
 from vlmds.errors import InputError
 from vlmds.models.fetch import config_folder
 from vlmds.models.hub import Section, key_of
-from vlmds.progress import phase
-from vlmds.quiet import quietly
 
 # The shapes of the two models that the packaged experiments name, as published in their
 # config.json. `vlmds plan` and the full-size tests use them where the hub cannot be reached.

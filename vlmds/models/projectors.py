@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmds.config import ProjectorConfig
 from vlmds.errors import InputError
+from vlmds.experiments.schema import ProjectorConfig
 
 
 class Projector(nn.Module):

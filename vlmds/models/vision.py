@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PretrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlmds.config import VisionConfig
 from vlmds.errors import InputError
+from vlmds.experiments.schema import VisionConfig
 from vlmds.models.fetch import model_folder
 from vlmds.models.pretrained import load_config, load_weights, loading
 

@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from vlmds.errors import SampleError
 from vlmds.serve.fetch import fetch
-from vlmds.serve.models import Busy, Models, RequestError
+from vlmds.serve.loaded import Busy, Models, RequestError
 
 UPLOADS = 4  # bodies read at once; others wait before theirs is
 READING = 600.0  # seconds that a body may take to arrive

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from vlmds.console.text import install_hint
 from vlmds.errors import InputError
-from vlmds.messages import install_hint
-from vlmds.serve.models import Limits, Models
+from vlmds.serve.loaded import Limits, Models
 
 
 def serve(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import httpx
 
-from vlmds.serve.models import RequestError
+from vlmds.serve.loaded import RequestError
 
 SECONDS = 120.0
 

@@ -17,11 +17,11 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 
-from vlmds.data.video import sample_times
 from vlmds.errors import SampleError
-from vlmds.inference import VideoCaptioner
+from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.serve.korean import in_korean
-from vlmds.serve.models import Busy, Models, RequestError
+from vlmds.serve.loaded import Busy, Models, RequestError
+from vlmds.video.decode import sample_times
 
 TEXTS = {
     "en": {

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vlmds.config import Experiment
+from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset
-from vlmds.messages import counted
+from vlmds.distributed.ranks import gather, is_main, shared_error
+from vlmds.experiments.schema import Experiment
+from vlmds.runs.folder import RunFolder
 from vlmds.training.monitor import Monitor
-from vlmds.training.ranks import gather, is_main, shared_error
-from vlmds.training.run import RunFolder
 from vlmds.training.validation import Standing
 
 

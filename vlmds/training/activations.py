@@ -6,19 +6,19 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from vlmds.config import Experiment, StageConfig
-from vlmds.memory import LATER_BYTES, fewest_recomputed, outside_bytes, stage_memories
+from vlmds.distributed.ranks import gather, place
+from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.assemble import shapes
 from vlmds.models.captioner import Captioner
+from vlmds.planning.memory import LATER_BYTES, fewest_recomputed, outside_bytes, stage_memories
 from vlmds.training.optimizer import freeze
-from vlmds.training.ranks import gather, place
 
 
 def checkpointed_layers(
     experiment: Experiment, stage: StageConfig, stored_features: bool, device: torch.device
 ) -> int:
     """0 for no layer, n for every n-th. ``auto`` recomputes no more than the memory of ``device``
-    asks for, as :mod:`vlmds.memory` predicts; nothing on a CPU, and every layer where even that is
+    asks for, as :mod:`vlmds.planning.memory` predicts; nothing on a CPU, and every layer where even that is
     not predicted to fit. The rank with the least memory decides for all, which call this together.
 
     Args:

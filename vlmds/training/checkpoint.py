@@ -28,11 +28,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlmds.console.progress import phase, tell
+from vlmds.distributed.ranks import on_main, together
 from vlmds.errors import InputError
 from vlmds.files import look_again, publish_folder, remove_folder, sha256_of, sync_file
-from vlmds.progress import phase, tell
 from vlmds.training.ema import WeightAverage
-from vlmds.training.ranks import on_main, together
 
 VERSION = 1
 WEIGHT = "weight"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmds.training.ranks import sum_over_ranks
+from vlmds.distributed.ranks import sum_over_ranks
 
 
 class EnergyMeter:

@@ -16,11 +16,11 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from vlmds.config import Experiment, StageConfig
+from vlmds.console.progress import phase
+from vlmds.console.text import counted
 from vlmds.errors import InputError
-from vlmds.messages import counted
+from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.dora import weights_changed
-from vlmds.progress import phase
 from vlmds.training.optimizer import parameter_groups, trainable
 
 OWNER_REDUCTIONS = 64

@@ -18,32 +18,37 @@ from pathlib import Path
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from vlmds.checks import check_experiment, sequence_builder
-from vlmds.config import Experiment, load_experiment
-from vlmds.cores import cores_of_rank
+from vlmds.console.progress import phase, tell
+from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
+from vlmds.distributed import watchdog
+from vlmds.distributed.cores import cores_of_rank
+from vlmds.distributed.lost_ranks import connection_lost
+from vlmds.distributed.ranks import (
+    gather,
+    init_distributed,
+    is_main,
+    on_main,
+    place,
+    shared_error,
+    together,
+)  # fmt: skip
+from vlmds.distributed.stop_request import StopRequest
+from vlmds.distributed.watchdog import doing, note_failure, report_failure, report_lost_rank
 from vlmds.errors import InputError, Stopped
+from vlmds.experiments.schema import Experiment, load_experiment
 from vlmds.files import absolute, copy_files, new_folder, unusable_place
-from vlmds.messages import counted
 from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.language import load_tokenizer
-from vlmds.progress import phase, tell
-from vlmds.training import checkpoint, watch
+from vlmds.planning.checks import check_experiment, sequence_builder
+from vlmds.runs.folder import RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run  # fmt: skip
+from vlmds.runs.lineage import base_weights, inherit, inheritance, recorded_revisions
+from vlmds.training import checkpoint
 from vlmds.training.engine import accumulation_steps, check_ds_config, describe_batch
-from vlmds.training.lineage import base_weights, inherit, inheritance, recorded_revisions
-from vlmds.training.lost import connection_lost
-from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import (
-    gather, init_distributed, is_main, on_main, place, shared_error, together,
-)  # fmt: skip
-from vlmds.training.run import (
-    RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run,
-)  # fmt: skip
 from vlmds.training.stages import run_stages
-from vlmds.training.watch import doing, note_failure, report_failure, report_lost_rank
 
 # Keys that may differ between nodes.
 OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
@@ -68,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         experiment = load_experiment(args.exp, overrides)
         if args.plan:
             if is_main():
-                from vlmds.plan import plan_experiment
+                from vlmds.planning.plan import plan_experiment
 
                 tell(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
             return 0
@@ -210,7 +215,7 @@ def leave() -> None:
     """Leave the other ranks; the process may go on with other things."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    watch.stop()
+    watchdog.stop()
 
 
 def verify(dataset: Dataset, experiment: Experiment) -> None:

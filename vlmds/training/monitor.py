@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from vlmds.config import Experiment
-from vlmds.messages import counted
-from vlmds.progress import duration, tell
-from vlmds.training.journal import Journal
+from vlmds.console.progress import duration, tell
+from vlmds.console.text import counted
+from vlmds.experiments.schema import Experiment
+from vlmds.runs.journal import Journal
 
 
 class Monitor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from vlmds.config import StageConfig, TrainingConfig
+from vlmds.experiments.schema import StageConfig, TrainingConfig
 from vlmds.models.captioner import Captioner
 
 KINDS = {  # kind of trainable parameter: what its name contains; keys of KindFactors, in order

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlmds.progress import phase
+from vlmds.console.progress import phase
+from vlmds.distributed.ranks import gather
 from vlmds.training import checkpoint
 from vlmds.training.ema import WeightAverage
-from vlmds.training.ranks import gather
 
 
 class Saver:

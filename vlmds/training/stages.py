@@ -17,40 +17,33 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 
-from vlmds.config import Experiment, StageConfig
+from vlmds.console.progress import Phase, phase, tell
 from vlmds.data.dataset import Dataset
-from vlmds.data.loader import (
-    Batches,
-    SampleReader,
-    TrainingPositions,
-    training_collate,
-)
-from vlmds.data.prompt import SequenceBuilder
+from vlmds.data.loader import Batches, SampleReader, TrainingPositions, training_collate
+from vlmds.distributed.ranks import on_main, raise_together, shared_error, sum_over_ranks, together  # fmt: skip
+from vlmds.distributed.stop_request import StopRequest
+from vlmds.distributed.watchdog import doing
 from vlmds.errors import Stopped
+from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
-from vlmds.progress import Phase, phase, tell
+from vlmds.models.sequences import SequenceBuilder
+from vlmds.runs.folder import RunFolder
+from vlmds.runs.lineage import check_parent, stage_lineage
 from vlmds.training import checkpoint
 from vlmds.training.accounts import Accounts, Progress
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
 from vlmds.training.energy import EnergyMeter, gpu_counter
 from vlmds.training.engine import accumulation_steps, build_engine, reduced_once, release
-from vlmds.training.lineage import check_parent, stage_lineage
 from vlmds.training.monitor import Monitor
 from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
 from vlmds.training.overlap import FeaturesAhead
-from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import (
-    on_main, raise_together, shared_error, sum_over_ranks, together,
-)  # fmt: skip
-from vlmds.training.run import RunFolder
 from vlmds.training.saver import Saver
 from vlmds.training.validation import Validator
-from vlmds.training.watch import doing
 
 
 class StageTrainer:

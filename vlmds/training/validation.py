@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vlmds.config import Experiment
+from vlmds.console.progress import phase
+from vlmds.console.text import counted
 from vlmds.data.loader import Batches, SampleReader, evaluation_positions
+from vlmds.distributed.ranks import raise_together, shared_error, sum_over_ranks
+from vlmds.distributed.stop_request import StopRequest
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import evaluate_subset
 from vlmds.evaluation.metrics import METRICS, tokenizers
-from vlmds.generation import GenerationOptions
-from vlmds.messages import counted
+from vlmds.experiments.schema import Experiment
+from vlmds.inference.generation import GenerationOptions
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.training.ema import WeightAverage
-from vlmds.progress import phase
 from vlmds.training.monitor import Monitor
-from vlmds.training.preemption import StopRequest
-from vlmds.training.ranks import raise_together, shared_error, sum_over_ranks
 
 
 @dataclass

@@ -1,0 +1,283 @@
+"""A node that dies without a word ends the job within ``training.heartbeat_seconds``.
+
+Its survivors sit in a wait for their GPU, which the collectives' timeout would end half an hour
+later. So every rank keeps a connection to rank 0 on which nothing is sent. The kernels at its two
+ends probe it (TCP keepalive): an answer shows that the machine and the link are there, whatever its
+Python does. Neither a long hold of the interpreter's lock, nor a disk that does not answer, nor
+SIGSTOP or swapping is taken for a death; what stands still on a machine that answers is left to
+``training.timeout_minutes``.
+
+A rank that cannot be reached tries to connect again. The job ends if it has not come back within
+``heartbeat_seconds`` and the rank that waits for it has made no progress in that time. So a machine
+may be paused, or a link be down, for almost ``heartbeat_seconds``. Rank 0 ends all others; if rank 0
+is gone, each finds that out by itself. Time for which the observer itself was stopped does not
+count, and no clock is compared between machines. A thread ends the rank; it needs the interpreter's
+lock, which PyTorch releases wherever it waits for a GPU or for other ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from vlmds.console.progress import tell
+from vlmds.distributed.lost_ranks import speaks
+from vlmds.distributed.watchdog import MOST_RANKS, end_job, idle_seconds
+
+TICK = 1.0  # seconds between two judgements
+CONNECT_SECONDS = 2.0
+LONGEST_LINE = 1024  # bytes
+MOST_ROUNDS = 64  # of reading what has come, between two judgements
+
+
+def start_heartbeat(seconds: float | None) -> None:
+    """Watch over the other ranks from now on; called on all, once the process group is there.
+
+    Args:
+        seconds: from the last sign of life to the end of the job; None watches over nobody.
+    """
+    if seconds is None or dist.get_world_size() == 1:
+        return
+    store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
+    side: Centre | Member
+    if dist.get_rank() == 0:
+        side = Centre(seconds, secrets.token_hex(16), dist.get_world_size())
+        store.set("address", json.dumps([side.port, side.token, socket.gethostname()]))
+    else:
+        port, token, host = json.loads(store.get("address"))
+        side = Member(dist.get_rank(), seconds, token, (os.environ["MASTER_ADDR"], port), host)
+    threading.Thread(target=side.run, daemon=True).start()
+    atexit.register(side.leave)
+    # A reader process that outlives its rank must not keep the connection open.
+    os.register_at_fork(after_in_child=side.forget)
+
+
+@dataclass
+class _Rank:
+    """One that has connected. lost: seconds since the connection was, None while it is there.
+    silent: seconds without an answer before it counted as lost."""
+
+    host: str
+    connection: socket.socket | None
+    lost: float | None = None
+    silent: float = 0.0
+
+
+class _Clock:
+    """Seconds between calls, but not those for which this process was stopped itself."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> float:
+        last, self._last = self._last, time.monotonic()
+        return min(self._last - last, TICK + CONNECT_SECONDS + 1)
+
+
+class Centre:
+    """Rank 0's side: all the others connect to it."""
+
+    def __init__(self, seconds: float, token: str, ranks: int):
+        self.seconds, self.token = seconds, token
+        both = socket.has_dualstack_ipv6()
+        self._listener = socket.create_server(
+            ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both,
+            backlog=ranks)
+        self._listener.setblocking(False)
+        self.port = self._listener.getsockname()[1]
+        self._ranks: dict[int, _Rank] = {}
+        self._received: dict[socket.socket, bytes] = {}
+        self._left = False
+
+    def run(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        clock = _Clock()
+        while not self._left:
+            ready = self._selector.select(TICK)
+            # Whoever came back while this thread was stopped is heard before judging. A connection
+            # that cannot be accepted because too many files are open stays ready for ever.
+            for _ in range(MOST_ROUNDS):
+                for key, _ in ready:
+                    self._hear(key.fileobj)
+                ready = self._selector.select(0)
+                if not ready:
+                    break
+            self._judge(clock())
+
+    def leave(self) -> None:
+        """This rank ends as it should."""
+        self._left = True
+        self._say("bye")
+
+    def forget(self) -> None:
+        for connection in [self._listener, *list(self._received)]:
+            connection.close()
+
+    def _hear(self, connection: socket.socket) -> None:
+        if connection is self._listener:
+            try:
+                new, _ = connection.accept()
+            except OSError:  # it is gone again, or this process has too many files open
+                return
+            new.setblocking(False)
+            probe(new, self.seconds / 2)
+            self._received[new] = b""
+            self._selector.register(new, selectors.EVENT_READ)
+            return
+        try:
+            data = connection.recv(LONGEST_LINE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(connection, silence(error, self.seconds))
+            return
+        self._received[connection] += data
+        *lines, rest = self._received[connection].split(b"\n")
+        self._received[connection] = rest
+        for line in lines:
+            self._take(connection, line.decode(errors="replace").split())
+        if not data or len(rest) > LONGEST_LINE:
+            self._lose(connection, 0.0)
+
+    def _take(self, connection: socket.socket, words: list[str]) -> None:
+        if len(words) == 4 and words[:2] == ["hello", self.token]:
+            self._ranks[int(words[2])] = _Rank(words[3], connection)
+        elif words == ["bye"]:
+            self._ranks = {n: r for n, r in self._ranks.items() if r.connection is not connection}
+
+    def _lose(self, connection: socket.socket, silent: float) -> None:
+        self._selector.unregister(connection)
+        del self._received[connection]
+        connection.close()
+        for rank in self._ranks.values():
+            if rank.connection is connection:
+                rank.connection, rank.lost, rank.silent = None, 0.0, silent
+
+    def _judge(self, elapsed: float) -> None:
+        lost = {number: rank for number, rank in self._ranks.items() if rank.lost is not None}
+        for rank in lost.values():
+            rank.lost += elapsed
+        longest = max((rank.lost for rank in lost.values()), default=0.0)
+        if longest < self.seconds / 2 or idle_seconds() < self.seconds / 2:
+            return
+        problem = "; ".join(
+            describe(number, rank.host, rank.lost, rank.silent)
+            for number, rank in sorted(lost.items())[:MOST_RANKS]) + " (training.heartbeat_seconds)"
+        self._say(f"end {problem}")
+        end_job(problem)
+
+    def _say(self, line: str) -> None:
+        for connection in list(self._received):
+            try:
+                connection.send(f"{line}\n".encode())
+            except OSError:  # it is one of those that are gone
+                pass
+
+
+class Member:
+    """The side of any rank but 0."""
+
+    def __init__(self, rank: int, seconds: float, token: str, address: tuple[str, int], host: str):
+        self._rank, self._seconds, self._token = rank, seconds, token
+        self._address, self._host = address, host
+        self._connection: socket.socket | None = None
+        self._met = self._left = False
+
+    def run(self) -> None:
+        lost, silent, clock = 0.0, 0.0, _Clock()
+        while not self._left:
+            if self._connect():
+                lost, silent = 0.0, self._listen()
+                clock()
+            time.sleep(TICK)
+            lost += clock()
+            if lost >= self._seconds / 2:
+                if not self._met:
+                    self._warn()
+                    return
+                if not self._left and idle_seconds() >= self._seconds / 2:
+                    end_job(f"{describe(0, self._host, lost, silent)} (training.heartbeat_seconds)",
+                            report=speaks())
+
+    def leave(self) -> None:
+        """This rank ends as it should."""
+        self._left = True
+        if self._connection is not None:
+            try:
+                self._connection.send(b"bye\n")
+            except OSError:
+                pass
+
+    def forget(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def _connect(self) -> bool:
+        hello = f"hello {self._token} {self._rank} {socket.gethostname()}\n"
+        try:
+            connection = socket.create_connection(self._address, CONNECT_SECONDS)
+            connection.settimeout(None)
+            probe(connection, self._seconds / 2)
+            connection.sendall(hello.encode())
+        except OSError:
+            return False
+        self._connection, self._met = connection, True
+        return True
+
+    def _listen(self) -> float:
+        """Until the connection is lost; returns the seconds for which no answer has come then."""
+        received = b""
+        try:
+            with self._connection:
+                while data := self._connection.recv(LONGEST_LINE):
+                    *lines, received = (received + data).split(b"\n")
+                    for line in lines:
+                        word, _, problem = line.decode().partition(" ")
+                        if word == "end":
+                            end_job(problem, report=speaks())
+                        self._left = self._left or word == "bye"
+        except OSError as error:
+            return silence(error, self._seconds)
+        return 0.0
+
+    def _warn(self) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            host, port = self._address
+            tell(f"vlmds: rank {self._rank}: WARNING: port {port} of {host} cannot be "
+                 "reached; a node that dies is noticed after training.timeout_minutes only",
+                 sys.stderr)
+
+
+def probe(connection: socket.socket, seconds: float) -> None:
+    """Let the kernel ask the other machine whether it is there, and end the connection when no
+    answer has come for so long."""
+    every = max(1, round(seconds / 6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", every), ("TCP_KEEPINTVL", every),
+                        ("TCP_USER_TIMEOUT", int(seconds * 1000))):
+        if hasattr(socket, name):  # on Linux
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def silence(error: OSError, seconds: float) -> float:
+    """Seconds without an answer before a connection ended with this error. A process that ends
+    closes or resets its connection; only one that cannot be reached leaves it to the probes."""
+    return 0.0 if error.errno in (errno.ECONNRESET, errno.EPIPE) else seconds / 2
+
+
+def describe(number: int, host: str, lost: float, silent: float) -> str:
+    if silent:
+        return f"rank {number} on {host} has not answered for {lost + silent:.0f} s"
+    return f"rank {number} on {host} ended {lost:.0f} s ago without a word"

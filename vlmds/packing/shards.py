@@ -1,0 +1,218 @@
+"""One shard: what is in it, how it is written, and how its marker says that it is finished.
+
+A shard's bytes depend only on its rows and the options. Its marker `{split}/{shard:06d}.json` is
+written after the tar and carries all that the index needs, so whoever finds the marker need not look
+at the tar, and a stopped run goes on from its last finished shard.
+"""
+
+import hashlib
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vlmds.data.index import VERSION
+from vlmds.errors import InputError
+from vlmds.files import replacing, write
+from vlmds.packing.manifest import ManifestRow, Reject
+from vlmds.video.decode import RESIZER, SAMPLER
+from vlmds.video.decode_work import Reply
+
+STORES = ("video", "frames")
+MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """All that, with the manifest, decides the bytes of a dataset.
+
+    shard_size, shard_bytes: most manifest rows, and bytes of videos, that a shard is made of.
+    """
+
+    store: str = "video"
+    num_frames: int = 8
+    image_size: int = 336
+    quality: int = 95
+    shard_size: int = 256
+    shard_bytes: int | None = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.store not in STORES:
+            raise InputError(f"store: {self.store!r} is not one of {', '.join(STORES)}")
+        for name in ("num_frames", "image_size", "shard_size", "shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}: {value} is less than 1")
+        if not 1 <= self.quality <= 100:
+            raise InputError(f"quality: {self.quality} is not in 1 … 100")
+
+    def described(self) -> dict[str, Any]:
+        """What dataset.json says of the store."""
+        frames = self.store == "frames"
+        return {
+            "store": self.store, "sampler": SAMPLER, "resizer": RESIZER,
+            "num_frames": self.num_frames if frames else None,
+            "image_size": self.image_size if frames else None,
+            "quality": self.quality if frames else None,
+            "verify": None if frames else self.verify,
+            "shard_size": self.shard_size, "shard_bytes": self.shard_bytes}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to be. options_hash: of all that its bytes depend on."""
+
+    split: str
+    number: int
+    rows: list[ManifestRow] = field(repr=False)
+    options_hash: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.number:06d}"
+
+
+def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
+    """Of what the bytes of a shard of these rows depend on."""
+    described = [asdict(row) for row in rows]
+    for row in described:
+        del row["video"]  # depends on where this machine mounts the manifest
+    effective = asdict(options)
+    del effective["shard_size"], effective["shard_bytes"]  # the rows say it
+    for name in ("image_size", "quality") if options.store == "video" else ("verify",):
+        del effective[name]
+    return hashlib.sha256(json_line({
+        "version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "options": effective,
+        "rows": described})).hexdigest()
+
+
+def unfinished(
+    out: Path, shards: Iterable[Shard], base: dict[str, int], retry: bool = False
+) -> list[Shard]:
+    """The shards without a valid marker.
+
+    base: for each split, how many shards at its start belong to an earlier packing. retry: those
+    that had to reject a row, too.
+    Raises InputError if `out` holds shards that are neither.
+    """
+    found = {f"{path.parent.name}/{path.stem}": path for path in out.glob(MARKERS)}
+    todo, known = [], set()
+    for shard in shards:
+        marker = read_marker(found[shard.name]) if shard.name in found else None
+        if marker is None or marker["options_hash"] == shard.options_hash:
+            known.add(shard.name)
+        tar = out / f"{shard.name}.tar"
+        if (not marker or marker["count"] and not _has_size(tar, marker["bytes"])
+                or retry and marker["rejects"]):
+            todo.append(shard)
+    for name in sorted(found.keys() - known):
+        split, number = name.split("/")
+        if int(number) >= base.get(split, 0):
+            raise InputError(
+                f"{out}: {name} was packed from another manifest or with other options; choose "
+                "another folder, delete this one, or pack new rows with --append")
+    return todo
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise InputError(f"{path}: damaged; delete it to pack its shard again") from None
+
+
+def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
+    """Write the shard's tar, unless it has no sample, and then its marker. Takes a reply for each
+    of its rows.
+
+    The marker's `inputs` say what the rows ask for, [id, key, source, start, end] each, rejected
+    ones too; --append goes by them. Rows that no manifest has (number 0) are not among them."""
+    rejects, index_rows = [], []
+    inputs = [[row.id, row.key, row.source, row.start, row.end] for row in shard.rows if row.row]
+    tar, marker = out / f"{shard.name}.tar", out / f"{shard.name}.json"
+    with replacing(tar) as file:
+        writer = TarWriter(file)
+        for row in shard.rows:
+            reply = next(replies)
+            if reply.reason is None:
+                index_rows.append(_write_sample(writer, shard, row, reply))
+            else:
+                rejects.append(asdict(Reject(
+                    row.row, row.id, row.source, reply.reason, shard.split, shard.number)))
+        writer.close()
+        told = json_line({
+            "count": len(index_rows), "bytes": writer.offset if index_rows else 0,
+            "sha256": writer.sha256.hexdigest() if index_rows else None,
+            "options_hash": shard.options_hash, "rejects": rejects, "rows": index_rows,
+            "inputs": inputs})
+        # A marker of other bytes must not outlive the tar that it is of, wherever we are killed. One
+        # of these bytes is another process's, which is done with the same shard.
+        if marker.exists() and marker.read_bytes() != told:
+            marker.unlink(missing_ok=True)
+    if not index_rows:
+        tar.unlink(missing_ok=True)  # another process may be at the same shard
+    write(marker, told)
+
+
+def json_line(value: Any) -> bytes:
+    """One line of UTF-8 JSON with sorted keys."""
+    return (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+class TarWriter:
+    """Writes a ustar archive whose bytes depend on names and contents alone."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.offset = 0
+        self.sha256 = hashlib.sha256()
+
+    def add(self, name: str, ext: str, data: bytes | memoryview) -> dict[str, Any]:
+        """Append a file; returns {ext, offset, size, crc32} with the offset of its data."""
+        info = tarfile.TarInfo(name)  # mode 0644, mtime, uid and gid 0
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.offset
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return {"ext": ext, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
+
+    def close(self) -> None:
+        """Append the end of the archive."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.offset % tarfile.RECORDSIZE))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self.sha256.update(data)
+        self.offset += len(data)
+
+
+def _write_sample(
+    writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Reply
+) -> dict[str, Any]:
+    """Append a sample's members and return its row of the index."""
+    facts = dict(reply.facts)
+    content = facts.pop("content", None)
+    decoder = facts.pop("decoder")  # this machine's choice, not a property of the video
+    timestamps, timing = facts.pop("timestamps", None), facts.pop("timing", None)
+    # A file that was cut has a span of its own.
+    start, end = facts.pop("start", row.start), facts.pop("end", row.end)
+    optional = {"prompt": row.prompt, "start": start, "end": end, "timestamps": timestamps,
+                "timing": timing}
+    described = {"id": row.id, "captions": row.captions, "source": row.source, **facts,
+                 **{name: value for name, value in optional.items() if value is not None}}
+    contents = {**reply.members, "json": json_line(described)}
+    members = [writer.add(f"{row.key}.{ext}", ext, contents[ext]) for ext in sorted(contents)]
+    return {"split": shard.split, "shard": shard.number, "key": row.key, "members": members,
+            "num_captions": len(row.captions), **facts, "decoder": decoder,
+            "start": start, "end": end, "status": "ok",
+            "content": content and [content, row.start, row.end]}
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size

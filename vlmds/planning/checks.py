@@ -1,0 +1,99 @@
+"""What training refuses before it loads a weight; the plan and the doctor ask the same."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from transformers import PreTrainedTokenizerBase
+
+from vlmds.console.text import install_hint
+from vlmds.data.dataset import Dataset
+from vlmds.data.features import check_tower_keys
+from vlmds.data.loader import SampleReader
+from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment
+from vlmds.models.assemble import Shapes
+from vlmds.models.captioner import Captioner
+from vlmds.models.language import check_vocabulary
+from vlmds.models.sequences import SequenceBuilder
+from vlmds.training.engine import accumulation_steps
+from vlmds.training.optimizer import freeze, parameter_groups
+from vlmds.training.validation import check_validation
+
+
+def check_experiment(
+    experiment: Experiment, model: Shapes, dataset: Dataset | None, ranks: int
+) -> None:
+    """Everything that shows without weights, a tokenizer or other ranks: the global batch, what
+    each stage trains, how the charts are kept, and whether the data is what the experiment needs.
+
+    Args:
+        model: of :func:`vlmds.models.assemble.shapes`, which has checked that its parts fit each
+            other. Its parameters are left as the last stage freezes them.
+        dataset: None leaves the data out.
+
+    Raises:
+        InputError: names the key or the dataset.
+    """
+    accumulation_steps(experiment, ranks, None)
+    for stage in experiment.stages:
+        freeze(model.captioner, stage)
+        if not parameter_groups(model.captioner, stage, experiment.training):
+            raise InputError(f"stages: {stage.name}: nothing is trainable")
+    if experiment.logging.wandb_project and find_spec("wandb") is None:
+        raise InputError(f"logging.wandb_project: wandb is not installed; {install_hint('track')}, "
+                         "or leave the key out")
+    if dataset is not None:
+        check_data(experiment, model, dataset)
+
+
+def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
+    """Raise InputError unless the experiment can be trained on the data: split train is there (in
+    all parts of a blend), frames or features are as many and as large as the model takes, those of
+    a features store are of its layer and pooling, and split val is there if a key needs it."""
+    training_reader(experiment, model, dataset)
+    check_tower_keys(dataset, experiment)
+    if dataset.store == "features":
+        recorded, projector = dataset.meta["vision"], model.captioner.projector
+        ours = (projector.patches, model.tower.config.hidden_size)
+        theirs = (recorded["patches"], recorded["width"])
+        if ours != theirs:
+            raise InputError(
+                f"{dataset.root}: its features of {recorded['model']} are {theirs[0]} x {theirs[1]} "
+                f"a frame, but vision.model {experiment.vision.model} makes {ours[0]} x {ours[1]}; "
+                "make them again with it, or give that tower")
+    check_validation(experiment, "val" in dataset.splits, dataset.root)
+
+
+def training_reader(experiment: Experiment, model: Shapes, dataset: Dataset) -> SampleReader:
+    """What the first stage reads. Raises InputError as :class:`SampleReader`."""
+    data = experiment.data
+    return SampleReader(dataset, "train", data.num_frames, model.tower.config.image_size,
+                        seed=experiment.training.seed, window=data.shuffle_window)
+
+
+def sequence_builder(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, captioner: Captioner
+) -> SequenceBuilder:
+    """The experiment's, once it is known to suit the language model.
+
+    Args:
+        captioner: loaded, or without storage.
+
+    Raises:
+        InputError: the tokenizer has more tokens than the model, a chat template of another kind,
+            or the longest sequence does not fit the model.
+    """
+    data, name = experiment.data, experiment.llm.model
+    check_vocabulary(captioner.llm, tokenizer, name)
+    builder = SequenceBuilder(
+        tokenizer, data.prompt, captioner.projector.num_tokens, data.max_caption_tokens)
+    longest = len(builder.prompt_ids()) + data.max_caption_tokens
+    most = getattr(captioner.llm.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise InputError(
+            f"data.num_frames: {captioner.projector.num_tokens:,} visual tokens, the prompt and "
+            f"data.max_caption_tokens {data.max_caption_tokens} make {longest:,} positions, but "
+            f"llm.model {name} takes {most:,}; use fewer frames, vision.pool, or a projector with "
+            "queries")
+    return builder

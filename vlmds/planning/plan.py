@@ -1,0 +1,284 @@
+"""`vlmds plan`: what an experiment will be, at full size and without weights."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlmds.console.text import counted
+from vlmds.console.units import size_text
+from vlmds.data.alike import converted, tower_keys
+from vlmds.data.coverage import coverage_lines
+from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.index import SampleRow
+from vlmds.data.stored import read_description
+from vlmds.errors import InputError, SampleError
+from vlmds.experiments.schema import Experiment
+from vlmds.models.assemble import Shapes, shapes
+from vlmds.models.captioner import IGNORE, VISUAL, Captioner
+from vlmds.models.fetch import presence
+from vlmds.models.language import load_tokenizer
+from vlmds.models.sequences import SequenceBuilder
+from vlmds.planning.cards import find_card
+from vlmds.planning.checks import check_experiment, sequence_builder, training_reader
+from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
+from vlmds.planning.prices import cheapest, needs, prices
+from vlmds.planning.propose import predicted_rate, proposal_table, proposals
+from vlmds.training.engine import accumulation_steps, describe_batch
+from vlmds.training.optimizer import freeze
+from vlmds.training.stages import stage_steps
+from vlmds.video.decode import sample_times
+
+CORES_PER_GPU = 8.0
+ASSUMED_CARD = "h100"
+"""Whose predicted rate stands for an unknown one's. A fast one: the cores named then are enough."""
+EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
+
+
+def plan_experiment(
+    experiment: Experiment, gpus: int = 1, samples_per_second: float | None = None,
+    cores_per_gpu: float = CORES_PER_GPU, gpu: str | None = None,
+) -> str:
+    """The report: parameters, visual tokens, memory, steps per stage, what each store costs, one
+    sample with its loss mask.
+
+    Args:
+        gpus: number of ranks.
+        samples_per_second: training speed of one GPU, if it is known.
+        cores_per_gpu: CPU cores that may decode for one GPU.
+        gpu: name of a card, to propose what suits it.
+
+    Raises:
+        InputError: an unknown card; see :func:`shapes`; data.path is given and holds no dataset;
+            or whatever training would refuse (:func:`check_experiment`).
+    """
+    for name, value in (("--gpus", gpus), ("--samples-per-second", samples_per_second),
+                        ("--cores-per-gpu", cores_per_gpu)):
+        if value is not None and value <= 0:
+            raise InputError(f"{name}: {value} is not more than 0")
+    data = experiment.data
+    card = find_card(gpu) if gpu else None
+    dataset = open_dataset(data) if data.path or data.blend else None
+    stored = dataset is not None and dataset.store == "features"
+    model = shapes(experiment)
+    check_experiment(experiment, model, dataset, gpus)
+    sections = [_heading(experiment), _presence(experiment), _parameters(experiment, model),
+                _memory(experiment, model, gpus, dataset)]
+    found = proposals(experiment, model, card, gpus, stored) if card else []
+    if card:
+        sections.append(proposal_table(found, card, gpus, experiment))
+    rate, how = samples_per_second, "given"
+    if rate is None and found:
+        rate, how = found[0].rate, f"predicted of the fastest on {card.name}"
+    hours = rate  # of an assumed card they would be worth nothing
+    if rate is None:
+        freeze(model.captioner, experiment.stages[-1])
+        assumed = find_card(ASSUMED_CARD)
+        rate = predicted_rate(experiment, experiment.stages[-1], model, assumed, 0, stored)
+        how = f"predicted on {assumed.name}; give --gpu, or --samples-per-second when it is known"
+    return "\n\n".join([
+        *sections, _schedule(experiment, dataset, gpus, hours),
+        _stores(experiment, model, dataset, rate, how, cores_per_gpu),
+        _sample(experiment, model, dataset)])
+
+
+def _heading(experiment: Experiment) -> str:
+    precision = "NF4" if experiment.llm.load_in_4bit else experiment.llm.dtype
+    return (f"{experiment.name}: {experiment.vision.model} -> {experiment.projector.type} -> "
+            f"{experiment.llm.model} ({precision}) with {experiment.peft.type.upper()}")
+
+
+def _presence(experiment: Experiment) -> str:
+    """Whether the models are on this machine, and how much is to be downloaded."""
+    lines = ["models"]
+    for section in (experiment.vision, experiment.llm):
+        found = presence(section)
+        lines.append(f"  {section.model}: {found.text}")
+    return "\n".join(lines)
+
+
+def _parameters(experiment: Experiment, model: Shapes) -> str:
+    adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
+    parts = {  # name: (parameters, what a stage's `train` calls it)
+        "vision": (_count(model.tower), None),
+        "projector": (_count(model.captioner.projector), "projector"),
+        "llm": (_count(model.captioner.llm) - adapter, None),
+        experiment.peft.type: (adapter, "peft"),
+    }
+    stages = experiment.stages
+    lines = [f"{'part':<12}{'parameters':>16}" + "".join(
+        f"{'trained in ' + s.name:>26}" for s in stages)]
+    trained = [_trained(stage, model.captioner) for stage in stages]
+    for name, (count, section) in parts.items():
+        cells = "".join(f"{t.get(section, 0):>26,}" for t in trained)
+        lines.append(f"{name:<12}{count:>16,}{cells}")
+    projector = model.captioner.projector
+    frames = f"{projector.num_frames} frames x {projector.patches} patches"
+    lines.append("")
+    lines.append(f"visual tokens per clip: {projector.num_tokens:,}  ({frames}"
+                 f" = {projector.num_frames * projector.patches:,} features)")
+    return "\n".join(lines)
+
+
+def _trained(stage, captioner: Captioner) -> dict[str, int]:
+    """Trainable parameters in a stage, by what its `train` calls them."""
+    freeze(captioner, stage)
+    return {
+        "projector": sum(p.numel() for p in captioner.projector.parameters() if p.requires_grad),
+        "peft": sum(p.numel() for p in captioner.llm.parameters() if p.requires_grad),
+    }
+
+
+def _memory(
+    experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset | None
+) -> str:
+    """Bytes per GPU and stage, by part, and the size of a checkpoint."""
+    stored = dataset is not None and dataset.store == "features"
+    columns, checkpoints = [], []
+    for stage in experiment.stages:
+        freeze(model.captioner, stage)
+        columns.append(stage_memory(
+            experiment, stage, model.captioner, None if stored else model.tower, gpus))
+        checkpoints.append(checkpoint_bytes(experiment, model.captioner))
+    training = experiment.training
+    every = training.activation_checkpointing
+    recompute = {True: "full", False: "no", "auto": "full (auto takes less where it fits)"}.get(
+        every, f"every {every}th layer's")
+    ranks = "1 GPU" if gpus == 1 else f"each of {gpus} GPUs"
+    lines = [f"{f'memory of {ranks}':<28}" + "".join(f"{s.name:>12}" for s in experiment.stages)]
+    # A stage may lack a part, such as DoRA's norms where it has no adapter.
+    rows = {part: [column.get(part, 0) for column in columns]
+            for part in dict.fromkeys(part for column in columns for part in column)}
+    rows |= {"sum": [sum(column.values()) for column in columns], "checkpoint on disk": checkpoints}
+    for name, sizes in rows.items():
+        lines.append(f"{name:<28}" + "".join(f"{size_text(size):>12}" for size in sizes))
+    lines.append(
+        f"assumes ZeRO-2, micro-batch {training.micro_batch}, {recompute} activation checkpointing, "
+        f"captions of {experiment.data.max_caption_tokens} tokens;")
+    lines.append("gradient buckets count only beyond the activations, in whose place they stand; "
+                 "activations, logits and")
+    outside = "CUDA's context and workspaces" if gpus == 1 else (
+        "CUDA's context, workspaces and NCCL's communicators")
+    lines.append(f"CLIP forward are estimates; {outside} (assumed: "
+                 f"{size_text(outside_bytes(gpus))}) and")
+    lines.append(f"fragmentation (assumed: {1 - USABLE:.0%}) come on top")
+    return "\n".join(lines)
+
+
+def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float, how: str,
+            cores: float) -> str:
+    """What each store costs, and the cheapest that keeps the GPUs fed."""
+    vision = model.tower.config
+    projector = model.captioner.projector
+    found = prices(dataset.parts if dataset else [], projector.num_frames, vision.image_size,
+                   projector.patches, vision.hidden_size)
+    samples = sum(map(dataset.count, dataset.splits)) if dataset else None
+    rows = needs(found, rate, samples)
+    of = counted(samples, "sample") if dataset else "per 10,000 samples"
+    lines = [
+        f"stores at {rate:.3g} samples/s per GPU ({how})",
+        f"{'store':<22}{'a sample':>12}{of:>22}{'core-ms a sample':>18}"
+        f"{'cores a GPU':>13}{'read a GPU':>14}  figures"]
+    for need in rows:
+        total = need.total if need.total is not None else 10_000 * need.price.bytes
+        lines.append(
+            f"{need.price.name:<22}{size_text(need.price.bytes):>12}{size_text(total):>22}"
+            f"{1e3 * need.price.seconds:>18.2f}{need.cores:>13.2f}{size_text(need.read) + '/s':>14}"
+            f"  {need.price.origin}")
+    best = cheapest(rows, cores)
+    if dataset is None:
+        lines.append("which store your data needs depends on it: pass --data DIR")
+    elif best is None:
+        lines.append(f"no store keeps a GPU fed with {cores:g} cores for each")
+    else:
+        store = best.price.store
+        lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: {store}")
+        if store != dataset.store:
+            like = {"store": store, "num_frames": projector.num_frames,
+                    "image_size": vision.image_size, "vision": tower_keys(experiment.vision)}
+            lines += [f"  {converted(part, like)[0]}" for part in dataset.parts]
+    return "\n".join(lines)
+
+
+def _schedule(
+    experiment: Experiment, dataset: Dataset | None, gpus: int, rate: float | None
+) -> str:
+    """rate: samples a second on one GPU, if it is known. Raises InputError if so many GPUs cannot
+    share the global batch."""
+    lines = [describe_batch(experiment, gpus)]
+    batch = experiment.training.micro_batch * accumulation_steps(experiment, gpus, None) * gpus
+    for stage in experiment.stages:
+        steps = stage.steps
+        length = counted(stage.steps, "step") if stage.steps else counted(stage.epochs, "epoch")
+        if dataset and not stage.steps:
+            samples = dataset.count("train")
+            steps = stage_steps(stage, samples, batch)
+            length += f" of {counted(samples, 'sample')} = {counted(steps, 'step')}"
+        if steps and rate:
+            length += f", about {steps * batch / (rate * gpus) / 3600:,.1f} h"
+        lines.append(f"stage {stage.name}: trains {' and '.join(stage.train)}, lr {stage.lr:g}, "
+                     f"{length}")
+    if dataset is None:
+        lines.append("steps of stages given in epochs need the data: pass --data DIR")
+    else:
+        lines.append(_splits(dataset))
+        lines += coverage_lines(dataset.parts, experiment.data.num_frames)
+    return "\n".join(lines)
+
+
+def _splits(dataset: Dataset) -> str:
+    counts = ", ".join(f"{split} {dataset.count(split):,}" for split in dataset.splits)
+    return f"data: {dataset.root} ({dataset.store} store; {counts})"
+
+
+def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> str:
+    """One sample as the model sees it, run by run of equal kind, with where loss falls: the first
+    that training reads, or without data an example."""
+    lines, caption, prompt = ["sample: an example"], EXAMPLE_CAPTION, None
+    if dataset is not None:
+        try:
+            row, caption, prompt = _first_sample(experiment, model, dataset)
+        except SampleError as error:
+            return f"sample: the first of split train cannot be read: {error}"
+        lines = [f"sample: {row.key}, the first that training reads"]
+        times = sample_times(experiment.data.num_frames, *row.span)
+        lines.append(f"  frames at {', '.join(f'{t:.2f}' for t in times)} s")
+    try:
+        tokenizer = load_tokenizer(experiment.llm, local_files_only=True)
+    except InputError:
+        if dataset is not None:
+            lines += [f"  prompt   {prompt or experiment.data.prompt!r}", f"  caption  {caption!r}"]
+        return "\n".join([*lines, f"  tokens are not shown, the tokenizer of {experiment.llm.model} "
+                          "is not on this machine (its files are enough, weights are not needed)"])
+    return "\n".join(lines + _tokens(
+        sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
+
+
+def _first_sample(experiment: Experiment, model: Shapes, dataset: Dataset
+                  ) -> tuple[SampleRow, str, str | None]:
+    """Its row, caption, and prompt of its own if it has one. Raises SampleError."""
+    reader = training_reader(experiment, model, dataset)
+    row = reader.row(0)
+    described = read_description(reader.index_of(0).read(row))
+    return row, described["captions"][0], described.get("prompt")
+
+
+def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None) -> list[str]:
+    try:
+        sequence = builder.training(caption, prompt)
+    except ValueError as error:
+        return [f"  {caption!r}: {error}"]
+    runs: list[tuple[str, list[int]]] = []
+    for token, label in zip(sequence.input_ids, sequence.labels, strict=True):
+        kind = "visual" if token == VISUAL else "loss" if label != IGNORE else "-"
+        if not runs or runs[-1][0] != kind:
+            runs.append((kind, []))
+        runs[-1][1].append(token)
+    lines = [f"  {len(sequence.input_ids):,} positions; loss falls on the lines marked 'loss'"]
+    for kind, tokens in runs:
+        text = "(visual tokens)" if kind == "visual" else repr(builder.tokenizer.decode(tokens))
+        lines.append(f"  {kind:<7}{len(tokens):>6,}  {text}")
+    return lines
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

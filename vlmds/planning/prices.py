@@ -1,0 +1,171 @@
+"""What each store costs: bytes to keep and to read, and seconds of a core to make frames of them.
+
+Decoding is timed on a few samples of the dataset, on this machine, in the child processes that
+decode in training too. Without data there is only a table of typical clips, and it says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlmds.console.text import counted
+from vlmds.data.features import EXTENSION, bytes_per_sample, decode_features, encode_features
+from vlmds.data.index import SampleRow, ShardIndex
+from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
+from vlmds.errors import SampleError
+from vlmds.packing.report import spread
+from vlmds.packing.shards import PackOptions
+from vlmds.video.decode_work import encode_jpegs
+from vlmds.video.pool import DecodePool
+
+SAMPLES = 6
+SECONDS = 30.0  # no further sample is timed after this long
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of one sample in one store.
+
+    name: the store, and for a typical clip which one. bytes: of its members. seconds: of one core,
+    from the bytes in memory to the tensor that a batch is made of. origin: how both are known.
+    """
+
+    store: str
+    name: str
+    bytes: float
+    seconds: float
+    origin: str
+
+
+# Seconds: 8 frames -> 336 px on one core, 2026-11. Bytes of video: at a usual rate for the size.
+ASSUMED = [
+    Price("video", "video, 360p, 10 s", 10 * 0.8e6 / 8, 0.180, "typical, not measured here"),
+    Price("video", "video, 1080p, 30 s", 30 * 5e6 / 8, 2.700, "typical, not measured here"),
+    Price("frames", "frames", 8 * 55e3, 0.006, "typical, not measured here"),
+]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a store asks of a machine per GPU. cores: busy with decoding; read: bytes a second."""
+
+    price: Price
+    cores: float
+    read: float
+    total: float | None
+
+    def fed_by(self, cores: float) -> bool:
+        return self.cores <= cores
+
+
+def prices(
+    parts: Sequence[ShardIndex], num_frames: int, image_size: int, patches: int, width: int
+) -> list[Price]:
+    """The stores that the data is or can be converted to; typical clips if there is no data.
+
+    parts: the packed datasets, all of one store. num_frames, image_size: of the experiment's
+    frames. patches, width: of its features, P vectors a frame.
+    """
+    features = _features_price(num_frames, patches, width)
+    if not parts:
+        scale = num_frames / 8
+        frames = [Price(p.store, p.name, p.bytes * scale, p.seconds * scale, p.origin)
+                  if p.store == "frames" else p for p in ASSUMED]
+        return [*frames, features]
+    store = parts[0].store
+    if store == "features":
+        return [features]
+    chosen = [(part, spread(part, max(1, SAMPLES // len(parts)))) for part in parts]
+    if store == "frames":
+        return [_stored_frames_price(chosen), features]
+    return [*_video_prices(chosen, num_frames, image_size), features]
+
+
+def needs(
+    found: Sequence[Price], samples_per_second: float, samples: int | None
+) -> list[Need]:
+    """What each store asks for at this rate per GPU. samples: in all, to know the total size."""
+    return [Need(price, price.seconds * samples_per_second, price.bytes * samples_per_second,
+                 None if samples is None else price.bytes * samples) for price in found]
+
+
+def cheapest(found: Sequence[Need], cores: float) -> Need | None:
+    """The smallest store that `cores` cores per GPU can decode as fast as the GPU wants it; None
+    if there is none."""
+    return min((need for need in found if need.fed_by(cores)),
+               key=lambda need: need.price.bytes, default=None)
+
+
+def _video_prices(
+    chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int
+) -> list[Price]:
+    """Of the data as it is, and of the frames that it would become."""
+    seconds, frame_sizes, frame_seconds = [], [], []
+    shape = {"num_frames": num_frames, "image_size": image_size}
+    begin = time.monotonic()
+    for index, rows in chosen:
+        with DecodePool(1, deadline=SECONDS) as pool:
+            # The first one starts the child; it is decoded again for its time.
+            replies = decode_stored(index, [rows[0], *rows], pool, store="pixels",
+                                    num_frames=num_frames, image_size=image_size)
+            next(replies)
+            for _ in rows:
+                started = time.perf_counter()
+                frames = pixels_of(next(replies), image_size)
+                elapsed = time.perf_counter() - started
+                if not isinstance(frames, SampleError):
+                    seconds.append(elapsed)
+                    jpegs = encode_jpegs(frames, PackOptions.quality)
+                    frame_sizes.append(sum(map(len, jpegs.values())))
+                    frame_seconds.append(_timed(lambda: read_jpegs(jpegs, shape)))
+                if time.monotonic() - begin > SECONDS:
+                    break
+            replies.close()
+    if not seconds:
+        return []
+    origin = f"{counted(len(seconds), 'sample')} timed here"
+    return [Price("video", "video (this data)", _mean_size(chosen), float(np.mean(seconds)), origin),
+            Price("frames", "frames", float(np.mean(frame_sizes)), float(np.mean(frame_seconds)),
+                  origin)]
+
+
+def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Price:
+    seconds = []
+    for index, rows in chosen:
+        for row in rows:
+            try:
+                members = index.read(row)
+                seconds.append(_timed(lambda: read_jpegs(members, index.meta)))
+            except SampleError:
+                continue  # damaged since it was packed; training tells
+    return Price("frames", "frames (this data)", _mean_size(chosen), float(np.mean(seconds or [0.0])),
+                 f"{counted(len(seconds), 'sample')} timed here")
+
+
+def _features_price(num_frames: int, patches: int, width: int) -> Price:
+    meta = {"num_frames": num_frames, "vision": {"patches": patches, "width": width}}
+    members = {EXTENSION: encode_features(torch.zeros(num_frames * patches, width))}
+    return Price("features", "features", bytes_per_sample(num_frames, patches, width),
+                 _timed(lambda: decode_features(members, meta)), "exact size, read timed here")
+
+
+def _mean_size(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> float:
+    """Mean bytes of a sample of all these datasets, in their shards."""
+    shards = [shard for index, _ in chosen for split in index.splits
+              for shard in index.shards(split)]
+    return sum(shard.bytes for shard in shards) / sum(shard.count for shard in shards)
+
+
+def _timed(action: Callable[[], object]) -> float:
+    """Seconds that it takes: the best of three, for other processes only ever make it longer."""
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,250 @@
+"""The run folder: what one run of one experiment records, and where a restart goes on.
+
+    experiment.yaml   the resolved experiment
+    run.json          a name of its own, global batch, what it is trained from (data fingerprint,
+                      hashes of the base weights, how frames are sampled, checkpoint or run that it
+                      grew from), and for each start: versions, git commit, world size, command
+                      line, what computes attention
+    metrics.jsonl     one line per optimizer step, per validation and per evaluation
+    samples.jsonl     captions made in training, if training.evaluate_every is set
+    ledger.jsonl      every sample that could not be read, and when
+    tensorboard/  checkpoints/  artifacts/{stage}/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
+from vlmds.files import check_writable, write
+from vlmds.models.artifact import is_artifact
+from vlmds.runs.journal import Journal
+
+PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "webdataset",
+            "decord", "av")
+
+WRITTEN = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl", "tensorboard", "checkpoints",
+           "artifacts")  # as the run goes on; what is written anew needs the folder alone
+
+# Keys that may differ when a run is resumed: they do not change what is learned. The size of a
+# micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
+# compared by fingerprints.
+HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "vision.revision",
+            "llm.model", "llm.revision", "llm.attention",
+            "data.num_workers", "data.verify", "data.max_bad_fraction", "vision.frames_per_call",
+            "training.micro_batch", "training.gradient_accumulation", "training.global_batch",
+            "training.activation_checkpointing", "training.validate_every",
+            "training.evaluate_every", "training.evaluate_clips", "training.evaluate_tokens",
+            "training.checkpoint_every", "training.keep_checkpoints", "training.timeout_minutes",
+            "training.heartbeat_seconds", "training.max_skipped_steps", "data.cache_dir",
+            "data.cache_gb", "data.decode_seconds")
+
+
+@dataclass
+class RunFolder:
+    """An opened run. record: what run.json holds."""
+
+    path: Path
+    record: dict
+
+    def __post_init__(self):
+        self._ledger = Journal(self.path / "ledger.jsonl")
+
+    @classmethod
+    def read(cls, path: Path) -> dict:
+        """The record of the run at ``path``. Raises InputError if there is none."""
+        try:
+            return json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except OSError:
+            raise InputError(f"{path}: not a run folder (no run.json in it)") from None
+        except ValueError:
+            raise InputError(f"{path / 'run.json'}: damaged; choose another --output") from None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step, fixed at the run's first start."""
+        return self.record["global_batch"]
+
+    def update(self, **values) -> None:
+        """Change the record and write it."""
+        self.record |= values
+        write(self.path / "run.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
+
+    def begin(self, experiment: Experiment) -> None:
+        """Write what this start is of."""
+        write(self.path / "experiment.yaml", to_yaml(experiment))
+        self.update()
+
+    def note(self, **values) -> None:
+        """Add to the record of this start."""
+        self.record["starts"][-1] |= values
+        self.update()
+
+    def artifact(self, stage: str) -> Path:
+        return self.path / "artifacts" / stage
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def add_to_ledger(self, records: list[dict]) -> None:
+        self._ledger.add(records)
+
+    def rewind(self, stages: list[str], stage: int, step: int) -> None:
+        """Drop the metrics and ledger lines of steps that will be taken (again) from here on:
+        ``step`` optimizer steps of stage number ``stage`` stand."""
+        for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
+            path = self.path / name
+            if not path.is_file():
+                continue
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a process that was killed
+                if (stages.index(record["stage"]), record["step"]) <= (stage, step):
+                    kept.append(line)
+            write(path, "".join(kept))
+
+
+def check_run_folder(path: Path) -> None:
+    """Raise :class:`InputError` unless this user can write a run there, or go on with the one that
+    is there."""
+    check_writable(path, "--output", WRITTEN)
+
+
+def open_run(
+    path: Path, experiment: Experiment, resume: str, *, origin: dict, world_size: int,
+    command: list[str],
+) -> RunFolder:
+    """A new run, or the one in the folder to go on with it; one process calls it. Nothing is
+    written before :meth:`RunFolder.begin`: a start that is refused leaves no run behind.
+
+    Args:
+        resume: "auto" goes on with what is there, "never" wants a new folder.
+        origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
+            ``sampling``, ``weights`` and ``revisions``.
+
+    Raises:
+        InputError: ``never``, but the folder holds a run; or the run there is of another
+            experiment or other data.
+    """
+    training = experiment.training
+    record_path = path / "run.json"
+    if not record_path.is_file():
+        wanted = training.global_batch or (
+            training.micro_batch * training.gradient_accumulation * world_size)
+        record = {"id": secrets.token_hex(4), "global_batch": wanted, **origin, "starts": []}
+    elif resume == "never":
+        raise InputError(f"--output {path}: holds a run already and --resume is never; "
+                         "choose another folder")
+    else:
+        record = RunFolder.read(path)
+        check_same_experiment(path, experiment)
+        if record["data_fingerprint"] != origin["data_fingerprint"]:
+            raise InputError(f"data: {experiment.data.path or 'the blend'} is not the data that {path} was "
+                             "started on; give that data, or another --output")
+        check_base_weights(record["weights"], origin["weights"], experiment, path)
+        if training.global_batch not in (None, record["global_batch"]):
+            raise InputError(f"training.global_batch: {training.global_batch}, but {path} was "
+                             f"started with {record['global_batch']}; choose another --output")
+    record["starts"].append({
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
+        "world_size": world_size, "versions": versions(), "git": git_commit(),
+        "host": platform.node()})
+    return RunFolder(path, record)
+
+
+def final_artifact(path: Path) -> Path:
+    """The artifact that ``--run path`` means: the folder itself, or the run's last finished stage.
+
+    Raises:
+        InputError: there is none.
+    """
+    if is_artifact(path):
+        return path
+    if not (path / "run.json").is_file():
+        raise InputError(f"--run {path}: neither a run folder nor an artifact")
+    for stage in reversed(load_experiment(path / "experiment.yaml").stages):
+        if is_artifact(path / "artifacts" / stage.name):
+            return path / "artifacts" / stage.name
+    raise InputError(f"--run {path}: no stage of this run is finished yet")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the source that runs, "-dirty" appended if it was changed; None outside git."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
+                              check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_same_experiment(path: Path, experiment: Experiment) -> None:
+    """Raise :class:`InputError`, naming the keys, if the run at ``path`` is of an experiment that
+    would learn something else."""
+    changed = differing_keys(load_experiment(path / "experiment.yaml"), experiment, but=HARMLESS)
+    if changed:
+        raise InputError(f"{path}: was started as another experiment ({'; '.join(changed)}); "
+                         "undo the change or choose another --output")
+
+
+def check_base_weights(old: dict[str, str], new: dict[str, str], experiment: Experiment,
+                       run: Path) -> None:
+    """Raise :class:`InputError`, naming the file, unless ``run`` was started from these weights."""
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            part, file = name.split("/")
+            raise InputError(
+                f"{part}.model: {file} of {getattr(experiment, part).model} is not the one that "
+                f"{run} was trained from; restore it, or choose another --output")
+
+
+def differing_keys(old: Experiment, new: Experiment, *, only: tuple[str, ...] = ("",),
+                   but: tuple[str, ...] = ()) -> list[str]:
+    """"key old -> new" for each key that differs, under one of ``only`` and under none of ``but``;
+    a name stands for all keys below it."""
+    a, b = flat_settings(old.model_dump()), flat_settings(new.model_dump())
+
+    def under(key: str, names: tuple[str, ...]) -> bool:
+        return any(name in ("", key) or key.startswith(f"{name}.") for name in names)
+
+    return [f"{key} {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys())
+            if a.get(key) != b.get(key) and under(key, only) and not under(key, but)]
+
+
+def flat_settings(tree, prefix: str = "") -> dict:
+    """Nested mappings and lists of mappings -> dotted keys."""
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        tree = {str(number): item for number, item in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= flat_settings(value, f"{prefix}.{key}" if prefix else key)
+    return flat

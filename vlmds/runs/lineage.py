@@ -1,0 +1,145 @@
+"""What a run was trained from: the base weights, the data, the stage before.
+
+``run.json`` records it at the first start. A later start, and ``--from RUN``, compare: a projector
+means nothing to another vision tower, and an adapter nothing to another language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+
+import torch.distributed as dist
+
+from vlmds.distributed.ranks import gather, shared_error, together
+from vlmds.errors import InputError
+from vlmds.experiments.schema import Experiment, LanguageConfig, load_experiment
+from vlmds.files import copy_files, machine, new_folder
+from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
+from vlmds.models.fetch import model_folder
+from vlmds.models.hashes import weights_sha256
+from vlmds.models.hub import weight_files
+from vlmds.models.language import load_tokenizer
+from vlmds.runs.folder import RunFolder, check_base_weights, differing_keys
+
+# What a projector of an earlier stage depends on: these keys, the base weights and the sampling.
+PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames",
+                  "data.prompt")
+
+
+def base_files(experiment: Experiment) -> dict[str, Path]:
+    """The weight files of the pretrained models on this machine, by what they are and their names.
+
+    Raises:
+        InputError: a model has none.
+    """
+    return {
+        f"{part}/{path.name}": path
+        for part, section in (("vision", experiment.vision), ("llm", experiment.llm))
+        for path in weight_files(section, model_folder(section))}
+
+
+def recorded_revisions(experiment: Experiment, *runs: Path | None) -> dict[str, str | None]:
+    """The commits of the pretrained models that the first of the runs which is there was trained
+    from, of those models that have the same name in the experiment; empty if none is there, or it
+    was begun before commits were recorded. Raises InputError: the run is damaged."""
+    run = next((run for run in runs if run is not None and (run / "run.json").is_file()), None)
+    revisions = RunFolder.read(run).get("revisions") if run else None
+    if not revisions:
+        return {}
+    theirs = load_experiment(run / "experiment.yaml")
+    return {part: commit for part, commit in revisions.items()
+            if getattr(theirs, part).model == getattr(experiment, part).model}
+
+
+def base_weights(experiment: Experiment) -> dict[str, str]:
+    """sha256 of every file of the pretrained models, and of the tokenizer, by what it is and its
+    name. All ranks call it and share the reading; each machine reads its own files.
+
+    Raises:
+        InputError: on every rank, if a file is missing or two machines have different ones.
+    """
+    files = together(lambda: base_files(experiment))
+    places = gather((machine(), platform.node()))
+    here = [rank for rank, (where, _) in enumerate(places) if where == machine()]
+    share = sorted(files)[here.index(dist.get_rank()) :: len(here)]
+    mine = together(lambda: weights_sha256({name: files[name] for name in share}))
+    mine["llm/tokenizer"] = together(lambda: tokenizer_sha256(experiment.llm))
+    found: dict[str, tuple[str, str]] = {}
+    for (_, host), hashes in zip(places, gather(mine)):
+        for name, value in hashes.items():
+            first, expected = found.setdefault(name, (host, value))
+            if value != expected:
+                raise shared_error(f"{name.split('/')[0]}.model: {host} has another {name} than "
+                                   f"{first}; give all machines the same files")
+    return {name: value for name, (_, value) in sorted(found.items())}
+
+
+def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str, dict]:
+    """``--from RUN``: what :func:`inherit` takes from another run instead of training it, all stages
+    but the last that are not there yet: by stage, what the run's record says of it. Nothing is
+    written.
+
+    Raises:
+        InputError: the other run has not finished them, or its projector was trained for another
+            projector, vision tower, language model, number of frames, prompt or sampling.
+    """
+    record = RunFolder.read(other)
+    taken = {}
+    for stage in experiment.stages[:-1]:
+        source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
+        if not is_artifact(source):
+            raise InputError(f"--from {other}: it has no finished stage {stage.name}")
+        meta, theirs = read_artifact(source)
+        keys = PROJECTOR_KEYS + (("peft",) if meta["adapter"] else ())
+        if changed := differing_keys(theirs, experiment, only=keys):
+            raise InputError(f"--from {other}: its stage {stage.name} was trained otherwise "
+                             f"({'; '.join(changed)})")
+        if record["sampling"] != run.record["sampling"]:
+            raise InputError(f"--from {other}: its frames were sampled or resized otherwise "
+                             f"({record['sampling']}, not {run.record['sampling']})")
+        check_base_weights(record["weights"], run.record["weights"], experiment, other)
+        ours = projector_sha256(source)
+        if is_artifact(target):
+            if projector_sha256(target) != ours:
+                raise InputError(f"--from {other}: {run.path} has a stage {stage.name} already, "
+                                 "and it is another one; choose another --output")
+            continue
+        taken[stage.name] = {
+            "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}
+    return taken
+
+
+def inherit(taken: dict[str, dict], run: RunFolder) -> None:
+    """Copy those stages. What they were goes into the run's record, which the caller writes."""
+    for name, origin in taken.items():
+        with new_folder(run.artifact(name)) as new:
+            copy_files(Path(origin["run"]) / "artifacts" / name, new)
+        run.record.setdefault("inherited", {})[name] = origin
+
+
+def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
+    """What stage ``number`` of the run is trained from; its checkpoints and artifact record it."""
+    lineage = {name: run.record[name] for name in ("weights", "sampling", "data_fingerprint")}
+    lineage["revisions"] = run.record.get("revisions")  # None: a run begun before they were kept
+    if number:
+        parent = experiment.stages[number - 1].name
+        lineage["parent"] = {"stage": parent,
+                             "projector_sha256": projector_sha256(run.artifact(parent))}
+    return lineage
+
+
+def check_parent(lineage: dict, recorded: dict, where: Path) -> None:
+    """Raise :class:`InputError` if a checkpoint of a stage grew from another parent stage."""
+    if lineage.get("parent") != recorded.get("parent"):
+        parent = (lineage.get("parent") or recorded["parent"])["stage"]
+        raise InputError(f"{where}: was trained from another {parent} than the one in artifacts/ "
+                         "now; restore that artifact, or delete the checkpoints of this stage")
+
+
+def tokenizer_sha256(llm: LanguageConfig) -> str:
+    """Of the vocabulary, how text is cut, and the chat template."""
+    tokenizer = load_tokenizer(llm)
+    described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(described.encode()).hexdigest()

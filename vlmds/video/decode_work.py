@@ -1,0 +1,213 @@
+"""What a decoding process does with one video: make what a store keeps of it, or its frames."""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmds.errors import SampleError
+from vlmds.video import decode as video
+from vlmds.video import repair
+from vlmds.video.frame_table import FrameTable
+
+MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
+
+
+@dataclass(frozen=True)
+class Request:
+    """A video to prepare; see `vlmds.packing.pack.pack` for the options.
+
+    store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
+    "facts": no members. quality: of the JPEGs, for store "frames".
+    """
+
+    video: str
+    start: float | None
+    end: float | None
+    store: str
+    num_frames: int
+    image_size: int
+    quality: int | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class FramesRequest:
+    """Frames of a video whose bytes follow; see `FrameDecoder.frames`."""
+
+    num_frames: int
+    image_size: int
+    start: float | None
+    end: float | None
+    decoder: str
+    described: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reason for rejection, or facts about the video and its members {extension: bytes, or a view
+    of them}."""
+
+    reason: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, bytes | memoryview] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return sum(len(member) for member in self.members.values())
+
+
+def prepare(
+    request: Request, data: bytes, more_time: Callable[[float], None] | None = None
+) -> Reply:
+    """Probe the video (a file's bytes) and make its members. Raises SampleError.
+
+    more_time: told how many more seconds it takes than most, if it does (see `repair.mend`).
+    """
+    info = video.probe(data)
+    if request.store == "facts":
+        return Reply(facts=_facts(info))
+    if request.store == "pixels":
+        return Reply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
+    content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
+    if request.store == "video":
+        reply = _prepare_video(request, data, info, more_time)
+        reply.facts["content"] = content
+        return reply
+
+    picks = video.pick(info, request.num_frames, request.start, request.end)
+    images = _images(request, data, info)
+    facts = _facts(info) | {"content": content} | {
+        "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
+    return Reply(None, facts, encode_jpegs(images, request.quality))
+
+
+def _images(request: Request, data: bytes, info: video.VideoInfo) -> np.ndarray:
+    """uint8 [num_frames, 3, size, size]"""
+    # PyAV, for it reports damage that decord passes over.
+    frames = video.decode_frames(
+        data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
+    return video.resize_frames(frames, request.image_size)
+
+
+def _prepare_video(
+    request: Request, data: bytes, info: video.VideoInfo,
+    more_time: Callable[[float], None] | None,
+) -> Reply:
+    """The file itself, or what `repair.mend` makes of it."""
+    span = (request.num_frames, request.start, request.end)
+    video.pick(info, *span)
+    mended = repair.mend(data, info, request.start, request.end, more_time)
+    extension = _extension(request.video, info.container)
+    facts = {}
+    if mended is not None:
+        data, info = mended.data, mended.info
+        extension = "mkv" if "matroska" in info.container else "mp4"
+        span = (request.num_frames, mended.start, mended.end)
+        # The span of the file that is kept, in place of the manifest's.
+        facts = {"repair": mended.facts, "start": mended.start, "end": mended.end}
+    facts |= _facts(info) | {"timing": info.timing()}
+    if request.verify:
+        facts["decoder"] = _verified_decoder(data, info, span)
+    return Reply(None, facts, {extension: data})
+
+
+def _facts(info: video.VideoInfo) -> dict[str, Any]:
+    return {
+        "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
+        "width": info.width, "height": info.height, "codec": info.codec,
+        "rotation": info.rotation, "decoder": info.decoder}
+
+
+def read_frames(data: bytes, request: FramesRequest) -> Reply:
+    """The frames of a packed video. Raises SampleError."""
+    if request.described is None:
+        table = video.probe(data)
+    else:
+        try:
+            table = FrameTable.from_described(request.described)
+        except ValueError as error:
+            raise SampleError(f"its description cannot be read: timing: {error}") from None
+    if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
+        table = replace(table, decoder="pyav")
+    frames = video.decode_frames(data, table, request.num_frames, request.start, request.end)
+    return Reply(members={"rgb": video.resize_frames(frames, request.image_size).tobytes()})
+
+
+def _verified_decoder(data: bytes, info: video.VideoInfo, span: tuple) -> str:
+    """Decode the sampled frames, and keep decord only if it gives the same ones as PyAV."""
+    frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
+    if info.decoder == "pyav":
+        return "pyav"
+    try:
+        same = np.array_equal(frames, video.decode_decord(data, info, video.pick(info, *span)))
+    except SampleError:
+        same = False
+    return "decord" if same else "pyav"
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a local file or URL."""
+    try:
+        data = _read_url(path) if "://" in path else _read_local(Path(path))
+    except FileNotFoundError:
+        raise SampleError("file not found") from None
+    if not data:
+        raise SampleError("file is empty")
+    if len(data) >= MAX_BYTES:
+        raise SampleError("file too large: 8 GiB is the limit of a tar member")
+    return data
+
+
+def _read_local(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            # Not simply MAX_BYTES: so many would be reserved first, which takes longer than reading.
+            size = os.fstat(file.fileno()).st_size or MAX_BYTES  # 0: a pipe, that has none
+            return file.read(min(size, MAX_BYTES))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SampleError(f"file cannot be read: {error.strerror}") from error
+
+
+def _read_url(url: str) -> bytes:
+    import fsspec
+
+    from vlmds.files import driver_advice
+
+    if advice := driver_advice(url):
+        raise SampleError(f"file cannot be read: {advice}")
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each protocol's driver has its own
+        raise SampleError(f"file cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _extension(path: str, container: str) -> str:
+    extension = PurePosixPath(path.split("?")[0]).suffix[1:].lower()
+    if extension.isascii() and extension.isalnum() and len(extension) <= 8 and extension != "json":
+        return extension
+    return {"matroska,webm": "mkv", "avi": "avi", "mpegts": "ts"}.get(container, "mp4")
+
+
+def encode_jpegs(images: np.ndarray, quality: int) -> dict[str, bytes]:
+    """uint8 [F, 3, size, size] as the members {extension: bytes} of a frames store."""
+    return {f"{i}.jpg": _jpeg(image, quality) for i, image in enumerate(images)}
+
+
+def _jpeg(image: np.ndarray, quality: int) -> bytes:
+    """uint8 [3, size, size] as a JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(
+        buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,362 @@
+"""Decode videos in child processes that may hang or crash without harm to the caller.
+
+Neither FFmpeg nor decord can be interrupted from Python, so each child asks the kernel for SIGALRM
+before it starts on a video. Its default action ends the process whatever it is doing, even when
+the parent is gone; an idle child sees the end of its socket and exits. A repair takes long where a
+video does: the child says how long it gives itself, in place of the deadline.
+
+A process that hangs in the kernel (a stuck network drive) outlives even that: a while later the
+parent gives it up and goes on without it.
+
+`DecodePool` has several children (packing, captioning), `FrameDecoder` one (a training reader).
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+
+from vlmds.errors import SampleError
+from vlmds.video.decode_work import FramesRequest, Reply, Request
+from vlmds.video.handover import give, take
+
+LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
+LIFETIME = 2000  # videos after which a child is replaced: the decoders leak a few KB on some files
+START = 300.0  # seconds that a child may take to start: Python may lie on a slow network drive
+GRACE = 30.0  # seconds past the deadline after which the parent gives a child up
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A span of a video (path or URL), in seconds from its beginning; None: from or to the end."""
+
+    video: str
+    start: float | None = None
+    end: float | None = None
+
+
+def decode_videos(
+    videos: Iterable[str | Clip], num_frames: int, image_size: int, *, workers: int,
+    deadline: float = 60.0,
+) -> Iterator[np.ndarray | SampleError]:
+    """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size],
+    or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
+    clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
+    for result in decode_windows(((clip, 1) for clip in clips), num_frames, image_size,
+                                 workers=workers, deadline=deadline):
+        yield result if isinstance(result, SampleError) else result[0][0]
+
+
+def decode_windows(
+    clips: Iterable[tuple[Clip, int]], num_frames: int, image_size: int, *, workers: int,
+    deadline: float = 60.0,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
+    """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
+    uint8 [W, F, 3, size, size], and the facts that :func:`video_facts` tells; or why it cannot be
+    used. The file is read once for all its windows.
+
+    clips: with W. num_frames: F, of a window. deadline: seconds that a clip may take.
+    """
+    # The centres of W x F equal spans are those of F spans of each window.
+    counts: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for clip, windows in clips:
+            counts.append(windows)
+            yield Request(clip.video, clip.start, clip.end, "pixels", windows * num_frames,
+                          image_size)
+
+    with DecodePool(workers, deadline) as pool:
+        for number, reply in enumerate(pool.map(requests())):
+            if reply.reason is not None:
+                yield SampleError(reply.reason)
+                continue
+            pixels = np.frombuffer(reply.members["rgb"], np.uint8)
+            shape = counts[number], num_frames, 3, image_size, image_size
+            yield pixels.reshape(shape), reply.facts
+
+
+def video_facts(
+    videos: Iterable[str], *, workers: int, deadline: float = 60.0
+) -> Iterator[dict[str, Any] | SampleError]:
+    """For each video (path or URL), in order, what is known of it without decoding: frames, fps,
+    duration (seconds), width, height (as displayed), codec, rotation (degrees), decoder; or why it
+    cannot be read."""
+    requests = (Request(str(video), None, None, "facts", 0, 0) for video in videos)
+    with DecodePool(workers, deadline) as pool:
+        for reply in pool.map(requests):
+            yield reply.facts if reply.reason is None else SampleError(reply.reason)
+
+
+class FrameDecoder:
+    """Decodes videos in one child process, for one thread of its owner.
+
+    The child starts with the first video, and again after it had to be ended. Can be pickled, and
+    used after a fork: each process has a child of its own, which ends with it.
+
+    Args:
+        deadline: seconds that a video may take.
+    """
+
+    def __init__(self, deadline: float):
+        self._deadline = deadline
+        self._child: _Child | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None before it starts and after it had to be ended."""
+        return self._child.pid if self._child is not None and not self._child.closed else None
+
+    def frames(
+        self, data: bytes, *, num_frames: int, image_size: int, start: float | None = None,
+        end: float | None = None, decoder: str = "decord", described: dict[str, Any] | None = None,
+    ) -> np.ndarray:
+        """The frames that stand for [start, end] (seconds; default: the video), resized.
+
+        data: a video file's bytes. decoder: "pyav", or "decord" to use it where the probe clears
+        the file. described: what packing says of the file, in place of a probe (see
+        `FrameTable.from_described`). Returns uint8 [num_frames, 3, image_size, image_size].
+        Raises SampleError: it cannot be decoded, or its decoder hung, crashed or ran out of memory.
+        """
+        if self._child is None or self._child.closed:  # closed: it is that of the forking process
+            self._child = _Child(self._deadline)
+        self._child.send(FramesRequest(
+            num_frames, image_size, start, end, decoder, described), data)
+        reply = self._child.reply()
+        if not self._child.alive:
+            self._child = None
+        if reply.reason is not None:
+            raise SampleError(reply.reason)
+        pixels = np.frombuffer(reply.members["rgb"], np.uint8)
+        return pixels.reshape(num_frames, 3, image_size, image_size)
+
+    def close(self) -> None:
+        """End the child process, if there is one."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_deadline": self._deadline, "_child": None}
+
+
+class DecodePool:
+    """`lanes` child processes, each busy with one video at a time. Use as a context manager."""
+
+    def __init__(self, lanes: int, deadline: float):
+        self._deadline = deadline
+        self._idle: list[_Child] = []
+        self._busy: dict[Connection, tuple[_Child, int]] = {}
+        self._vacant = lanes  # children that may yet be started
+
+    def map(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """Replies in the order of the requests. A child's death is a Reply with a reason."""
+        waiting = enumerate(requests)
+        done: dict[int, Reply] = {}
+        held = 0  # bytes in done
+        exhausted = False
+        position = 0
+        while True:
+            while not exhausted and (self._idle or self._vacant) and held < LOOK_AHEAD:
+                index, request = next(waiting, (None, None))
+                if request is None:
+                    exhausted = True
+                else:
+                    self._start(index, request)
+            if position in done:
+                reply = done.pop(position)
+                held -= reply.size
+                position += 1
+                yield reply
+            elif self._busy:
+                for index, reply in self._answers():
+                    done[index] = reply
+                    held += reply.size
+            else:
+                return
+
+    def _start(self, index: int, request: Request) -> None:
+        if self._idle:
+            child = self._idle.pop()
+        else:
+            child = _Child(self._deadline)
+            self._vacant -= 1
+        self._busy[child.connection] = child, index
+        child.send(request)
+
+    def _answers(self) -> Iterator[tuple[int, Reply]]:
+        """Wait until a child says something or has to be given up; (index, reply) of those that are
+        done then."""
+        due = min(child.due for child, _ in self._busy.values())
+        heard = wait(list(self._busy), max(due - time.monotonic(), 0.0))
+        for connection, (child, index) in list(self._busy.items()):
+            if connection not in heard and time.monotonic() < child.due:
+                continue
+            reply = child.hear() if connection in heard else child.give_up()
+            if reply is None:
+                continue
+            del self._busy[connection]
+            if child.alive:
+                self._idle.append(child)
+            else:
+                self._vacant += 1
+            yield index, reply
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        children = [*self._idle, *(child for child, _ in self._busy.values())]
+        for child in children:
+            child.terminate()  # all before one is waited for
+        for child in children:
+            child.kill()
+
+
+class _Child:
+    """The parent's end of one child process.
+
+    closed: killed, or (after a fork) left to the process that started it.
+    alive: whether it may be sent another request. due: when it is to be given up unless it has
+    said something (`time.monotonic`).
+    """
+
+    _all: "weakref.WeakSet[_Child]" = weakref.WeakSet()
+
+    def __init__(self, deadline: float):
+        ours, theirs = socket.socketpair()
+        command = (f"from vlmds.video.child import main; "
+                   f"main({theirs.fileno()}, {float(deadline)})")
+        with theirs:
+            # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", command],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+                # There is a child for each core; NumPy would start a thread for each, too.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+        self.connection = Connection(ours.detach())
+        self.alive = True
+        self._owner = os.getpid()
+        self._deadline = deadline
+        self._ready = False
+        self.due = time.monotonic() + START
+        self._served = 0
+        self._all.add(self)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def closed(self) -> bool:
+        return self.connection.closed
+
+    def send(self, request: "Request | FramesRequest", data: bytes | None = None) -> None:
+        """Send a request; data: the video's bytes, for a FramesRequest."""
+        if self._ready:
+            self._start_clock()
+        try:
+            self.connection.send(request)
+            if data is not None:
+                give(self.connection, [data])
+        except OSError:
+            pass  # it died meanwhile; reply() tells
+
+    def reply(self) -> Reply:
+        """Wait for the answer to the request. A dead child's is the reason."""
+        reply = None
+        while reply is None:
+            heard = self.connection.poll(max(self.due - time.monotonic(), 0.0))
+            reply = self.hear() if heard else self.give_up()
+        return reply
+
+    def hear(self) -> Reply | None:
+        """What the child says, or why it has ended; None: only that it has started, or begins a
+        repair, which takes its time. There must be something to hear, or this waits."""
+        try:
+            if not self._ready:
+                self.connection.recv_bytes()
+                self._ready = True
+                self._start_clock()
+                return None
+            message = self.connection.recv()
+            if isinstance(message, float):
+                self._start_clock(message, "repair took too long")
+                return None
+            reason, facts, extensions = message
+            reply = Reply(reason, facts, dict(zip(extensions, take(self.connection))))
+        except (EOFError, OSError):
+            try:
+                code = self._process.wait(timeout=5.0)  # the socket closes a moment before
+            except subprocess.TimeoutExpired:
+                code = -signal.SIGKILL
+            return self._dead(code)
+        self._served += 1
+        if self._served == LIFETIME:
+            self.kill()
+        return reply
+
+    def give_up(self) -> Reply:
+        """End a child that has said nothing until it was due; its own alarm should have struck
+        before. Returns the reason."""
+        if not self._ready:
+            self.kill()
+            raise RuntimeError(f"the decoding process did not start within {START:g} s")
+        return self._dead(-signal.SIGALRM)
+
+    def _start_clock(self, seconds: float | None = None, excess: str = "decoder hung") -> None:
+        """seconds: that the child gives itself (default: the deadline). excess: what it is if they
+        do not suffice."""
+        seconds = self._deadline if seconds is None else seconds
+        self.due = time.monotonic() + seconds + GRACE
+        self._excess = f"{excess}: stopped after {seconds:g} s"
+
+    def _dead(self, code: int) -> Reply:
+        self.kill()
+        if not self._ready:
+            raise RuntimeError(f"the decoding process did not start (exit code {code})")
+        if code == -signal.SIGALRM:
+            return Reply(self._excess)
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return Reply(f"decoder crashed: {how}")
+
+    def terminate(self) -> None:
+        """Ask the kernel to end the process, which takes a moment."""
+        self.alive = False
+        if not self.closed:
+            self._process.kill()
+
+    def kill(self) -> None:
+        """End the process, unless it has ended."""
+        self.terminate()
+        if self.closed:
+            return
+        self.connection.close()
+        try:
+            self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            pass  # the kernel ends it when it can; nobody waits for that
+
+    def __del__(self):
+        if os.getpid() == getattr(self, "_owner", None):
+            self.kill()
+
+    @classmethod
+    def _forked(cls) -> None:
+        """A forked process must not keep a copy of the sockets, or the children that are not its
+        own would not see the end of their parent."""
+        for child in list(cls._all):
+            child.connection.close()
+            child._process.returncode = 0  # not a child of this process: nothing to wait for
+
+
+os.register_at_fork(after_in_child=_Child._forked)
