@@ -12,10 +12,9 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.clips import SHARED, SHARED_VIDEOS, write_manifest, write_video  # noqa: E402
 from tests.training.fixtures import models, shards, two_ranks  # noqa: E402, F401
-from vlmds.console import progress
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+from vlmds.console import progress  # noqa: E402
 
 # The same examples in every run, however slow the machine, and none kept where the tests run.
 hypothesis.settings.register_profile(
@@ -66,3 +65,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def shared_videos() -> Path:
+    if not SHARED_VIDEOS.is_dir():
+        pytest.skip(f"no videos at {SHARED_VIDEOS}")
+    return SHARED_VIDEOS
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """A folder with v0.mp4 … v5.mp4, e0.mkv, and a manifest of all."""
+    folder = tmp_path_factory.mktemp("videos")
+    rows = []
+    for i in range(6):
+        write_video(folder / f"v{i}.mp4", frames=12 + i, width=64 + 2 * i)
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다."})
+    write_video(folder / "e0.mkv", frames=9)
+    rows.append({"video": "e0.mkv", "caption": ["하나", "둘"], "split": "val", "prompt": "무엇?"})
+    write_manifest(folder / "manifest.jsonl", rows)
+    return folder

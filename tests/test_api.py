@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import vlmds
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from tests.evaluation.conftest import make_run, models, run, shards  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]

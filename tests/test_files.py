@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from tests.inference.test_video_captioner import made
 from vlmds import files
 from vlmds.cli import main

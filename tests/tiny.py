@@ -22,7 +22,7 @@ from transformers import (
 )  # fmt: skip
 
 from vlmds.demo.pretrain import train_tokenizer
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE

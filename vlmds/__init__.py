@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vlmds.evaluation.evaluate import evaluate_run, read_evaluation
     from vlmds.evaluation.report import write_report
     from vlmds.evaluation.runs import load_run
-    from vlmds.experiments.schema import Experiment, load_experiment
+    from vlmds.experiments.reading import load_experiment
+    from vlmds.experiments.schema import Experiment
     from vlmds.inference.generation import GenerationOptions
     from vlmds.inference.video_captioner import VideoCaptioner
     from vlmds.packing.pack import pack

@@ -14,7 +14,7 @@ from vlmds.bench import many_gpus, train, workload
 from vlmds.bench.clock import StepClock
 from vlmds.bench.many_gpus import bench_scaling, communication_seconds, sent_bytes
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.assemble import shapes
 
 SMALL = ["data.num_frames=2", "training.gradient_accumulation=1"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.video.pool import Clip, decode_videos
 

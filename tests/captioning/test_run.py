@@ -15,7 +15,7 @@ import pytest
 
 from tests import tiny
 from tests.captioning.conftest import SAYINGS
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from tests.training.launch import forked
 from vlmds.captioning import pipeline
 from vlmds.captioning.job import caption_to_file

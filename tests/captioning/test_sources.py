@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.data.conftest import write_manifest
+from tests.clips import write_manifest
 from vlmds.captioning.sources import find_source, grouped, parse_seconds, spans
 from vlmds.errors import InputError, SampleError
 from vlmds.video.pool import Clip

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests import tiny
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.cli import main, packing
 from vlmds.console import progress
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from tests import tiny
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from tests.training.launch import ROOT, environment
 
 # Of the processes of DeepSpeed's launcher, which print before any line of ours runs.

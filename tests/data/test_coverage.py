@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.cli import main
 from vlmds.data.coverage import coverage_lines
 from vlmds.data.index import ShardIndex

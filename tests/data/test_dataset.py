@@ -16,7 +16,7 @@ from fsspec.spec import AbstractBufferedFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from tests.training.forked import fork_context
 from vlmds.cli import main
 from vlmds.data.blend import BLOCK, Blend, shares

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from tests import tiny
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.cli import main
 from vlmds.data.alike import converted, tower_keys
 from vlmds.data.dataset import Dataset
@@ -16,7 +16,8 @@ from vlmds.data.features import bytes_per_sample, check_tower, decode_features, 
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import Batches, SampleReader, training_collate
 from vlmds.errors import InputError, SampleError
-from vlmds.experiments.schema import VisionConfig, load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schema import VisionConfig
 from vlmds.files import as_path
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import save_artifact

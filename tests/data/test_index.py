@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.data.conftest import write_manifest
+from tests.clips import write_manifest
 from vlmds.data.index import CACHED_SHARDS, ShardIndex
 from vlmds.errors import InputError, SampleError
 from vlmds.packing.pack import pack

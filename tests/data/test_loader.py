@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import Batches, SampleReader, TrainingPositions, evaluation_positions, training_collate

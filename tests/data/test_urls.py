@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.captioning.sources import find_source
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset

@@ -25,7 +25,7 @@ from vlmds.doctor.node import (
     check_disk,
     check_limits,
 )  # fmt: skip
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.planning.cards import find_card
 
 pytestmark = pytest.mark.distributed

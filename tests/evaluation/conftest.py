@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
-from vlmds.experiments.schema import load_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import load_model
 from vlmds.models.language import add_adapter

@@ -19,7 +19,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation import evaluate
 from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset, read_evaluation
 from vlmds.evaluation.scoring import ClipText, evaluated_positions, read_text, swap_videos
-from vlmds.experiments.schema import load_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.files import sha256_of
 from vlmds.inference.generation import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
-from tests.data.conftest import SHARED
+from tests.clips import SHARED_VIDEOS
 from vlmds.demo.clips import caption, combinations
 from vlmds.errors import InputError
 from vlmds.evaluation import metrics
@@ -19,8 +19,8 @@ from vlmds.evaluation.metrics import CHARACTERS, characters, morphemes, score_ca
 def pairs():
     """60 Korean captions with one to three references, some captions far off, one empty."""
     texts = [caption(a) for a in combinations()[0]][::2]
-    if SHARED.is_dir():
-        lines = (SHARED / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    if SHARED_VIDEOS.is_dir():
+        lines = (SHARED_VIDEOS / "captions.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["caption"] for line in lines] + texts
     texts = texts[:60]
     made = [" ".join(t.split()[: 3 + i % 4]) if i % 3 else texts[(i * 7) % 60]

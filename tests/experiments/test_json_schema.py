@@ -9,7 +9,7 @@ import yaml
 
 from vlmds.cli import main
 from vlmds.experiments.json_schema import SCHEMA_FILE, experiment_schema
-from vlmds.experiments.schema import PACKAGED, load_experiment
+from vlmds.experiments.reading import PACKAGED, load_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(PACKAGED.glob("*.yaml"))

@@ -1,7 +1,8 @@
 import pytest
 
 from vlmds.errors import InputError
-from vlmds.experiments.schema import DataConfig, load_experiment, packaged_experiments, parse_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, packaged_experiments, parse_experiment, to_yaml
+from vlmds.experiments.schema import DataConfig
 
 MATRIX = {  # name: (projector, adapter, owner, priority)
     "e1": ("linear", "lora", "A", 1),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from tests.inference.test_video_captioner import made
 from vlmds.cli import main
 from vlmds.errors import InputError

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests import tiny
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from vlmds.cli import main
 from vlmds.errors import InputError, SampleError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.inference.generation import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import load_artifact, save_artifact

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.data.conftest import cut_video, write_video
+from tests.clips import cut_video, write_video
 from vlmds.errors import SampleError
 from vlmds.video import pool
 from vlmds.video.pool import FrameDecoder

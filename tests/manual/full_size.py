@@ -36,7 +36,7 @@ from vlmds.console.progress import phase
 from vlmds.console.quiet import quiet_libraries
 from vlmds.demo.clips import make_clips
 from vlmds.demo.pretrain import train_tokenizer
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.files import new_folder, write
 from vlmds.models.pretrained import PUBLISHED_SHAPES
 

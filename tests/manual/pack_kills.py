@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 
 TIMEOUT = 300
 

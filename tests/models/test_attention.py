@@ -7,7 +7,7 @@ import torch
 
 from tests import tiny
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.attention import attention_for, choose_attention, installed_flash
 from vlmds.models.language import load_language_model
 

@@ -7,7 +7,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests import tiny
-from vlmds.experiments.schema import LanguageConfig, load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schema import LanguageConfig
 from vlmds.models import dora
 from vlmds.models.dora import Dora, norms_kept, weights_changed
 from vlmds.models.language import add_adapter, load_language_model

@@ -15,7 +15,7 @@ from tests import hub as hubs
 from tests import tiny
 from vlmds.cli import main
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models import fetch
 from vlmds.models.assemble import load_model
 from vlmds.models.fetch import download, fetch_models, model_folder, pin_models, presence

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.language import add_adapter
 from vlmds.models.pretrained import PUBLISHED_SHAPES
 from vlmds.models.projectors import build_projector

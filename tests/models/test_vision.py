@@ -5,7 +5,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests import tiny
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.assemble import load_model
 from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame
 

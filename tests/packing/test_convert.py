@@ -18,13 +18,13 @@ from PIL import Image
 from safetensors.torch import load
 
 from tests import tiny
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.console import progress as progress_module
 from vlmds.console.progress import Phase
 from vlmds.data.index import ShardIndex
 from vlmds.data.stored import read_jpegs
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.files import as_path
 from vlmds.models.vision import load_vision_tower
 from vlmds.packing import convert as module

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.conftest import write_manifest
+from tests.clips import write_manifest
 from vlmds.errors import InputError
 from vlmds.packing.manifest import MAX_KEY, read_manifest
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.cli import main, packing
 from vlmds.console.progress import Phase
 from vlmds.data.index import ShardIndex

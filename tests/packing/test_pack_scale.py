@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from tests.manual.pack_kills import contents, pack_with_kills
 from vlmds.cli import main
 from vlmds.console.progress import Phase

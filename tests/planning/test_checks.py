@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from tests.training.launch import arguments, train
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset
 from vlmds.doctor.cluster import within
 from vlmds.doctor.node import FAILED, OK, Patient, check_dataset
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.assemble import shapes
 from vlmds.models.language import load_tokenizer
 from vlmds.models.vision import load_vision_tower

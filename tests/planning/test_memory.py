@@ -4,10 +4,10 @@ import pytest
 from safetensors import safe_open
 
 from tests import tiny
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.assemble import shapes
+from vlmds.models.trainable import freeze
 from vlmds.planning.memory import checkpoint_bytes, partition_sizes
-from vlmds.training.optimizer import freeze
 
 pytestmark = pytest.mark.distributed
 

@@ -5,7 +5,7 @@ import yaml
 
 from tests import tiny
 from vlmds.cli import main
-from vlmds.experiments.schema import PACKAGED, load_experiment, packaged_experiments
+from vlmds.experiments.reading import PACKAGED, load_experiment, packaged_experiments
 
 PAIRS = {(e.projector.type, e.peft.type): e for e in map(load_experiment, packaged_experiments())
          if e.name != "demo"}
@@ -32,7 +32,7 @@ def test_its_values_are_those_of_the_packaged_files(tmp_path, monkeypatch):
     for file in PACKAGED.glob("*.yaml"):
         text = file.read_text(encoding="utf-8").replace("epochs: 5", "epochs: 7")
         (packaged / file.name).write_text(text.replace("micro_batch: 2", "micro_batch: 3"))
-    monkeypatch.setattr("vlmds.experiments.schema.PACKAGED", packaged)
+    monkeypatch.setattr("vlmds.experiments.reading.PACKAGED", packaged)
     assert main(["new", str(tmp_path / "my.yaml"), "--projector", "mlp", "--clips", "2400"]) == 0
     text = (tmp_path / "my.yaml").read_text(encoding="utf-8")
     assert "micro_batch: 3" in text and "# global_batch: 12" in text

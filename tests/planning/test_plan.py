@@ -9,17 +9,18 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from tests import tiny
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.bench.footprint import StepMemory
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset
 from vlmds.data.features import check_tower
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models import dora
 from vlmds.models.assemble import load_model, shapes
 from vlmds.models.language import add_adapter, load_language_model
+from vlmds.models.trainable import freeze
 from vlmds.models.vision import load_vision_tower
 from vlmds.packing.convert import convert
 from vlmds.packing.pack import pack
@@ -35,7 +36,6 @@ from vlmds.planning.memory import (
     stage_memory,
 )
 from vlmds.planning.plan import plan_experiment
-from vlmds.training.optimizer import freeze
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.data.index import ShardIndex
 from vlmds.packing.convert import convert
 from vlmds.packing.pack import pack

@@ -7,16 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import tiny
 from vlmds.cli import main
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.assemble import load_model, shapes
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.models.trainable import freeze
 from vlmds.planning.cards import CARDS, device_card, find_card
 from vlmds.planning.flops import sample_flops
 from vlmds.planning.memory import longest
 from vlmds.planning.propose import predicted_rate, proposals
-from vlmds.training.optimizer import freeze
 
 
 @pytest.fixture(scope="module")

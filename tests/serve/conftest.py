@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests import tiny
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from vlmds.video.pool import decode_videos
 
 LIMIT = 8.0  # megabytes

@@ -16,7 +16,7 @@ pytest.importorskip("gradio")
 
 import httpx  # noqa: E402
 
-from tests.data.conftest import write_video  # noqa: E402
+from tests.clips import write_video  # noqa: E402
 from tests.serve.conftest import LIMIT, SAYINGS  # noqa: E402
 from tests.video.test_pool import long_video  # noqa: E402
 from vlmds.inference.generation import GenerationOptions  # noqa: E402

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from vlmds.serve.korean import in_korean
 from vlmds.video.pool import video_facts
 

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vlmds.distributed.ranks import init_distributed
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schedule import accumulation_steps, learning_rate
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.projectors import build_projector
-from vlmds.training.engine import accumulation_steps, build_engine, reduced_once, release
-from vlmds.training.optimizer import learning_rate, set_learning_rate
+from vlmds.training.engine import build_engine, reduced_once, release, set_learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, STEPS = 8, 3

@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from tests.training.engine_worker import GLOBAL_BATCH, batch, tiny_captioner
 from vlmds.distributed.ranks import gather, init_distributed
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schedule import accumulation_steps
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
-from vlmds.training.engine import accumulation_steps, build_engine, reduced_once
-from vlmds.training.optimizer import freeze
+from vlmds.models.trainable import freeze
+from vlmds.training.engine import build_engine, reduced_once
 
 FAULTS = (None, "nan", "inf", "-inf", None)
 """What one element of one gradient becomes in each step."""

@@ -9,10 +9,10 @@ from tests.manual.optimisations import curves, differences
 from tests.training.engine_worker import batch, tiny_captioner
 from tests.training.launch import forked, metrics
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.language import add_adapter
+from vlmds.models.trainable import freeze
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers, fewest_that_fits
-from vlmds.training.optimizer import freeze
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import torch
 
 from tests import tiny
 from tests.training.launch import arguments, metrics, train
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.vision import load_vision_tower
 from vlmds.packing.convert import convert
 

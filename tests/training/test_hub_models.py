@@ -8,7 +8,7 @@ import pytest
 from tests import hub as hubs
 from tests.models.test_fetch import CLIP, ONCE, QWEN, publish, weights
 from tests.training.launch import arguments, forked, train
-from vlmds.experiments.schema import load_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.runs.lineage import recorded_revisions
 
 WORKER = Path(__file__).with_name("cache_worker.py")

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from tests.training.launch import environment
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.training.monitor import Monitor, peak_memory
 
 

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.manual.kills import train_with_kills
 from tests.training.launch import FAULTY, ROOT, arguments, metrics, train, train_and_kill
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.files import sha256_of
 from vlmds.runs.folder import RunFolder
 from vlmds.training import checkpoint

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from tests.training.launch import FAULTY, arguments, metrics, train
 from tests.training.test_training import assert_same_weights, checkpoint_tensors, weights
 from vlmds.errors import InputError
-from vlmds.experiments.schema import load_experiment
-from vlmds.training.validation import Standing, check_validation
+from vlmds.experiments.reading import load_experiment
+from vlmds.planning.checks import check_validation
+from vlmds.training.validation import Standing
 
 
 def test_the_best_score_is_the_first_of_the_highest():

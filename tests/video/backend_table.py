@@ -17,7 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from tests.data.conftest import SHARED, cut_video, rotate_video, write_video
+from tests.clips import SHARED_VIDEOS, cut_video, rotate_video, write_video
 from vlmds.errors import SampleError
 from vlmds.video import decode as video
 from vlmds.video.decode_work import Request, prepare
@@ -109,8 +109,8 @@ def files(folder: Path) -> dict[str, Path | str]:
         else:
             make(found[source], folder / name)
             found[name] = folder / name
-    if SHARED.is_dir():
-        found |= {p.name: p for p in sorted(SHARED.glob("*/*"))}
+    if SHARED_VIDEOS.is_dir():
+        found |= {p.name: p for p in sorted(SHARED_VIDEOS.glob("*/*"))}
     return found
 
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from tests.data.conftest import write_video
+from tests.clips import write_video
 from vlmds.errors import SampleError
 from vlmds.video import decode as video
 from vlmds.video.decode_work import FramesRequest, read_frames

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.data.conftest import cut_video, decode_all, rotate_video, write_video
+from tests.clips import cut_video, decode_all, rotate_video, write_video
 from vlmds.errors import SampleError
 from vlmds.video import decode as video
 

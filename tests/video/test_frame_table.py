@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.data.conftest import cut_video, rotate_video, write_manifest, write_video
+from tests.clips import cut_video, rotate_video, write_manifest, write_video
 from tests.video.test_decode import FILES
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.data.conftest import picture, write_video
+from tests.clips import picture, write_video
 from vlmds.errors import SampleError
 from vlmds.video import decode as video
 from vlmds.video import pool as pool_module

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.data.conftest import cut_video, rotate_video, write_video
+from tests.clips import cut_video, rotate_video, write_video
 from vlmds.video import decode as video
 from vlmds.video import repair
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.conftest import write_manifest, write_video
+from tests.clips import write_manifest, write_video
 from vlmds.data.dataset import open_dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import Batches, SampleReader

@@ -27,10 +27,10 @@ from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE, VISUAL
 from vlmds.models.dora import Dora
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.models.trainable import freeze
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.engine import build_engine
 from vlmds.training.main import default_ds_config
-from vlmds.training.optimizer import freeze
 
 HF_PROJECTORS = ("linear", "mlp")
 

@@ -17,13 +17,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vlmds.bench.measure import save, table
 from vlmds.distributed.ranks import init_distributed
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.projectors import build_projector
+from vlmds.models.trainable import freeze
 from vlmds.training.engine import build_engine
 from vlmds.training.main import default_ds_config
-from vlmds.training.optimizer import freeze
 from vlmds.training.saver import Saver
 
 ROUNDS = 4

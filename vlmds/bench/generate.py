@@ -19,7 +19,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlmds.bench.measure import in_turns, save, table
 from vlmds.demo.pretrain import train_tokenizer
-from vlmds.experiments.schema import Experiment, load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.assemble import Model, experiment_projector, load_model

@@ -14,13 +14,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmds.bench.measure import save, table
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.models.assemble import shapes
+from vlmds.models.trainable import freeze
 from vlmds.planning.cards import find_card
 from vlmds.planning.propose import predicted_rate
 from vlmds.training.activations import fewest_that_fits
 from vlmds.training.engine import reduces_to_owners
-from vlmds.training.optimizer import freeze
 
 GPUS, PER_NODE = (8, 64, 512), 8
 LINKS = (200, 400)  # Gb/s for each node

@@ -24,13 +24,14 @@ from vlmds.bench.workload import CAPTION_TOKENS, Workload, prepare
 from vlmds.console.text import counted
 from vlmds.distributed.ranks import cpu_environment, free_port
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import Shapes, shapes
+from vlmds.models.trainable import freeze
 from vlmds.planning.cards import device_card
 from vlmds.planning.flops import sample_flops
 from vlmds.planning.memory import quantised, stage_memories
 from vlmds.planning.propose import LINEAR_SECONDS, host_seconds, passes
-from vlmds.training.optimizer import freeze
 
 BASELINES = ("reference", "hf", "lora")
 ROUNDS = 2

@@ -29,7 +29,8 @@ from transformers import (
 from vlmds.data.dataset import open_dataset
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, to_yaml
+from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import experiment_projector, shapes
 from vlmds.models.pretrained import load_config, published_or_loaded_config

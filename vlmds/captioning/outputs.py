@@ -135,7 +135,7 @@ class CaptionFile:
             file.close()
 
     def _check(self, settings: dict[str, Any]) -> None:
-        from vlmds.runs.folder import flat_settings
+        from vlmds.experiments.differences import flat_settings
 
         path = self.target.settings
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def plan(args: argparse.Namespace) -> int:
-    from vlmds.experiments.schema import load_experiment
+    from vlmds.experiments.reading import load_experiment
     from vlmds.planning.plan import plan_experiment
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
@@ -19,7 +19,7 @@ def plan(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     from vlmds.doctor.cluster import examine
-    from vlmds.experiments.schema import load_experiment
+    from vlmds.experiments.reading import load_experiment
 
     overrides = [*args.set, *([f"data.path={args.data}"] if args.data else [])]
     return examine(load_experiment(args.exp, overrides), args.output, seconds=args.seconds,
@@ -27,7 +27,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def fetch(args: argparse.Namespace) -> int:
-    from vlmds.experiments.schema import load_experiment
+    from vlmds.experiments.reading import load_experiment
     from vlmds.models.artifact import artifact_experiment, resolve_artifact
     from vlmds.models.fetch import fetch_newest
     from vlmds.runs.folder import final_artifact

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vlmds.console.text import counted
 from vlmds.data.index import ShardIndex
 from vlmds.errors import InputError
-from vlmds.packing.shards import PackOptions
 from vlmds.video.decode import RESIZER, SAMPLER
+from vlmds.video.jpeg import QUALITY
 
 if TYPE_CHECKING:
     from vlmds.experiments.schema import VisionConfig
@@ -107,7 +107,7 @@ def _command(like: dict[str, Any], source: str, out: str) -> str:
         words += ["--num-frames", str(like["num_frames"])]
     if like["store"] == "frames":
         words += ["--image-size", str(like["image_size"])]
-    if like.get("quality") not in (None, PackOptions.quality):
+    if like.get("quality") not in (None, QUALITY):
         words += ["--quality", str(like["quality"])]
     if like["store"] == "features":
         vision = like["vision"]

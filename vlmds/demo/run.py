@@ -19,7 +19,7 @@ from vlmds.demo.picture import draw_results
 from vlmds.demo.pretrain import make_tiny_models
 from vlmds.distributed.ranks import cpu_environment, free_port
 from vlmds.errors import InputError, SampleError
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.inference.generation import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.packing.pack import pack

@@ -40,10 +40,10 @@ from vlmds.doctor.node import (
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import shapes
+from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card, device_card
 from vlmds.planning.propose import predicted_rate
 from vlmds.runs.folder import git_commit, versions
-from vlmds.training.optimizer import freeze
 
 
 def examine(experiment: Experiment, output: Path, *, seconds: float, samples: int,

@@ -24,10 +24,10 @@ from vlmds.files import sync_file
 from vlmds.models.assemble import shapes
 from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
+from vlmds.models.trainable import freeze
 from vlmds.models.vision import vision_half
 from vlmds.planning.checks import check_experiment
 from vlmds.planning.memory import checkpoint_bytes
-from vlmds.training.optimizer import freeze
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 GIB = 2**30

@@ -21,7 +21,7 @@ from vlmds.evaluation.blind import doubts
 from vlmds.evaluation.metrics import aggregate, characters, interval, resampled_means, score_captions  # fmt: skip
 from vlmds.evaluation.runs import Group, Run, group_runs
 from vlmds.evaluation.words import words_told
-from vlmds.runs.folder import flat_settings
+from vlmds.experiments.differences import flat_settings
 
 RESAMPLES = 10_000  # 28 pairs need p-values well below 0.05 / 28
 PROJECTORS = ("linear", "mlp", "cabstractor", "perceiver")

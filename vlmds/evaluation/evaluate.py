@@ -34,7 +34,8 @@ from vlmds.errors import InputError
 from vlmds.evaluation.blind import looking
 from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers
 from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
-from vlmds.experiments.schema import Experiment, load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, check_writable, write
 from vlmds.inference.generation import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner

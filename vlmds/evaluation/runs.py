@@ -10,8 +10,9 @@ from typing import Any
 
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import read_evaluation
-from vlmds.experiments.schema import Experiment, load_experiment
-from vlmds.runs.folder import flat_settings
+from vlmds.experiments.differences import flat_settings
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schema import Experiment
 
 
 @dataclass

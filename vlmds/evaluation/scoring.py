@@ -8,7 +8,6 @@ not depend on whose references it is held against. Blank frames give one caption
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import GenerationOptions, generate_captions
 from vlmds.models.assemble import Model
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.video.jpeg import SHOWN_QUALITY, encode_jpeg
 
 THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 96
 
@@ -225,10 +225,6 @@ class ClipScorer:
 def thumbnail_jpeg(frames: np.ndarray) -> bytes:
     """A strip of some frames, uint8 [F, 3, S, S], as a small JPEG."""
     chosen = np.linspace(0, len(frames) - 1, min(THUMBNAIL_FRAMES, len(frames))).round().astype(int)
-    strip = Image.new("RGB", (THUMBNAIL_SIDE * len(chosen), THUMBNAIL_SIDE))
-    for place, number in enumerate(chosen):
-        image = Image.fromarray(frames[number].transpose(1, 2, 0))
-        strip.paste(image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE)), (place * THUMBNAIL_SIDE, 0))
-    file = io.BytesIO()
-    strip.save(file, "JPEG", quality=70)
-    return file.getvalue()
+    small = [np.asarray(Image.fromarray(frames[number].transpose(1, 2, 0)).resize(
+        (THUMBNAIL_SIDE, THUMBNAIL_SIDE))) for number in chosen]
+    return encode_jpeg(np.concatenate(small, axis=1).transpose(2, 0, 1), SHOWN_QUALITY)

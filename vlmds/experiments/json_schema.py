@@ -1,7 +1,7 @@
-"""The JSON Schema of experiment files, and the table of all their keys, from the models of config.py.
+"""The JSON Schema of experiment files, and the table of all their keys, from the models of schema.py.
 
 Both are committed (vlmds/experiments/schema.json, which the packaged files name so that editors
-complete keys, and docs/configuration.md). `vlmds schema` prints them anew; a test compares.
+complete keys, and docs/configuration.md). `vlmds schema` prints them; a test compares.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from vlmds.experiments.schema import PACKAGED, Experiment
+from vlmds.experiments.reading import PACKAGED
+from vlmds.experiments.schema import Experiment
 
 SCHEMA_FILE = PACKAGED / "schema.json"
 _WHOLE = ("StageConfig", "BlendPart")  # items of lists, which replace lists: never given in part

@@ -27,7 +27,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmds.console.progress import phase
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, to_yaml
+from vlmds.experiments.schema import Experiment
 from vlmds.export.card import REMOTE, Facts, model_card
 from vlmds.export.llava import fits_llava, write_llava
 from vlmds.export.merge import load_unmerged, merge_adapter, unquantised

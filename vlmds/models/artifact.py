@@ -27,7 +27,8 @@ from torch import Tensor
 
 from vlmds.console.progress import phase
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, to_yaml
+from vlmds.experiments.schema import Experiment
 from vlmds.files import is_there, look_again, new_folder, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.hub import looks_local

@@ -5,8 +5,6 @@ date and no folder name in it. Columns come from the index; only captions and pi
 shards, and those are read for a bounded number of samples.
 """
 
-import base64
-import io
 import json
 import math
 import os
@@ -28,6 +26,7 @@ from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.stored import decode_stored, pixels_of, read_description, read_jpeg
 from vlmds.errors import SampleError
 from vlmds.files import write
+from vlmds.video.jpeg import data_uri
 from vlmds.video.pool import DecodePool
 
 NAME = "pack_report.html"
@@ -276,7 +275,7 @@ def _stored_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[
         wanted = tuple(member for member in row.members if member.ext in names)
         try:
             data = index.read(replace(row, members=wanted))
-            results.append([_data_uri(read_jpeg(data, i, index.meta["image_size"]))
+            results.append([data_uri(_small(read_jpeg(data, i, index.meta["image_size"])))
                             for i in numbers])
         except SampleError as error:
             results.append(error)
@@ -291,7 +290,7 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
                                    image_size=SHEET_SIDE):
             frames = pixels_of(reply, SHEET_SIDE)
             if not isinstance(frames, SampleError):
-                frames = [_data_uri(frame) for frame in frames]
+                frames = [data_uri(_small(frame)) for frame in frames]
             results.append(frames)
     return results
 
@@ -302,10 +301,7 @@ def _evenly(count: int) -> list[int]:
     return [int((i + 0.5) * count / wanted) for i in range(wanted)]
 
 
-def _data_uri(frame: np.ndarray) -> str:
-    """frame: uint8 [3, S, S]"""
-    buffer = io.BytesIO()
+def _small(frame: np.ndarray) -> np.ndarray:
+    """uint8 [3, S, S] -> [3, SHEET_SIDE, SHEET_SIDE]"""
     image = Image.fromarray(frame.transpose(1, 2, 0))
-    image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BICUBIC).save(
-        buffer, "JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return np.asarray(image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)

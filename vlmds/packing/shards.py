@@ -20,6 +20,7 @@ from vlmds.files import replacing, write
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.video.decode import RESIZER, SAMPLER
 from vlmds.video.decode_work import Reply
+from vlmds.video.jpeg import QUALITY
 
 STORES = ("video", "frames")
 MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"
@@ -35,7 +36,7 @@ class PackOptions:
     store: str = "video"
     num_frames: int = 8
     image_size: int = 336
-    quality: int = 95
+    quality: int = QUALITY
     shard_size: int = 256
     shard_bytes: int | None = None
     verify: bool = True

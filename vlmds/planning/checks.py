@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,14 +12,14 @@ from vlmds.data.dataset import Dataset
 from vlmds.data.features import check_tower_keys
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
+from vlmds.evaluation.metrics import METRICS, tokenizers
+from vlmds.experiments.schedule import accumulation_steps
 from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import Shapes
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import check_vocabulary
 from vlmds.models.sequences import SequenceBuilder
-from vlmds.training.engine import accumulation_steps
-from vlmds.training.optimizer import freeze, parameter_groups
-from vlmds.training.validation import check_validation
+from vlmds.models.trainable import freeze, parameter_groups
 
 
 def check_experiment(
@@ -97,3 +98,22 @@ def sequence_builder(
             f"llm.model {name} takes {most:,}; use fewer frames, vision.pool, or a projector with "
             "queries")
     return builder
+
+
+def check_validation(experiment: Experiment, has_val: bool, data: Path | str) -> None:
+    """Raise InputError, naming the key, if the settings want what this data or this installation
+    cannot give."""
+    settings = experiment.training
+    wanted = [name for name, value in (
+        ("evaluate_every", settings.evaluate_every), ("early_stopping", settings.early_stopping),
+        ("keep", settings.keep == "best")) if value]
+    if wanted and not has_val:
+        raise InputError(f"training.{wanted[0]}: needs split val, which {data} does not have; pack "
+                         "with --val-fraction, or leave the key out")
+    if settings.best_metric == "loss":
+        return
+    levels = [tokenizer.level for tokenizer in tokenizers()]
+    known = ["loss", *(f"{metric}@{level}" for level in levels for metric in METRICS)]
+    if settings.best_metric not in known:
+        raise InputError(f"training.best_metric: {settings.best_metric!r} is not there; there are "
+                         f"{', '.join(known)} (those @morpheme need the extra korean)")

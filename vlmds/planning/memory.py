@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.captioner import Captioner
 from vlmds.models.loss import TOKENS
-from vlmds.training.optimizer import parameter_groups
+from vlmds.models.trainable import parameter_groups
 
 TEXT_POSITIONS = 40
 """What the chat template, a prompt and a short caption add to the visual tokens."""

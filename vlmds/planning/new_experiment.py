@@ -12,7 +12,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, Name, load_experiment, packaged_experiments
+from vlmds.experiments.reading import load_experiment, packaged_experiments
+from vlmds.experiments.schema import Experiment, Name
 
 LOOKS = 4  # validations in a short stage
 
@@ -97,7 +98,7 @@ def _steps(base: Experiment, clips: int | None) -> list[int] | None:
     """Optimizer steps of each stage on one GPU."""
     if clips is None:
         return None
-    from vlmds.training.stages import stage_steps
+    from vlmds.experiments.schedule import stage_steps
 
     return [stage_steps(stage, clips, _batch(base)) for stage in base.stages]
 

@@ -12,20 +12,19 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import SampleRow
 from vlmds.data.stored import read_description
 from vlmds.errors import InputError, SampleError
+from vlmds.experiments.schedule import accumulation_steps, describe_batch, stage_steps
 from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.fetch import presence
 from vlmds.models.language import load_tokenizer
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.models.trainable import freeze
 from vlmds.planning.cards import find_card
 from vlmds.planning.checks import check_experiment, sequence_builder, training_reader
 from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
-from vlmds.training.engine import accumulation_steps, describe_batch
-from vlmds.training.optimizer import freeze
-from vlmds.training.stages import stage_steps
 from vlmds.video.decode import sample_times
 
 CORES_PER_GPU = 8.0

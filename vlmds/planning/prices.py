@@ -19,8 +19,7 @@ from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import SampleError
 from vlmds.packing.report import spread
-from vlmds.packing.shards import PackOptions
-from vlmds.video.decode_work import encode_jpegs
+from vlmds.video.jpeg import QUALITY, encode_jpegs
 from vlmds.video.pool import DecodePool
 
 SAMPLES = 6
@@ -120,7 +119,7 @@ def _video_prices(
                 elapsed = time.perf_counter() - started
                 if not isinstance(frames, SampleError):
                     seconds.append(elapsed)
-                    jpegs = encode_jpegs(frames, PackOptions.quality)
+                    jpegs = encode_jpegs(frames, QUALITY)
                     frame_sizes.append(sum(map(len, jpegs.values())))
                     frame_seconds.append(_timed(lambda: read_jpegs(jpegs, shape)))
                 if time.monotonic() - begin > SECONDS:

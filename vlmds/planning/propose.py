@@ -16,6 +16,7 @@ from vlmds.console.units import size_text
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.assemble import Shapes
+from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card
 from vlmds.planning.flops import sample_flops
 from vlmds.planning.memory import (
@@ -26,7 +27,6 @@ from vlmds.planning.memory import (
     quantised,
     stage_memories,
 )  # fmt: skip
-from vlmds.training.optimizer import freeze
 
 EFFICIENCY = 0.45
 """Share of a card's peak that long matrix products reach in training. Assumed."""

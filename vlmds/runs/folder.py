@@ -24,7 +24,9 @@ from importlib import metadata
 from pathlib import Path
 
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, load_experiment, to_yaml
+from vlmds.experiments.differences import differing_keys
+from vlmds.experiments.reading import load_experiment, to_yaml
+from vlmds.experiments.schema import Experiment
 from vlmds.files import check_writable, write
 from vlmds.models.artifact import is_artifact
 from vlmds.runs.journal import Journal
@@ -225,26 +227,3 @@ def check_base_weights(old: dict[str, str], new: dict[str, str], experiment: Exp
                 f"{run} was trained from; restore it, or choose another --output")
 
 
-def differing_keys(old: Experiment, new: Experiment, *, only: tuple[str, ...] = ("",),
-                   but: tuple[str, ...] = ()) -> list[str]:
-    """"key old -> new" for each key that differs, under one of ``only`` and under none of ``but``;
-    a name stands for all keys below it."""
-    a, b = flat_settings(old.model_dump()), flat_settings(new.model_dump())
-
-    def under(key: str, names: tuple[str, ...]) -> bool:
-        return any(name in ("", key) or key.startswith(f"{name}.") for name in names)
-
-    return [f"{key} {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys())
-            if a.get(key) != b.get(key) and under(key, only) and not under(key, but)]
-
-
-def flat_settings(tree, prefix: str = "") -> dict:
-    """Nested mappings and lists of mappings -> dotted keys."""
-    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        tree = {str(number): item for number, item in enumerate(tree)}
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= flat_settings(value, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -14,14 +14,16 @@ import torch.distributed as dist
 
 from vlmds.distributed.ranks import gather, shared_error, together
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, LanguageConfig, load_experiment
+from vlmds.experiments.differences import differing_keys
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schema import Experiment, LanguageConfig
 from vlmds.files import copy_files, machine, new_folder
 from vlmds.models.artifact import is_artifact, projector_sha256, read_artifact
 from vlmds.models.fetch import model_folder
 from vlmds.models.hashes import weights_sha256
 from vlmds.models.hub import weight_files
 from vlmds.models.language import load_tokenizer
-from vlmds.runs.folder import RunFolder, check_base_weights, differing_keys
+from vlmds.runs.folder import RunFolder, check_base_weights
 
 # What a projector of an earlier stage depends on: these keys, the base weights and the sampling.
 PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -15,13 +13,13 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
-from PIL import Image
 
 from vlmds.errors import SampleError
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.serve.korean import in_korean
 from vlmds.serve.loaded import Busy, Models, RequestError
 from vlmds.video.decode import sample_times
+from vlmds.video.jpeg import data_uri
 
 TEXTS = {
     "en": {
@@ -235,14 +233,8 @@ def _strip(frames: np.ndarray, facts: dict[str, Any], names: Sequence[str], what
     if names:
         head += f" ({', '.join(names)})"
     figures = "".join(
-        f'<figure><img alt="{time:.1f} s" src="data:image/jpeg;base64,{_jpeg(frame)}">'
+        f'<figure><img alt="{time:.1f} s" src="{data_uri(frame)}">'
         f"<figcaption>{time:.1f} s</figcaption></figure>"
         for frame, time in zip(frames, sample_times(len(frames), 0.0, facts["duration"])))
     return (f'<div class="vlmds-about">{escape(about)} · {escape(head)}</div>'
             f'<div class="vlmds-frames" style="--row: {min(len(frames), 8)}">{figures}</div>')
-
-
-def _jpeg(frame: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -10,8 +10,8 @@ from vlmds.distributed.ranks import gather, place
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.assemble import shapes
 from vlmds.models.captioner import Captioner
+from vlmds.models.trainable import freeze
 from vlmds.planning.memory import LATER_BYTES, fewest_recomputed, outside_bytes, stage_memories
-from vlmds.training.optimizer import freeze
 
 
 def checkpointed_layers(

@@ -17,50 +17,16 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from vlmds.console.progress import phase
-from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.dora import weights_changed
-from vlmds.training.optimizer import parameter_groups, trainable
+from vlmds.models.trainable import parameter_groups, trainable
 
 OWNER_REDUCTIONS = 64
 """Ranks up to which each part of the gradients is reduced to the rank that owns it, one after
 another: half the bytes of an all-reduce, but as many rings as ranks, each with its own latency."""
 NORM_ELEMENTS = 1 << 22
 """Gradients whose norm is computed at once; a copy of so many in float64 takes 34 MB."""
-
-
-def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:
-    """Micro-batches per optimizer step and rank. ``global_batch`` is the run's recorded one.
-
-    Raises:
-        InputError: the global batch cannot be cut into equal micro-batches.
-    """
-    training = experiment.training
-    wanted = global_batch or training.global_batch
-    if wanted is None:
-        return training.gradient_accumulation
-    per_pass = training.micro_batch * world_size
-    if wanted % per_pass:
-        raise InputError(
-            f"training.global_batch: {wanted} is not a multiple of micro_batch "
-            f"{training.micro_batch} x {counted(world_size, 'rank')}; choose another training.micro_batch"
-        )
-    return wanted // per_pass
-
-
-def describe_batch(experiment: Experiment, world_size: int, global_batch: int | None = None) -> str:
-    """The global batch as the product of its factors and, where it follows from the number of ranks, how to
-    keep it. ``global_batch`` is the run's recorded one. Raises InputError as
-    :func:`accumulation_steps` does."""
-    accumulation = accumulation_steps(experiment, world_size, global_batch)
-    micro_batch = experiment.training.micro_batch
-    batch = micro_batch * accumulation * world_size
-    text = (f"global batch {batch} = micro_batch {micro_batch} × accumulation {accumulation} × "
-            f"{counted(world_size, 'rank')}")
-    if experiment.training.global_batch is None:
-        text += f"; set training.global_batch={batch} to have it with any number of GPUs"
-    return text
 
 
 def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
@@ -258,3 +224,16 @@ def release(engine) -> None:
                 delattr(param, name)
     gc.collect()
     get_accelerator().empty_cache()
+
+
+def set_learning_rate(engine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+
+
+def seed_micro_batch(seed: int, stage: int, step: int, micro: int, rank: int) -> None:
+    """Seed dropout as a function of where we are, so that a resumed run needs no saved RNG."""
+    generator = torch.Generator().manual_seed(
+        hash((seed, stage, step, micro, rank)) % 2**63  # hash of ints is the same in any process
+    )
+    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))

@@ -37,17 +37,20 @@ from vlmds.distributed.ranks import (
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing, note_failure, report_failure, report_lost_rank
 from vlmds.errors import InputError, Stopped
-from vlmds.experiments.schema import Experiment, load_experiment
+from vlmds.experiments.differences import flat_settings
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schedule import accumulation_steps, describe_batch
+from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, copy_files, new_folder, unusable_place
 from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.language import load_tokenizer
 from vlmds.planning.checks import check_experiment, sequence_builder
-from vlmds.runs.folder import RunFolder, check_run_folder, check_same_experiment, flat_settings, open_run  # fmt: skip
+from vlmds.runs.folder import RunFolder, check_run_folder, check_same_experiment, open_run
 from vlmds.runs.lineage import base_weights, inherit, inheritance, recorded_revisions
 from vlmds.training import checkpoint
-from vlmds.training.engine import accumulation_steps, check_ds_config, describe_batch
+from vlmds.training.engine import check_ds_config
 from vlmds.training.stages import run_stages
 
 # Keys that may differ between nodes.

@@ -6,7 +6,6 @@ was stopped between two stages equals one which was not.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,13 +23,15 @@ from vlmds.distributed.ranks import on_main, raise_together, shared_error, sum_o
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing
 from vlmds.errors import Stopped
-from vlmds.experiments.schema import Experiment, StageConfig
+from vlmds.experiments.schedule import accumulation_steps, learning_rate, stage_steps
+from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.models.language import add_adapter
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.models.trainable import freeze
 from vlmds.runs.folder import RunFolder
 from vlmds.runs.lineage import check_parent, stage_lineage
 from vlmds.training import checkpoint
@@ -38,9 +39,8 @@ from vlmds.training.accounts import Accounts, Progress
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.ema import WeightAverage
 from vlmds.training.energy import EnergyMeter, gpu_counter
-from vlmds.training.engine import accumulation_steps, build_engine, reduced_once, release
+from vlmds.training.engine import build_engine, reduced_once, release, seed_micro_batch, set_learning_rate
 from vlmds.training.monitor import Monitor
-from vlmds.training.optimizer import freeze, learning_rate, seed_micro_batch, set_learning_rate
 from vlmds.training.overlap import FeaturesAhead
 from vlmds.training.saver import Saver
 from vlmds.training.validation import Validator
@@ -256,11 +256,6 @@ class StageTrainer:
             batch = next(reading)
             self.waited += time.perf_counter() - started
             yield batch
-
-
-def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
-    """Optimizer steps of a stage; a last batch that is not full wraps into the next epoch."""
-    return stage.steps or math.ceil(stage.epochs * samples / global_batch)
 
 
 def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder,

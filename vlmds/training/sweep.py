@@ -16,7 +16,8 @@ from pathlib import Path
 
 from vlmds.console.progress import tell
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, load_experiment, packaged_experiments
+from vlmds.experiments.reading import load_experiment, packaged_experiments
+from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import is_artifact, weights_sha256
 from vlmds.training.main import REPOSITORY
 

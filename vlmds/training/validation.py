@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,9 +16,7 @@ from vlmds.console.text import counted
 from vlmds.data.loader import Batches, SampleReader, evaluation_positions
 from vlmds.distributed.ranks import raise_together, shared_error, sum_over_ranks
 from vlmds.distributed.stop_request import StopRequest
-from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import evaluate_subset
-from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import GenerationOptions
 from vlmds.models.assemble import Model
@@ -164,20 +161,3 @@ class Validator:
         return self.average.applied() if self.average else nullcontext()
 
 
-def check_validation(experiment: Experiment, has_val: bool, data: Path | str) -> None:
-    """Raise InputError, naming the key, if the settings want what this data or this installation
-    cannot give."""
-    settings = experiment.training
-    wanted = [name for name, value in (
-        ("evaluate_every", settings.evaluate_every), ("early_stopping", settings.early_stopping),
-        ("keep", settings.keep == "best")) if value]
-    if wanted and not has_val:
-        raise InputError(f"training.{wanted[0]}: needs split val, which {data} does not have; pack "
-                         "with --val-fraction, or leave the key out")
-    if settings.best_metric == "loss":
-        return
-    levels = [tokenizer.level for tokenizer in tokenizers()]
-    known = ["loss", *(f"{metric}@{level}" for level in levels for metric in METRICS)]
-    if settings.best_metric not in known:
-        raise InputError(f"training.best_metric: {settings.best_metric!r} is not there; there are "
-                         f"{', '.join(known)} (those @morpheme need the extra korean)")

@@ -1,7 +1,6 @@
 """What a decoding process does with one video: make what a store keeps of it, or its frames."""
 
 import hashlib
-import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,12 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlmds.errors import SampleError
 from vlmds.video import decode as video
 from vlmds.video import repair
 from vlmds.video.frame_table import FrameTable
+from vlmds.video.jpeg import encode_jpegs
 
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 
@@ -198,16 +197,3 @@ def _extension(path: str, container: str) -> str:
     if extension.isascii() and extension.isalnum() and len(extension) <= 8 and extension != "json":
         return extension
     return {"matroska,webm": "mkv", "avi": "avi", "mpegts": "ts"}.get(container, "mp4")
-
-
-def encode_jpegs(images: np.ndarray, quality: int) -> dict[str, bytes]:
-    """uint8 [F, 3, size, size] as the members {extension: bytes} of a frames store."""
-    return {f"{i}.jpg": _jpeg(image, quality) for i, image in enumerate(images)}
-
-
-def _jpeg(image: np.ndarray, quality: int) -> bytes:
-    """uint8 [3, size, size] as a JPEG."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(
-        buffer, "JPEG", quality=quality)
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Small real videos for the data tests."""
+"""Small real videos, made for the tests."""
 
 import json
 from fractions import Fraction
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pytest
 
-SHARED = Path(__file__).parents[3] / "shared" / "videos"
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the project, or not there
+SHARED_VIDEOS = SHARED / "videos"
 
 
 def picture(i: int, width: int, height: int) -> np.ndarray:
@@ -72,24 +72,3 @@ def decode_all(path: Path) -> list[np.ndarray]:
 def write_manifest(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
     return path
-
-
-@pytest.fixture(scope="session")
-def shared_videos() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip(f"no videos at {SHARED}")
-    return SHARED
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
-    """A folder with v0.mp4 … v5.mp4, e0.mkv, and a manifest of all."""
-    folder = tmp_path_factory.mktemp("videos")
-    rows = []
-    for i in range(6):
-        write_video(folder / f"v{i}.mp4", frames=12 + i, width=64 + 2 * i)
-        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다."})
-    write_video(folder / "e0.mkv", frames=9)
-    rows.append({"video": "e0.mkv", "caption": ["하나", "둘"], "split": "val", "prompt": "무엇?"})
-    write_manifest(folder / "manifest.jsonl", rows)
-    return folder

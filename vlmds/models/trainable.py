@@ -1,10 +1,7 @@
-"""What the optimizer does when: parameter groups by kind, and the learning rate of each step."""
+"""Which parameters a stage trains, and in which groups the optimizer takes them."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import nn
 
 from vlmds.experiments.schema import StageConfig, TrainingConfig
@@ -47,40 +44,6 @@ def freeze(captioner: Captioner, stage: StageConfig) -> None:
     for name, parameter in captioner.llm.named_parameters():
         # Parameters of LoRA and DoRA: lora_A, lora_B, lora_magnitude_vector.
         parameter.requires_grad_("peft" in stage.train and "lora_" in name)
-
-
-def learning_rate(step: int, total: int, stage: StageConfig) -> float:
-    """The rate of optimizer step ``step`` (from 0) of ``total``, before the groups' factors.
-
-    Linear warm-up, then ``stage.schedule`` down to ``min_lr_ratio``. A pure function, so a resumed
-    run needs no scheduler state.
-    """
-    warmup = round(stage.warmup_ratio * total)
-    if step < warmup:
-        return stage.lr * (step + 1) / warmup
-    if stage.schedule == "constant":
-        return stage.lr
-    start = warmup
-    if stage.schedule == "wsd":  # warm-up, stable, decay
-        start = max(warmup, total - round(stage.decay_ratio * total))
-        if step < start:
-            return stage.lr
-    progress = (step - start) / max(1, total - start)
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if stage.schedule == "cosine" else 1 - progress
-    return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * left)
-
-
-def set_learning_rate(engine, lr: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
-
-
-def seed_micro_batch(seed: int, stage: int, step: int, micro: int, rank: int) -> None:
-    """Seed dropout as a function of where we are, so that a resumed run needs no saved RNG."""
-    generator = torch.Generator().manual_seed(
-        hash((seed, stage, step, micro, rank)) % 2**63  # hash of ints is the same in any process
-    )
-    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def trainable(module: nn.Module) -> int:

@@ -3,9 +3,10 @@
 import pytest
 
 from tests.training.engine_worker import tiny_captioner
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.schedule import learning_rate
 from vlmds.models.language import add_adapter
-from vlmds.training.optimizer import freeze, learning_rate, parameter_groups
+from vlmds.models.trainable import freeze, parameter_groups
 
 
 def stage(**values):
