@@ -34,7 +34,8 @@ __all__ = [
 _MODULES = {
     "captioning.pipeline": ("caption_records",),
     "captioning.job": ("caption_to_file",),
-    "experiments.schema": ("Experiment", "load_experiment"),
+    "experiments.reading": ("load_experiment",),
+    "experiments.schema": ("Experiment",),
     "data.dataset": ("open_dataset",),
     "video.pool": ("Clip",),
     "packing.pack": ("pack",),

@@ -20,10 +20,13 @@ from vlmds.console.progress import Phase
 from vlmds.data.index import ShardIndex
 from vlmds.errors import InputError
 from vlmds.files import machine, replacing
-from vlmds.packing.pack import counting, pack
-from vlmds.video import decode as video
+from vlmds.packing.local import counting
+from vlmds.packing.pack import pack
+from vlmds.video.decode import decode_frames
 from vlmds.video.decode_work import Reply, Request
+from vlmds.video.fit import resize_frames
 from vlmds.video.pool import DecodePool
+from vlmds.video.probe import probe
 
 SMALL = {"shard_size": 2, "num_frames": 3, "image_size": 32, "progress": False}
 
@@ -122,8 +125,8 @@ def test_frames_are_those_of_the_span(tmp_path):
     index = ShardIndex.open(tmp_path / "out")
     described = json.loads(index.read(index.row("train", 0, 0))["json"])
     assert described["timestamps"] == [1.1, 1.5, 1.8]
-    info = video.probe(path)
-    frames = video.resize_frames(video.decode_frames(path, info, 3, 1.0, 2.0), 32)
+    info = probe(path)
+    frames = resize_frames(decode_frames(path, info, 3, 1.0, 2.0), 32)
     (sample,) = wds.WebDataset(
         str(tmp_path / "out/train/000000.tar"), shardshuffle=False).decode("rgb8")
     packed = np.stack([sample[f"{i}.jpg"] for i in range(3)]).transpose(0, 3, 1, 2)

@@ -19,9 +19,12 @@ import numpy as np
 
 from tests.clips import SHARED_VIDEOS, cut_video, rotate_video, write_video
 from vlmds.errors import SampleError
-from vlmds.video import decode as video
+from vlmds.video.decode import decode_decord, decode_frames
 from vlmds.video.decode_work import Request, prepare
+from vlmds.video.fit import resize_frames
 from vlmds.video.pool import FrameDecoder
+from vlmds.video.probe import VideoInfo, probe
+from vlmds.video.sampling import pick
 
 NUM_FRAMES = 6
 SIZE = 48
@@ -118,28 +121,28 @@ def row(path: Path, decoder: FrameDecoder) -> Row:
     """Try every way to decode a file."""
     data = path.read_bytes()
     try:
-        info = video.probe(data)
+        info = probe(data)
     except SampleError as error:
         child = _child(decoder, data, None)
         return Row(path.name, f"refused: {error}", "-", "-", child, _refusal(path, data), "-", "-")
     about = f"{info.codec} {info.frames} frames {info.rotation}°, {info.discarded} hidden"
     try:
-        expected = _sequential(data, info, video.pick(info, NUM_FRAMES))
+        expected = _sequential(data, info, pick(info, NUM_FRAMES))
     except SampleError as error:
-        pyav = _compare(lambda: video.decode_frames(
+        pyav = _compare(lambda: decode_frames(
             data, replace(info, decoder="pyav"), NUM_FRAMES), None)
         return Row(path.name, about, pyav, "-", _child(decoder, data, None, "pyav"),
                    _refusal(path, data), "-", f"sequential: {error}")
     pyav = _compare(
-        lambda: video.decode_frames(data, replace(info, decoder="pyav"), NUM_FRAMES), expected)
+        lambda: decode_frames(data, replace(info, decoder="pyav"), NUM_FRAMES), expected)
     cleared = "not cleared"
     if info.decoder == "decord":
-        cleared = _compare(lambda: video.decode_frames(data, info, NUM_FRAMES), expected)
+        cleared = _compare(lambda: decode_frames(data, info, NUM_FRAMES), expected)
     child = _child(decoder, data, expected)
     return Row(path.name, about, pyav, cleared, child, *_packed(path, data, expected))
 
 
-def _sequential(data: bytes, info: video.VideoInfo, picks: np.ndarray) -> np.ndarray:
+def _sequential(data: bytes, info: VideoInfo, picks: np.ndarray) -> np.ndarray:
     """The reference: decode all, in order, with no option set; frames by their number, upright."""
     wanted, found = {int(i) for i in picks}, {}
     try:
@@ -168,7 +171,7 @@ def _compare(decode: Callable[[], np.ndarray], expected: np.ndarray | None) -> s
 
 def _child(decoder: FrameDecoder, data: bytes, expected: np.ndarray | None,
            which: str = "decord") -> str:
-    resized = None if expected is None else video.resize_frames(expected, SIZE)
+    resized = None if expected is None else resize_frames(expected, SIZE)
     return _compare(lambda: decoder.frames(
         data, num_frames=NUM_FRAMES, image_size=SIZE, decoder=which), resized)
 
@@ -195,14 +198,14 @@ def _packed(path: Path, data: bytes, expected: np.ndarray) -> tuple[str, str, st
     how = reply.facts.get("repair", {}).get("method", "kept")
     if how == "kept" and packed != data:
         how = "WRONG: other bytes"
-    info = video.probe(packed)
-    picks = video.pick(info, NUM_FRAMES)
+    info = probe(packed)
+    picks = pick(info, NUM_FRAMES)
     frames = _sequential(packed, info, picks)
     cell = _like(frames, expected, how == "encode")
     decord = "not cleared"
     if info.decoder == "decord":
         try:
-            decord = _like(video.decode_decord(packed, info, picks), frames, False)
+            decord = _like(decode_decord(packed, info, picks), frames, False)
         except SampleError:
             decord = "decord fails"  # loudly: PyAV is used
     return how, cell, decord

@@ -6,8 +6,8 @@ import pytest
 from tests.manual.decode_memory import growth
 from tests.video import backend_table
 from vlmds.errors import SampleError
-from vlmds.video import decode as video
 from vlmds.video.pool import FrameDecoder
+from vlmds.video.probe import probe
 
 NAMES = [*backend_table.WRITTEN, *backend_table.DERIVED]
 # The cut transport stream begins with frames that refer to what was cut off.
@@ -58,13 +58,13 @@ def test_headers_tell_what_decoding_at_opening_would(files, name, monkeypatch):
     if isinstance(path, str):
         pytest.skip(path)
     hasty = probed(path)
-    monkeypatch.setattr(video, "is_mp4", lambda source: False)
+    monkeypatch.setattr("vlmds.video.probe.is_mp4", lambda source: False)
     assert hasty == probed(path)
 
 
 def probed(path):
     try:
-        info = video.probe(path.read_bytes())
+        info = probe(path.read_bytes())
     except SampleError as error:
         return str(error)
     return {name: value.tolist() if isinstance(value, np.ndarray) else value

@@ -5,9 +5,10 @@ import pytest
 
 from tests.clips import write_video
 from vlmds.errors import SampleError
-from vlmds.video import decode as video
+from vlmds.video.decode import decode_frames
 from vlmds.video.decode_work import FramesRequest, read_frames
 from vlmds.video.frame_table import DESCRIBED
+from vlmds.video.probe import probe
 
 MPEG = {"codec": "mpeg2video", "fps": 25}
 VP9 = {"codec": "libvpx-vp9", "cpu-used": "8"}
@@ -43,9 +44,9 @@ def test_files_of_these_kinds_are_videos(tmp_path, name):
     options = {"frames": 6} | KINDS[name]
     path = write_video(tmp_path / name, **options)
     for source in (path, path.read_bytes()):
-        info = video.probe(source)
+        info = probe(source)
         assert info.frames == options["frames"]
-        assert video.decode_frames(source, info, 2).shape == (2, info.height, info.width, 3)
+        assert decode_frames(source, info, 2).shape == (2, info.height, info.width, 3)
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.m3u8", "v.sdp"])
@@ -56,7 +57,7 @@ def test_a_file_that_names_others_is_not_read(tmp_path, name):
         (tmp_path / name).write_bytes(data)
         for source in (tmp_path / name, data):
             with pytest.raises(SampleError, match="^cannot be read: (not a video|Invalid data)"):
-                video.probe(source)
+                probe(source)
 
 
 def test_the_network_is_not_asked_whatever_a_description_says(tmp_path):
@@ -71,7 +72,7 @@ def test_the_network_is_not_asked_whatever_a_description_says(tmp_path):
         def log_message(self, *_):
             pass
 
-    info = video.probe(write_video(tmp_path / "v.mp4", frames=6))
+    info = probe(write_video(tmp_path / "v.mp4", frames=6))
     facts = {name: getattr(info, name) for name in DESCRIBED if name != "timing"}
     request = FramesRequest(2, 32, None, None, "decord", facts | {"timing": info.timing()})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

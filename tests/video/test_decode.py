@@ -5,7 +5,10 @@ import pytest
 
 from tests.clips import cut_video, decode_all, rotate_video, write_video
 from vlmds.errors import SampleError
-from vlmds.video import decode as video
+from vlmds.video.decode import decode_frames
+from vlmds.video.fit import resize_frames
+from vlmds.video.probe import probe
+from vlmds.video.sampling import pick, pick_frames, sample_times
 
 X265 = {"codec": "libx265", "x265-params": "log-level=none:keyint=12"}
 VFR = list(np.cumsum(np.random.default_rng(0).integers(20, 300, 40)) / 1000)
@@ -41,10 +44,10 @@ def assert_exact(path, info):
     spans = [(8,), (4, 0.55 * info.duration, 0.8 * info.duration), (3, None, 0.3 * info.duration)]
     for decoder in {info.decoder, "pyav"}:
         for span in spans:
-            frames = video.decode_frames(path, replace(info, decoder=decoder), *span)
+            frames = decode_frames(path, replace(info, decoder=decoder), *span)
             assert frames.dtype == np.uint8 and frames.flags["C_CONTIGUOUS"]
             expected = [np.rot90(reference[i], -info.rotation // 90)
-                        for i in video.pick(info, *span)]
+                        for i in pick(info, *span)]
             assert np.array_equal(frames, expected), (decoder, span)
 
 
@@ -52,27 +55,27 @@ def assert_exact(path, info):
 def test_decoders_equal_a_full_sequential_decode(tmp_path, name):
     options, decoder = FILES[name]
     path = write_video(tmp_path / name, **options)
-    info = video.probe(path)
+    info = probe(path)
     assert info.decoder == decoder
     assert info.frames == options.get("frames", 40) and info.pts[0] == 0
     assert (info.width, info.height) == (options.get("width", 64), options.get("height", 48))
     times = np.array(options.get("times", np.arange(info.frames) / 10))
     assert np.allclose(info.pts, times - times[0], atol=2e-3)
     assert_exact(path, info)
-    assert np.array_equal(video.decode_frames(path.read_bytes(), info, 4),
-                          video.decode_frames(path, info, 4))
+    assert np.array_equal(decode_frames(path.read_bytes(), info, 4),
+                          decode_frames(path, info, 4))
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation_is_applied(tmp_path, degrees):
     plain = write_video(tmp_path / "plain.mp4", frames=5)
     path = rotate_video(plain, tmp_path / "turned.mp4", degrees)
-    info = video.probe(path)
+    info = probe(path)
     assert (info.rotation, info.decoder) == (degrees, "pyav")
-    turned = video.decode_frames(path, info, 3)
+    turned = decode_frames(path, info, 3)
     assert turned.shape == (3, info.height, info.width, 3)
     # np.rot90 turns counterclockwise.
-    upright = video.decode_frames(plain, video.probe(plain), 3)
+    upright = decode_frames(plain, probe(plain), 3)
     assert np.array_equal(turned, np.rot90(upright, -degrees // 90, axes=(1, 2)))
 
 
@@ -84,7 +87,7 @@ def test_stream_copy_cuts(tmp_path, name, source):
         options = options | {"x264-params": options["x264-params"] + ":repeat-headers=1"}
     whole = write_video(tmp_path / source, **options)
     path = cut_video(whole, tmp_path / name, 2.25)
-    info = video.probe(path)
+    info = probe(path)
     assert info.discarded or name != "cut.mp4"
     assert info.decoder == "pyav" or (name, source) == ("cut.mkv", "gops.mp4")
     assert_exact(path, info)
@@ -94,42 +97,42 @@ def test_shared_videos(shared_videos):
     rotations = {"rotated_90.mov": 90, "rotated_180.mov": 180}
     cleared = 0
     for path in sorted(shared_videos.glob("*/*")):
-        info = video.probe(path)
+        info = probe(path)
         assert info.rotation == rotations.get(path.name, 0)
         cleared += info.decoder == "decord"
         if path.name == "corrupted.mp4":
             with pytest.raises(SampleError, match="cannot be decoded"):
-                video.decode_frames(path, info, 8)
+                decode_frames(path, info, 8)
         elif path.parent.name == "odd" or info.decoder == "decord" and info.frames < 200:
             assert_exact(path, info)
     assert cleared >= 10
 
 
 def test_sample_times_are_centres_and_picks_are_what_is_on_display():
-    assert video.sample_times(4, 2.0, 4.0).tolist() == [2.25, 2.75, 3.25, 3.75]
+    assert sample_times(4, 2.0, 4.0).tolist() == [2.25, 2.75, 3.25, 3.75]
     pts = np.array([0.0, 0.1, 1.0])
-    picks = video.pick_frames(pts, np.array([-1.0, 0.0999995, 0.5, 1.0, 9.0]))
+    picks = pick_frames(pts, np.array([-1.0, 0.0999995, 0.5, 1.0, 9.0]))
     assert picks.tolist() == [0, 1, 1, 2, 2] and picks.dtype == np.int64
 
 
 def test_a_span_is_clamped_to_the_video_and_must_begin_in_it(tmp_path):
     path = write_video(tmp_path / "v.mp4")
-    info = video.probe(path)
+    info = probe(path)
     assert info.duration == pytest.approx(4.0) and info.fps == pytest.approx(10.0)
-    assert video.pick(info, 2, 3.0, 99.0).tolist() == [32, 37]
+    assert pick(info, 2, 3.0, 99.0).tolist() == [32, 37]
     with pytest.raises(SampleError, match="start past the end: 4.5 s of 4 s"):
-        video.decode_frames(path, info, 2, 4.5)
+        decode_frames(path, info, 2, 4.5)
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 def test_damage_is_refused_never_guessed(tmp_path, container):
     path = write_video(tmp_path / f"v.{container}", width=320, height=240)
-    info = video.probe(path)
+    info = probe(path)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle:middle + 400] = bytes(400)
     with pytest.raises(SampleError, match="cannot be"):
-        video.decode_frames(bytes(data), replace(info, decoder="pyav"), 8)
+        decode_frames(bytes(data), replace(info, decoder="pyav"), 8)
 
 
 @pytest.mark.parametrize("content, reason", [
@@ -142,7 +145,7 @@ def test_what_is_no_video_is_refused(tmp_path, content, reason):
     path.write_bytes(content)
     for source in (path, content):
         with pytest.raises(SampleError, match=reason) as error:
-            video.probe(source)
+            probe(source)
         assert str(tmp_path) not in str(error.value)
 
 
@@ -157,7 +160,7 @@ def test_a_file_without_a_video_stream_is_refused(tmp_path):
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     with pytest.raises(SampleError, match="no video stream"):
-        video.probe(path)
+        probe(path)
 
 
 @pytest.mark.parametrize("height, width", [
@@ -171,6 +174,6 @@ def test_resize_equals_clips_own_processor(height, width, size):
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size},
         do_rescale=False, do_normalize=False)
-    resized = video.resize_frames(frames, size)
+    resized = resize_frames(frames, size)
     assert resized.dtype == np.uint8
     assert np.array_equal(resized, np.stack(processor(list(frames))["pixel_values"]))

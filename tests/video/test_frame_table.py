@@ -11,12 +11,12 @@ from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import SampleError
 from vlmds.packing.pack import pack
-from vlmds.video import decode as video
 from vlmds.video.decode_work import FramesRequest, Request, prepare, read_frames
 from vlmds.video.frame_table import DESCRIBED, FrameTable
+from vlmds.video.probe import VideoInfo, probe
 
 
-def description(info: video.VideoInfo) -> dict:
+def description(info: VideoInfo) -> dict:
     """As a packed sample's json has it."""
     found = {"width": info.width, "height": info.height, "rotation": info.rotation,
              "frames": info.frames, "timing": info.timing()}
@@ -24,9 +24,9 @@ def description(info: video.VideoInfo) -> dict:
 
 
 @pytest.fixture(scope="module")
-def info(tmp_path_factory) -> video.VideoInfo:
+def info(tmp_path_factory) -> VideoInfo:
     path = write_video(tmp_path_factory.mktemp("v") / "v.mp4", **{"x264-params": "keyint=12"})
-    return video.probe(path)
+    return probe(path)
 
 
 @pytest.mark.parametrize("name", [*FILES, "cut.mp4", "turned.mp4", "raw.h264"])
@@ -39,7 +39,7 @@ def test_a_description_says_what_a_probe_finds(tmp_path, name, monkeypatch):
     else:
         write_video(path, **FILES.get(name, ({},))[0])
     data = path.read_bytes()
-    info = video.probe(data)
+    info = probe(data)
     told = description(info)
     table = FrameTable.from_described(told)
     for field in ("width", "height", "rotation", "duration", "decoder", "by_pts", "frames",
@@ -48,14 +48,14 @@ def test_a_description_says_what_a_probe_finds(tmp_path, name, monkeypatch):
     assert np.array_equal(table.pts, info.pts) and np.array_equal(table.keyframes, info.keyframes)
     start = info.duration / 3
     probed = read_frames(data, FramesRequest(4, 32, start, None, info.decoder))
-    monkeypatch.setattr(video, "probe", None)
+    monkeypatch.setattr("vlmds.video.decode_work.probe", None)
     for decoder in {info.decoder, "pyav"}:
         read = read_frames(data, FramesRequest(4, 32, start, None, decoder, told))
         assert read.members == probed.members
 
 
 def test_constant_rates_take_no_room(tmp_path):
-    told = video.probe(write_video(tmp_path / "v.mp4", frames=500, g="1")).timing()
+    told = probe(write_video(tmp_path / "v.mp4", frames=500, g="1")).timing()
     assert len(json.dumps(told)) < 150
 
 
@@ -117,5 +117,5 @@ def test_a_mended_file_is_described_as_it_is_kept(tmp_path):
     path = cut_video(whole, tmp_path / "cut.mp4", 2.25)
     reply = prepare(Request(str(path), None, None, "video", 4, 32), path.read_bytes())
     (kept,) = reply.members.values()
-    assert reply.facts["timing"] == replace(video.probe(kept)).timing()
-    assert reply.facts["timing"] != video.probe(path).timing()
+    assert reply.facts["timing"] == replace(probe(kept)).timing()
+    assert reply.facts["timing"] != probe(path).timing()

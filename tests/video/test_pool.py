@@ -14,10 +14,12 @@ import pytest
 
 from tests.clips import picture, write_video
 from vlmds.errors import SampleError
-from vlmds.video import decode as video
 from vlmds.video import pool as pool_module
+from vlmds.video.decode import decode_frames
 from vlmds.video.decode_work import Request
+from vlmds.video.fit import resize_frames
 from vlmds.video.pool import DecodePool, FrameDecoder
+from vlmds.video.probe import probe
 
 ASK = {"num_frames": 2, "image_size": 32}
 
@@ -69,12 +71,12 @@ def long_video(path: Path, frames: int, every_key: bool) -> bytes:
 
 def test_frames_are_those_of_this_process(decoder, small):
     frames = decoder.frames(small, **ASK)
-    info = video.probe(small)
-    assert np.array_equal(frames, video.resize_frames(video.decode_frames(small, info, 2), 32))
+    info = probe(small)
+    assert np.array_equal(frames, resize_frames(decode_frames(small, info, 2), 32))
     assert frames.flags["WRITEABLE"]
     span = decoder.frames(small, start=0.4, end=0.6, decoder="pyav", **ASK)
-    expected = video.decode_frames(small, info, 2, 0.4, 0.6)
-    assert np.array_equal(span, video.resize_frames(expected, 32))
+    expected = decode_frames(small, info, 2, 0.4, 0.6)
+    assert np.array_equal(span, resize_frames(expected, 32))
     with pytest.raises(SampleError, match="start past the end"):
         decoder.frames(small, start=9.0, **ASK)
 

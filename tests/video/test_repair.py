@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 from tests.clips import cut_video, rotate_video, write_video
-from vlmds.video import decode as video
 from vlmds.video import repair
+from vlmds.video.decode import decode_frames
+from vlmds.video.probe import probe
+from vlmds.video.sampling import pick
 
 GOPS = {"x264-params": "keyint=10:bframes=3"}
 VFR = list(np.cumsum(np.random.default_rng(2).integers(20, 300, 40)) / 1000)
@@ -11,8 +13,8 @@ VFR = list(np.cumsum(np.random.default_rng(2).integers(20, 300, 40)) / 1000)
 
 def same_frames(data, info, span, mended) -> float:
     """The smallest PSNR (dB) of 8 sampled frames; infinite if equal."""
-    old = video.decode_frames(data, info, 8, *span).astype(np.float32)
-    new = video.decode_frames(mended.data, mended.info, 8, mended.start, mended.end)
+    old = decode_frames(data, info, 8, *span).astype(np.float32)
+    new = decode_frames(mended.data, mended.info, 8, mended.start, mended.end)
     error = np.square(old - new).mean(axis=(1, 2, 3)).max()
     return np.inf if error == 0 else 20 * np.log10(255) - 10 * np.log10(error)
 
@@ -21,14 +23,14 @@ def test_a_sound_file_stays(tmp_path):
     for name, options in (("a.mp4", GOPS), ("b.mkv", {"times": VFR}), ("c.mp4", {
             "x264-params": "keyint=10:open-gop=1:bframes=3"})):
         data = write_video(tmp_path / name, **options).read_bytes()
-        info = video.probe(data)
+        info = probe(data)
         assert repair.flaw(info) is None and repair.mend(data, info) is None
         assert repair.mend(data, info, 0.0, 99.0) is None
 
 
 def test_a_transport_stream_is_copied_and_equal(tmp_path):
     data = write_video(tmp_path / "v.ts", **GOPS).read_bytes()
-    info = video.probe(data)
+    info = probe(data)
     mended = repair.mend(data, info)
     assert (mended.method, mended.reason) == ("copy", "mpegts stream")
     assert mended.info.container.startswith("mov") and mended.info.decoder == "decord"
@@ -41,10 +43,10 @@ def test_the_time_it_may_take_grows_with_the_frames(tmp_path):
     for name, frames, width in (
             ("a.ts", 10, 64), ("b.ts", 30, 64), ("c.ts", 30, 128), ("sound.mp4", 30, 64)):
         data = write_video(tmp_path / name, frames=frames, width=width).read_bytes()
-        repair.mend(data, video.probe(data), more_time=asked.append)
+        repair.mend(data, probe(data), more_time=asked.append)
     assert np.allclose(asked, [frames * (repair.FRAME_SECONDS + area * repair.MEGAPIXEL_SECONDS) for
                                frames, area in ((10, 0.003072), (30, 0.003072), (30, 0.006144))])
-    repair.mend(data, video.probe(data), 0.5, 1.0, asked.append)  # a part of a sound file
+    repair.mend(data, probe(data), 0.5, 1.0, asked.append)  # a part of a sound file
     assert asked[3:] == [asked[1]]
 
 
@@ -55,7 +57,7 @@ def test_an_edit_list_that_hides_frames_is_encoded_away(tmp_path, turned):
     if turned:
         path = rotate_video(path, tmp_path / "turned.mp4", turned)
     data = path.read_bytes()
-    info = video.probe(data)
+    info = probe(data)
     assert info.discarded and info.rotation == turned
     mended = repair.mend(data, info)
     assert mended.method == "encode" and "hidden" in mended.reason
@@ -73,12 +75,12 @@ def test_an_edit_list_that_hides_frames_is_encoded_away(tmp_path, turned):
 @pytest.mark.parametrize("part", [(0.4, 0.7), (None, 0.3), (0.6, None)])
 def test_a_cut_gives_the_frames_of_the_span(tmp_path, name, options, method, part):
     data = write_video(tmp_path / name, **options).read_bytes()
-    info = video.probe(data)
+    info = probe(data)
     span = tuple(p and p * info.duration for p in part)
     mended = repair.mend(data, info, *span)
     assert mended.method == method and len(mended.data) < len(data)
     assert same_frames(data, info, span, mended) == np.inf
     for count in (1, 3, 16):
-        old = video.pick(info, count, *span)
-        new = video.pick(mended.info, count, mended.start, mended.end)
+        old = pick(info, count, *span)
+        new = pick(mended.info, count, mended.start, mended.end)
         assert np.allclose(info.pts[old], mended.info.pts[new] + mended.offset, rtol=0, atol=1e-6)

@@ -33,8 +33,11 @@ from vlmds.packing.finish import finish
 from vlmds.packing.manifest import ManifestRow, read_manifest
 from vlmds.packing.pack import pack
 from vlmds.packing.shards import Shard, write_shard
-from vlmds.video import decode as video
+from vlmds.video.decode import decode_frames
 from vlmds.video.decode_work import Reply
+from vlmds.video.fit import RESIZER, resize_frames
+from vlmds.video.probe import probe
+from vlmds.video.sampling import SAMPLER
 
 FRAMES, SIDE = 8, 336
 PACKED = 150e6  # bytes to pack: the videos are named again and again until there are so many
@@ -183,17 +186,17 @@ def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
              progress=False)
     _make_features(folder / "video", folder / "features")
     files = [Path(row.video).read_bytes() for row in rows]
-    infos = [video.probe(data) for data in files]
+    infos = [probe(data) for data in files]
     readers = {store: SampleReader(Dataset([ShardIndex.open(folder / store)]), "train", FRAMES, SIDE,
                                    shuffle=False) for store in ("video", "frames", "features")}
 
     def bare() -> None:
         for data, info in zip(files, infos):
-            video.resize_frames(video.decode_frames(data, info, FRAMES), SIDE)
+            resize_frames(decode_frames(data, info, FRAMES), SIDE)
 
     def probed() -> None:
         for data in files:
-            video.resize_frames(video.decode_frames(data, video.probe(data), FRAMES), SIDE)
+            resize_frames(decode_frames(data, probe(data), FRAMES), SIDE)
 
     def plain() -> None:
         tars = sorted(str(p) for p in (folder / "video").rglob("*.tar"))
@@ -224,7 +227,7 @@ def _decode_plainly(data: bytes) -> np.ndarray:
     reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
     count = len(reader)
     picks = [int((i + 0.5) * count / FRAMES) for i in range(FRAMES)]
-    return video.resize_frames(reader.get_batch(picks).asnumpy(), SIDE)
+    return resize_frames(reader.get_batch(picks).asnumpy(), SIDE)
 
 
 def _make_features(source: Path, out: Path) -> None:
@@ -243,7 +246,7 @@ def _make_features(source: Path, out: Path) -> None:
             {EXTENSION: encode_features(features)}) for row in rows))
         shards.append(replace(shard, rows=[]))
     finish(out, shards, [], {
-        "store": "features", "sampler": video.SAMPLER, "resizer": video.RESIZER,
+        "store": "features", "sampler": SAMPLER, "resizer": RESIZER,
         "num_frames": FRAMES, "image_size": SIDE, "quality": None, "shard_size": 256,
         "shard_bytes": None, "vision": {
             "model": "random", "fingerprint": "", "feature_layer": -1, "pool": 1,

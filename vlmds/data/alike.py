@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from vlmds.console.text import counted
 from vlmds.data.index import ShardIndex
 from vlmds.errors import InputError
-from vlmds.video.decode import RESIZER, SAMPLER
+from vlmds.video.fit import RESIZER
 from vlmds.video.jpeg import QUALITY
+from vlmds.video.sampling import SAMPLER
 
 if TYPE_CHECKING:
     from vlmds.experiments.schema import VisionConfig

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from vlmds.video import decode as video
+from vlmds.video.decode import decode_frames
+from vlmds.video.probe import probe
 
 SHOWN = (0, 2, 5, 7)  # of 8 sampled frames
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic",
@@ -31,7 +32,7 @@ def draw_results(path: Path, clips: list[Path], references: list[str], captions:
         grid = figure.add_gridspec(len(clips), len(SHOWN) + 1,
                                    width_ratios=[1] * len(SHOWN) + [5])
         for row, (clip, reference, caption) in enumerate(zip(clips, references, captions)):
-            frames = video.decode_frames(str(clip), video.probe(str(clip)), 8)
+            frames = decode_frames(str(clip), probe(str(clip)), 8)
             for column, number in enumerate(SHOWN):
                 axes = figure.add_subplot(grid[row, column])
                 axes.imshow(np.asarray(frames[number]))

@@ -67,7 +67,7 @@ def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, model: str
 
 
 def image_processor(tower: VisionTower) -> CLIPImageProcessorPil:
-    """Resizes as :func:`vlmds.video.decode.resize_frames` does, bit for bit, then normalises."""
+    """Resizes as :func:`vlmds.video.fit.resize_frames` does, bit for bit, then normalises."""
     size = tower.image_size
     return CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size},

@@ -33,12 +33,14 @@ from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path, check_writable
 from vlmds.packing.finish import finish
+from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
-from vlmds.packing.pack import PackSummary, counting
+from vlmds.packing.pack import PackSummary
 from vlmds.packing.shards import PackOptions, Shard, json_line, unfinished, write_shard
-from vlmds.video.decode import RESIZER, SAMPLER
 from vlmds.video.decode_work import Reply
+from vlmds.video.fit import RESIZER
 from vlmds.video.pool import DecodePool
+from vlmds.video.sampling import SAMPLER
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower

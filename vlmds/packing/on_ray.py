@@ -10,6 +10,7 @@ from pathlib import Path
 from vlmds.console.progress import Phase, phase, silenced
 from vlmds.console.text import install_hint
 from vlmds.errors import InputError
+from vlmds.packing.local import pack_here
 from vlmds.packing.shards import PackOptions, Shard
 
 IN_FLIGHT = 2  # tasks per CPU of the cluster that are handed out at once
@@ -50,8 +51,6 @@ def pack_on_ray(
 
 def _pack_one(out: Path, shard: Shard, options: PackOptions, deadline: float) -> None:
     """What runs in a Ray worker: one shard, one decoding process."""
-    from vlmds.packing.pack import pack_here
-
     with silenced():
         pack_here(out, [shard], options, 1, deadline)
 

@@ -2,28 +2,26 @@
 
 Which rows a shard has, and with which bytes, follows from the manifest and the options alone: so any
 number of processes and machines can share the work, stop and start again at any time, and the
-result is the same to the byte. `layout.py` says which rows make a shard, `shards.py` writes it,
-`merge.py` makes a dataset of them.
+result is the same to the byte. `shard_plan.py` says which rows make a shard, `shards.py` writes it,
+`finish.py` makes a dataset of them.
 """
 
-import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmds.console.progress import Phase, phase, silenced
+from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.files import as_path, check_writable, driver_advice
 from vlmds.packing.finish import Base, Finished, finish
+from vlmds.packing.local import pack_here
 from vlmds.packing.manifest import ManifestRow, Reject, read_manifest
+from vlmds.packing.on_ray import pack_on_ray
 from vlmds.packing.shard_plan import facts_of, shards_of, without_duplicates
-from vlmds.packing.shards import PackOptions, Shard, unfinished, write_shard
-from vlmds.video.decode_work import Reply, Request
-from vlmds.video.pool import DecodePool
+from vlmds.packing.shards import PackOptions, Shard, unfinished
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _pack(
         index, tasks = task
         mine = {shard.name for shard in work.shards[index::tasks]}
         todo = [shard for shard in todo if shard.name in mine]
-    packers = {"local": pack_here, "ray": _pack_on_ray}
+    packers = {"local": pack_here, "ray": pack_on_ray}
     packers[engine](out, todo, options, workers, deadline)
     if task is not None:
         return PackSummary({}, {}, work.ignored_columns, len(mine), len(mine) - len(todo), 0,
@@ -131,43 +129,6 @@ def _pack(
         done.counts, dict(reasons.most_common()), work.ignored_columns, len(work.shards),
         len(work.shards) - len(todo), done.bytes, time.monotonic() - begin, len(done.duplicates),
         work.known)
-
-
-def pack_here(
-    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float
-) -> None:
-    """Pack these shards with decoding processes of this machine."""
-    rows = sum(len(shard.rows) for shard in shards)
-    lanes = min(workers or len(os.sched_getaffinity(0)), max(rows, 1))
-    requests = (request(row, options) for shard in shards for row in shard.rows)
-    with (
-        DecodePool(lanes, deadline) as pool,
-        phase("packing", rows, "videos", left=True) as shown,
-    ):
-        replies = counting(pool.map(requests), shown)
-        for shard in shards:
-            write_shard(out, shard, replies)
-
-
-def request(row: ManifestRow, options: PackOptions) -> Request:
-    return Request(row.video, row.start, row.end, options.store, options.num_frames,
-                   options.image_size, options.quality, options.verify)
-
-
-def counting(replies: Iterable[Reply], shown: Phase) -> Iterator[Reply]:
-    """The same replies, each counted."""
-    rejected = 0
-    for reply in replies:
-        rejected += reply.reason is not None
-        shown.note = f"{rejected:,} rejected" if rejected else ""
-        shown.advance()
-        yield reply
-
-
-def _pack_on_ray(*arguments) -> None:
-    from vlmds.packing.on_ray import pack_on_ray
-
-    pack_on_ray(*arguments)
 
 
 def _plan(

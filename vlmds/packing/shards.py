@@ -18,9 +18,10 @@ from vlmds.data.index import VERSION
 from vlmds.errors import InputError
 from vlmds.files import replacing, write
 from vlmds.packing.manifest import ManifestRow, Reject
-from vlmds.video.decode import RESIZER, SAMPLER
 from vlmds.video.decode_work import Reply
+from vlmds.video.fit import RESIZER
 from vlmds.video.jpeg import QUALITY
+from vlmds.video.sampling import SAMPLER
 
 STORES = ("video", "frames")
 MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"

@@ -25,7 +25,7 @@ from vlmds.planning.checks import check_experiment, sequence_builder, training_r
 from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
-from vlmds.video.decode import sample_times
+from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0
 ASSUMED_CARD = "h100"

@@ -18,8 +18,8 @@ from vlmds.errors import SampleError
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.serve.korean import in_korean
 from vlmds.serve.loaded import Busy, Models, RequestError
-from vlmds.video.decode import sample_times
 from vlmds.video.jpeg import data_uri
+from vlmds.video.sampling import sample_times
 
 TEXTS = {
     "en": {

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import SampleError
-from vlmds.video import decode as video
 from vlmds.video import repair
+from vlmds.video.decode import decode_decord, decode_frames
+from vlmds.video.fit import resize_frames
 from vlmds.video.frame_table import FrameTable
 from vlmds.video.jpeg import encode_jpegs
+from vlmds.video.probe import VideoInfo, probe
+from vlmds.video.sampling import pick
 
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 
@@ -69,7 +72,7 @@ def prepare(
 
     more_time: told how many more seconds it takes than most, if it does (see `repair.mend`).
     """
-    info = video.probe(data)
+    info = probe(data)
     if request.store == "facts":
         return Reply(facts=_facts(info))
     if request.store == "pixels":
@@ -80,28 +83,28 @@ def prepare(
         reply.facts["content"] = content
         return reply
 
-    picks = video.pick(info, request.num_frames, request.start, request.end)
+    picks = pick(info, request.num_frames, request.start, request.end)
     images = _images(request, data, info)
     facts = _facts(info) | {"content": content} | {
         "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     return Reply(None, facts, encode_jpegs(images, request.quality))
 
 
-def _images(request: Request, data: bytes, info: video.VideoInfo) -> np.ndarray:
+def _images(request: Request, data: bytes, info: VideoInfo) -> np.ndarray:
     """uint8 [num_frames, 3, size, size]"""
     # PyAV, for it reports damage that decord passes over.
-    frames = video.decode_frames(
+    frames = decode_frames(
         data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
-    return video.resize_frames(frames, request.image_size)
+    return resize_frames(frames, request.image_size)
 
 
 def _prepare_video(
-    request: Request, data: bytes, info: video.VideoInfo,
+    request: Request, data: bytes, info: VideoInfo,
     more_time: Callable[[float], None] | None,
 ) -> Reply:
     """The file itself, or what `repair.mend` makes of it."""
     span = (request.num_frames, request.start, request.end)
-    video.pick(info, *span)
+    pick(info, *span)
     mended = repair.mend(data, info, request.start, request.end, more_time)
     extension = _extension(request.video, info.container)
     facts = {}
@@ -117,7 +120,7 @@ def _prepare_video(
     return Reply(None, facts, {extension: data})
 
 
-def _facts(info: video.VideoInfo) -> dict[str, Any]:
+def _facts(info: VideoInfo) -> dict[str, Any]:
     return {
         "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
         "width": info.width, "height": info.height, "codec": info.codec,
@@ -127,7 +130,7 @@ def _facts(info: video.VideoInfo) -> dict[str, Any]:
 def read_frames(data: bytes, request: FramesRequest) -> Reply:
     """The frames of a packed video. Raises SampleError."""
     if request.described is None:
-        table = video.probe(data)
+        table = probe(data)
     else:
         try:
             table = FrameTable.from_described(request.described)
@@ -135,17 +138,17 @@ def read_frames(data: bytes, request: FramesRequest) -> Reply:
             raise SampleError(f"its description cannot be read: timing: {error}") from None
     if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
         table = replace(table, decoder="pyav")
-    frames = video.decode_frames(data, table, request.num_frames, request.start, request.end)
-    return Reply(members={"rgb": video.resize_frames(frames, request.image_size).tobytes()})
+    frames = decode_frames(data, table, request.num_frames, request.start, request.end)
+    return Reply(members={"rgb": resize_frames(frames, request.image_size).tobytes()})
 
 
-def _verified_decoder(data: bytes, info: video.VideoInfo, span: tuple) -> str:
+def _verified_decoder(data: bytes, info: VideoInfo, span: tuple) -> str:
     """Decode the sampled frames, and keep decord only if it gives the same ones as PyAV."""
-    frames = video.decode_frames(data, replace(info, decoder="pyav"), *span)
+    frames = decode_frames(data, replace(info, decoder="pyav"), *span)
     if info.decoder == "pyav":
         return "pyav"
     try:
-        same = np.array_equal(frames, video.decode_decord(data, info, video.pick(info, *span)))
+        same = np.array_equal(frames, decode_decord(data, info, pick(info, *span)))
     except SampleError:
         same = False
     return "decord" if same else "pyav"

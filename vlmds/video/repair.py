@@ -16,9 +16,10 @@ import av
 import numpy as np
 
 from vlmds.errors import SampleError
-from vlmds.video import decode as video
 from vlmds.video.container import opened, reading, video_stream
-from vlmds.video.decode import VideoInfo
+from vlmds.video.decode import all_frames
+from vlmds.video.probe import VideoInfo, probe
+from vlmds.video.sampling import pick, pick_frames
 
 CRF = 18  # of x264: visually lossless for most content
 MIN_PSNR = 30.0  # dB, of each frame that was encoded again
@@ -79,7 +80,7 @@ def mend(
     stop = info.duration if end is None else min(end, info.duration)
     if begin >= stop:
         raise SampleError(f"start past the end: {begin:g} s of {info.duration:g} s")
-    first, last = (int(i) for i in video.pick_frames(info.pts, np.array([begin, stop])))
+    first, last = (int(i) for i in pick_frames(info.pts, np.array([begin, stop])))
     # One more frame, so that the new file does not end before the span.
     last = min(last + 1, info.frames - 1)
     part = (first, last) != (0, info.frames - 1)
@@ -110,7 +111,7 @@ def _write(
     copied, lead = _copy(data, info, first, last)
     if copied is not None:
         try:
-            found = video.probe(copied)
+            found = probe(copied)
             at = int(np.searchsorted(found.pts, lead - 1e-6))
             if (flaw(found) is None and len(found.keyframes)
                     and _same_times(info, found, first, last, at)
@@ -121,7 +122,7 @@ def _write(
         except SampleError:
             pass  # encoding tells whether it is the original's fault
     encoded = _encode(data, info, first, last)
-    found = video.probe(encoded)
+    found = probe(encoded)
     same = found.frames == last - first + 1 and _same_times(info, found, first, last, 0)
     if not same or flaw(found):
         raise SampleError("cannot be repaired: encoding changes the times of frames")
@@ -146,8 +147,8 @@ def _spanned(new: Mended, info: VideoInfo, first: int, at: int) -> Mended | None
     start, end = max(new.start - offset, 0.0), new.end - offset
     for span in ((None, None), (start, end)):
         if all(np.array_equal(
-                video.pick(new.info, n, *span) - at,
-                video.pick(info, n, new.start, new.end) - first) for n in _CHECKED):
+                pick(new.info, n, *span) - at,
+                pick(info, n, new.start, new.end) - first) for n in _CHECKED):
             return replace(new, start=span[0], end=span[1], offset=offset)
     return None
 
@@ -214,7 +215,7 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
         av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as out,
     ):
         stream = None
-        for index, frame in video.all_frames(data, info, first, last):
+        for index, frame in all_frames(data, info, first, last):
             frame = _upright(frame, info.rotation)
             if stream is None:
                 exact = frame.format.name in _EXACT_PIX_FMTS and (
@@ -285,7 +286,7 @@ def _difference(
 def _upright_rgb(
     data: bytes, info: VideoInfo, first: int, last: int
 ) -> Iterator[np.ndarray]:
-    for _, frame in video.all_frames(data, info, first, last):
+    for _, frame in all_frames(data, info, first, last):
         yield np.rot90(frame.to_ndarray(format="rgb24"), -info.rotation // 90)
 
 

@@ -1,0 +1,43 @@
+"""Packing of shards by decoding processes of this machine."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vlmds.console.progress import Phase, phase
+from vlmds.packing.manifest import ManifestRow
+from vlmds.packing.shards import PackOptions, Shard, write_shard
+from vlmds.video.decode_work import Reply, Request
+from vlmds.video.pool import DecodePool
+
+
+def pack_here(
+    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float
+) -> None:
+    """Pack these shards with decoding processes of this machine."""
+    rows = sum(len(shard.rows) for shard in shards)
+    lanes = min(workers or len(os.sched_getaffinity(0)), max(rows, 1))
+    requests = (request(row, options) for shard in shards for row in shard.rows)
+    with (
+        DecodePool(lanes, deadline) as pool,
+        phase("packing", rows, "videos", left=True) as shown,
+    ):
+        replies = counting(pool.map(requests), shown)
+        for shard in shards:
+            write_shard(out, shard, replies)
+
+
+def request(row: ManifestRow, options: PackOptions) -> Request:
+    """What a decoding process is to make of a manifest row."""
+    return Request(row.video, row.start, row.end, options.store, options.num_frames,
+                   options.image_size, options.quality, options.verify)
+
+
+def counting(replies: Iterable[Reply], shown: Phase) -> Iterator[Reply]:
+    """The same replies, each counted."""
+    rejected = 0
+    for reply in replies:
+        rejected += reply.reason is not None
+        shown.note = f"{rejected:,} rejected" if rejected else ""
+        shown.advance()
+        yield reply
