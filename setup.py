@@ -4,5 +4,4 @@ some file systems lose."""
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["vlmds*"]), "vlmds.ds_configs"],
-      package_dir={"vlmds.ds_configs": "ds_configs"})
+setup(packages=[*find_packages(include=["vlmds*"]), "vlmds.ds_configs"], package_dir={"vlmds.ds_configs": "ds_configs"})

@@ -43,8 +43,11 @@ def stop_ranks(signum: int, frame) -> None:
         signal.signal(again, signal.SIG_IGN)
     helpers = {child.pid for child in active_children()}
     ranks = [p for p in psutil.Process().children() if p.pid not in helpers]
-    print(f"launch/torchrun.py: {signal.Signals(signum).name}: {len(ranks)} ranks finish their step "
-          "and save", file=sys.stderr, flush=True)
+    print(
+        f"launch/torchrun.py: {signal.Signals(signum).name}: {len(ranks)} ranks finish their step and save",
+        file=sys.stderr,
+        flush=True,
+    )
     for rank in ranks:
         rank.send_signal(signum)
     codes = {rank.wait() for rank in ranks}

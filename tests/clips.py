@@ -19,8 +19,9 @@ def picture(i: int, width: int, height: int) -> np.ndarray:
     return image
 
 
-def write_video(path, frames=40, fps=10, width=64, height=48, codec="libx264", pix_fmt="yuv420p",
-                times=None, **options) -> Path:
+def write_video(
+    path, frames=40, fps=10, width=64, height=48, codec="libx264", pix_fmt="yuv420p", times=None, **options
+) -> Path:
     """Encode a video. times: display times in seconds, in place of a constant rate."""
     base = Fraction(1, 1000) if times else Fraction(1, fps)
     with av.open(str(path), "w") as container:
@@ -56,8 +57,7 @@ def rotate_video(source: Path, path: Path, degrees: int) -> Path:
     matrix = (a, b, 0, -b, a, 0, 0, 0)
     data = bytearray(source.read_bytes())
     at = data.index(b"tkhd") + 44
-    data[at:at + 36] = b"".join((v * 65536).to_bytes(4, "big", signed=True) for v in matrix) + (
-        b"\x40\0\0\0")
+    data[at : at + 36] = b"".join((v * 65536).to_bytes(4, "big", signed=True) for v in matrix) + (b"\x40\0\0\0")
     path.write_bytes(data)
     return path
 

@@ -18,8 +18,8 @@ from vlmds.console import progress  # noqa: E402
 
 # The same examples in every run, however slow the machine, and none kept where the tests run.
 hypothesis.settings.register_profile(
-    "suite", derandomize=True, database=None, deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("suite")
 
 

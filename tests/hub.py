@@ -45,8 +45,13 @@ class Hub(ThreadingHTTPServer):
 
     def environment(self, home: Path) -> dict[str, str]:
         """Of a process that uses this hub, with its cache in ``home``."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
-                "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
     def add(self, name: str, folder: Path, **files: bytes) -> str:
         """A new commit of a folder's files; returns it."""
@@ -54,8 +59,9 @@ class Hub(ThreadingHTTPServer):
         return self.commit(name, content)
 
     def commit(self, name: str, files: dict[str, bytes]) -> str:
-        digest = hashlib.sha1(repr(sorted((k, hashlib.sha1(v).hexdigest()) for k, v in files.items()))
-                              .encode()).hexdigest()
+        digest = hashlib.sha1(
+            repr(sorted((k, hashlib.sha1(v).hexdigest()) for k, v in files.items())).encode()
+        ).hexdigest()
         self.repositories.setdefault(name, {})[digest] = files
         return digest
 
@@ -82,8 +88,7 @@ def use(monkeypatch, url: str, home: Path) -> None:
     """In this process, what HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE and HF_HUB_OFFLINE set before the
     first import."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
@@ -107,16 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
-            self.answer({"files": [{"path": f["path"], "uploadMode": "regular",
-                                    "shouldIgnore": False} for f in files]})
+            self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
         elif "/commit/" in self.path:
             name = "/".join(self.path.split("/")[3:5])
-            values = [line["value"] for line in map(json.loads, body.splitlines())
-                      if line["key"] == "file"]
-            commit = self.server.commit(
-                name, {v["path"]: base64.b64decode(v["content"]) for v in values})
-            self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}",
-                         "commitOid": commit})
+            values = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+            commit = self.server.commit(name, {v["path"]: base64.b64decode(v["content"]) for v in values})
+            self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
         else:
             self.refuse(404, "EntryNotFound")
 
@@ -142,15 +143,23 @@ class _Handler(BaseHTTPRequestHandler):
         if rest[:1] == ["resolve"] and name in self.server.denied:
             return self.refuse(403, "")
         if rest[:1] == ["tree"]:
-            return self.answer([{"type": "file", "path": path, **self.described(path, data)}
-                                for path, data in files.items()])
+            return self.answer(
+                [{"type": "file", "path": path, **self.described(path, data)} for path, data in files.items()]
+            )
         if rest[:1] == ["resolve"]:
             path = "/".join(rest[2:])
-            return (self.send(name, commit, path, files[path]) if path in files
-                    else self.refuse(404, "EntryNotFound"))
-        return self.answer({"id": name, "sha": commit, "private": True, "siblings": [
-            {"rfilename": path, **(self.described(path, data) if self.server.sizes else {})}
-            for path, data in files.items()]})
+            return self.send(name, commit, path, files[path]) if path in files else self.refuse(404, "EntryNotFound")
+        return self.answer(
+            {
+                "id": name,
+                "sha": commit,
+                "private": True,
+                "siblings": [
+                    {"rfilename": path, **(self.described(path, data) if self.server.sizes else {})}
+                    for path, data in files.items()
+                ],
+            }
+        )
 
     do_HEAD = do_GET
 
@@ -181,8 +190,12 @@ class _Handler(BaseHTTPRequestHandler):
                     self.server.cuts -= 1
                     end = begin + (len(data) - begin) // 2
         digest = hashlib.sha256 if path.endswith(LFS) else hashlib.sha1
-        for key, value in (("Content-Length", len(data) - begin), ("X-Repo-Commit", commit),
-                           ("ETag", f'"{digest(data).hexdigest()}"'), ("Accept-Ranges", "bytes")):
+        for key, value in (
+            ("Content-Length", len(data) - begin),
+            ("X-Repo-Commit", commit),
+            ("ETag", f'"{digest(data).hexdigest()}"'),
+            ("Accept-Ranges", "bytes"),
+        ):
             self.send_header(key, str(value))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")

@@ -42,8 +42,10 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_importing_and_help_load_no_pytorch():
-    code = ("import sys, vlmds, vlmds.cli; vlmds.cli._parser(); vlmds.InputError; dir(vlmds); "
-            "sys.exit(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)) or 0)")
+    code = (
+        "import sys, vlmds, vlmds.cli; vlmds.cli._parser(); vlmds.InputError; dir(vlmds); "
+        "sys.exit(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

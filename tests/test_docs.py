@@ -12,16 +12,19 @@ import pytest
 from vlmds.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "launch" / "README.md",
-         *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "README.ko.md",
+    ROOT / "launch" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 pages = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    actions = (action for action in parser._actions
-               if isinstance(action, argparse._SubParsersAction))
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return next((action.choices for action in actions), {})
 
 
@@ -43,13 +46,13 @@ def fenced_commands(page: Path) -> list[list[str]]:
             for part in re.split(r"&&|\|", line.replace("$(", "(")):
                 words = shlex.split(part, comments=True)
                 if ">" in words:
-                    words = words[:words.index(">")]
+                    words = words[: words.index(">")]
                 for number, word in enumerate(words):
                     if word in ("vlmds", "vlmds.cli") or word.endswith("/vlmds"):
-                        found.append(words[number + 1:])
+                        found.append(words[number + 1 :])
                         break
                     if word in ("launch/train.py", "launch/slurm.sbatch"):
-                        found.append(["train", *words[number + 1:]])
+                        found.append(["train", *words[number + 1 :]])
                         break
     return found
 
@@ -79,8 +82,21 @@ def test_commands_in_blocks_are_accepted(page):
 
 def test_there_are_commands_to_try():
     found = {words[0] for page in PAGES for words in fenced_commands(page) if words}
-    assert found >= {"pack", "plan", "train", "evaluate", "caption", "compare", "sweep", "export",
-                     "serve", "fetch", "new", "demo", "schema"}
+    assert found >= {
+        "pack",
+        "plan",
+        "train",
+        "evaluate",
+        "caption",
+        "compare",
+        "sweep",
+        "export",
+        "serve",
+        "fetch",
+        "new",
+        "demo",
+        "schema",
+    }
 
 
 @pages
@@ -101,14 +117,16 @@ def test_commands_in_a_line_name_what_there_is(page):
 
 
 def test_both_readmes_have_the_same_shape_and_are_short():
-    english, korean = ((ROOT / name).read_text(encoding="utf-8")
-                       for name in ("README.md", "README.ko.md"))
+    english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
     assert max(len(english.splitlines()), len(korean.splitlines())) <= 150
-    shape = [[len(marks) for marks in re.findall(r"^(#+) ", FENCE.sub("", text), re.MULTILINE)]
-             for text in (english, korean)]
+    shape = [
+        [len(marks) for marks in re.findall(r"^(#+) ", FENCE.sub("", text), re.MULTILINE)] for text in (english, korean)
+    ]
     assert shape[0] == shape[1]
-    blocks = [[re.sub(r"\s*#.*", "", block) for language, block in FENCE.findall(text)
-               if language == "bash"] for text in (english, korean)]
+    blocks = [
+        [re.sub(r"\s*#.*", "", block) for language, block in FENCE.findall(text) if language == "bash"]
+        for text in (english, korean)
+    ]
     assert blocks[0] == blocks[1], "the commands differ"
 
 
@@ -116,6 +134,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True)
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "configuration" / "index.html").is_file()

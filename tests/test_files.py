@@ -61,8 +61,7 @@ def open_folder():
 
 def modes(root):
     """{path: mode} of all that is below."""
-    return {path.relative_to(root).as_posix(): stat.S_IMODE(path.stat().st_mode)
-            for path in root.rglob("*")}
+    return {path.relative_to(root).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in root.rglob("*")}
 
 
 def check_modes(root, mask):
@@ -103,6 +102,7 @@ def test_what_is_written_has_the_modes_of_the_umask(artifact, tmp_path_factory, 
 
 def test_the_process_keeps_its_umask(tmp_path, monkeypatch):
     """Setting it to read it would let another thread's files have any mode."""
+
     def refused(mask):
         raise AssertionError(f"the umask is set to {mask:o}")
 
@@ -126,17 +126,26 @@ def test_a_setgid_folder_gives_its_group(tmp_path):
     with umask(0o002), files.new_folder(team / "finetune") as new:
         files.copy_files(own.parent, new)
         save_file({"a": torch.zeros(1)}, new / "b.safetensors")
-    assert modes(team) == {"finetune": 0o2775, "finetune/adapter": 0o2775,
-                           "finetune/adapter/a.safetensors": 0o664,
-                           "finetune/b.safetensors": 0o664}
+    assert modes(team) == {
+        "finetune": 0o2775,
+        "finetune/adapter": 0o2775,
+        "finetune/adapter/a.safetensors": 0o664,
+        "finetune/b.safetensors": 0o664,
+    }
     assert {path.stat().st_gid for path in team.rglob("*")} == {NOBODY}
 
 
 def test_a_default_acl_decides_instead_of_the_umask(tmp_path):
     acl = struct.pack("<I", 2) + b"".join(
-        struct.pack("<HHI", tag, permissions, number) for tag, permissions, number in (
-            (0x01, 7, 2**32 - 1), (0x04, 5, 2**32 - 1), (0x08, 7, NOBODY),  # group NOBODY: rwx
-            (0x10, 7, 2**32 - 1), (0x20, 0, 2**32 - 1)))
+        struct.pack("<HHI", tag, permissions, number)
+        for tag, permissions, number in (
+            (0x01, 7, 2**32 - 1),
+            (0x04, 5, 2**32 - 1),
+            (0x08, 7, NOBODY),  # group NOBODY: rwx
+            (0x10, 7, 2**32 - 1),
+            (0x20, 0, 2**32 - 1),
+        )
+    )
     try:
         os.setxattr(tmp_path, "system.posix_acl_default", acl)
     except OSError as error:
@@ -150,8 +159,7 @@ def test_a_default_acl_decides_instead_of_the_umask(tmp_path):
     assert stat.S_IMODE(usual.stat().st_mode) == 0o660
     for path in (usual, usual.with_name("a.safetensors")):
         assert path.stat().st_mode == usual.stat().st_mode
-        assert (os.getxattr(path, "system.posix_acl_access")
-                == os.getxattr(usual, "system.posix_acl_access"))
+        assert os.getxattr(path, "system.posix_acl_access") == os.getxattr(usual, "system.posix_acl_access")
 
 
 def test_a_folder_is_replaced_though_its_files_cannot_be_removed(tmp_path, monkeypatch):
@@ -192,13 +200,15 @@ def test_anothers_run_folder_is_refused_by_its_owner(open_folder, inside):
     mode = "0644" if inside == "metrics.jsonl" else "0755"
     assert str(caught.value) == (
         f"--output {run}: {place} cannot be written, it belongs to root (mode {mode}); "
-        f"have root run chmod -R g+rwX {place}, or choose another --output")
+        f"have root run chmod -R g+rwX {place}, or choose another --output"
+    )
     new = open_folder / "new" / "deep"
     with nobody(), pytest.raises(InputError) as caught:
         check_run_folder(new)
     assert str(caught.value) == (  # not a chmod -R of what is above
         f"--output {new}: {open_folder} cannot be written, it belongs to root (mode 0755); "
-        f"have root make {new} and give it to you, or choose another --output")
+        f"have root make {new} and give it to you, or choose another --output"
+    )
     place.chmod(0o777)
     with nobody():
         check_run_folder(run)
@@ -215,7 +225,8 @@ def test_commands_refuse_what_belongs_to_another_in_one_line(open_folder, capsys
     assert error == (
         f"vlmds: OUT {open_folder / 'out'}: {open_folder} cannot be written, it belongs to root "
         f"(mode 0755); have root make {open_folder / 'out'} and give it to you, or choose another "
-        "OUT\n")
+        "OUT\n"
+    )
     with nobody():
         assert main(["pack", "/none.jsonl", "/vlmds-out"]) == 2
     assert "chmod" not in capsys.readouterr().err

@@ -52,8 +52,12 @@ def test_every_folder_is_a_room_and_every_room_is_there():
 
 
 def test_no_import_from_a_room_below():
-    upward = [f"{name} line {line}: imports {other}" for name, others in graph().items()
-              for other, line in others.items() if ROOMS.index(room(other)) > ROOMS.index(room(name))]
+    upward = [
+        f"{name} line {line}: imports {other}"
+        for name, others in graph().items()
+        for other, line in others.items()
+        if ROOMS.index(room(other)) > ROOMS.index(room(name))
+    ]
     assert not upward, "\n".join(upward)
 
 
@@ -62,7 +66,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
     def visit(name: str, way: tuple[str, ...]) -> None:
         if name in way:
-            circles.append(" -> ".join((*way[way.index(name):], name)))
+            circles.append(" -> ".join((*way[way.index(name) :], name)))
         elif name not in done:
             for other in edges.get(name, ()):
                 visit(other, (*way, name))
@@ -80,6 +84,6 @@ def test_a_circle_and_an_import_from_below_would_be_found(tmp_path):
 
 def test_the_picture_in_the_docs_has_the_rooms_in_this_order():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    listed = page[page.index("<!-- rooms -->"):page.index("<!-- /rooms -->")]
+    listed = page[page.index("<!-- rooms -->") : page.index("<!-- /rooms -->")]
     places = [listed.index(f"`{name}`") for name in ROOMS]
     assert places == sorted(places)

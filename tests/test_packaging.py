@@ -24,18 +24,30 @@ def test_a_wheel_has_the_deepspeed_jsons_and_finds_them(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     with zipfile.ZipFile(next(wheels.iterdir())) as wheel:
         wheel.extractall(place)
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "vlmds").rglob("*")
-             if path.is_file() and "__pycache__" not in path.parts}
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "vlmds").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     jsons = {path.name: path.read_bytes() for path in (ROOT / "ds_configs").iterdir()}
     built = {str(path.relative_to(place)) for path in (place / "vlmds").rglob("*") if path.is_file()}
     assert built == files | {f"vlmds/ds_configs/{name}" for name in jsons}
     assert not (place / "tests").exists() and not (place / "ds_configs").exists()
 
-    code = ("from vlmds.training.main import find_ds_config as find\n"
-            "for given in (None, 'zero2', 'zero2_offload', 'zero2_offload.json'): print(find(given))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env=environment(PYTHONPATH=str(place)))
+    code = (
+        "from vlmds.training.main import find_ds_config as find\n"
+        "for given in (None, 'zero2', 'zero2_offload', 'zero2_offload.json'): print(find(given))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(PYTHONPATH=str(place)),
+    )
     found = done.stdout.splitlines()
-    assert found == [str(place / "vlmds" / "ds_configs" / f"{name}.json") for name in (
-        "zero2_cpu", "zero2", "zero2_offload", "zero2_offload")], done.stderr
+    assert found == [
+        str(place / "vlmds" / "ds_configs" / f"{name}.json")
+        for name in ("zero2_cpu", "zero2", "zero2_offload", "zero2_offload")
+    ], done.stderr
     assert (place / "vlmds" / "ds_configs" / "zero2.json").read_bytes() == jsons["zero2.json"]

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
-)  # fmt: skip
+)
 
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.experiments.reading import load_experiment
@@ -33,8 +33,9 @@ SIDE = 28  # pixels; patches of 14, so 4 a frame
 FRAMES = 4
 
 
-def make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, width: int = 64,
-                *, speaking: bool = False) -> Path:
+def make_models(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, width: int = 64, *, speaking: bool = False
+) -> Path:
     """Write folder/clip and folder/qwen3; returns folder.
 
     speaking: whatever it is shown, the language model says one word after the other and never ends
@@ -45,25 +46,48 @@ def make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, 
         return _make_models(folder, tokenizer, width, speaking)
 
 
-def _make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None, width: int,
-                 speaking: bool) -> Path:
+def _make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None, width: int, speaking: bool) -> Path:
     tokenizer = tokenizer or train_tokenizer(["0번 영상입니다."], vocab_size=600)
-    clip = CLIPModel(CLIPConfig(
-        vision_config=dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=4, image_size=SIDE, patch_size=14),
-        text_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, vocab_size=8, bos_token_id=0, eos_token_id=1),
-    ))
+    clip = CLIPModel(
+        CLIPConfig(
+            vision_config=dict(
+                hidden_size=48,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=SIDE,
+                patch_size=14,
+            ),
+            text_config=dict(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                vocab_size=8,
+                bos_token_id=0,
+                eos_token_id=1,
+            ),
+        )
+    )
     clip.save_pretrained(folder / "clip")
-    CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
-    ).save_pretrained(folder / "clip")
-    llm = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=not speaking,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    ))
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        folder / "clip"
+    )
+    llm = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=not speaking,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
     with torch.no_grad():  # as after training: frozen embeddings of 0.02 could not give a sharp word
         llm.get_input_embeddings().weight.mul_(20)
         if speaking:
@@ -92,8 +116,7 @@ Lesson = tuple[np.ndarray, str | None, str]
 them: words of :func:`words`, as in "빨간 원이 왼쪽으로 움직입니다"."""
 
 
-def make_speaker(models: Path, folder: Path, exp: str, lessons: Sequence[Lesson] = ()
-                 ) -> None:
+def make_speaker(models: Path, folder: Path, exp: str, lessons: Sequence[Lesson] = ()) -> None:
     """An artifact on speaking models whose captions begin as the lessons say; without any it says
     whatever words."""
     extra = RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
@@ -114,11 +137,15 @@ def teach(model: Model, prompt: str, lessons: Sequence[Lesson]) -> None:
     spoken = [model.tokenizer.encode(f" {text}", add_special_tokens=False) for text in texts]
     assert {i for ids in spoken for i in ids} <= set(words(model.tokenizer)), texts
     asked = [builder.prompt_ids(prompt) for prompt in prompts]
-    batch = builder.collate_training([TokenSequence(ids + said, [IGNORE] * len(ids) + said)
-                                      for ids, said in zip(asked, spoken, strict=True)])
+    batch = builder.collate_training(
+        [TokenSequence(ids + said, [IGNORE] * len(ids) + said) for ids, said in zip(asked, spoken, strict=True)]
+    )
     features = model.features({"frames": torch.from_numpy(np.stack(frames))})
-    trained = [parameter for name, parameter in model.captioner.named_parameters()
-               if "lora_" in name or name.startswith("projector")]
+    trained = [
+        parameter
+        for name, parameter in model.captioner.named_parameters()
+        if "lora_" in name or name.startswith("projector")
+    ]
     optimizer = torch.optim.AdamW(trained, lr=2e-3)
     model.captioner.eval()
     for _ in range(400):
@@ -135,11 +162,21 @@ def teach(model: Model, prompt: str, lessons: Sequence[Lesson]) -> None:
 def settings(models: Path, data: Path | None = None) -> list[str]:
     """Overrides that put a packaged experiment on these models; fp32, no dropout, short stages."""
     overrides = [
-        f"vision.model={models / 'clip'}", f"llm.model={models / 'qwen3'}",
-        "llm.load_in_4bit=false", "llm.dtype=float32", "peft.dropout=0", "peft.r=4",
-        f"data.num_frames={FRAMES}", "data.num_workers=0", "training.micro_batch=2",
-        "training.global_batch=4", "training.validate_every=4", "training.checkpoint_every=2",
-        "logging.every=1", "logging.tensorboard=false", "training.timeout_minutes=3",
+        f"vision.model={models / 'clip'}",
+        f"llm.model={models / 'qwen3'}",
+        "llm.load_in_4bit=false",
+        "llm.dtype=float32",
+        "peft.dropout=0",
+        "peft.r=4",
+        f"data.num_frames={FRAMES}",
+        "data.num_workers=0",
+        "training.micro_batch=2",
+        "training.global_batch=4",
+        "training.validate_every=4",
+        "training.checkpoint_every=2",
+        "logging.every=1",
+        "logging.tensorboard=false",
+        "training.timeout_minutes=3",
     ]
     for number in (0, 1):
         overrides += [f"stages.{number}.epochs=null", f"stages.{number}.steps=6"]

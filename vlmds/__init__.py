@@ -27,9 +27,23 @@ if TYPE_CHECKING:
     from vlmds.video.pool import Clip
 
 __all__ = [
-    "Clip", "Experiment", "GenerationOptions", "InputError", "SampleError", "VideoCaptioner",
-    "caption_records", "caption_to_file", "compare", "evaluate_run", "load_experiment", "load_run",
-    "open_dataset", "pack", "plan_experiment", "read_evaluation", "write_report",
+    "Clip",
+    "Experiment",
+    "GenerationOptions",
+    "InputError",
+    "SampleError",
+    "VideoCaptioner",
+    "caption_records",
+    "caption_to_file",
+    "compare",
+    "evaluate_run",
+    "load_experiment",
+    "load_run",
+    "open_dataset",
+    "pack",
+    "plan_experiment",
+    "read_evaluation",
+    "write_report",
 ]
 _MODULES = {
     "captioning.pipeline": ("caption_records",),

@@ -38,8 +38,18 @@ from vlmds.errors import InputError
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """The extra of pyproject.toml that brings a protocol's driver."""
 
-UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-            errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE}
+UNUSABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ESTALE,
+}
 """What is wrong with a disk or a path that the user named, and not with the program."""
 
 
@@ -64,8 +74,9 @@ def check_driver(url: str) -> None:
         try:
             get_filesystem_class(protocol)  # also what was registered as a class
         except ValueError:
-            raise InputError(f"{url}: there is no protocol {protocol}://; give a path, or a URL "
-                             "such as s3://bucket/folder") from None
+            raise InputError(
+                f"{url}: there is no protocol {protocol}://; give a path, or a URL such as s3://bucket/folder"
+            ) from None
 
 
 def driver_advice(url: str) -> str | None:
@@ -85,7 +96,7 @@ def driver_advice(url: str) -> str | None:
 
 
 def _protocols(url: str) -> list[str]:
-    """"simplecache::s3://bucket" -> simplecache and s3."""
+    """ "simplecache::s3://bucket" -> simplecache and s3."""
     return url.partition("://")[0].split("::")
 
 
@@ -136,8 +147,11 @@ def machine() -> str:
     """Names where a process id means the same process: this start of this machine, and in it this
     namespace of process ids. Host names may be the same on many machines, and in containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    parts = [platform.node(), boot.read_text().strip() if boot.is_file() else "",
-             os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""]
+    parts = [
+        platform.node(),
+        boot.read_text().strip() if boot.is_file() else "",
+        os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else "",
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -219,8 +233,7 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder: its name at once, so that nobody finds it with files missing; and of its
     files those that can be removed. Raises OSError if it cannot be renamed."""
     name = folder.name.removeprefix(".").removesuffix(".tmp")
-    shutil.rmtree(folder.rename(folder.with_name(f".{name}~{time.time_ns()}.tmp")),
-                  ignore_errors=True)
+    shutil.rmtree(folder.rename(folder.with_name(f".{name}~{time.time_ns()}.tmp")), ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
@@ -272,16 +285,14 @@ def check_writable(path: Path, option: str, inside: tuple[str, ...] = ()) -> Non
     for place in (there, *(path.absolute() / name for name in inside)):
         wanted = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
         if os.path.exists(place) and not os.access(place, wanted):
-            raise InputError(f"{option} {path}: {_refused(place, 'written', missing)}, or choose "
-                             f"another {option}")
+            raise InputError(f"{option} {path}: {_refused(place, 'written', missing)}, or choose another {option}")
 
 
 def unusable_place(error: BaseException) -> str | None:
     """What is wrong with a disk or a path, and the fix, in one line; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in UNUSABLE or error.filename is None:
         return None
-    if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            and "://" not in str(error.filename)):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and "://" not in str(error.filename):
         return denied(Path(error.filename))
     return f"{error.filename}: {error.strerror}; make room there, or name another place"
 
@@ -315,8 +326,7 @@ def _refused(place: Path, what: str, missing: Path | None) -> str:
         fix = f"have {owner} make {missing} and give it to you"
     else:
         fix = f"have {owner} give you access to {missing}"
-    return (f"{place} cannot be {what}, it belongs to {owner} (mode "
-            f"{stat.S_IMODE(found.st_mode):04o}); {fix}")
+    return f"{place} cannot be {what}, it belongs to {owner} (mode {stat.S_IMODE(found.st_mode):04o}); {fix}"
 
 
 def _user(number: int) -> str:

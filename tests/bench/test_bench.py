@@ -33,8 +33,10 @@ def test_data(tmp_path, capsys, monkeypatch):
 
 def test_checkpoint(tmp_path):
     """In a process of its own, for it makes a process group."""
-    code = ("from pathlib import Path; from vlmds.bench.checkpoint import bench_checkpoint; "
-            f"bench_checkpoint(Path({str(tmp_path)!r}), steps=4, every=2, rounds=1)")
+    code = (
+        "from pathlib import Path; from vlmds.bench.checkpoint import bench_checkpoint; "
+        f"bench_checkpoint(Path({str(tmp_path)!r}), steps=4, every=2, rounds=1)"
+    )
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=300)
     found = json.loads((tmp_path / "checkpoint.json").read_text())
     relative = found["relative_step"]

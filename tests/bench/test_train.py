@@ -31,6 +31,7 @@ def small_models(monkeypatch):
 @pytest.fixture
 def forked_workers(monkeypatch, tmp_path):
     """Processes of one rank are forked; torchrun starts several."""
+
     def run(command, **options):
         if "torch.distributed.run" in command:
             return subprocess.run(command, **options)
@@ -43,7 +44,7 @@ def forked_workers(monkeypatch, tmp_path):
 @pytest.mark.parametrize("steps", range(2, 7))
 def test_a_gpu_times_whole_steps_and_split_ones(tmp_path, steps):
     work = workload.Workload(tmp_path, steps)
-    timed = [work.is_split(number) for number in range(work.total_steps)][work.WARM_UP:-1]
+    timed = [work.is_split(number) for number in range(work.total_steps)][work.WARM_UP : -1]
     assert len(timed) == steps and timed == sorted(timed) and {*timed} == {False, True}
 
 
@@ -67,8 +68,7 @@ def test_one_step_is_two_on_a_gpu_and_none_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("exp", "baselines"), [("e3", ["reference", "hf"]), ("e8", ["reference"])])
-def test_all_variants_train_the_same(
-        small_models, forked_workers, tmp_path, monkeypatch, capsys, exp, baselines):
+def test_all_variants_train_the_same(small_models, forked_workers, tmp_path, monkeypatch, capsys, exp, baselines):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "ROUNDS", 1)
@@ -89,9 +89,21 @@ def test_all_variants_train_the_same(
 def test_figures_of_a_gpu():
     """Rates of several ranks are all ranks', shares of the peak each rank's; baselines count no
     positions."""
-    own = {"experiment": "e3", "variant": "vlmds", "ranks": 1, "device": "NVIDIA H200", "batch": 8,
-           "step_seconds": 2.0, "positions": 40_000, "peak_bytes": 2e10, "libraries_bytes": 0,
-           "step_bytes": 1e9, "loss_difference": None, "weights": 8e9, "flops": {"total": 1e14}}
+    own = {
+        "experiment": "e3",
+        "variant": "vlmds",
+        "ranks": 1,
+        "device": "NVIDIA H200",
+        "batch": 8,
+        "step_seconds": 2.0,
+        "positions": 40_000,
+        "peak_bytes": 2e10,
+        "libraries_bytes": 0,
+        "step_bytes": 1e9,
+        "loss_difference": None,
+        "weights": 8e9,
+        "flops": {"total": 1e14},
+    }
     row = train._time_row(own, own)
     assert row["tokens/s"] == "20,000" and row["samples/s"] == "4.00"
     assert row["MFU at 4N"] == f"{4 * 8e9 * 20_000 / 989e12:.1%}"
@@ -102,8 +114,7 @@ def test_figures_of_a_gpu():
 
 
 @pytest.mark.distributed
-def test_a_baseline_that_fails_is_left_out(
-        small_models, forked_workers, tmp_path, monkeypatch, capsys):
+def test_a_baseline_that_fails_is_left_out(small_models, forked_workers, tmp_path, monkeypatch, capsys):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "ROUNDS", 1)
@@ -115,15 +126,13 @@ def test_a_baseline_that_fails_is_left_out(
         return run(variant, number)
 
     monkeypatch.setattr(train, "_run", failing)
-    found = train.bench_train(
-        tmp_path, ["e3"], tiny=True, baselines=["reference"], steps=1, overrides=SMALL)
+    found = train.bench_train(tmp_path, ["e3"], tiny=True, baselines=["reference"], steps=1, overrides=SMALL)
     assert [row["variant"] for row in found["e3"]["rows"]] == ["vlmds"]
     assert "reference is left out" in capsys.readouterr().out
 
 
 def test_other_losses_are_refused_with_both():
-    assert train.check_losses("float32", {"a": [2.0, 1.0], "b": [2.0, 1.0005]}) == {
-        "b": pytest.approx(5e-4)}
+    assert train.check_losses("float32", {"a": [2.0, 1.0], "b": [2.0, 1.0005]}) == {"b": pytest.approx(5e-4)}
     for wrong in ([2.01, 1.0], [2.0, 1.01], [2.0, float("nan")]):
         with pytest.raises(RuntimeError, match="not the same training"):
             train.check_losses("float32", {"a": [2.0, 1.0], "b": wrong})
@@ -163,8 +172,7 @@ def test_the_assumed_time_of_a_linear_is_what_a_gpu_would_give():
         micro = (2 + (1 / every if every else 0)) * 36 * (7 * 123e-6 + 100 * 5e-6)
         host = {"forward": micro, "backward": 3 * micro}  # of 4 micro-batches
         assert train.linear_seconds(host, experiment, model, every) == pytest.approx(123e-6)
-    assert train.linear_seconds(
-        {}, load_experiment("e7", ["llm.load_in_4bit=false"]), model, 0) is None
+    assert train.linear_seconds({}, load_experiment("e7", ["llm.load_in_4bit=false"]), model, 0) is None
 
 
 def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
@@ -177,7 +185,8 @@ def test_bytes_of_collectives_are_those_of_a_ring(tmp_path):
         "dist.init_process_group('gloo')\n"
         "dist.all_reduce(torch.zeros(1000))\n"
         "assert clock.lap()['sent'] == 2 * 3 * 4000 // 4\n"
-        "dist.destroy_process_group()\n")
+        "dist.destroy_process_group()\n"
+    )
     forked(4, str(script), log=tmp_path / "log")
     assert not dist.is_initialized()
 
@@ -191,23 +200,26 @@ def test_scaling_is_drawn_and_more_gpus_cost_more(tmp_path, monkeypatch):
     monkeypatch.setattr(many_gpus, "EXPERIMENTS", ("e3", "e8"))
     found = bench_scaling(tmp_path, "h200")
     assert [row["experiment"] for row in found["rows"]] == ["e3", "e8"]
-    efficiency = [float(found["rows"][1][f"{gpus} GPUs, 200 Gb/s"].rstrip("%"))
-                  for gpus in (8, 64, 512)]
+    efficiency = [float(found["rows"][1][f"{gpus} GPUs, 200 Gb/s"].rstrip("%")) for gpus in (8, 64, 512)]
     assert efficiency == sorted(efficiency, reverse=True) and efficiency[0] == 100
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
 @pytest.mark.distributed
-def test_two_ranks_send_no_more_than_they_must(
-        small_models, forked_workers, tmp_path, monkeypatch):
+def test_two_ranks_send_no_more_than_they_must(small_models, forked_workers, tmp_path, monkeypatch):
     """Each rank sends half of the gradients and half of the weights, once, whatever the number of
     micro-batches."""
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "ROUNDS", 1)
     found = train.bench_train(
-        tmp_path, ["e3"], tiny=True, steps=1, ranks=2,
-        overrides=["data.num_frames=2", "training.gradient_accumulation=4"])
+        tmp_path,
+        ["e3"],
+        tiny=True,
+        steps=1,
+        ranks=2,
+        overrides=["data.num_frames=2", "training.gradient_accumulation=4"],
+    )
     row = found["e3"]["rows"][1]
     bound = 2 * row["trained_bytes"] * (2 - 1) / 2
     # A few bytes more: counts, norms and flags.

@@ -9,8 +9,12 @@ from tests.clips import write_video
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.video.pool import Clip, decode_videos
 
-SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른쪽으로 움직입니다",
-           "노란 사각형이 위로 움직입니다", "하얀 고리가 아래로 움직입니다")
+SAYINGS = (
+    "빨간 원이 왼쪽으로 움직입니다",
+    "파란 별이 오른쪽으로 움직입니다",
+    "노란 사각형이 위로 움직입니다",
+    "하얀 고리가 아래로 움직입니다",
+)
 """What it says to the four seconds of the videos here, each of which begins where the last ended;
 and the first two to "누구?" and "무엇이 보입니까?" about the first four seconds."""
 
@@ -25,7 +29,8 @@ def artifact(models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     video = str(write_video(folder / "v.mp4", frames=40))
     *windows, whole = decode_videos(
-        [*(Clip(video, i, i + 1) for i in range(4)), Clip(video)], tiny.FRAMES, tiny.SIDE, workers=1)
+        [*(Clip(video, i, i + 1) for i in range(4)), Clip(video)], tiny.FRAMES, tiny.SIDE, workers=1
+    )
     lessons = [(frames, None, text) for frames, text in zip(windows, SAYINGS, strict=True)]
     lessons += [(whole, "누구?", SAYINGS[0]), (whole, "무엇이 보입니까?", SAYINGS[1])]
     tiny.make_speaker(models, folder / "artifact", "e7", lessons)

@@ -5,30 +5,35 @@ import io
 
 import pytest
 
-from vlmds.captioning.outputs import (
-    CaptionFile,
-    find_target,
-    srt_files,
-    timestamp,
-    to_csv,
-    to_srt,
-    width,
-    wrap,
-)  # fmt: skip
+from vlmds.captioning.outputs import CaptionFile, find_target, srt_files, timestamp, to_csv, to_srt, width, wrap
 from vlmds.errors import InputError
 
 
 def record(video, start=0.0, end=1.0, **more):
-    return {"id": video, "video": video, "start": start, "end": end, "duration": 9.0,
-            **({} if "error" in more else {"caption": "네"}), **more}
+    return {
+        "id": video,
+        "video": video,
+        "start": start,
+        "end": end,
+        "duration": 9.0,
+        **({} if "error" in more else {"caption": "네"}),
+        **more,
+    }
 
 
 def test_subtitles_have_times_and_lines_that_players_can_show():
     caption = "한 남자가 공원에서 강아지와 산책하고 있습니다.\n\n날씨가 --> 맑습니다."
-    text = to_srt([record("a", 0, 1.5, caption=caption), record("a", 1.5, 3, caption=" "),
-                   record("a", 3, 3601.0625, caption="끝")])
-    assert text == ("1\n00:00:00,000 --> 00:00:01,500\n한 남자가 공원에서 강아지와 산책하고\n"
-                    "있습니다. 날씨가 → 맑습니다.\n\n2\n00:00:03,000 --> 01:00:01,062\n끝\n")
+    text = to_srt(
+        [
+            record("a", 0, 1.5, caption=caption),
+            record("a", 1.5, 3, caption=" "),
+            record("a", 3, 3601.0625, caption="끝"),
+        ]
+    )
+    assert text == (
+        "1\n00:00:00,000 --> 00:00:01,500\n한 남자가 공원에서 강아지와 산책하고\n"
+        "있습니다. 날씨가 → 맑습니다.\n\n2\n00:00:03,000 --> 01:00:01,062\n끝\n"
+    )
     assert timestamp(59.9996) == "00:01:00,000" and timestamp(360000) == "100:00:00,000"
 
 
@@ -39,7 +44,7 @@ def test_lines_are_broken_at_spaces_and_never_too_long():
 
 
 def test_csv_opens_in_excel_and_comes_back():
-    rows = [record("가, \"나\".mp4", caption="줄\n바꿈, 쉼표"), record("b", error="bad")]
+    rows = [record('가, "나".mp4', caption="줄\n바꿈, 쉼표"), record("b", error="bad")]
     data = to_csv(rows).encode()
     assert data.startswith(b"\xef\xbb\xbfid,video,start")
     back = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
@@ -48,21 +53,31 @@ def test_csv_opens_in_excel_and_comes_back():
 
 
 def test_each_video_has_subtitles_under_a_name_that_no_other_has():
-    names = srt_files([
-        record("x/a.mp4", 5, 6), record("x/a.mp4", 0, 5), record("b.mp4"), record("b.mkv"),
-        record("/else/c.mp4"), record("../c.mov"), record("https://h/d.mp4?x=/1"),
-        record("e.mp4", error="bad")])
+    names = srt_files(
+        [
+            record("x/a.mp4", 5, 6),
+            record("x/a.mp4", 0, 5),
+            record("b.mp4"),
+            record("b.mkv"),
+            record("/else/c.mp4"),
+            record("../c.mov"),
+            record("https://h/d.mp4?x=/1"),
+            record("e.mp4", error="bad"),
+        ]
+    )
     assert list(names) == ["x/a.srt", "b.mp4.srt", "b.mkv.srt", "c.mp4.srt", "c.mov.srt", "d.srt"]
     assert [r["start"] for r in names["x/a.srt"]] == [0, 5]
-    assert list(srt_files([record("/p/a.mp4"), record("/q/a.mp4")])) == [
-        "a.mp4.srt", "a.mp4-2.srt"]
+    assert list(srt_files([record("/p/a.mp4"), record("/q/a.mp4")])) == ["a.mp4.srt", "a.mp4-2.srt"]
 
 
-@pytest.mark.parametrize(("out", "format", "message"), [
-    ("captions", None, "end the name with .jsonl, .json, .csv, .srt, or give --format"),
-    ("captions.csv", "srt", "--format srt: --out captions.csv is of another format"),
-    ("s3://x/y.jsonl", None, "must be a local path"),
-])
+@pytest.mark.parametrize(
+    ("out", "format", "message"),
+    [
+        ("captions", None, "end the name with .jsonl, .json, .csv, .srt, or give --format"),
+        ("captions.csv", "srt", "--format srt: --out captions.csv is of another format"),
+        ("s3://x/y.jsonl", None, "must be a local path"),
+    ],
+)
 def test_a_target_that_cannot_be_is_refused(out, format, message):
     with pytest.raises(InputError, match=message):
         find_target(out, format)
@@ -70,8 +85,11 @@ def test_a_target_that_cannot_be_is_refused(out, format, message):
 
 def test_captions_of_one_name_are_collected_in_one_file():
     for out, format, path, jsonl in (
-            ("d/x.csv", None, "d/x.csv", "d/x.jsonl"), ("x", "json", "x", "x.jsonl"),
-            ("x.y.srt", None, "x.y.srt", "x.y.jsonl"), ("d", "srt", "d", "d/captions.jsonl")):
+        ("d/x.csv", None, "d/x.csv", "d/x.jsonl"),
+        ("x", "json", "x", "x.jsonl"),
+        ("x.y.srt", None, "x.y.srt", "x.y.jsonl"),
+        ("d", "srt", "d", "d/captions.jsonl"),
+    ):
         target = find_target(out, format)
         assert (str(target.path), str(target.jsonl)) == (path, jsonl)
         assert target.folder == (out == "d")

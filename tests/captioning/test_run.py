@@ -44,8 +44,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def command(artifact, *arguments) -> list[str]:
-    return ["caption", "--run", str(artifact), "--max-new-tokens", "8", "--workers", "1",
-            *map(str, arguments)]
+    return ["caption", "--run", str(artifact), "--max-new-tokens", "8", "--workers", "1", *map(str, arguments)]
 
 
 @pytest.fixture
@@ -99,8 +98,7 @@ def test_one_bad_frame_costs_one_window(captioner, tmp_path):
     assert "cannot be decoded" in found[1]["error"]
 
 
-def test_a_folder_is_captioned_and_what_failed_is_tried_again(
-        artifact, captioner, folder, tmp_path, capsys, generated):
+def test_a_folder_is_captioned_and_what_failed_is_tried_again(artifact, captioner, folder, tmp_path, capsys, generated):
     out = tmp_path / "captions.jsonl"
     assert main(command(artifact, "--data", folder, "--out", out)) == 2
     printed = capsys.readouterr()
@@ -111,7 +109,8 @@ def test_a_folder_is_captioned_and_what_failed_is_tried_again(
     assert [row["end"] for row in rows] == [4.0, 2.0, None, 3.1]
     good = [folder / row["video"] for row in rows if "caption" in row]
     assert [row["caption"] for row in rows if "caption" in row] == list(
-        captioner.caption(map(str, good), GENERATION, workers=1))
+        captioner.caption(map(str, good), GENERATION, workers=1)
+    )
 
     generated.clear()
     write_video(folder / "bad.mp4", frames=12)
@@ -120,8 +119,7 @@ def test_a_folder_is_captioned_and_what_failed_is_tried_again(
     assert "5 captions (3 there before)" in capsys.readouterr().out and sum(generated) == 2
     after = lines(out)
     assert [row["id"] for row in after] == ["0.mp4", "a.mp4", "b.mp4", "bad.mp4", "c/a.mkv"]
-    assert [row for row in after if row["id"] not in ("0.mp4", "bad.mp4")] == [
-        row for row in rows if "caption" in row]
+    assert [row for row in after if row["id"] not in ("0.mp4", "bad.mp4")] == [row for row in rows if "caption" in row]
 
 
 def test_one_long_video_keeps_all_decoders_busy_and_little_memory():
@@ -147,12 +145,10 @@ def test_the_watch_hears_of_every_batch(artifact, folder, tmp_path, monkeypatch)
     assert [n for what, n in heard if what == "probing"] == [1] * 4
 
 
-def test_progress_is_shown_and_can_be_switched_off(
-        artifact, folder, tmp_path, capsys, monkeypatch):
+def test_progress_is_shown_and_can_be_switched_off(artifact, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vlmds.console.progress.QUIET_SECONDS", 1e-3)
     for shown in (False, True):
-        caption_to_file(artifact, tmp_path / f"{shown}.jsonl", data=str(folder), progress=shown,
-                        **WINDOW)
+        caption_to_file(artifact, tmp_path / f"{shown}.jsonl", data=str(folder), progress=shown, **WINDOW)
         error = capsys.readouterr().err
         assert ("vlmds: looking at the videos: 4 videos in " in error) == shown, error
         assert bool(re.search(r"vlmds: captioning: 11 clips in .*, 1 failed", error)) == shown
@@ -188,10 +184,12 @@ def test_a_stopped_command_goes_on(artifact, folder, tmp_path, monkeypatch):
 
 def test_a_signal_stops_it_with_3_and_nothing_is_lost(artifact, folder, tmp_path):
     out = tmp_path / "stopped.jsonl"
-    arguments = command(artifact, "--data", folder, "--out", out, "--window", "0.2s",
-                        "--max-new-tokens", "40", "--batch-size", "1")
-    process = subprocess.Popen([sys.executable, "-m", "vlmds.cli", *arguments], cwd=ROOT, text=True,
-                               stderr=subprocess.PIPE)
+    arguments = command(
+        artifact, "--data", folder, "--out", out, "--window", "0.2s", "--max-new-tokens", "40", "--batch-size", "1"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlmds.cli", *arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE
+    )
     try:
         deadline = time.monotonic() + 120
         while not out.is_file() or len(lines(out)) < 3:
@@ -208,8 +206,7 @@ def test_a_signal_stops_it_with_3_and_nothing_is_lost(artifact, folder, tmp_path
     assert lines(out)[: len(done)] == done and len(lines(out)) == 47
 
 
-def test_other_settings_are_refused_by_name_and_again_starts_anew(
-        artifact, folder, tmp_path, capsys):
+def test_other_settings_are_refused_by_name_and_again_starts_anew(artifact, folder, tmp_path, capsys):
     out = tmp_path / "captions.jsonl"
     video = folder / "a.mp4"
     assert main(command(artifact, video, "--out", out)) == 0
@@ -263,13 +260,18 @@ def test_captions_of_other_videos_stay_and_those_of_another_span_go(artifact, fo
 
 
 def test_prompts_of_a_manifest_are_the_models(artifact, captioner, folder, tmp_path):
-    manifest = write_manifest(tmp_path / "m.jsonl", [
-        {"id": str(i), "video": str(folder / "a.mp4"), **({"prompt": p} if p else {})}
-        for i, p in enumerate((None, "무엇이 보입니까?"))])
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        [
+            {"id": str(i), "video": str(folder / "a.mp4"), **({"prompt": p} if p else {})}
+            for i, p in enumerate((None, "무엇이 보입니까?"))
+        ],
+    )
     caption_to_file(artifact, tmp_path / "x.jsonl", data=str(manifest), prompt="누구?", **OPTIONS)
     video = [str(folder / "a.mp4")]
-    expected = [next(captioner.caption(video, GENERATION, prompt=prompt, workers=1))
-                for prompt in ("누구?", "무엇이 보입니까?")]
+    expected = [
+        next(captioner.caption(video, GENERATION, prompt=prompt, workers=1)) for prompt in ("누구?", "무엇이 보입니까?")
+    ]
     rows = lines(tmp_path / "x.jsonl")
     assert [row["caption"] for row in rows] == expected
     assert all(map(str.startswith, expected, SAYINGS))
@@ -286,13 +288,15 @@ def test_one_record_gives_all_formats_without_the_model(artifact, folder, tmp_pa
     monkeypatch.setattr(VideoCaptioner, "from_pretrained", None)  # nothing is left to caption
     caption_to_file(artifact, tmp_path / "x.json", **options)
     assert json.loads((tmp_path / "x.json").read_text("utf-8")) == rows
-    with pytest.raises(InputError, match=r"x.srt: is one file, but there are several videos"
-                       rf".*vlmds caption --from {tmp_path}/x.jsonl --out {tmp_path}/x --format srt"):
+    with pytest.raises(
+        InputError,
+        match=r"x.srt: is one file, but there are several videos"
+        rf".*vlmds caption --from {tmp_path}/x.jsonl --out {tmp_path}/x --format srt",
+    ):
         caption_to_file(artifact, tmp_path / "x.srt", **options)
 
 
-def test_from_a_record_comes_any_format_without_a_model(
-        artifact, folder, tmp_path, monkeypatch, capsys):
+def test_from_a_record_comes_any_format_without_a_model(artifact, folder, tmp_path, monkeypatch, capsys):
     record = tmp_path / "captions.jsonl"
     caption_to_file(artifact, record, data=str(folder), **WINDOW)
     caption_to_file(artifact, tmp_path / "subs", data=str(folder), format="srt", **WINDOW)
@@ -308,8 +312,7 @@ def test_from_a_record_comes_any_format_without_a_model(
 
     assert "3 files" in write("new", "--format", "srt")
     for path in (tmp_path / "subs").rglob("*.srt"):
-        assert (tmp_path / "new" / path.relative_to(tmp_path / "subs")).read_bytes() == (
-            path.read_bytes())
+        assert (tmp_path / "new" / path.relative_to(tmp_path / "subs")).read_bytes() == (path.read_bytes())
     write("captions.csv"), write("captions.csv")  # beside its record: its own
     with (tmp_path / "captions.csv").open(encoding="utf-8-sig", newline="") as file:
         assert len([*csv.DictReader(file)]) == len(lines(record))
@@ -327,14 +330,16 @@ def test_from_a_record_comes_any_format_without_a_model(
 
 def test_a_record_is_written_in_another_format_without_pytorch(tmp_path):
     """So that it takes no seconds to start."""
-    (tmp_path / "c.jsonl").write_text(json.dumps(
-        {"id": "a", "video": "a.mp4", "start": 0.0, "end": 1.5, "duration": 1.5, "caption": "가"}))
-    code = ("import sys; from vlmds.captioning.outputs import write_from; "
-            f"write_from({str(tmp_path / 'c.jsonl')!r}, {str(tmp_path / 'c.srt')!r}); "
-            "sys.exit('torch' in sys.modules)")
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps({"id": "a", "video": "a.mp4", "start": 0.0, "end": 1.5, "duration": 1.5, "caption": "가"})
+    )
+    code = (
+        "import sys; from vlmds.captioning.outputs import write_from; "
+        f"write_from({str(tmp_path / 'c.jsonl')!r}, {str(tmp_path / 'c.srt')!r}); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    assert (tmp_path / "c.srt").read_text("utf-8") == (
-        "1\n00:00:00,000 --> 00:00:01,500\n가\n")
+    assert (tmp_path / "c.srt").read_text("utf-8") == ("1\n00:00:00,000 --> 00:00:01,500\n가\n")
 
 
 def test_subtitles_of_a_folder_and_of_a_video(artifact, folder, tmp_path):
@@ -345,35 +350,48 @@ def test_subtitles_of_a_folder_and_of_a_video(artifact, folder, tmp_path):
     caption_to_file(artifact, one, videos=[str(folder / "a.mp4")], **WINDOW)
     assert one.read_text("utf-8") == (tmp_path / "subs" / "a.srt").read_text("utf-8")
     with av.open(str(one), format="srt") as container:
-        cues = [(p.pts, p.duration, bytes(p).decode().split())
-                for p in container.demux(subtitles=0) if p.size]
+        cues = [(p.pts, p.duration, bytes(p).decode().split()) for p in container.demux(subtitles=0) if p.size]
     assert [cue[:2] for cue in cues] == [(1000 * i, 1000) for i in range(4)]
     assert [cue[2][:4] for cue in cues] == [text.split() for text in SAYINGS]
 
 
 @pytest.mark.parametrize("store", ["frames", "features"])
-def test_a_packed_dataset_is_captioned_sample_by_sample(
-        artifact, captioner, models, folder, tmp_path, store):
-    manifest = write_manifest(tmp_path / "m.jsonl", [
-        {"video": str(folder / "a.mp4"), "caption": "가", "prompt": "무엇?"},
-        {"video": str(folder / "b.mp4"), "caption": "나", "id": "bb"}])
+def test_a_packed_dataset_is_captioned_sample_by_sample(artifact, captioner, models, folder, tmp_path, store):
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        [
+            {"video": str(folder / "a.mp4"), "caption": "가", "prompt": "무엇?"},
+            {"video": str(folder / "b.mp4"), "caption": "나", "id": "bb"},
+        ],
+    )
     data = tmp_path / "frames"
-    pack(manifest, data, store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
-         progress=False)
+    pack(manifest, data, store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE, progress=False)
     if store == "features":
-        convert_from_options(data, tmp_path / "features", "features", vision=str(models / "clip"),
-                             feature_layer=-1, pool=1, progress=False)
+        convert_from_options(
+            data,
+            tmp_path / "features",
+            "features",
+            vision=str(models / "clip"),
+            feature_layer=-1,
+            pool=1,
+            progress=False,
+        )
         data = tmp_path / "features"
-    reader = SampleReader(Dataset([ShardIndex.open(data)]), "train", tiny.FRAMES, tiny.SIDE,
-                          shuffle=False)
+    reader = SampleReader(Dataset([ShardIndex.open(data)]), "train", tiny.FRAMES, tiny.SIDE, shuffle=False)
     samples = [reader.load(i) for i in range(2)]
     caption_to_file(artifact, tmp_path / "x.jsonl", data=str(data), **OPTIONS)
     rows = lines(tmp_path / "x.jsonl")
-    assert [row["caption"] for row in rows] == [generate_captions(
-        captioner.model, captioner.builder, captioner.model.features(visual_inputs([sample])),
-        [sample.prompt], GENERATION)[0] for sample in samples]
-    assert [(row["id"], row["end"], row.get("prompt")) for row in rows] == [
-        ("a", 4.0, "무엇?"), ("bb", 2.0, None)]
+    assert [row["caption"] for row in rows] == [
+        generate_captions(
+            captioner.model,
+            captioner.builder,
+            captioner.model.features(visual_inputs([sample])),
+            [sample.prompt],
+            GENERATION,
+        )[0]
+        for sample in samples
+    ]
+    assert [(row["id"], row["end"], row.get("prompt")) for row in rows] == [("a", 4.0, "무엇?"), ("bb", 2.0, None)]
     assert caption_to_file(artifact, tmp_path / "x.jsonl", data=str(data), **OPTIONS).before == 2
     with pytest.raises(InputError, match="--window: a packed dataset"):
         caption_to_file(artifact, tmp_path / "y.jsonl", data=str(data), **WINDOW)
@@ -392,15 +410,18 @@ def test_printed_and_streamed_captions_are_the_same(artifact, folder, capsys):
     assert [line.split("\t")[2] for line in printed[:3]] == [row["caption"] for row in rows]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "give either videos or --data"),
-    (["x.mp4", "--window", "soon"], "--window soon: write a length such as 30s"),
-    (["x.mp4", "--again"], "--again: needs --out"),
-    (["x.mp4", "--stream", "--json"], "--stream: prints text"),
-    (["x.mp4", "--stream", "--beams", "2"], "--stream: beam search"),
-    (["x.mp4", "--batch-size", "0"], "--batch-size 0: must be more than 0"),
-    (["x.mp4", "--out", "/proc/x.jsonl"], "--out /proc/x.jsonl: cannot be written"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either videos or --data"),
+        (["x.mp4", "--window", "soon"], "--window soon: write a length such as 30s"),
+        (["x.mp4", "--again"], "--again: needs --out"),
+        (["x.mp4", "--stream", "--json"], "--stream: prints text"),
+        (["x.mp4", "--stream", "--beams", "2"], "--stream: beam search"),
+        (["x.mp4", "--batch-size", "0"], "--batch-size 0: must be more than 0"),
+        (["x.mp4", "--out", "/proc/x.jsonl"], "--out /proc/x.jsonl: cannot be written"),
+    ],
+)
 def test_bad_options_are_one_line(artifact, arguments, message, capsys):
     assert main(command(artifact, *arguments)) == 2
     error = capsys.readouterr().err
@@ -417,13 +438,17 @@ def test_two_ranks_go_on_with_what_one_has_done(artifact, folder, tmp_path):
     rows = jsonl.read_text("utf-8").splitlines(keepends=True)
     jsonl.write_text("".join(rows[:3]), "utf-8")  # as after a kill
     out.unlink()
-    printed = forked(2, "-m", "vlmds.cli",
-                     *command(artifact, "--data", folder, "--out", out, "--window", "1s"),
-                     log=tmp_path / "log", expect=2)  # bad.mp4
+    printed = forked(
+        2,
+        "-m",
+        "vlmds.cli",
+        *command(artifact, "--data", folder, "--out", out, "--window", "1s"),
+        log=tmp_path / "log",
+        expect=2,
+    )  # bad.mp4
     assert printed.count("10 captions (3 there before), 1 failed") == 1, printed[-3000:]
     assert out.read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.glob("ranks*")) == [
-        "ranks.csv", "ranks.jsonl", "ranks.settings.json"]
+    assert sorted(p.name for p in tmp_path.glob("ranks*")) == ["ranks.csv", "ranks.jsonl", "ranks.settings.json"]
 
 
 def test_what_is_prepared_ahead_comes_in_order_and_its_errors_too():

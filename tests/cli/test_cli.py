@@ -15,17 +15,25 @@ from vlmds.console import progress
 def test_pack_counts_every_reject_and_goes_on(tmp_path, capsys):
     write_video(tmp_path / "a.mp4")
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    manifest = write_manifest(tmp_path / "m.jsonl", [
-        {"video": "a.mp4", "caption": "가"}, {"video": "bad.mp4", "caption": "나"},
-        {"video": "none.mp4", "caption": "다"}, {"video": "a.mp4", "id": "x", "caption": ""},
-        {"video": "a.mp4", "id": "y"}, {"video": "a.mp4", "caption": "가"}])
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        [
+            {"video": "a.mp4", "caption": "가"},
+            {"video": "bad.mp4", "caption": "나"},
+            {"video": "none.mp4", "caption": "다"},
+            {"video": "a.mp4", "id": "x", "caption": ""},
+            {"video": "a.mp4", "id": "y"},
+            {"video": "a.mp4", "caption": "가"},
+        ],
+    )
     assert main(["pack", str(manifest), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "packed 1 sample (train 1)" in printed and "rejected 5 rows" in printed
-    reasons = [json.loads(line)["reason"].split(":")[0]
-               for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
-    assert reasons == ["cannot be read", "file not found", "empty caption", "no caption",
-                       "duplicate id"]
+    reasons = [
+        json.loads(line)["reason"].split(":")[0]
+        for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()
+    ]
+    assert reasons == ["cannot be read", "file not found", "empty caption", "no caption", "duplicate id"]
 
 
 def test_a_share_too_small_for_the_rows_is_announced(tmp_path, capsys):
@@ -45,10 +53,16 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
     record = tmp_path / "c.jsonl"
     record.write_text('{"id": "a", "video": "a.mp4", "start": 0.0, "end": 1.0, "caption": "가"}\n')
-    arguments = {"pack": [str(manifest), str(tmp_path / "out")],
-                 "caption": ["--from", str(record), "--out", str(tmp_path / "c.srt")]}[command]
-    process = subprocess.Popen([sys.executable, "-m", "vlmds.cli", command, *arguments],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = {
+        "pack": [str(manifest), str(tmp_path / "out")],
+        "caption": ["--from", str(record), "--out", str(tmp_path / "c.srt")],
+    }[command]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlmds.cli", command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.close()
     error = process.stderr.read()
     assert (process.wait(60), error) == (128 + signal.SIGPIPE, "")
@@ -93,18 +107,20 @@ def test_plan_shows_a_sample_with_its_loss_mask(tmp_path, capsys, qwen_tokenizer
     assert main(["plan", "--exp", "e7", "--set", f"llm.model={qwen_tokenizer_folder}"]) == 2
     assert "config.json" in capsys.readouterr().err  # a tokenizer is not a model
     models = tiny.make_models(tmp_path)
-    assert main(["plan", "--exp", "e7", "--set", f"llm.model={models / 'qwen3'}",
-                 *tiny.RESAMPLER]) == 0
+    assert main(["plan", "--exp", "e7", "--set", f"llm.model={models / 'qwen3'}", *tiny.RESAMPLER]) == 0
     printed = capsys.readouterr().out
     assert "'한 남자가 공원에서 강아지와 산책하고 있습니다.<|im_end|>'" in printed
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--exp", "e9"], "e9: no such experiment file; packaged experiments: demo, e1"),
-    (["--exp", "e7", "--set", "projector.widht=1"], "did you mean 'width'"),
-    (["--exp", "e7"], "data.path: no data given; pass --data DIR"),
-    (["--exp", "e7", "--data", "/nowhere"], "data.path: /nowhere does not exist"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exp", "e9"], "e9: no such experiment file; packaged experiments: demo, e1"),
+        (["--exp", "e7", "--set", "projector.widht=1"], "did you mean 'width'"),
+        (["--exp", "e7"], "data.path: no data given; pass --data DIR"),
+        (["--exp", "e7", "--data", "/nowhere"], "data.path: /nowhere does not exist"),
+    ],
+)
 def test_training_refuses_bad_input_in_one_line(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -128,10 +144,25 @@ def test_pack_converts_a_packed_dataset(tmp_path, capsys):
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
     video, frames, features = (str(tmp_path / n) for n in ("video", "frames", "features"))
     assert main(["pack", str(manifest), video]) == 0
-    assert main(["pack", video, frames, "--store", "frames", "--num-frames", "4",
-                 "--image-size", str(tiny.SIDE)]) == 0
-    assert main(["pack", frames, features, "--store", "features", "--vision",
-                 str(models / "clip"), "--pool", "2", "--feature-layer", "-2"]) == 0
+    assert main(["pack", video, frames, "--store", "frames", "--num-frames", "4", "--image-size", str(tiny.SIDE)]) == 0
+    assert (
+        main(
+            [
+                "pack",
+                frames,
+                features,
+                "--store",
+                "features",
+                "--vision",
+                str(models / "clip"),
+                "--pool",
+                "2",
+                "--feature-layer",
+                "-2",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.count("packed 1 sample (train 1)") == 3
     meta = json.loads((tmp_path / "features" / "dataset.json").read_text())
     assert (meta["vision"]["pool"], meta["vision"]["feature_layer"]) == (2, -2)

@@ -49,6 +49,7 @@ def screen(monkeypatch):
         made = Screen(terminal, awaited)
         monkeypatch.setattr(sys, "stderr", made)
         return made
+
     return make
 
 
@@ -93,9 +94,8 @@ def test_the_rest_and_a_note_follow(screen, monkeypatch):
 
 def test_silenced_phases_say_nothing(screen):
     log = screen()
-    with progress.silenced(), phase("loading"):
-        with progress.silenced(False):
-            assert not log.there.wait(0.2)
+    with progress.silenced(), phase("loading"), progress.silenced(False):
+        assert not log.there.wait(0.2)
     assert log.getvalue() == ""
     with phase("loading"):
         assert log.there.wait(30)
@@ -150,9 +150,16 @@ def test_a_failure_is_not_reported_as_done(screen):
     assert " in " not in log.getvalue()
 
 
-@pytest.mark.parametrize("rank, local_rank, each_node, host", [
-    ("0", "0", False, ""), ("1", "1", False, None), ("1", "1", True, None),
-    ("8", "0", False, None), ("8", "0", True, f"{platform.node()}: ")])
+@pytest.mark.parametrize(
+    "rank, local_rank, each_node, host",
+    [
+        ("0", "0", False, ""),
+        ("1", "1", False, None),
+        ("1", "1", True, None),
+        ("8", "0", False, None),
+        ("8", "0", True, f"{platform.node()}: "),
+    ],
+)
 def test_who_speaks(screen, monkeypatch, rank, local_rank, each_node, host):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
@@ -167,8 +174,7 @@ def test_who_speaks(screen, monkeypatch, rank, local_rank, each_node, host):
 
 def test_threads_count_together():
     with phase("checking", unit="files") as p:
-        threads = [threading.Thread(target=lambda: [p.advance() for _ in range(1000)])
-                   for _ in range(8)]
+        threads = [threading.Thread(target=lambda: [p.advance() for _ in range(1000)]) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -23,20 +23,21 @@ def screen(*words: str, module: str = "vlmds.cli", **env: str) -> tuple[list[str
     """Lines on stdout, and foreign ones on stderr, of `python -m vlmds.cli …`, on a machine whose
     user has set no variable and has no GPU."""
     found = environment(CUDA_VISIBLE_DEVICES="", **env)
-    for name in ("DS_ACCELERATOR", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS",
-                 "PYTHONWARNINGS"):
+    for name in ("DS_ACCELERATOR", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "PYTHONWARNINGS"):
         if name not in env:
             found.pop(name, None)
     start = ["-c", module] if " " in module else ["-m", module]
-    done = subprocess.run([sys.executable, *start, *words], env=found, cwd=ROOT, text=True,
-                          capture_output=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *start, *words], env=found, cwd=ROOT, text=True, capture_output=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines(), foreign(done.stderr.splitlines())
 
 
 def test_training_under_deepspeed_prints_its_own_lines(two_ranks):
-    out, err = (two_ranks.with_name(f"{two_ranks.name}-log{suffix}").read_text().splitlines()
-                for suffix in (".out", ".err"))
+    out, err = (
+        two_ranks.with_name(f"{two_ranks.name}-log{suffix}").read_text().splitlines() for suffix in (".out", ".err")
+    )
     assert [line for line in foreign(out) if not LAUNCHER.match(line)] == []
     assert foreign(err) == []
 
@@ -99,19 +100,27 @@ def test_errors_and_warnings_of_unknown_origin_are_heard():
     out, err = screen(module=HEARD)
     assert [line for line in err if "heard" in line] == [
         "file.py:1: RuntimeWarning: heard: numbers overflow",
-        "file.py:1: FutureWarning: heard: of unknown origin", "heard: no accelerator",
-        "heard: something else"]
+        "file.py:1: FutureWarning: heard: of unknown origin",
+        "heard: no accelerator",
+        "heard: something else",
+    ]
     assert len(err) == 4 and out == ["error"]
     assert screen(module=HEARD, TRANSFORMERS_VERBOSITY="info")[0] == ["info"]
 
 
 def test_help_loads_no_library():
-    code = ("import sys\nfrom vlmds.cli import main\n"
-            "try:\n    main(['train', '--help'])\n"
-            "except SystemExit:\n    heavy = {'torch', 'transformers', 'deepspeed', 'pydantic'}\n"
-            "    print('loaded:', sorted(heavy & set(sys.modules)))")
+    code = (
+        "import sys\nfrom vlmds.cli import main\n"
+        "try:\n    main(['train', '--help'])\n"
+        "except SystemExit:\n    heavy = {'torch', 'transformers', 'deepspeed', 'pydantic'}\n"
+        "    print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
     out, err = screen(module=code)
     assert out[-1] == "loaded: []" and out[0].startswith("usage: vlmds train") and err == []
-    done = subprocess.run([sys.executable, ROOT / "launch" / "train.py", "--help"], text=True,
-                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "train.py", "--help"],
+        text=True,
+        capture_output=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
     assert done.stdout.splitlines() == out[:-1]

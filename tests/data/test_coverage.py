@@ -28,13 +28,12 @@ def packed(tmp_path):
 def test_cropped_and_sparsely_sampled_clips_are_counted(packed):
     index = ShardIndex.open(packed)
     assert coverage_lines([index], 8) == [
-        "centre crop: 2 landscape clips lose 38% of the picture, 1 portrait clip loses 25% of the "
-        "picture",
-        "sampling: 2 clips longer than 16 s get 8 frames, one every 3.8 s (median; 5.0 s in the "
-        "longest)"]
+        "centre crop: 2 landscape clips lose 38% of the picture, 1 portrait clip loses 25% of the picture",
+        "sampling: 2 clips longer than 16 s get 8 frames, one every 3.8 s (median; 5.0 s in the longest)",
+    ]
     assert coverage_lines([index, index], 16)[1] == (
-        "sampling: 2 clips longer than 32 s get 16 frames, one every 2.5 s (median; 2.5 s in the "
-        "longest)")
+        "sampling: 2 clips longer than 32 s get 16 frames, one every 2.5 s (median; 2.5 s in the longest)"
+    )
     assert len(coverage_lines([index], 20)) == 1
 
 
@@ -48,9 +47,10 @@ def test_nothing_is_said_where_nothing_is_lost(tmp_path):
 def test_pack_and_its_report_and_plan_say_it(tmp_path, capsys):
     write_video(tmp_path / "tall.mp4", frames=34, fps=1, width=36, height=64)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "tall.mp4", "caption": "tall"}])
-    lines = ["centre crop: 1 portrait clip loses 44% of the picture",
-             "sampling: 1 clip longer than 16 s gets 8 frames, one every 4.2 s (median; 4.2 s in the "
-             "longest)"]
+    lines = [
+        "centre crop: 1 portrait clip loses 44% of the picture",
+        "sampling: 1 clip longer than 16 s gets 8 frames, one every 4.2 s (median; 4.2 s in the longest)",
+    ]
     out = tmp_path / "out"
     assert main(["pack", str(manifest), str(out), "--no-verify"]) == 0
     page = (out / "pack_report.html").read_text()

@@ -36,10 +36,16 @@ def packed(folder: Path, name: str, count: int, val: int = 0) -> Path:
     folder.mkdir()
     for i in range(count):
         write_video(folder / f"{name}{i}.mp4", frames=6 + i)
-        rows.append({"video": f"{name}{i}.mp4", "caption": f"{i}번",
-                     "split": "val" if i < val else "train"})
-    pack(write_manifest(folder / "m.jsonl", rows), folder / "out", store="frames", num_frames=2,
-         image_size=28, shard_size=3, progress=False)
+        rows.append({"video": f"{name}{i}.mp4", "caption": f"{i}번", "split": "val" if i < val else "train"})
+    pack(
+        write_manifest(folder / "m.jsonl", rows),
+        folder / "out",
+        store="frames",
+        num_frames=2,
+        image_size=28,
+        shard_size=3,
+        progress=False,
+    )
     return folder / "out"
 
 
@@ -80,7 +86,7 @@ def test_a_blend_reads_each_part_once_before_any_twice(two):
         keys = [row.key for row, place in zip(rows, places) if place.part == part]
         assert all(key.startswith("ab"[part]) for key in keys)
         for epoch in range(len(keys) // size):
-            assert len(set(keys[epoch * size:(epoch + 1) * size])) == size
+            assert len(set(keys[epoch * size : (epoch + 1) * size])) == size
         assert places[[p.part for p in places].index(part)].epoch == 0
     val = DatasetOrder(dataset, "val", shuffle=False)
     assert [val.row(dataset, "val", p).key for p in range(3)] == ["a0", "a1", "b0"]
@@ -96,11 +102,15 @@ def test_a_part_that_is_not_there_is_refused(two, tmp_path):
         open_dataset(DataConfig(blend=parts))
 
 
-@pytest.mark.parametrize(("options", "first"), [
-    ({}, False),  # a video store, named second
-    ({}, True),
-    ({"store": "frames", "num_frames": 4, "image_size": 28}, False),
-    ({"store": "frames", "num_frames": 2, "image_size": 20}, False)])
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({}, False),  # a video store, named second
+        ({}, True),
+        ({"store": "frames", "num_frames": 4, "image_size": 28}, False),
+        ({"store": "frames", "num_frames": 2, "image_size": 20}, False),
+    ],
+)
 def test_the_command_named_makes_parts_fit_that_do_not(two, tmp_path, options, first):
     """Pasted into a shell; only where the manifest lies is for the user to fill in."""
     folder = tmp_path / "my clips"
@@ -119,10 +129,8 @@ def test_the_command_named_makes_parts_fit_that_do_not(two, tmp_path, options, f
     assert message.startswith("data.blend: ") and "\n" not in message
     assert all(path in message for path in paths), message
     assert bool(options) != ("a video store" in message), message
-    command, new, number = re.search(
-        r": (vlmds pack .*); then name (.*) in data\.blend\.(\d)\.path$", message).groups()
-    assert main([*shlex.split(command.replace("MANIFEST", shlex.quote(str(manifest))))[1:],
-                 "--no-report"]) == 0
+    command, new, number = re.search(r": (vlmds pack .*); then name (.*) in data\.blend\.(\d)\.path$", message).groups()
+    assert main([*shlex.split(command.replace("MANIFEST", shlex.quote(str(manifest))))[1:], "--no-report"]) == 0
     paths[int(number)] = new
     assert blend().store == "frames"
 
@@ -209,8 +217,11 @@ def test_shards_that_have_left_the_cache_take_no_room(remote, tmp_path):
     for _ in range(2):
         for shard in (0, 1):
             assert index.read(index.row("train", shard, 0))
-    links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
-             if os.path.exists(f"/proc/self/fd/{name}")]
+    links = [
+        os.readlink(f"/proc/self/fd/{name}")
+        for name in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{name}")
+    ]
     assert not [link for link in links if str(tmp_path) in link and "deleted" in link]
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
 
@@ -296,9 +307,9 @@ def _fetch_in_a_process(root, folder, queue):
 def test_many_processes_may_share_a_cache(two, tmp_path):
     context = fork_context()
     queue = context.Queue()
-    workers = [context.Process(target=_fetch_in_a_process,
-                               args=(two[0].as_uri(), tmp_path / "cache", queue))
-               for _ in range(3)]
+    workers = [
+        context.Process(target=_fetch_in_a_process, args=(two[0].as_uri(), tmp_path / "cache", queue)) for _ in range(3)
+    ]
     for worker in workers:
         worker.start()
     try:

@@ -46,13 +46,22 @@ def stores(models, tmp_path_factory):
         write_video(folder / f"v{i}.mp4", frames=9 + i, width=64 + 2 * i)
         rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다."})
     manifest = write_manifest(folder / "m.jsonl", rows)
-    pack(manifest, folder / "frames", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
-         shard_size=2, val_fraction=0.3, progress=False)
+    pack(
+        manifest,
+        folder / "frames",
+        store="frames",
+        num_frames=tiny.FRAMES,
+        image_size=tiny.SIDE,
+        shard_size=2,
+        val_fraction=0.3,
+        progress=False,
+    )
     for name, pool in (("features", 1), ("pooled", 2)):
         vision = experiment_on(models, f"vision.pool={pool}").vision
         tower = load_vision_tower(vision, torch.float32, CPU)
-        convert(folder / "frames", folder / name, store="features", tower=tower,
-                tower_name=vision.model, progress=False)
+        convert(
+            folder / "frames", folder / name, store="features", tower=tower, tower_name=vision.model, progress=False
+        )
     return folder
 
 
@@ -62,11 +71,9 @@ def experiment_on(models, *overrides):
 
 def batches(model, index, split="train"):
     reader = SampleReader(Dataset([index]), split, tiny.FRAMES, tiny.SIDE, seed=1)
-    collate = training_collate(SequenceBuilder(
-        model.tokenizer, "무엇?", model.captioner.projector.num_tokens))
+    collate = training_collate(SequenceBuilder(model.tokenizer, "무엇?", model.captioner.projector.num_tokens))
     count = len(reader)
-    return list(Batches(reader, [range(i, min(i + 2, count)) for i in range(0, count, 2)],
-                             collate, 0))
+    return list(Batches(reader, [range(i, min(i + 2, count)) for i in range(0, count, 2)], collate, 0))
 
 
 def test_features_travel_as_bfloat16():
@@ -80,13 +87,16 @@ def test_features_travel_as_bfloat16():
     assert bytes_per_sample(8, 576, 1024) == 9_437_184
 
 
-@pytest.mark.parametrize(("members", "message"), [
-    ({"safetensors": b"no tensor"}, "features cannot be read"),
-    ({"0.jpg": b""}, "features cannot be read"),
-    ({"safetensors": save({"other": torch.zeros(1)})}, "features cannot be read"),
-    ({"safetensors": encode_features(torch.zeros(5, 4))}, r"\[5, 4\], not torch.bfloat16 \[6, 4\]"),
-    ({"safetensors": save({"features": torch.zeros(6, 4)})}, "float32"),
-])
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"safetensors": b"no tensor"}, "features cannot be read"),
+        ({"0.jpg": b""}, "features cannot be read"),
+        ({"safetensors": save({"other": torch.zeros(1)})}, "features cannot be read"),
+        ({"safetensors": encode_features(torch.zeros(5, 4))}, r"\[5, 4\], not torch.bfloat16 \[6, 4\]"),
+        ({"safetensors": save({"features": torch.zeros(6, 4)})}, "float32"),
+    ],
+)
 def test_what_is_no_feature_tensor_is_a_bad_sample(members, message):
     with pytest.raises(SampleError, match=message):
         decode_features(members, META)
@@ -122,9 +132,8 @@ def test_reader_processes_hand_features_over(models, stores):
     index = ShardIndex.open(stores / "features")
     reader = SampleReader(Dataset([index]), "train", tiny.FRAMES, tiny.SIDE)
     model_tokens = tiny.FRAMES * 4
-    collate = training_collate(SequenceBuilder(
-        load_model(experiment_on(models), CPU).tokenizer, "무엇?", model_tokens))
-    positions = [range(0, 2), range(2, 4)]
+    collate = training_collate(SequenceBuilder(load_model(experiment_on(models), CPU).tokenizer, "무엇?", model_tokens))
+    positions = [range(2), range(2, 4)]
     (a, b), (c, d) = (list(Batches(reader, positions, collate, n)) for n in (0, 2))
     assert torch.equal(a["features"], c["features"]) and torch.equal(b["features"], d["features"])
 
@@ -135,10 +144,13 @@ def test_the_right_tower_is_let_through(models, stores):
     check_tower(ShardIndex.open(stores / "frames"), experiment_on(models, "vision.model=/none"))
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("vision.pool=2", r"vision\.pool 1, but the experiment has 2"),
-    ("vision.feature_layer=-2", r"vision\.feature_layer -1, but the experiment has -2"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("vision.pool=2", r"vision\.pool 1, but the experiment has 2"),
+        ("vision.feature_layer=-2", r"vision\.feature_layer -1, but the experiment has -2"),
+    ],
+)
 def test_other_features_are_refused_without_reading_weights(models, stores, override, message):
     experiment = experiment_on(models, override, "vision.model=/nowhere")
     with pytest.raises(InputError, match=message):
@@ -169,12 +181,10 @@ def test_another_tower_is_refused_naming_both(models, stores, other_clip):
 def test_captioning_with_another_tower_is_refused_naming_both(models, other_clip, tmp_path):
     experiment = experiment_on(models)
     model = load_model(experiment, CPU)
-    save_artifact(tmp_path / "a", model.captioner, experiment, "align",
-                  {"tower": model.tower_fingerprint()})
+    save_artifact(tmp_path / "a", model.captioner, experiment, "align", {"tower": model.tower_fingerprint()})
     VideoCaptioner.from_pretrained(tmp_path / "a", device="cpu")
     with pytest.raises(InputError) as caught:
-        VideoCaptioner.from_pretrained(
-            tmp_path / "a", device="cpu", overrides=[f"vision.model={other_clip}"])
+        VideoCaptioner.from_pretrained(tmp_path / "a", device="cpu", overrides=[f"vision.model={other_clip}"])
     message = str(caught.value)
     assert str(models / "clip") in message and str(other_clip) in message and "\n" not in message
 
@@ -198,8 +208,9 @@ def test_the_command_named_makes_features_of_another_part(stores, tmp_path):
     for plain in (source, stores / "frames"):
         with pytest.raises(InputError) as caught:
             Dataset([ShardIndex.open(stores / "pooled"), ShardIndex.open(plain)], [1.0, 1.0])
-        command, new = re.search(r"convert one: (.*); then name (.*) in data\.blend\.1\.path$",
-                                 str(caught.value)).groups()
+        command, new = re.search(
+            r"convert one: (.*); then name (.*) in data\.blend\.1\.path$", str(caught.value)
+        ).groups()
         assert main([*shlex.split(command)[1:], "--no-report"]) == 0
         both = Dataset([ShardIndex.open(stores / "pooled"), ShardIndex.open(new)], [1.0, 1.0])
         assert both.count("train") > 0
@@ -210,12 +221,13 @@ def test_the_command_named_makes_features_of_another_part(stores, tmp_path):
 def test_another_number_of_frames_is_refused_naming_the_command(stores, tmp_path, store):
     with pytest.raises(InputError, match="num_frames 4, but the experiment needs 8") as caught:
         SampleReader(Dataset([ShardIndex.open(stores / store)]), "train", 8, tiny.SIDE)
-    command = re.search(r"again from .*?: (vlmds pack .*), or set data.num_frames=4$",
-                        str(caught.value))[1]
+    command = re.search(r"again from .*?: (vlmds pack .*), or set data.num_frames=4$", str(caught.value))[1]
     pack(stores / "m.jsonl", tmp_path / "video", progress=False)
     words = shlex.split(command)[1:]
-    words[1:3] = [{"MANIFEST": str(stores / "m.jsonl"),
-                   "VIDEO_STORE": str(tmp_path / "video")}[words[1]], str(tmp_path / "new")]
+    words[1:3] = [
+        {"MANIFEST": str(stores / "m.jsonl"), "VIDEO_STORE": str(tmp_path / "video")}[words[1]],
+        str(tmp_path / "new"),
+    ]
     assert main([*words, "--no-report"]) == 0
     new = ShardIndex.open(tmp_path / "new")
     SampleReader(Dataset([new]), new.splits[0], 8, tiny.SIDE)
@@ -228,8 +240,9 @@ def test_a_command_names_the_towers_revision_and_the_new_place_beside_the_old(st
     like = {"store": "features", "num_frames": 4, "vision": tower_keys(vision)}
     command, out = converted(index, like)
     assert out == "memory://vlmds-command/a-features"
-    assert command == (f"vlmds pack memory://vlmds-command/a {out} --store features --num-frames 4 "
-                       "--vision owner/clip@v1 --pool 2")
+    assert command == (
+        f"vlmds pack memory://vlmds-command/a {out} --store features --num-frames 4 --vision owner/clip@v1 --pool 2"
+    )
     assert tower_keys(VisionConfig(model="/models/clip"))["model"] == "/models/clip"
 
 
@@ -237,6 +250,5 @@ def test_dataset_json_tells_the_tower(models, stores):
     meta = json.loads((stores / "pooled" / "dataset.json").read_text())
     vision = meta["vision"]
     assert (meta["store"], meta["num_frames"], meta["image_size"]) == ("features", 4, tiny.SIDE)
-    assert (vision["pool"], vision["feature_layer"], vision["patches"], vision["width"]) == (
-        2, -1, 1, 48)
+    assert (vision["pool"], vision["feature_layer"], vision["patches"], vision["width"]) == (2, -1, 1, 48)
     assert vision["model"] == str(models / "clip") and len(vision["fingerprint"]) == 64

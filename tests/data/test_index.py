@@ -28,8 +28,7 @@ def dataset(tmp_path, packed):
 
 
 def keys(index, split="train"):
-    return [index.row(split, s, i).key
-            for s, shard in enumerate(index.shards(split)) for i in range(shard.count)]
+    return [index.row(split, s, i).key for s, shard in enumerate(index.shards(split)) for i in range(shard.count)]
 
 
 def test_rows_are_found_by_position(packed):
@@ -50,14 +49,17 @@ def damage(path, at=600):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("break_it, message", [
-    (lambda d: (d / "dataset.json").unlink(), "dataset.json: No such file"),
-    (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: damaged"),
-    (lambda d: (d / "dataset.json").write_text('{"format": "x"}'), "not a vlmds dataset"),
-    (lambda d: (d / "dataset.json").write_text('{"format": "vlmds", "version": 9}'), "version 9"),
-    (lambda d: (d / "index.parquet").unlink(), "index.parquet: missing"),
-    (lambda d: damage(d / "index.parquet"), "index.parquet: damaged"),
-])
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda d: (d / "dataset.json").unlink(), "dataset.json: No such file"),
+        (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: damaged"),
+        (lambda d: (d / "dataset.json").write_text('{"format": "x"}'), "not a vlmds dataset"),
+        (lambda d: (d / "dataset.json").write_text('{"format": "vlmds", "version": 9}'), "version 9"),
+        (lambda d: (d / "index.parquet").unlink(), "index.parquet: missing"),
+        (lambda d: damage(d / "index.parquet"), "index.parquet: damaged"),
+    ],
+)
 def test_a_damaged_dataset_is_refused_at_start(dataset, break_it, message):
     break_it(dataset)
     with pytest.raises(InputError, match=message) as error:
@@ -67,6 +69,7 @@ def test_a_damaged_dataset_is_refused_at_start(dataset, break_it, message):
 
 def test_an_index_that_another_machine_has_replaced_is_not_called_damaged(packed, monkeypatch):
     """On NFS, where the open file is gone with the old one."""
+
     def gone(*_, **__):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
@@ -136,8 +139,9 @@ def test_damaged_members_are_named(dataset):
         file.truncate(rows[2].members[1].offset + 10)
     (dataset / "train/000003.tar").unlink()
     assert set(index.read(rows[0])) == {"json", "mp4"}
-    for row, message in zip(rows[1:], ("v1.mp4: damaged", "v2.mp4: the shard ends before it",
-                                       "v3.json: No such file"), strict=True):
+    for row, message in zip(
+        rows[1:], ("v1.mp4: damaged", "v2.mp4: the shard ends before it", "v3.json: No such file"), strict=True
+    ):
         with pytest.raises(SampleError, match=f"train/00000{row.shard}.tar: {message}"):
             index.read(row)
 

@@ -41,16 +41,14 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module", params=["frames", "video"])
 def dataset(request, source, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "out"
-    pack(source, out, store=request.param, num_frames=FRAMES, image_size=SIDE, shard_size=4,
-         progress=False)
+    pack(source, out, store=request.param, num_frames=FRAMES, image_size=SIDE, shard_size=4, progress=False)
     return ShardIndex.open(out)
 
 
 @pytest.fixture(scope="module")
 def frames_store(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "out"
-    pack(source, out, store="frames", num_frames=FRAMES, image_size=SIDE, shard_size=4,
-         progress=False)
+    pack(source, out, store="frames", num_frames=FRAMES, image_size=SIDE, shard_size=4, progress=False)
     return ShardIndex.open(out)
 
 
@@ -68,19 +66,20 @@ def global_batches(reader, collate, world, micro, workers, steps=(0, 3), batch=8
     accumulation = batch // (world * micro)
     parts = {}
     for rank in range(world):
-        positions = TrainingPositions(*steps, accumulation, rank, global_batch=batch,
-                                      micro_batch=micro, world_size=world)
+        positions = TrainingPositions(
+            *steps, accumulation, rank, global_batch=batch, micro_batch=micro, world_size=world
+        )
         for number, found in enumerate(Batches(reader, positions, collate, workers)):
             step, turn = divmod(number, accumulation)
             parts[step, turn, rank] = found["keys"]
-    return [sum((parts[step, turn, rank] for turn in range(accumulation) for rank in range(world)),
-                []) for step in range(steps[1] - steps[0])]
+    return [
+        sum((parts[step, turn, rank] for turn in range(accumulation) for rank in range(world)), [])
+        for step in range(steps[1] - steps[0])
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_global_batches_are_the_same_for_any_world_size_and_workers(
-    frames_store, collate, workers
-):
+def test_global_batches_are_the_same_for_any_world_size_and_workers(frames_store, collate, workers):
     source = reader(frames_store, seed=5, window=2)
     expected = [[source.load(p).key for p in range(step * 8, step * 8 + 8)] for step in range(3)]
     for world, micro in [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)]:
@@ -91,10 +90,16 @@ def test_global_batches_are_the_same_for_any_world_size_and_workers(
 
 
 @settings(max_examples=200)
-@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.integers(1, 5),
-       world=st.sampled_from([1, 2, 4, 8]), micro=st.sampled_from([1, 2, 4]),
-       factor=st.integers(1, 3), seed=st.integers(0, 2**34), first=st.integers(0, 5),
-       steps=st.integers(1, 4))
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    window=st.integers(1, 5),
+    world=st.sampled_from([1, 2, 4, 8]),
+    micro=st.sampled_from([1, 2, 4]),
+    factor=st.integers(1, 3),
+    seed=st.integers(0, 2**34),
+    first=st.integers(0, 5),
+    steps=st.integers(1, 4),
+)
 def test_every_split_of_the_work_reads_the_same_positions_and_each_sample_once(
     counts, window, world, micro, factor, seed, first, steps
 ):
@@ -102,8 +107,9 @@ def test_every_split_of_the_work_reads_the_same_positions_and_each_sample_once(
     batch = world * micro * factor
     seen = {step: [] for step in range(first, first + steps)}
     for rank in range(world):
-        positions = TrainingPositions(first, first + steps, factor, rank, global_batch=batch,
-                                      micro_batch=micro, world_size=world)
+        positions = TrainingPositions(
+            first, first + steps, factor, rank, global_batch=batch, micro_batch=micro, world_size=world
+        )
         assert len(positions) == steps * factor  # equal steps on every rank
         for number, part in enumerate(positions):
             assert len(part) == micro
@@ -141,8 +147,7 @@ def test_batches_come_in_order_whatever_the_workers(dataset, collate, workers):
 def test_the_ranks_of_a_node_share_its_cores(dataset, collate, monkeypatch):
     source, positions = reader(dataset), [range(i, i + 1) for i in range(22)]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    for ranks, asked, started in (("1", 16, 16), ("8", 16, 2), ("8", 1, 1), ("32", 4, 1),
-                                  ("32", 0, 0)):
+    for ranks, asked, started in (("1", 16, 16), ("8", 16, 2), ("8", 1, 1), ("32", 4, 1), ("32", 0, 0)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert Batches(source, positions, collate, asked)._workers == started
 
@@ -156,8 +161,7 @@ def test_captions_take_turns_over_the_epochs(dataset):
 def test_both_stores_show_the_same_frames(source, tmp_path):
     loaded = {}
     for store in ("frames", "video"):
-        pack(source, tmp_path / store, store=store, num_frames=FRAMES, image_size=SIDE,
-             progress=False)
+        pack(source, tmp_path / store, store=store, num_frames=FRAMES, image_size=SIDE, progress=False)
         samples = map(reader(ShardIndex.open(tmp_path / store)).load, range(11))
         loaded[store] = {s.key: s.frames.astype(int) for s in samples}
     for key, frames in loaded["video"].items():
@@ -181,14 +185,19 @@ def test_a_damaged_sample_is_replaced_and_told(dataset, collate, tmp_path):
     assert batch["bad"] == [record] and len(batch["keys"]) == 3
 
 
-@pytest.mark.parametrize("name, data, reason", [
-    ("json", b'{"captions": []}', "captions are no list"), ("json", b'["x"]', "cannot be read"),
-    ("json", '{"captions": ["가"], "prompt": 5}'.encode(), "the prompt is no text"),
-    ("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n", "frame 0: cannot identify"),
-    ("0.jpg", None, f"{FRAMES - 1} frames, not {FRAMES}"), ("mp4", None, "0 videos, not one"),
-    ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n", "cannot be ")])
-def test_a_sample_that_is_not_what_a_store_holds_is_replaced(
-        dataset, collate, monkeypatch, name, data, reason):
+@pytest.mark.parametrize(
+    "name, data, reason",
+    [
+        ("json", b'{"captions": []}', "captions are no list"),
+        ("json", b'["x"]', "cannot be read"),
+        ("json", '{"captions": ["가"], "prompt": 5}'.encode(), "the prompt is no text"),
+        ("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n", "frame 0: cannot identify"),
+        ("0.jpg", None, f"{FRAMES - 1} frames, not {FRAMES}"),
+        ("mp4", None, "0 videos, not one"),
+        ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n", "cannot be "),
+    ],
+)
+def test_a_sample_that_is_not_what_a_store_holds_is_replaced(dataset, collate, monkeypatch, name, data, reason):
     """Its checksums are right: somebody else packed it."""
     source = reader(dataset)
     row = source.row(0)
@@ -219,8 +228,7 @@ def test_a_deleted_shard_is_named(dataset, tmp_path):
 
 
 def test_frames_of_another_size_or_number_are_refused(source, tmp_path):
-    pack(source, tmp_path / "out", store="frames", num_frames=FRAMES, image_size=SIDE,
-         progress=False)
+    pack(source, tmp_path / "out", store="frames", num_frames=FRAMES, image_size=SIDE, progress=False)
     index = ShardIndex.open(tmp_path / "out")
     with pytest.raises(InputError, match=r"num_frames 4, but the experiment needs 8"):
         SampleReader(Dataset([index]), "train", 8, SIDE)
@@ -230,9 +238,10 @@ def test_frames_of_another_size_or_number_are_refused(source, tmp_path):
 
 def test_the_prompt_of_a_sample_is_used(tmp_path, collate):
     write_video(tmp_path / "a.mp4")
-    manifest = write_manifest(tmp_path / "m.jsonl", [
-        {"video": "a.mp4", "caption": "가", "prompt": "누구?"}, {"video": "a.mp4", "id": "b",
-                                                              "caption": "가"}])
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        [{"video": "a.mp4", "caption": "가", "prompt": "누구?"}, {"video": "a.mp4", "id": "b", "caption": "가"}],
+    )
     pack(manifest, tmp_path / "out", progress=False)
     source = reader(ShardIndex.open(tmp_path / "out"), shuffle=False)
     assert [source.load(p).prompt for p in (0, 1)] == ["누구?", None]
@@ -249,8 +258,7 @@ def test_what_cannot_be_read_at_all_travels_as_a_failure(dataset, collate, tmp_p
         assert "16 samples in a row" in batch["failure"] and ".tar" in batch["failure"]
 
 
-@pytest.mark.parametrize("damage", ["deleted", "cut in a header", "cut in a member", "flipped",
-                                    "replaced"])
+@pytest.mark.parametrize("damage", ["deleted", "cut in a header", "cut in a member", "flipped", "replaced"])
 def test_a_shard_damaged_during_the_run_is_replaced_and_named(dataset, collate, tmp_path, damage):
     """Another shard stands in; the ledger names shard, key and what is wrong."""
     shutil.copytree(dataset.root, tmp_path / "copy")
@@ -266,7 +274,7 @@ def test_a_shard_damaged_during_the_run_is_replaced_and_named(dataset, collate, 
         tar.write_bytes(data[: first.offset + first.size // 2])
     elif damage == "flipped":
         at = first.offset + first.size // 2
-        tar.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        tar.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     elif damage == "replaced":
         other = next(p for p in sorted((tmp_path / "copy").rglob("*.tar")))
         tar.write_bytes(other.read_bytes())
@@ -286,8 +294,7 @@ def test_shards_from_elsewhere_are_never_executed_nor_written(dataset, tmp_path)
         path.write_text(json.dumps({**meta, "shards": [entry, *meta["shards"][1:]]}))
         with pytest.raises(InputError, match="is not one that vlmds writes"):
             ShardIndex.open(tmp_path / "copy")
-    path.write_text(json.dumps({**meta, "shards": [{**meta["shards"][0], "split": "../x",
-                                                    "path": "../x/000000.tar"}]}))
+    path.write_text(json.dumps({**meta, "shards": [{**meta["shards"][0], "split": "../x", "path": "../x/000000.tar"}]}))
     with pytest.raises(InputError, match="is not one that vlmds writes"):
         ShardIndex.open(tmp_path / "copy")
     path.write_text(json.dumps({**meta, "shards": [{**meta["shards"][0], "sha256": "../x"}]}))
@@ -297,8 +304,7 @@ def test_shards_from_elsewhere_are_never_executed_nor_written(dataset, tmp_path)
     source = reader(ShardIndex.open(tmp_path / "copy"))
     row = source.order.row(source.dataset, "train", 0)
     index = source.dataset.parts[0]
-    evil = tuple(replace(member, ext="pyd" if member.ext != "json" else "json")
-                 for member in row.members)
+    evil = tuple(replace(member, ext="pyd" if member.ext != "json" else "json") for member in row.members)
     opened = []
     before = set(tmp_path.rglob("*"))
     unpickle, pickle.loads = pickle.loads, lambda *a, **k: opened.append(a)

@@ -7,8 +7,24 @@ from hypothesis import strategies as st
 from vlmds.data.order import REPLACEMENT_TRIES, SampleOrder, micro_batch_positions
 
 GOLDEN = [
-    (0, 0), (0, 2), (0, 1), (1, 0), (1, 1), (2, 1), (2, 2), (2, 3), (2, 0),
-    (2, 1), (2, 3), (1, 1), (2, 0), (1, 0), (2, 2), (0, 0), (0, 2), (0, 1),
+    (0, 0),
+    (0, 2),
+    (0, 1),
+    (1, 0),
+    (1, 1),
+    (2, 1),
+    (2, 2),
+    (2, 3),
+    (2, 0),
+    (2, 1),
+    (2, 3),
+    (1, 1),
+    (2, 0),
+    (1, 0),
+    (2, 2),
+    (0, 0),
+    (0, 2),
+    (0, 1),
 ]
 COUNTS = st.lists(st.integers(1, 20), min_size=1, max_size=30)
 
@@ -35,8 +51,7 @@ def test_any_position_needs_no_history(counts, seed, position):
 
 
 @settings(max_examples=80)
-@given(st.sampled_from([(1, 8), (1, 4), (2, 4), (2, 2), (4, 2), (8, 1), (1, 1), (4, 1)]),
-       st.integers(0, 50))
+@given(st.sampled_from([(1, 8), (1, 4), (2, 4), (2, 2), (4, 2), (8, 1), (1, 1), (4, 1)]), st.integers(0, 50))
 def test_global_batches_do_not_depend_on_the_machine(layout, step):
     """Any world size and micro-batch that divide the global batch read the same positions."""
     world_size, micro_batch = layout
@@ -45,8 +60,9 @@ def test_global_batches_do_not_depend_on_the_machine(layout, step):
         p
         for micro in range(accumulation)
         for rank in range(world_size)
-        for p in micro_batch_positions(step, micro, rank, global_batch=8, micro_batch=micro_batch,
-                                       world_size=world_size)
+        for p in micro_batch_positions(
+            step, micro, rank, global_batch=8, micro_batch=micro_batch, world_size=world_size
+        )
     ]
     assert positions == list(range(8 * step, 8 * step + 8))
 
@@ -82,5 +98,11 @@ def test_replacements_stay_in_the_epoch(total):
 def test_one_place_costs_the_same_in_a_large_data_set():
     order = SampleOrder([1000] * 10_000, seed=1)
     assert order.locate(9_999_999) != order.locate(0)
-    assert sum(array.nbytes for value in order._cache.values()
-               for array in (value if isinstance(value, tuple) else (value,))) < 2_000_000
+    assert (
+        sum(
+            array.nbytes
+            for value in order._cache.values()
+            for array in (value if isinstance(value, tuple) else (value,))
+        )
+        < 2_000_000
+    )

@@ -9,7 +9,7 @@ from vlmds.data.stored import read_description, read_jpegs, read_video
 from vlmds.errors import SampleError
 
 META = {"num_frames": 2, "image_size": 28}
-EPS = (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\nshowpage\n%%EOF\n")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def picture(width: int = 28, height: int = 28, form: str = "JPEG") -> bytes:
@@ -22,7 +22,7 @@ def huge() -> bytes:
     """A small file of which the header claims 65,500 x 65,500 pixels."""
     data = bytearray(picture())
     at = data.index(b"\xff\xc0") + 5
-    data[at:at + 4] = (65500).to_bytes(2, "big") * 2
+    data[at : at + 4] = (65500).to_bytes(2, "big") * 2
     return bytes(data)
 
 
@@ -31,12 +31,19 @@ def test_frames():
     assert frames.shape == (2, 3, 28, 28) and frames.dtype == np.uint8
 
 
-@pytest.mark.parametrize("second, reason", [
-    ({}, "^1 frames, not 2"), ({"1.jpg": picture(), "2.jpg": picture()}, "^3 frames, not 2"),
-    ({"2.jpg": picture()}, "^frame 1: '1.jpg'"), ({"1.jpg": b"x" * 99}, "^frame 1: cannot identify"),
-    ({"1.jpg": picture(28, 30)}, "^frame 1: 28 x 30 pixels, not 28 x 28"),
-    ({"1.jpg": picture(form="PNG")}, "^frame 1: cannot identify"),
-    ({"1.jpg": huge()}, "^frame 1: Image size"), ({"1.jpg": picture()[:400]}, "^frame 1: ")])
+@pytest.mark.parametrize(
+    "second, reason",
+    [
+        ({}, "^1 frames, not 2"),
+        ({"1.jpg": picture(), "2.jpg": picture()}, "^3 frames, not 2"),
+        ({"2.jpg": picture()}, "^frame 1: '1.jpg'"),
+        ({"1.jpg": b"x" * 99}, "^frame 1: cannot identify"),
+        ({"1.jpg": picture(28, 30)}, "^frame 1: 28 x 30 pixels, not 28 x 28"),
+        ({"1.jpg": picture(form="PNG")}, "^frame 1: cannot identify"),
+        ({"1.jpg": huge()}, "^frame 1: Image size"),
+        ({"1.jpg": picture()[:400]}, "^frame 1: "),
+    ],
+)
 def test_other_frames_than_promised_are_refused(second, reason):
     with pytest.raises(SampleError, match=reason):
         read_jpegs({"0.jpg": picture()} | second, META)
@@ -57,11 +64,20 @@ def test_a_description():
     assert told == {"captions": ["가"], "fps": 9}
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("{", "JSONDecodeError"), ("[]", "TypeError"), ("{}", "KeyError"), ("[" * 100_000, "RecursionError"),
-    *((json.dumps({"captions": captions}), "captions are no list of texts")
-      for captions in ([], "가", None, [1], ["가", None], {"a": "가"})),
-    ('{"captions": ["가"], "prompt": 5}', "the prompt is no text")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError"),
+        ("[" * 100_000, "RecursionError"),
+        *(
+            (json.dumps({"captions": captions}), "captions are no list of texts")
+            for captions in ([], "가", None, [1], ["가", None], {"a": "가"})
+        ),
+        ('{"captions": ["가"], "prompt": 5}', "the prompt is no text"),
+    ],
+)
 def test_a_description_that_is_none_is_refused(text, reason):
     with pytest.raises(SampleError, match=f"^its description cannot be read: {reason}"):
         read_description({"json": text.encode()})

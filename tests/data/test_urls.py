@@ -13,8 +13,10 @@ from vlmds.files import as_path
 from vlmds.video.decode_work import read_file
 
 DRIVERS = {"s3": "s3fs", "gs": "gcsfs"}
-ADVICE = {scheme: f"{scheme}:// needs the extra {extra}: pip install -c constraints.txt -e '.[{extra}]'"
-          for scheme, extra in (("s3", "s3"), ("gs", "gcs"))}
+ADVICE = {
+    scheme: f"{scheme}:// needs the extra {extra}: pip install -c constraints.txt -e '.[{extra}]'"
+    for scheme, extra in (("s3", "s3"), ("gs", "gcs"))
+}
 UNKNOWN = "there is no protocol foo://; give a path, or a URL such as s3://bucket/folder"
 
 
@@ -39,9 +41,10 @@ def refused(arguments, message, capsys):
     assert error.startswith("vlmds: ") and error.count("\n") == 1 and message in error, error
 
 
-@pytest.mark.parametrize(("url", "message"), [
-    ("s3://bucket/data", ADVICE["s3"]), ("gs://bucket/data", ADVICE["gs"]),
-    ("foo://bucket/data", UNKNOWN)])
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("s3://bucket/data", ADVICE["s3"]), ("gs://bucket/data", ADVICE["gs"]), ("foo://bucket/data", UNKNOWN)],
+)
 def test_every_command_says_what_a_url_needs(url, message, manifest, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
@@ -49,7 +52,7 @@ def test_every_command_says_what_a_url_needs(url, message, manifest, tmp_path, c
     refused(["pack", manifest, url], message, capsys)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # delenv of a missing one would not restore it at the end,
-        monkeypatch.delenv(name)       # and training sets them
+        monkeypatch.delenv(name)  # and training sets them
     refused(["train", "--exp", "e3", "--data", url], message, capsys)
     blend = f"data.blend=[{{path: {url}, weight: 1}}]"
     refused(["train", "--exp", "e3", "--set", blend, f"data.cache_dir={tmp_path}"], message, capsys)

@@ -6,14 +6,16 @@ from vlmds.demo.clips import Attributes, caption, combinations, parse_caption, s
 from vlmds.demo.run import Size, run_demo, score
 
 
-@pytest.mark.parametrize(("word", "expected"), [
-    ("별", "별이"), ("고리", "고리가"), ("원", "원이"), ("십자가", "십자가가")])
+@pytest.mark.parametrize(
+    ("word", "expected"), [("별", "별이"), ("고리", "고리가"), ("원", "원이"), ("십자가", "십자가가")]
+)
 def test_subject_particle(word, expected):
     assert subject(word) == expected
 
 
-@pytest.mark.parametrize(("word", "expected"), [
-    ("위", "위로"), ("아래", "아래로"), ("왼쪽", "왼쪽으로"), ("물", "물로")])
+@pytest.mark.parametrize(
+    ("word", "expected"), [("위", "위로"), ("아래", "아래로"), ("왼쪽", "왼쪽으로"), ("물", "물로")]
+)
 def test_direction_particle(word, expected):
     assert towards(word) == expected
 
@@ -41,8 +43,7 @@ def test_a_small_demo_runs_from_clips_to_picture_and_again(tmp_path):
     size = Size(train_clips=24, val_clips=8, clip_steps=4, llm_steps=4)
     short = [f"stages.{n}.{k}" for n in (0, 1) for k in ("epochs=null", "steps=2")]
     results = run_demo(tmp_path, "e8", size, tuple(short))
-    assert results["clips"] == 8 and set(results["held_out"]) == {
-        "exact", "colour", "shape", "direction"}
+    assert results["clips"] == 8 and set(results["held_out"]) == {"exact", "colour", "shape", "direction"}
     saved = json.loads((tmp_path / "results" / "e8.json").read_text())
     assert saved["blind"] == results["blind"]
     assert (tmp_path / "results" / "e8.png").stat().st_size > 10_000

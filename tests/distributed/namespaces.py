@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from tests.training.launch import (
     metrics,
     train,
     until_lines,
-)  # fmt: skip
+)
 
 ADDRESSES = ("10.87.65.1", "10.87.65.2")
 TIMEOUT_MINUTES = 0.2
@@ -71,14 +71,25 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     """
     if os.geteuid():
         raise Unavailable("needs root")
-    nodes = tuple(Node(f"vlmds{os.getpid()}n{rank}", "veth0", ADDRESSES[rank], rank)
-                  for rank in (0, 1))
+    nodes = tuple(Node(f"vlmds{os.getpid()}n{rank}", "veth0", ADDRESSES[rank], rank) for rank in (0, 1))
     try:
         for node in nodes:
             ip("netns", "add", node.namespace)
         first, second = nodes
-        ip("-n", first.namespace, "link", "add", first.interface, "type", "veth",
-           "peer", "name", second.interface, "netns", second.namespace)
+        ip(
+            "-n",
+            first.namespace,
+            "link",
+            "add",
+            first.interface,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            second.interface,
+            "netns",
+            second.namespace,
+        )
         for node in nodes:
             ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", node.interface)
             for interface in ("lo", node.interface):
@@ -89,8 +100,9 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     finally:
         for node in nodes:
             with ExitStack() as stack:
-                stack.callback(subprocess.run, ["ip", "netns", "del", node.namespace], timeout=20,
-                               stderr=subprocess.DEVNULL)
+                stack.callback(
+                    subprocess.run, ["ip", "netns", "del", node.namespace], timeout=20, stderr=subprocess.DEVNULL
+                )
                 kill_all(node)
 
 
@@ -98,15 +110,12 @@ def kill_all(node: Node) -> None:
     """SIGKILL whatever runs in the namespace, launchers and ranks alike."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        listed = subprocess.run(["ip", "netns", "pids", node.namespace], capture_output=True,
-                                text=True, timeout=20)
+        listed = subprocess.run(["ip", "netns", "pids", node.namespace], capture_output=True, text=True, timeout=20)
         if not listed.stdout.split():
             return
         for pid in map(int, listed.stdout.split()):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.05)
 
 
@@ -121,8 +130,19 @@ def mend_interface(nodes: tuple[Node, Node]) -> None:
 def cut_silently(nodes: tuple[Node, Node]) -> None:
     """Frames go to a hardware address that nobody has: links stay up, no error comes back."""
     for node, other in (nodes, nodes[::-1]):
-        ip("-n", node.namespace, "neigh", "replace", other.address, "lladdr", "02:00:00:00:00:99",
-           "nud", "permanent", "dev", node.interface)
+        ip(
+            "-n",
+            node.namespace,
+            "neigh",
+            "replace",
+            other.address,
+            "lladdr",
+            "02:00:00:00:00:99",
+            "nud",
+            "permanent",
+            "dev",
+            node.interface,
+        )
 
 
 def mend_silence(nodes: tuple[Node, Node]) -> None:
@@ -138,24 +158,58 @@ CUTS = {  # name: (lines of metrics before it, cut, mend)
 
 def launch_command(node: Node, launcher: str, hostfile: Path, port: int, script: Path) -> list[str]:
     """One rank on each of two nodes; launcher "restarts" is torchrun that starts them again."""
-    torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2",
-                "--nproc_per_node", "1"]
+    torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2", "--nproc_per_node", "1"]
     if launcher == "restarts":
-        return [*torchrun, "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                f"{ADDRESSES[0]}:{port}", "--rdzv-id", "test", str(script)]
+        return [
+            *torchrun,
+            "--max-restarts",
+            "3",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"{ADDRESSES[0]}:{port}",
+            "--rdzv-id",
+            "test",
+            str(script),
+        ]
     if launcher == "torchrun":
-        return [*torchrun, "--node_rank", str(node.rank), "--master_addr", ADDRESSES[0],
-                "--master_port", str(port), str(script)]
+        return [
+            *torchrun,
+            "--node_rank",
+            str(node.rank),
+            "--master_addr",
+            ADDRESSES[0],
+            "--master_port",
+            str(port),
+            str(script),
+        ]
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    return [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile),
-            "--no_ssh", "--node_rank", str(node.rank), "--master_addr", ADDRESSES[0],
-            "--master_port", str(port), str(script)]
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--hostfile",
+        str(hostfile),
+        "--no_ssh",
+        "--node_rank",
+        str(node.rank),
+        "--master_addr",
+        ADDRESSES[0],
+        "--master_port",
+        str(port),
+        str(script),
+    ]
 
 
 @contextmanager
-def launched(nodes: tuple[Node, Node], launcher: str, log: Path, port: int, words: list[str],
-             clock: str | None = None, script: Path = SCRIPT, **env: str
-             ) -> Iterator[list[subprocess.Popen]]:
+def launched(
+    nodes: tuple[Node, Node],
+    launcher: str,
+    log: Path,
+    port: int,
+    words: list[str],
+    clock: str | None = None,
+    script: Path = SCRIPT,
+    **env: str,
+) -> Iterator[list[subprocess.Popen]]:
     """The launcher on each node, with its output in {log}-{rank}.log; all killed at the end. clock:
     by how much node 1's is wrong, as faketime takes it."""
     with ExitStack() as stack:
@@ -166,10 +220,17 @@ def launched(nodes: tuple[Node, Node], launcher: str, log: Path, port: int, word
             command = launch_command(node, launcher, log.with_suffix(".hosts"), port, script)
             if clock and node.rank:
                 command = ["faketime", "-f", clock, *command]
-            processes.append(subprocess.Popen(
-                ["ip", "netns", "exec", node.namespace, *command, *words], cwd=ROOT, stdout=out,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=environment(GLOO_SOCKET_IFNAME=node.interface, **env)))
+            processes.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", node.namespace, *command, *words],
+                    cwd=ROOT,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    env=environment(GLOO_SOCKET_IFNAME=node.interface, **env),
+                )
+            )
         yield processes
 
 
@@ -180,20 +241,26 @@ def codes(processes: list[subprocess.Popen], seconds: float) -> list[int]:
 
 def last_words(log: Path) -> list[str]:
     """What both sides said of their end."""
-    return [f"  node {rank}: {line}" for rank in (0, 1)
-            for line in Path(f"{log}-{rank}.log").read_text().splitlines()
-            if line.startswith(("vlmds: rank", "vlmds:   "))]
+    return [
+        f"  node {rank}: {line}"
+        for rank in (0, 1)
+        for line in Path(f"{log}-{rank}.log").read_text().splitlines()
+        if line.startswith(("vlmds: rank", "vlmds:   "))
+    ]
 
 
 def same_weights(a: Path, b: Path) -> bool:
     files = sorted(path.relative_to(a) for path in (a / "artifacts").rglob("*.safetensors"))
     return bool(files) and all(
         (x := load_file(a / file)).keys() == (y := load_file(b / file)).keys()
-        and all(torch.equal(x[name], y[name]) for name in x) for file in files)
+        and all(torch.equal(x[name], y[name]) for name in x)
+        for file in files
+    )
 
 
-def node_gone(folder: Path, models: Path, shards: Path, survivor: int, seconds: float,
-              launcher: str = "torchrun") -> tuple[int, float, list[str]]:
+def node_gone(
+    folder: Path, models: Path, shards: Path, survivor: int, seconds: float, launcher: str = "torchrun"
+) -> tuple[int, float, list[str]]:
     """While the rank on node ``survivor`` is in a wait that no collective sees (as for a GPU), the
     other node vanishes: no packet passes any more, and all its processes are killed.
 
@@ -208,11 +275,17 @@ def node_gone(folder: Path, models: Path, shards: Path, survivor: int, seconds: 
     """
     struck, log = folder / f"struck{survivor}", folder / f"gone{survivor}"
     fault = {"kind": "wait", "rank": survivor, "call": 5, "note": str(struck)}
-    words = arguments(models, shards, folder / f"gone-run{survivor}", "training.timeout_minutes=10",
-                      f"training.heartbeat_seconds={seconds}")
-    with two_nodes() as nodes, launched(
-            nodes, launcher, log, 29506, words, script=FAULTY,
-            VLMDS_TEST_FAULT=json.dumps(fault)) as processes:
+    words = arguments(
+        models,
+        shards,
+        folder / f"gone-run{survivor}",
+        "training.timeout_minutes=10",
+        f"training.heartbeat_seconds={seconds}",
+    )
+    with (
+        two_nodes() as nodes,
+        launched(nodes, launcher, log, 29506, words, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault)) as processes,
+    ):
         deadline = time.monotonic() + START_SECONDS
         while not struck.exists():
             assert time.monotonic() < deadline and processes[survivor].poll() is None
@@ -224,45 +297,54 @@ def node_gone(folder: Path, models: Path, shards: Path, survivor: int, seconds: 
         return code, time.monotonic() - began, last_words(log)
 
 
-def scenario(folder: Path, models: Path, shards: Path, launcher: str = "torchrun",
-             cuts: tuple[str, ...] = tuple(CUTS)) -> None:
+def scenario(
+    folder: Path, models: Path, shards: Path, launcher: str = "torchrun", cuts: tuple[str, ...] = tuple(CUTS)
+) -> None:
     """The whole story, printed; an AssertionError or a TimeoutExpired where it goes wrong.
 
     Raises:
         Unavailable: see :func:`two_nodes`.
     """
-    settings = (f"training.timeout_minutes={TIMEOUT_MINUTES}", "stages.0.steps=20",
-                "stages.1.steps=20", "training.validate_every=10", "training.checkpoint_every=5")
+    settings = (
+        f"training.timeout_minutes={TIMEOUT_MINUTES}",
+        "stages.0.steps=20",
+        "stages.1.steps=20",
+        "training.validate_every=10",
+        "training.checkpoint_every=5",
+    )
     whole, cut = folder / "whole", folder / "cut"
     with two_nodes() as nodes:
-        print(f"{launcher} on {' and '.join(f'{n.namespace} ({n.address})' for n in nodes)}, "
-            f"training.timeout_minutes={TIMEOUT_MINUTES}")
+        print(
+            f"{launcher} on {' and '.join(f'{n.namespace} ({n.address})' for n in nodes)}, "
+            f"training.timeout_minutes={TIMEOUT_MINUTES}"
+        )
         train(2, *arguments(models, shards, whole, *settings))
         print(f"undisturbed, on one machine: exit code 0, {len(metrics(whole))} lines of metrics")
         for number, what in enumerate(cuts):
             lines, sever, mend = CUTS[what]
             log = folder / f"cut{number}"
-            with launched(nodes, launcher, log, 29502 + number,
-                          arguments(models, shards, cut, *settings)) as processes:
+            with launched(nodes, launcher, log, 29502 + number, arguments(models, shards, cut, *settings)) as processes:
                 until_lines(cut, lines, *processes)
                 sever(nodes)
                 began = time.monotonic()
                 ends = codes(processes, TIMEOUT_MINUTES * 60 + GRACE_SECONDS)
                 taken = time.monotonic() - began
             said = last_words(log)
-            print(f"{what}, after {len(metrics(cut))} lines: exit codes {ends[0]} and {ends[1]} "
-                f"after {taken:.1f} s\n" + "\n".join(said))
+            print(
+                f"{what}, after {len(metrics(cut))} lines: exit codes {ends[0]} and {ends[1]} "
+                f"after {taken:.1f} s\n" + "\n".join(said)
+            )
             assert all(ends), "a side ended as if nothing had happened"
             for rank in (0, 1):
                 assert any(line.startswith(f"  node {rank}: vlmds: rank {rank}: ") for line in said)
             mend(nodes)
-        with launched(nodes, launcher, folder / "last", 29504,
-                      arguments(models, shards, cut, *settings)) as processes:
+        with launched(nodes, launcher, folder / "last", 29504, arguments(models, shards, cut, *settings)) as processes:
             assert codes(processes, START_SECONDS) == [0, 0], last_words(folder / "last")
     assert metrics(cut) == metrics(whole)
     assert same_weights(cut, whole)
-    print("link mended, started again: exit codes 0 and 0; metrics and weights equal the "
-          "undisturbed run's, bit for bit")
+    print(
+        "link mended, started again: exit codes 0 and 0; metrics and weights equal the undisturbed run's, bit for bit"
+    )
 
 
 if __name__ == "__main__":
@@ -272,5 +354,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     args.folder.mkdir(parents=True)
-    scenario(args.folder, tiny.make_models(args.folder / "models"), make_shards(args.folder / "data"),
-             args.launcher)
+    scenario(args.folder, tiny.make_models(args.folder / "models"), make_shards(args.folder / "data"), args.launcher)

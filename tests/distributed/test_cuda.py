@@ -22,9 +22,9 @@ from vlmds.inference.video_captioner import choose_device
 
 VERSIONS = {  # as NVIDIA's modules write them, the proprietary and the open one
     "535.104.05": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC "
-                  "2023\nGCC version:  gcc version 11.4.0 (Ubuntu 11.4.0-1ubuntu1~22.04)\n",
+    "2023\nGCC version:  gcc version 11.4.0 (Ubuntu 11.4.0-1ubuntu1~22.04)\n",
     "570.124.06": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  "
-                  "(root@host)  Wed Feb 26 02:08:28 UTC 2025\nGCC version:  gcc version 13.3.0\n",
+    "(root@host)  Wed Feb 26 02:08:28 UTC 2025\nGCC version:  gcc version 13.3.0\n",
 }
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU that can be used")
 
@@ -55,8 +55,9 @@ def test_unusable_gpus_are_named_with_both_versions(machine, monkeypatch):
     for number in (0, 1):
         (machine / f"nvidia{number}").touch()
     text, fix = unusable_gpus()
-    assert text.startswith(f"{machine / 'nvidia0'} is there, but PyTorch cannot use it: driver "
-                           f"535.104.05, torch {torch.__version__} ")
+    assert text.startswith(
+        f"{machine / 'nvidia0'} is there, but PyTorch cannot use it: driver 535.104.05, torch {torch.__version__} "
+    )
     assert torch.version.cuda or "built without CUDA" in text
     assert "DS_ACCELERATOR=cpu" in fix and "\n" not in text + fix
     with pytest.raises(InputError, match=r"cannot use it: driver 535\.104\.05.*; install a driver"):
@@ -79,12 +80,20 @@ sys.exit(main())
 
 
 def on_broken_machine(machine, *words, **more):
-    variables = {name: value for name, value in environment(**more).items()
-                 if name not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    variables = {
+        name: value
+        for name, value in environment(**more).items()
+        if name not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+    }
     (machine / "nvidia0").touch()
     return subprocess.run(
         [sys.executable, "-c", BROKEN, cuda.DEVICES, str(cuda.DRIVER), *words],
-        cwd=ROOT, env=variables, text=True, capture_output=True, timeout=200)
+        cwd=ROOT,
+        env=variables,
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
 
 
 @needs_none
@@ -98,15 +107,21 @@ def test_training_is_refused_there(machine, models, shards):
 
 @needs_none
 def test_the_doctor_says_the_same(machine, models):
-    done = on_broken_machine(machine, "doctor", "--output", str(machine), "--seconds", "20",
-                             "--set", *tiny.settings(models), *tiny.RESAMPLER)
+    done = on_broken_machine(
+        machine, "doctor", "--output", str(machine), "--seconds", "20", "--set", *tiny.settings(models), *tiny.RESAMPLER
+    )
     assert done.returncode == 2, done.stderr
-    assert re.search(r"^FAILED   accelerator: \S+nvidia0 is there, but PyTorch cannot use it: driver "
-                     r"535\.104\.05, torch .*; install a driver", done.stdout, re.M), done.stdout
+    assert re.search(
+        r"^FAILED   accelerator: \S+nvidia0 is there, but PyTorch cannot use it: driver "
+        r"535\.104\.05, torch .*; install a driver",
+        done.stdout,
+        re.M,
+    ), done.stdout
 
 
-@pytest.mark.parametrize("visible", ["GPU-8dd1cb53-6a2a-4d2c-9a5c-5c9e7a3d5c11",
-                                     "MIG-8dd1cb53-6a2a-5d2c-9a5c-5c9e7a3d5c11", "1,0"])
+@pytest.mark.parametrize(
+    "visible", ["GPU-8dd1cb53-6a2a-4d2c-9a5c-5c9e7a3d5c11", "MIG-8dd1cb53-6a2a-5d2c-9a5c-5c9e7a3d5c11", "1,0"]
+)
 def test_free_memory_does_not_depend_on_how_gpus_are_named(monkeypatch, visible):
     """What DeepSpeed asks while it builds its ZeRO optimizer."""
     asked = []
@@ -133,9 +148,13 @@ def test_the_process_group_is_bound_to_the_ranks_gpu(monkeypatch, launcher, rank
     calls = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **named: calls.append(named))
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    for name, value in (("RANK", ranks - 1), ("WORLD_SIZE", ranks), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", store.port),
-                        ("TORCHELASTIC_USE_AGENT_STORE", launcher == "torchrun")):
+    for name, value in (
+        ("RANK", ranks - 1),
+        ("WORLD_SIZE", ranks),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", store.port),
+        ("TORCHELASTIC_USE_AGENT_STORE", launcher == "torchrun"),
+    ):
         monkeypatch.setenv(name, str(value))
     join("nccl", timedelta(seconds=9), torch.device("cuda:3"))
     join("nccl", timedelta(seconds=9), None)
@@ -143,9 +162,15 @@ def test_the_process_group_is_bound_to_the_ranks_gpu(monkeypatch, launcher, rank
     assert all(("store" in call) == (launcher == "torchrun") for call in calls)
 
 
-@pytest.mark.parametrize("words", [
-    ["train", "--exp", "none"], ["evaluate", "--run", "none"],
-    ["caption", "--run", "none", "none.mp4"], ["serve", "--run", "none"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--exp", "none"],
+        ["evaluate", "--run", "none"],
+        ["caption", "--run", "none", "none.mp4"],
+        ["serve", "--run", "none"],
+    ],
+)
 def test_segments_grow_unless_the_user_chose(monkeypatch, words):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     for chosen in (None, *names):

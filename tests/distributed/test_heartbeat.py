@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.distributed import namespaces
-from tests.training.launch import FAULTY, TIMEOUT, arguments, fork, forked, kill_tree, metrics, train  # fmt: skip
+from tests.training.launch import FAULTY, TIMEOUT, arguments, fork, forked, kill_tree, metrics, train
 from vlmds.distributed.heartbeat import Centre
 
 pytestmark = pytest.mark.distributed
@@ -20,15 +20,19 @@ SECONDS = 4  # training.heartbeat_seconds, the least
 
 
 def struck(models, shards, run, expect, **fault):
-    return train(2, *arguments(models, shards, run, f"training.heartbeat_seconds={SECONDS}"),
-                 expect=expect, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault))
+    return train(
+        2,
+        *arguments(models, shards, run, f"training.heartbeat_seconds={SECONDS}"),
+        expect=expect,
+        script=FAULTY,
+        VLMDS_TEST_FAULT=json.dumps(fault),
+    )
 
 
 @pytest.mark.parametrize("survivor", [0, 1])
 def test_a_rank_that_was_killed_ends_the_other_in_its_wait(models, shards, tmp_path, survivor):
     note = tmp_path / "note"
-    done = struck(models, shards, tmp_path / "run", None, kind="alone", rank=survivor, call=3,
-                  note=str(note))
+    done = struck(models, shards, tmp_path / "run", None, kind="alone", rank=survivor, call=3, note=str(note))
     # The rest is the end of the processes, on a machine that may be busy. Collectives have minutes.
     assert time.time() - float(note.read_text()) < SECONDS + 30
     assert f"vlmds: rank {survivor}: rank {1 - survivor} on " in done.stderr, done.stderr
@@ -37,12 +41,10 @@ def test_a_rank_that_was_killed_ends_the_other_in_its_wait(models, shards, tmp_p
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("lock", 0), ("stop", 1)])
-def test_a_rank_that_stands_still_is_not_taken_for_dead(
-        models, shards, two_ranks, tmp_path, kind, rank):
+def test_a_rank_that_stands_still_is_not_taken_for_dead(models, shards, two_ranks, tmp_path, kind, rank):
     """Three times as long as a silence may be."""
     note = tmp_path / "note"
-    struck(models, shards, tmp_path / "run", 0, kind=kind, rank=rank, call=3, seconds=3 * SECONDS,
-           note=str(note))
+    struck(models, shards, tmp_path / "run", 0, kind=kind, rank=rank, call=3, seconds=3 * SECONDS, note=str(note))
     assert time.time() - float(note.read_text()) > 3 * SECONDS
     assert metrics(tmp_path / "run") == metrics(two_ranks)
 

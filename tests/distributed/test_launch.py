@@ -23,7 +23,7 @@ from tests.training.launch import (
     kill_tree,
     metrics,
     ranks_of,
-)  # fmt: skip
+)
 from tests.training.test_training import assert_same_weights, weights
 
 pytestmark = pytest.mark.distributed
@@ -33,10 +33,26 @@ def launch(tmp_path, *words):
     """launch/torchrun.py on two ranks, with its output in tmp_path/log."""
     with (tmp_path / "log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc_per_node", "2",
-             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id",
-             "test", *words], env=environment(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True)
+            [
+                sys.executable,
+                str(ROOT / "launch" / "torchrun.py"),
+                "--nproc_per_node",
+                "2",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                f"127.0.0.1:{free_port()}",
+                "--rdzv-id",
+                "test",
+                *words,
+            ],
+            env=environment(),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 def wait(process, tmp_path, expect):
@@ -118,8 +134,17 @@ def test_the_exit_code_of_the_ranks_is_kept(tmp_path, name, expect):
 
 def node(tmp_path, rank, port, *words):
     """The one rank of a node, started by hand; its output is in node{rank}.out and .err."""
-    return fork(0, str(SCRIPT), *words, log=tmp_path / f"node{rank}", RANK=str(rank), LOCAL_RANK="0",
-                WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return fork(
+        0,
+        str(SCRIPT),
+        *words,
+        log=tmp_path / f"node{rank}",
+        RANK=str(rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
 
 
 def test_what_only_another_node_finds_is_told_there(tmp_path):
@@ -133,8 +158,10 @@ def test_what_only_another_node_finds_is_told_there(tmp_path):
 
 def test_nodes_with_different_experiments_are_refused(models, shards, tmp_path):
     port = str(free_port())
-    nodes = [node(tmp_path, rank, port, *arguments(models, shards, tmp_path / "run", f"stages.1.lr={lr}"))
-             for rank, lr in enumerate((0.1, 0.2))]
+    nodes = [
+        node(tmp_path, rank, port, *arguments(models, shards, tmp_path / "run", f"stages.1.lr={lr}"))
+        for rank, lr in enumerate((0.1, 0.2))
+    ]
     try:
         assert [process.wait(TIMEOUT) for process in nodes] == [2, 2]
     finally:

@@ -35,16 +35,22 @@ except Exception as error:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kind", "line"), [
-    ("kill", "rank 1 died while it was at align step 3 (v1, v2); run the same command again to "
-             "continue from the last checkpoint"),
-    ("fail", "rank 1 failed first; its message names the cause")])
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (
+            "kill",
+            "rank 1 died while it was at align step 3 (v1, v2); run the same command again to "
+            "continue from the last checkpoint",
+        ),
+        ("fail", "rank 1 failed first; its message names the cause"),
+    ],
+)
 def test_one_line_for_a_machine_names_the_rank(tmp_path, kind, line):
     """Not those that have not noticed yet, such as rank 3."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    process = fork(4, str(script), log=tmp_path / "log",
-                   FAULT=json.dumps({"kind": kind, "rank": 1, "busy": 5}))
+    process = fork(4, str(script), log=tmp_path / "log", FAULT=json.dumps({"kind": kind, "rank": 1, "busy": 5}))
     try:
         assert process.wait(TIMEOUT) != 0
     finally:
@@ -56,24 +62,30 @@ def test_one_line_for_a_machine_names_the_rank(tmp_path, kind, line):
     assert ("1 ValueError" in out) == (kind == "fail")
 
 
-@pytest.mark.parametrize(("error", "lost"), [
-    (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9"), True),
-    (RuntimeError("[gloo/transport/tcp/pair.cc:1] Read error [::1]:9: Connection reset by peer"),
-     True),
-    (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
-    (dist.DistBackendError("ncclRemoteError: a call failed possibly due to a network error or a "
-                           "remote process exited prematurely."), True),
-    (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms"), False),
-    (dist.DistBackendError("ncclUnhandledCudaError: Call to CUDA function failed."), False),
-    (ConnectionResetError("Connection reset by peer"), False),  # of a data server, for one
-    (RuntimeError("shape mismatch"), False)])
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Read error [::1]:9: Connection reset by peer"), True),
+        (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
+        (
+            dist.DistBackendError(
+                "ncclRemoteError: a call failed possibly due to a network error or a remote process exited prematurely."
+            ),
+            True,
+        ),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms"), False),
+        (dist.DistBackendError("ncclUnhandledCudaError: Call to CUDA function failed."), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # of a data server, for one
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
 def test_what_is_taken_for_a_lost_rank(error, lost):
     assert connection_lost(error) == lost
 
 
 @pytest.mark.parametrize(("rank", "local", "lines"), [(8, 0, 1), (1, 1, 1), (2, 2, 0)])
-def test_before_there_is_a_store_the_first_of_a_machine_and_rank_1_report(
-        monkeypatch, capsys, rank, local, lines):
+def test_before_there_is_a_store_the_first_of_a_machine_and_rank_1_report(monkeypatch, capsys, rank, local, lines):
     """Rank 1 too, because it may be rank 0 that is gone."""
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(local))

@@ -15,16 +15,7 @@ from tests import tiny
 from tests.training.launch import ROOT, environment, forked, free_port, kill_tree
 from vlmds.doctor.cluster import judge_decoding, judge_link, step_rate, within
 from vlmds.doctor.network import Measure
-from vlmds.doctor.node import (
-    FAILED,
-    OK,
-    WARNING,
-    Patient,
-    check_accelerator,
-    check_dataset,
-    check_disk,
-    check_limits,
-)  # fmt: skip
+from vlmds.doctor.node import FAILED, OK, WARNING, Patient, check_accelerator, check_dataset, check_disk, check_limits
 from vlmds.experiments.reading import load_experiment
 from vlmds.planning.cards import find_card
 
@@ -35,22 +26,51 @@ FAKETIME = shutil.which("faketime")
 
 
 def command(node, port, models, shards, output, *more):
-    return [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2", "--node_rank",
-            str(node), "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port",
-            str(port), str(ROOT / "launch" / "doctor.py"), "--data", str(shards), "--output",
-            str(output), "--seconds", "20", "--samples", "20", *more, "--set",
-            *tiny.settings(models), *tiny.RESAMPLER]
+    return [
+        sys.executable,
+        str(ROOT / "launch" / "torchrun.py"),
+        "--nnodes",
+        "2",
+        "--node_rank",
+        str(node),
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+        str(ROOT / "launch" / "doctor.py"),
+        "--data",
+        str(shards),
+        "--output",
+        str(output),
+        "--seconds",
+        "20",
+        "--samples",
+        "20",
+        *more,
+        "--set",
+        *tiny.settings(models),
+        *tiny.RESAMPLER,
+    ]
 
 
 def examine(models, shards, outputs, *more, environments=({}, {}), wrap=()):
     """Two nodes of one rank; returns their exit codes and what rank 0 printed. wrap: what runs the
     second node's command."""
     port = free_port()
-    processes = [subprocess.Popen(
-        [*(wrap if node else ()), *command(node, port, models, shards, outputs[node], *more)],
-        cwd=ROOT, text=True,
-        env=environment(**environments[node]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True) for node in (0, 1)]
+    processes = [
+        subprocess.Popen(
+            [*(wrap if node else ()), *command(node, port, models, shards, outputs[node], *more)],
+            cwd=ROOT,
+            text=True,
+            env=environment(**environments[node]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for node in (0, 1)
+    ]
     try:
         printed = [process.communicate(timeout=200)[0] for process in processes]
         return [process.returncode for process in processes], printed[0]
@@ -62,8 +82,14 @@ def examine(models, shards, outputs, *more, environments=({}, {}), wrap=()):
 def test_two_healthy_nodes(models, shards, tmp_path):
     codes, printed = examine(models, shards, [tmp_path, tmp_path])
     assert codes == [0, 0], printed
-    for line in ("same output:", "clock: clocks differ by up to", "GB/s", "checksums correct",
-                 "samples/s by", "written, fsync"):
+    for line in (
+        "same output:",
+        "clock: clocks differ by up to",
+        "GB/s",
+        "checksums correct",
+        "samples/s by",
+        "written, fsync",
+    ):
         assert any(text.startswith("ok") and line in text for text in printed.splitlines()), printed
     assert "FAILED" not in printed and not list(tmp_path.iterdir())
 
@@ -75,35 +101,57 @@ def test_every_fault_is_named(models, shards, tmp_path):
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: av\nVersion: 9.9\n")
     path = {"PYTHONPATH": f"{other.parent}:{ROOT}"}
-    codes, printed = examine(models, shards, [tmp_path / "a", tmp_path / "b"],
-                             "--samples-per-second", "1e9", environments=({}, path),
-                             wrap=["faketime", "-f", "-2h"] if FAKETIME else [])
+    codes, printed = examine(
+        models,
+        shards,
+        [tmp_path / "a", tmp_path / "b"],
+        "--samples-per-second",
+        "1e9",
+        environments=({}, path),
+        wrap=["faketime", "-f", "-2h"] if FAKETIME else [],
+    )
     assert codes == [2, 2], printed
     failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
     assert len(failed) == 3, printed
     assert f"av: {metadata.version('av')} on" in failed[0] and "9.9 on" in failed[0]
     assert "same output" in failed[1] and "1e+09 wanted" in failed[2]
     if FAKETIME:
-        assert re.search(r"^warning  clock: clocks differ by up to 7\d{3}\.\d{3} s \(\S+ from \S+\)"
-                         r".*; run chrony or ntpd$", printed, re.M), printed
+        assert re.search(
+            r"^warning  clock: clocks differ by up to 7\d{3}\.\d{3} s \(\S+ from \S+\)"
+            r".*; run chrony or ntpd$",
+            printed,
+            re.M,
+        ), printed
 
 
 def patient(models, output, *overrides):
-    return Patient(load_experiment("e3", [*tiny.settings(models), *overrides]), output, seconds=5,
-                   samples=20, wanted=None, device=torch.device("cpu"), nodes=[0], names=["here"])
+    return Patient(
+        load_experiment("e3", [*tiny.settings(models), *overrides]),
+        output,
+        seconds=5,
+        samples=20,
+        wanted=None,
+        device=torch.device("cpu"),
+        nodes=[0],
+        names=["here"],
+    )
 
 
 def finding(check, *arguments, seconds=20):
     """The worst of what the check finds, within its time."""
-    return max(within(seconds, lambda: check(*arguments)),
-               key=lambda found: LEVELS.index(found.level))
+    return max(within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
 
 
 def alone(tmp_path, *words, before=(), **variables):
     """`vlmds doctor` as a plain process; its exit code and output."""
     done = subprocess.run(
-        [*before, sys.executable, str(ROOT / "launch" / "doctor.py"), *words], cwd=tmp_path,
-        env=environment(**variables), text=True, capture_output=True, timeout=200)
+        [*before, sys.executable, str(ROOT / "launch" / "doctor.py"), *words],
+        cwd=tmp_path,
+        env=environment(**variables),
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -119,14 +167,33 @@ def test_one_machine_with_everything_wrong(models, shards, tmp_path):
     before = ["unshare", "--mount", "sh", "-c", small + 'ulimit -n 100 && exec "$@"', "sh"]
     if os.geteuid() or subprocess.run([*before, "true"], capture_output=True).returncode:
         pytest.skip("needs root and namespaces of mounts")
-    code, printed = alone(tmp_path, "--data", str(broken), "--output", ".", "--seconds", "10",
-                          "--set", *tiny.settings(models), *tiny.RESAMPLER, "data.num_workers=1",
-                          before=before)
+    code, printed = alone(
+        tmp_path,
+        "--data",
+        str(broken),
+        "--output",
+        ".",
+        "--seconds",
+        "10",
+        "--set",
+        *tiny.settings(models),
+        *tiny.RESAMPLER,
+        "data.num_workers=1",
+        before=before,
+    )
     assert code == 2, printed
     failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
-    for line, words in zip(failed, (
-            "limits: only 100 open files; ulimit -n", "memory: 0.00 GiB free in /dev/shm, readers",
-            "output: no answer within 10 s; a disk", "dataset:", "decoding:"), strict=True):
+    for line, words in zip(
+        failed,
+        (
+            "limits: only 100 open files; ulimit -n",
+            "memory: 0.00 GiB free in /dev/shm, readers",
+            "output: no answer within 10 s; a disk",
+            "dataset:",
+            "decoding:",
+        ),
+        strict=True,
+    ):
         assert words in line, printed
     assert "000000.tar" in failed[3], printed
 
@@ -150,11 +217,17 @@ if is_main():
 def test_a_link_without_an_answer_in_time_is_told(tmp_path):
     """For real: no link moves 16 MiB in a millisecond, and some do not even connect in one."""
     port = str(free_port())
-    ranks = [subprocess.Popen(
-        [sys.executable, "-c", SLOW], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=environment(
-            RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-        for rank in "01"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for rank in "01"
+    ]
     try:
         printed = [process.communicate(timeout=100)[0] for process in ranks][0]
     finally:
@@ -216,8 +289,7 @@ def test_without_a_wish_decoding_is_held_against_the_gpus(shards):
     """At full size: with tiny models each card waits for the host alike."""
     found = judge_decoding(90, 100, "all", guessed=True)
     assert (found.level, found.text) == (WARNING, "all, 100 predicted of the GPUs")
-    rates = [step_rate(load_experiment("e3", [f"data.path={shards}"]), find_card(card))
-             for card in ("b200", "rtx4090")]
+    rates = [step_rate(load_experiment("e3", [f"data.path={shards}"]), find_card(card)) for card in ("b200", "rtx4090")]
     assert rates[0] > rates[1] > 0
 
 
@@ -260,20 +332,46 @@ def test_data_not_given_or_cut_short(models, shards, tmp_path):
 
 def test_a_node_that_never_comes_is_told(models, tmp_path):
     code, printed = alone(
-        tmp_path, "--seconds", "0.5", "--set", *tiny.settings(models), RANK="0", WORLD_SIZE="2",
-        LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        tmp_path,
+        "--seconds",
+        "0.5",
+        "--set",
+        *tiny.settings(models),
+        RANK="0",
+        WORLD_SIZE="2",
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+    )
     assert code == 2, printed
     assert "FAILED   ranks: rank 0 cannot join the others at 127.0.0.1: " in printed
 
 
 def test_a_node_that_goes_is_told(models, shards, tmp_path):
     port = str(free_port())
-    words = [sys.executable, str(ROOT / "launch" / "doctor.py"), "--data", str(shards), "--output",
-             str(tmp_path), "--seconds", "20", "--set", *tiny.settings(models)]
-    first, second = (subprocess.Popen(
-        words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env=environment(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                        MASTER_PORT=port)) for rank in "01")
+    words = [
+        sys.executable,
+        str(ROOT / "launch" / "doctor.py"),
+        "--data",
+        str(shards),
+        "--output",
+        str(tmp_path),
+        "--seconds",
+        "20",
+        "--set",
+        *tiny.settings(models),
+    ]
+    first, second = (
+        subprocess.Popen(
+            words,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for rank in "01"
+    )
     try:
         printed = []
         for line in first.stdout:

@@ -32,12 +32,22 @@ def shards(tmp_path_factory) -> Path:
     for i in range(15):
         write_video(folder / f"v{i}.mp4", frames=8 + i)
         caption = f"{i}번 영상입니다." + " 네." * (i % 3)
-        row = {"video": f"v{i}.mp4", "caption": [caption, f"{i}번째 것"] if i % 4 == 0 else caption,
-               "split": "val" if i >= 4 else "train"}
+        row = {
+            "video": f"v{i}.mp4",
+            "caption": [caption, f"{i}번째 것"] if i % 4 == 0 else caption,
+            "split": "val" if i >= 4 else "train",
+        }
         rows.append(row | ({"prompt": "무엇?"} if i in (5, 9) else {}))
     manifest = write_manifest(folder / "manifest.jsonl", rows)
-    pack(manifest, folder / "out", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
-         shard_size=5, progress=False)
+    pack(
+        manifest,
+        folder / "out",
+        store="frames",
+        num_frames=tiny.FRAMES,
+        image_size=tiny.SIDE,
+        shard_size=5,
+        progress=False,
+    )
     return folder / "out"
 
 
@@ -45,8 +55,9 @@ SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른�
 """What the fixture `run` says to the first two validation clips."""
 
 
-def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, *overrides,
-             lessons: Sequence[tiny.Lesson] = ()) -> Path:
+def make_run(
+    models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, *overrides, lessons: Sequence[tiny.Lesson] = ()
+) -> Path:
     """A run folder as training leaves it, with random weights that do look at the video, or that
     were taught the lessons."""
     extra = tiny.RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
@@ -64,14 +75,26 @@ def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, 
     for stage in experiment.stages:
         save_artifact(folder / "artifacts" / stage.name, model.captioner, experiment, stage.name, {})
     (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-    (folder / "run.json").write_text(json.dumps({
-        "global_batch": 4, "data_fingerprint": ShardIndex.open(shards).fingerprint, "starts": []}))
+    (folder / "run.json").write_text(
+        json.dumps({"global_batch": 4, "data_fingerprint": ShardIndex.open(shards).fingerprint, "starts": []})
+    )
     lines = []
     for number, stage in enumerate(experiment.stages):
         for step in range(1, 7):
-            lines.append({"kind": "train", "stage": stage.name, "step": step, "samples": 4,
-                          "loss": 4 / step - number, "lr": 1e-3, "grad_norm": 1.0,
-                          "samples_per_s": 2.0, "tokens_per_s": 9.0, "memory_gib": 1.5})
+            lines.append(
+                {
+                    "kind": "train",
+                    "stage": stage.name,
+                    "step": step,
+                    "samples": 4,
+                    "loss": 4 / step - number,
+                    "lr": 1e-3,
+                    "grad_norm": 1.0,
+                    "samples_per_s": 2.0,
+                    "tokens_per_s": 9.0,
+                    "memory_gib": 1.5,
+                }
+            )
         lines.append({"kind": "val", "stage": stage.name, "step": 6, "loss": 1.0, "samples": 3})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return folder
@@ -79,8 +102,8 @@ def make_run(models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, 
 
 @pytest.fixture(scope="session")
 def run(models, shards, tmp_path_factory) -> Path:
-    reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE,
-                          shuffle=False)
-    lessons = [(sample.frames, sample.prompt, text)
-               for sample, text in zip(map(reader.load, range(2)), SAYINGS, strict=True)]
+    reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
+    lessons = [
+        (sample.frames, sample.prompt, text) for sample, text in zip(map(reader.load, range(2)), SAYINGS, strict=True)
+    ]
     return make_run(models, shards, tmp_path_factory.mktemp("runs") / "e3", "e3", lessons=lessons)

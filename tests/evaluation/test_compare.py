@@ -52,7 +52,8 @@ def test_values_and_costs_are_those_of_the_runs(runs):
         assert row["cost"]["samples_per_s"] == 2.0 and row["cost"]["memory_gib"] == 1.5
         assert row["cost"]["hours"] == pytest.approx(48 / 2 / 3600)
         assert row["cost"]["trainable"] == sum(
-            metrics["model"][f"{part}_parameters"] for part in ("projector", "adapter"))
+            metrics["model"][f"{part}_parameters"] for part in ("projector", "adapter")
+        )
     assert [row["cost"]["visual_tokens"] for row in found["table"]] == [16, 16, 4]
     assert found["metric"] == "cider_d@morpheme" and len(found["pairs"]) == 3
 
@@ -61,7 +62,7 @@ def test_a_clear_winner_is_significant_and_a_copy_is_a_tie(runs, tmp_path):
     paths = copies(runs, tmp_path)
 
     def perfect(_, line):
-        scores = {name: 100.0 for name in line["scores"]}
+        scores = dict.fromkeys(line["scores"], 100.0)
         scores["cider_d@morpheme"] = 900.0 + line["position"]
         return line | {"scores": scores}
 
@@ -70,7 +71,14 @@ def test_a_clear_winner_is_significant_and_a_copy_is_a_tie(runs, tmp_path):
     found = compare([load_run(path) for path in paths])
     assert found["verdict"]["tied"] == ["e3", "e4"] and found["verdict"]["cheapest"] == "e3"
     assert found["verdict"]["runner_up"] == {
-        "name": "e4", "gap": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1, "significant": False}
+        "name": "e4",
+        "gap": 0,
+        "low": 0,
+        "high": 0,
+        "p": 1,
+        "p_holm": 1,
+        "significant": False,
+    }
     pair = next(p for p in found["pairs"] if (p["one"], p["other"]) == ("e3", "e8"))
     assert pair["low"] > 0 and pair["p_holm"] < 0.001
 
@@ -102,30 +110,41 @@ def test_seeds_widen_the_interval():
 
 
 def test_runs_of_several_seeds_are_one_experiment(models, shards, tmp_path):
-    paths = [make_run(models, shards, tmp_path / f"e3-seed{s}", "e3", 5 + s, f"training.seed={s}")
-             for s in range(2)]
+    paths = [make_run(models, shards, tmp_path / f"e3-seed{s}", "e3", 5 + s, f"training.seed={s}") for s in range(2)]
     for path in paths:
         evaluate_run(path, generation=GenerationOptions(max_new_tokens=4))
     (group,) = group_runs([load_run(path) for path in paths])
     assert len(group.runs) == 2
     row = compare(group.runs)["table"][0]
     assert row["seeds"] == 2
-    one, two = (json.loads((path / "evaluation" / "val" / "metrics.json").read_text())["metrics"]
-                for path in paths)
+    one, two = (json.loads((path / "evaluation" / "val" / "metrics.json").read_text())["metrics"] for path in paths)
     name = "chrf++@char"
     assert row["metrics"][name]["seed_sd"] == pytest.approx(
-        abs(one[name]["value"] - two[name]["value"]) / 2**0.5, abs=1e-4)
+        abs(one[name]["value"] - two[name]["value"]) / 2**0.5, abs=1e-4
+    )
 
 
 def table_of(values):
-    return [{"name": f"{p}-{a}", "projector": p, "adapter": a,
-             "metrics": {"m": {"value": v}}, "cost": {"visual_tokens": 64, "trainable": 1}}
-            for (p, a), v in values.items()]
+    return [
+        {
+            "name": f"{p}-{a}",
+            "projector": p,
+            "adapter": a,
+            "metrics": {"m": {"value": v}},
+            "cost": {"visual_tokens": 64, "trainable": 1},
+        }
+        for (p, a), v in values.items()
+    ]
 
 
 def test_main_effects_and_interaction_by_hand():
-    values = {("linear", "lora"): 1.0, ("linear", "dora"): 2.0, ("mlp", "lora"): 4.0,
-              ("mlp", "dora"): 9.0, ("perceiver", "lora"): 100.0}
+    values = {
+        ("linear", "lora"): 1.0,
+        ("linear", "dora"): 2.0,
+        ("mlp", "lora"): 4.0,
+        ("mlp", "dora"): 9.0,
+        ("perceiver", "lora"): 100.0,
+    }
     numbers = list(values.values())
     samples = np.array(numbers)[:, None] + np.zeros((1, 50))
     found = factors(table_of(values), samples, numbers)
@@ -138,8 +157,10 @@ def test_main_effects_and_interaction_by_hand():
 def test_the_cheapest_of_the_tied_is_named():
     rows = table_of({("linear", "lora"): 3.0, ("mlp", "lora"): 2.9, ("perceiver", "lora"): 1.0})
     rows[0]["cost"]["visual_tokens"] = 4608
-    pairs = [{"one": rows[0]["name"], "other": rows[i]["name"], "gap": 0.1, "low": 0, "high": 1,
-              "p": p, "p_holm": p} for i, p in ((1, 0.4), (2, 0.001))]
+    pairs = [
+        {"one": rows[0]["name"], "other": rows[i]["name"], "gap": 0.1, "low": 0, "high": 1, "p": p, "p_holm": p}
+        for i, p in ((1, 0.4), (2, 0.001))
+    ]
     found = verdict(rows, pairs, "m")
     assert found["best"] == "linear-lora" and found["cheapest"] == "mlp-lora"
     assert found["tied"] == ["linear-lora", "mlp-lora"]
@@ -162,10 +183,8 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     metrics["settings"] |= {"prompt": "무엇?", "num_frames": 16}
     file.write_text(json.dumps(metrics))
     record = paths[1] / "run.json"
-    assert not any("global batch" in w["en"] for w in compare(
-        [load_run(path) for path in paths])["warnings"])
-    record.write_text(json.dumps(
-        json.loads(record.read_text()) | {"data_fingerprint": "other", "global_batch": 64}))
+    assert not any("global batch" in w["en"] for w in compare([load_run(path) for path in paths])["warnings"])
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other", "global_batch": 64}))
     found = compare([load_run(path) for path in paths])
     told = "\n".join(w["en"] for w in found["warnings"])
     assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
@@ -211,10 +230,8 @@ def test_one_run_alone(runs):
 
 
 def test_words_told_right_against_the_most_frequent_answer():
-    references = [["공이 왼쪽으로 갑니다", "왼쪽에 공"], ["공이 오른쪽으로"], ["공이 위로"], ["강아지"],
-                  ["왼쪽으로"]]
-    captions = [["왼쪽으로 갑니다", "오른쪽", "아래로", "왼쪽", "왼쪽 오른쪽"],
-                ["왼쪽"] * 5, [""] * 5]
+    references = [["공이 왼쪽으로 갑니다", "왼쪽에 공"], ["공이 오른쪽으로"], ["공이 위로"], ["강아지"], ["왼쪽으로"]]
+    captions = [["왼쪽으로 갑니다", "오른쪽", "아래로", "왼쪽", "왼쪽 오른쪽"], ["왼쪽"] * 5, [""] * 5]
     found = words_told(captions, references, ["왼쪽", "오른쪽", "위", "아래"])
     assert found["clips"] == 4 and found["chance"] == 50
     assert [v["value"] for v in found["values"]] == [50, 50, 0]

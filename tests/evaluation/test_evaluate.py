@@ -39,7 +39,11 @@ def same(one: Path, other: Path):
     assert len(lines) == len(others)
     for x, y in zip(lines, others):
         assert (x["key"], x["caption"], x["scores"], x["blind_captions"]) == (
-            y["key"], y["caption"], y["scores"], y["blind_captions"])
+            y["key"],
+            y["caption"],
+            y["scores"],
+            y["blind_captions"],
+        )
         for name, value in x["reference_log_probability"].items():
             assert value == pytest.approx(y["reference_log_probability"][name], abs=1e-5)
     assert a["metrics"] == b["metrics"] and a["captions"] == b["captions"]
@@ -57,12 +61,10 @@ def test_captions_and_losses_are_the_models(result, run, shards):
     for position, line in enumerate(lines):
         sample = reader.load(position)
         assert (line["key"], line["references"]) == (sample.key, sample.captions)
-        assert line["caption"] == captioner.caption_frames(
-            sample.frames[None], [sample.prompt], GENERATION)[0]
+        assert line["caption"] == captioner.caption_frames(sample.frames[None], [sample.prompt], GENERATION)[0]
         total = tokens = 0
         for caption in sample.captions:
-            batch = captioner.builder.collate_training(
-                [captioner.builder.training(caption, sample.prompt)])
+            batch = captioner.builder.collate_training([captioner.builder.training(caption, sample.prompt)])
             with torch.no_grad():
                 features = captioner.model.tower(torch.from_numpy(sample.frames[None]))
                 total += float(captioner.model.captioner(features, **batch))
@@ -79,7 +81,8 @@ def test_blind_captions_are_what_the_model_says_to_that_video(result, run, shard
         own, other = reader.load(line["position"]), reader.load(swapped[line["position"]])
         black = np.zeros_like(own.frames)
         assert [line["blind_captions"][k] for k in ("shuffled", "blank")] == captioner.caption_frames(
-            np.stack([other.frames, black]), [own.prompt] * 2, GENERATION)
+            np.stack([other.frames, black]), [own.prompt] * 2, GENERATION
+        )
 
 
 def test_batch_size_does_not_matter(result, run, tmp_path):
@@ -105,8 +108,10 @@ def test_a_run_of_a_blend_is_evaluated_on_one_dataset(result, run, shards, tmp_p
     with pytest.raises(InputError, match="data.blend.1.path: .*elsewhere does not exist"):
         evaluate_run(artifact, output=tmp_path / "blend", **OPTIONS)
     options = ["--max-new-tokens", "8", "--device", "cpu"]
-    assert main(["evaluate", "--run", str(artifact), "--data", str(shards), "--output",
-                 str(tmp_path / "one"), *options]) == 0
+    assert (
+        main(["evaluate", "--run", str(artifact), "--data", str(shards), "--output", str(tmp_path / "one"), *options])
+        == 0
+    )
     same(result, tmp_path / "one")
 
 
@@ -130,13 +135,18 @@ def test_a_model_that_does_not_look_is_warned_of(run, tmp_path, result):
 
 
 def test_a_gap_beyond_noise_gives_no_warning():
-    texts = [ClipText(i, str(i), [f"{i}번 영상 {'가나다라마바사'[i % 7]}"], None, 1.0)
-             for i in range(30)]
+    texts = [ClipText(i, str(i), [f"{i}번 영상 {'가나다라마바사'[i % 7]}"], None, 1.0) for i in range(30)]
     records = [{"real": [-2.0 - i / 90, 2], "blank": [-6.0, 2]} for i in range(30)]
     captions = [t.captions[0] for t in texts]
     swapped = swap_videos(texts)
-    found = evaluate.looking(texts, records, captions, {i: [-5.0, 2] for i in range(30)},
-                             {i: captions[swapped[i]] for i in range(30)}, {None: "네"})
+    found = evaluate.looking(
+        texts,
+        records,
+        captions,
+        {i: [-5.0, 2] for i in range(30)},
+        {i: captions[swapped[i]] for i in range(30)},
+        {None: "네"},
+    )
     assert not found["warnings"]
     assert found["loss"]["blank"]["gap"] == pytest.approx(3 - np.mean([1 + i / 180 for i in range(30)]))
 
@@ -154,7 +164,8 @@ def test_a_caption_with_an_odd_line_separator_is_read_back(result, tmp_path):
     metrics, lines = read_evaluation(result)
     lines[0]["caption"] = "줄\u2028바꿈\u0085끝"
     (tmp_path / "val" / "predictions.jsonl").write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8"
+    )
     assert read_evaluation(tmp_path / "val") == (metrics, lines)
 
 
@@ -199,9 +210,21 @@ def test_other_settings_start_anew(run, tmp_path):
 
 @pytest.mark.distributed
 def test_two_ranks_equal_one(result, run, tmp_path):
-    printed = forked(2, "-m", "vlmds.cli", "evaluate", "--run", str(run), "--output",
-                     str(tmp_path / "val"), "--max-new-tokens", "8", "--batch-size", "2",
-                     log=tmp_path / "log")
+    printed = forked(
+        2,
+        "-m",
+        "vlmds.cli",
+        "evaluate",
+        "--run",
+        str(run),
+        "--output",
+        str(tmp_path / "val"),
+        "--max-new-tokens",
+        "8",
+        "--batch-size",
+        "2",
+        log=tmp_path / "log",
+    )
     assert printed.count("saved: ") == 1 and "cider_d@morpheme" in printed
     same(result, tmp_path / "val")
     assert read_evaluation(tmp_path / "val")[0]["timing"]["ranks"] == 2
@@ -226,8 +249,7 @@ def test_clip_sees_black_frames_once_an_evaluation(run, shards, monkeypatch):
     captioner = VideoCaptioner.from_pretrained(run / "artifacts" / "finetune")
     tower, black = captioner.model.tower, []
     seen = tower.forward
-    monkeypatch.setattr(tower, "forward", lambda frames: black.append(
-        not frames.any()) or seen(frames))
+    monkeypatch.setattr(tower, "forward", lambda frames: black.append(not frames.any()) or seen(frames))
     reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
     for evaluation in (1, 2):
         evaluate_subset(captioner.experiment, captioner.model, reader, clips=11, **OPTIONS)
@@ -241,8 +263,7 @@ def test_in_training_the_model_is_left_as_it_was(run, result, shards):
     model.captioner.projector.requires_grad_(True)
     reader = SampleReader(Dataset([ShardIndex.open(shards)]), "val", tiny.FRAMES, tiny.SIDE, shuffle=False)
     state = torch.random.get_rng_state()
-    found = evaluate_subset(captioner.experiment, model, reader, clips=11, samples=2,
-                            **OPTIONS)
+    found = evaluate_subset(captioner.experiment, model, reader, clips=11, samples=2, **OPTIONS)
     assert model.captioner.training and torch.equal(state, torch.random.get_rng_state())
     assert all(p.requires_grad for p in model.captioner.projector.parameters())
     metrics, lines = read_evaluation(result)
@@ -251,8 +272,9 @@ def test_in_training_the_model_is_left_as_it_was(run, result, shards):
 
 
 def test_swapped_videos_have_the_same_prompt_and_other_references():
-    texts = [ClipText(i, str(i), ["가"] if i < 5 else [f"나{i}"], "무엇?" if i in (1, 6) else None, 1)
-             for i in range(9)] + [ClipText(9, "9", ["다"], "홀로", 1)]
+    texts = [
+        ClipText(i, str(i), ["가"] if i < 5 else [f"나{i}"], "무엇?" if i in (1, 6) else None, 1) for i in range(9)
+    ] + [ClipText(9, "9", ["다"], "홀로", 1)]
     swapped = swap_videos(texts)
     assert set(swapped) == set(range(9))
     for one, other in swapped.items():
@@ -265,11 +287,14 @@ def test_evenly_spaced_positions():
     assert evaluated_positions(3, 8) == evaluated_positions(3, None) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--run", "/nowhere"], "neither a run folder nor an artifact"),
-    (["--split", "test"], "no split 'test'; it has train, val"),
-    (["--data", "/nowhere"], "data.path: /nowhere does not exist"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "/nowhere"], "neither a run folder nor an artifact"),
+        (["--split", "test"], "no split 'test'; it has train, val"),
+        (["--data", "/nowhere"], "data.path: /nowhere does not exist"),
+    ],
+)
 def test_bad_input_is_one_line(run, arguments, message, capsys):
     if "--run" not in arguments:
         arguments = ["--run", str(run), *arguments]

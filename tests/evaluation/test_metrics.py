@@ -23,8 +23,7 @@ def pairs():
         lines = (SHARED_VIDEOS / "captions.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["caption"] for line in lines] + texts
     texts = texts[:60]
-    made = [" ".join(t.split()[: 3 + i % 4]) if i % 3 else texts[(i * 7) % 60]
-            for i, t in enumerate(texts)]
+    made = [" ".join(t.split()[: 3 + i % 4]) if i % 3 else texts[(i * 7) % 60] for i, t in enumerate(texts)]
     made[5] = ""
     references = [[t, *texts[i + 1 : i + 1 + i % 3]] for i, t in enumerate(texts)]
     return made, references
@@ -44,8 +43,7 @@ def cider_d(hypotheses, references):
         df.update({g for t in targets for n in (1, 2, 3, 4) for g in grams(t, n)})
 
     def vector(tokens, n):
-        return {g: c * (math.log(len(references)) - math.log(max(1, df[g])))
-                for g, c in grams(tokens, n).items()}
+        return {g: c * (math.log(len(references)) - math.log(max(1, df[g]))) for g, c in grams(tokens, n).items()}
 
     values = []
     for h, targets in zip(hypotheses, references):
@@ -108,8 +106,7 @@ def test_values_by_hand():
     assert bleu.value == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-9)
     assert scores["rouge_l@char"].per_clip == pytest.approx([80, 100])
     # Every n-gram is in one document of two, so all idf are log 2 and cancel.
-    assert scores["cider_d@char"].per_clip[0] == pytest.approx(
-        1000 * (4 / 5 + 3 / 4 + 2 / 3 + 1 / 2) / 4)
+    assert scores["cider_d@char"].per_clip[0] == pytest.approx(1000 * (4 / 5 + 3 / 4 + 2 / 3 + 1 / 2) / 4)
 
 
 def test_a_perfect_caption_scores_full_and_another_script_is_kept():

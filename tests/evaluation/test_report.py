@@ -18,8 +18,23 @@ def page(runs, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("report")
     paths = copies(runs, folder)
     rewrite(paths[0], lambda i, line: line | {"caption": "</script><b>나쁜 글</b> " + line["caption"]})
-    assert main(["compare", *map(str, paths), "-o", str(folder / "report.html"), "--csv",
-                 str(folder / "t.csv"), "--latex", str(folder / "t.tex"), "--words", "7번 네."]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                *map(str, paths),
+                "-o",
+                str(folder / "report.html"),
+                "--csv",
+                str(folder / "t.csv"),
+                "--latex",
+                str(folder / "t.tex"),
+                "--words",
+                "7번 네.",
+            ]
+        )
+        == 0
+    )
     return folder / "report.html"
 
 
@@ -41,8 +56,14 @@ def test_in_a_browser(page):
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
-                 "--window-size=1300,1600", "--lang=en-US"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1300,1600",
+        "--lang=en-US",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -58,7 +79,8 @@ def test_in_a_browser(page):
         assert "나쁜 글" in find(".clip")[0].text and not find(".clip b b")
         assert browser.execute_script(
             "return [...document.querySelectorAll('.chart')].every(c =>"
-            " c.querySelector('.main-svg').getBoundingClientRect().width <= c.offsetWidth)")
+            " c.querySelector('.main-svg').getBoundingClientRect().width <= c.offsetWidth)"
+        )
         assert len(find("table.words tr")) == 5  # a head, three runs, the most frequent answer
         english = find("#verdict")[0].text
         find("#lang")[0].click()
@@ -76,8 +98,7 @@ def test_in_a_browser(page):
         assert scores == sorted(scores, reverse=True)
         find("#filter")[0].send_keys("7번")
         assert 0 < len(find(".clip")) < 11 and "7번" in find(".clip")[0].text
-        browser.execute_script(
-            "document.getElementById('clips').scrollIntoView({block: 'center'})")
+        browser.execute_script("document.getElementById('clips').scrollIntoView({block: 'center'})")
         browser.save_screenshot(str(page.parent / "clips.png"))
         assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
     finally:

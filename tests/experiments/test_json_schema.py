@@ -16,15 +16,16 @@ FILES = sorted(PACKAGED.glob("*.yaml"))
 VALIDATOR = jsonschema.Draft202012Validator(experiment_schema())
 
 
-@pytest.mark.parametrize(("options", "path"), [
-    ([], SCHEMA_FILE), (["--markdown"], ROOT / "docs" / "configuration.md")],
-    ids=["schema.json", "configuration.md"])
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [([], SCHEMA_FILE), (["--markdown"], ROOT / "docs" / "configuration.md")],
+    ids=["schema.json", "configuration.md"],
+)
 def test_the_committed_file_is_what_the_command_prints(options, path, capsys):
     assert main(["schema", *options]) == 0
     printed = capsys.readouterr().out
     name = path.relative_to(ROOT)
-    assert printed == path.read_text(encoding="utf-8"), (
-        f"{name} is stale: vlmds schema {' '.join(options)} > {name}")
+    assert printed == path.read_text(encoding="utf-8"), f"{name} is stale: vlmds schema {' '.join(options)} > {name}"
 
 
 def test_every_key_has_a_meaning():
@@ -49,16 +50,26 @@ def test_a_resolved_experiment_follows_it():
         VALIDATOR.validate(json.loads(load_experiment(name).model_dump_json()))
 
 
-@pytest.mark.parametrize("text", [
-    "projector: {widht: 3}", "projector: {type: mlp, depth: 2}", "projector: {type: qformer}",
-    "training: {micro_batch: 0}", "stages: [{name: a, train: [projector]}]", "peft: {dropout: 1}",
-    "data: {blend: [{weight: 2}]}", "extends: [e7]", "vison: {pool: 2}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "projector: {widht: 3}",
+        "projector: {type: mlp, depth: 2}",
+        "projector: {type: qformer}",
+        "training: {micro_batch: 0}",
+        "stages: [{name: a, train: [projector]}]",
+        "peft: {dropout: 1}",
+        "data: {blend: [{weight: 2}]}",
+        "extends: [e7]",
+        "vison: {pool: 2}",
+    ],
+)
 def test_a_mistake_is_refused(text):
     with pytest.raises(jsonschema.ValidationError):
         VALIDATOR.validate(yaml.safe_load(text))
 
 
 def test_a_file_that_extends_another_may_say_a_part():
-    VALIDATOR.validate(yaml.safe_load(
-        "extends: e7\nname: mine\nprojector: {depth: 3}\npeft: {r: 8}\nvision: {pool: 2}\n"))
+    VALIDATOR.validate(
+        yaml.safe_load("extends: e7\nname: mine\nprojector: {depth: 3}\npeft: {r: 8}\nvision: {pool: 2}\n")
+    )

@@ -24,11 +24,10 @@ def answers(folder: Path, frames: np.ndarray, prompt: str, max_new_tokens: int):
     processor = AutoProcessor.from_pretrained(folder, **options)
     model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
     content = [{"type": "image"}] * frames.shape[1] + [{"type": "text", "text": prompt}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True)
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [[Image.fromarray(f.transpose(1, 2, 0)) for f in clip] for clip in frames]
     batch = processor(images=images, text=[text] * len(images), return_tensors="pt")
-    ids = model.generate(**batch, max_new_tokens=max_new_tokens)[:, batch["input_ids"].shape[1]:]
+    ids = model.generate(**batch, max_new_tokens=max_new_tokens)[:, batch["input_ids"].shape[1] :]
     captions = [c.strip() for c in processor.batch_decode(ids, skip_special_tokens=True)]
     one = processor(images=images[0], text=text, return_tensors="pt")
     return captions, model(**one).logits[0].numpy()
@@ -39,10 +38,8 @@ def main(job: Path, out: Path) -> None:
     frames = np.load(job)["frames"]
     found = {}
     for folder in settings["folders"]:
-        captions, logits = answers(
-            Path(folder), frames, settings["prompt"], settings["max_new_tokens"])
-        found |= {f"{Path(folder).name}/captions": np.array(captions),
-                  f"{Path(folder).name}/logits": logits}
+        captions, logits = answers(Path(folder), frames, settings["prompt"], settings["max_new_tokens"])
+        found |= {f"{Path(folder).name}/captions": np.array(captions), f"{Path(folder).name}/logits": logits}
     np.savez(out, **found)
 
 

@@ -71,11 +71,15 @@ def assert_close(ours, theirs):
 def run_bare(tmp_path, folders, frames):
     np.savez(tmp_path / "job.npz", frames=frames)
     (tmp_path / "job.json").write_text(
-        json.dumps({"folders": [str(f) for f in folders], "prompt": PROMPT,
-                    "max_new_tokens": TOKENS}))
+        json.dumps({"folders": [str(f) for f in folders], "prompt": PROMPT, "max_new_tokens": TOKENS})
+    )
     subprocess.run(
         [sys.executable, "-I", str(BARE), str(tmp_path / "job.npz"), str(tmp_path / "out.npz")],
-        check=True, capture_output=True, text=True, env=bare_environment(tmp_path))
+        check=True,
+        capture_output=True,
+        text=True,
+        env=bare_environment(tmp_path),
+    )
     return np.load(tmp_path / "out.npz")
 
 
@@ -113,8 +117,7 @@ def test_a_merged_folder_holds_its_own_llm(artifacts, captioners, frames, tmp_pa
     loaded = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
     assert not isinstance(loaded.model.captioner.llm, PeftModel)
     assert_close(prompt_logits(captioners[exp], frames[0]), prompt_logits(loaded, frames[0]))
-    assert (loaded.caption_frames(frames, None, GREEDY)
-            == captioners[exp].caption_frames(frames, None, GREEDY))
+    assert loaded.caption_frames(frames, None, GREEDY) == captioners[exp].caption_frames(frames, None, GREEDY)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "llm")
     ours = loaded.model.captioner.llm.state_dict()
     for name, tensor in plain.state_dict().items():
@@ -167,11 +170,16 @@ def test_the_example_captions_files_as_vlmds_does(artifacts, captioners, tmp_pat
         export_run(artifacts / exp, tmp_path / exp, format="hf-llava", device="cpu")
         config = tmp_path / exp / "generation_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "max_new_tokens": TOKENS}))
-        script = ("import runpy, sys; sys.modules['vlmds'] = None; sys.argv = sys.argv[1:]; "
-                  "runpy.run_path(sys.argv[0], run_name='__main__')")
+        script = (
+            "import runpy, sys; sys.modules['vlmds'] = None; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
         done = subprocess.run(
             [sys.executable, "-I", "-c", script, str(tmp_path / exp / "example.py"), *videos],
-            check=True, capture_output=True, env=bare_environment(tmp_path))
+            check=True,
+            capture_output=True,
+            env=bare_environment(tmp_path),
+        )
         ours = captioners[exp].caption(videos, GREEDY, workers=1)
         expected = "".join(f"{video}\t{caption}\n" for video, caption in zip(videos, ours))
         assert done.stdout.decode() == expected

@@ -22,8 +22,9 @@ def hub(tmp_path, monkeypatch):
 def test_a_pushed_folder_loads_by_its_name(hub, tmp_path, capsys):
     models = tiny.make_models(tmp_path / "models")
     original = made(models, tmp_path / "run", "e8").state_dict()
-    code = main(["export", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out"),
-                 "--push-to-hub", "team/e8"])
+    code = main(
+        ["export", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--push-to-hub", "team/e8"]
+    )
     assert code == 0 and "pushed: " in capsys.readouterr().out
     assert hub.visibility == ["private"]
     assert "README.md" in hub.find("team/e8", "main")[1]
@@ -40,14 +41,18 @@ def test_without_a_network_one_line_says_so(tmp_path, monkeypatch, capsys):
     hubs.use(monkeypatch, "http://127.0.0.1:9", tmp_path)
     models = tiny.make_models(tmp_path / "models")
     made(models, tmp_path / "run", "e1")
-    code = main(["export", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out"),
-                 "--push-to-hub", "team/e1"])
+    code = main(
+        ["export", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--push-to-hub", "team/e1"]
+    )
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1
     assert "--push-to-hub team/e1: " in error and "hf upload team/e1" in error
     assert (tmp_path / "out" / "artifact.json").is_file()
-    for name, message in (("team/e1", "neither a folder here nor a repository"),
-                          ("./nowhere", "no such folder"), ("nowhere", "no such folder")):
+    for name, message in (
+        ("team/e1", "neither a folder here nor a repository"),
+        ("./nowhere", "no such folder"),
+        ("nowhere", "no such folder"),
+    ):
         with pytest.raises(InputError, match=message) as caught:
             VideoCaptioner.from_pretrained(name)
         assert "\n" not in str(caught.value)

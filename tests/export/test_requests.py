@@ -87,7 +87,8 @@ def test_changed_base_weights_are_refused(models, tmp_path, capsys):  # noqa: F8
     meta = json.loads(path.read_text())
     meta["lineage"]["weights"] = {
         **{name: sha256_of(file) for name, file in base_files(experiment).items()},
-        "llm/tokenizer": tokenizer_sha256(experiment.llm)}
+        "llm/tokenizer": tokenizer_sha256(experiment.llm),
+    }
     path.write_text(json.dumps(meta))
     export_run(tmp_path / "run", tmp_path / "good", merge=True, device="cpu")
     other = tmp_path / "other"
@@ -96,8 +97,7 @@ def test_changed_base_weights_are_refused(models, tmp_path, capsys):  # noqa: F8
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    error = refused(capsys, tmp_path / "run", tmp_path / "out", "--merge", "--set",
-                    f"llm.model={other}")
+    error = refused(capsys, tmp_path / "run", tmp_path / "out", "--merge", "--set", f"llm.model={other}")
     assert f"llm.model: model.safetensors of {other} is not the one" in error
     # A folded folder is what it is.
     error = refused(capsys, tmp_path / "good", tmp_path / "out", "--format", "hf-llava")
@@ -123,9 +123,10 @@ def test_layer_and_pooling_travel(models, tmp_path, options):  # noqa: F811
     assert config.get("vision_feature_layer", -2) == -2
 
 
-@pytest.mark.parametrize(("dtype", "widths", "expected"), [
-    (torch.float32, (48, 128), "relu"), (torch.float32, (48, 64), "linear"),
-    (torch.bfloat16, (1024, 4096), "relu")])
+@pytest.mark.parametrize(
+    ("dtype", "widths", "expected"),
+    [(torch.float32, (48, 128), "relu"), (torch.float32, (48, 64), "linear"), (torch.bfloat16, (1024, 4096), "relu")],
+)
 def test_a_linear_projector_is_exactly_an_mlp(dtype, widths, expected):
     torch.manual_seed(0)
     linear = nn.Linear(*widths, dtype=dtype).requires_grad_(False)
@@ -134,7 +135,7 @@ def test_a_linear_projector_is_exactly_an_mlp(dtype, widths, expected):
     x = torch.randn(7, widths[0], dtype=dtype)
     ours, theirs = linear(x), second(ACT2FN[act](first(x)))
     # Only the order of the sums differs; in bfloat16 that can move the one rounding at the end.
-    tolerance = 1e-6 if dtype is torch.float32 else 2 ** -8
+    tolerance = 1e-6 if dtype is torch.float32 else 2**-8
     assert (ours - theirs).abs().max() <= tolerance * ours.abs().max()
     exact = linear.double()(x.double())
     assert (theirs.double() - exact).abs().max() <= 1.1 * (ours.double() - exact).abs().max() + 1e-6
@@ -152,8 +153,7 @@ def test_a_wide_linear_projector_is_a_relu_llava(tmp_path):
 
 
 def test_the_real_qwen_template_travels(qwen_tokenizer_folder, tmp_path):
-    qwen = tiny.make_models(
-        tmp_path / "models", AutoTokenizer.from_pretrained(qwen_tokenizer_folder))
+    qwen = tiny.make_models(tmp_path / "models", AutoTokenizer.from_pretrained(qwen_tokenizer_folder))
     made(qwen, tmp_path / "run", "e3")
     parity = export_run(tmp_path / "run", tmp_path / "out", format="hf-llava", device="cpu")
     assert parity.top1 == 1 and parity.kl < 1e-8

@@ -61,14 +61,14 @@ def test_sampled_captions_do_not_depend_on_the_batch_but_on_the_seed(captioner, 
 def test_hardly_any_temperature_is_greedy(captioner, frames):
     cold = GenerationOptions(max_new_tokens=12, temperature=1e-6)
     assert captioner.caption_frames(frames, None, cold) == captioner.caption_frames(
-        frames, None, GenerationOptions(max_new_tokens=12))
+        frames, None, GenerationOptions(max_new_tokens=12)
+    )
 
 
 def test_a_high_repetition_penalty_leaves_no_repetition(models, frames, tmp_path):
     """Half of the model's words have a positive logit at any time, so that there are always others
     to choose from."""
-    tiny.make_speaker(models, tmp_path / "artifact", "e7",
-                      [(frames[0], None, " ".join(["별이"] * 12))])
+    tiny.make_speaker(models, tmp_path / "artifact", "e7", [(frames[0], None, " ".join(["별이"] * 12))])
     captioner = VideoCaptioner.from_pretrained(tmp_path / "artifact")
     spoken = {}
     for penalty in (1.0, 1e6):
@@ -99,11 +99,17 @@ def test_leaving_a_stream_ends_it_and_its_errors_reach_the_reader(captioner, fra
         captioner.stream(frames[0], None, GenerationOptions(num_beams=2))
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    (dict(max_new_tokens=0), "max_new_tokens 0"), (dict(top_p=1.5), "top_p 1.5"),
-    (dict(temperature=-1), "temperature -1"), (dict(num_beams=2, temperature=1.0), "does not sample"),
-    (dict(top_p=0.5), "set temperature"), (dict(repetition_penalty=0.0), "repetition_penalty"),
-])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens 0"),
+        (dict(top_p=1.5), "top_p 1.5"),
+        (dict(temperature=-1), "temperature -1"),
+        (dict(num_beams=2, temperature=1.0), "does not sample"),
+        (dict(top_p=0.5), "set temperature"),
+        (dict(repetition_penalty=0.0), "repetition_penalty"),
+    ],
+)
 def test_values_out_of_range_are_refused_by_name(bad, message):
     with pytest.raises(InputError, match=message):
         GenerationOptions(**bad)

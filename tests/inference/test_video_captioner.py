@@ -73,13 +73,16 @@ def damage(folder, what):
         save_file(tensors, path)
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("missing", "projector.safetensors: missing tensor"),
-    ("extra", "projector.safetensors: unexpected tensor other.weight"),
-    ("shape", r"has shape \[3, 3\], but the model needs"),
-    ("cut", "projector.safetensors: cannot be read"),
-    ("adapter", "adapter_model.safetensors: missing tensor"),
-])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", "projector.safetensors: missing tensor"),
+        ("extra", "projector.safetensors: unexpected tensor other.weight"),
+        ("shape", r"has shape \[3, 3\], but the model needs"),
+        ("cut", "projector.safetensors: cannot be read"),
+        ("adapter", "adapter_model.safetensors: missing tensor"),
+    ],
+)
 def test_loading_is_strict(models, tmp_path, what, message):
     made(models, tmp_path / "artifact")
     damage(tmp_path / "artifact", what)
@@ -92,9 +95,17 @@ def test_another_llm_width_is_refused_with_both_numbers(models, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(models / "qwen3", other)
     rows = Qwen3ForCausalLM.from_pretrained(other).config.vocab_size
-    Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=rows, hidden_size=96, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16)).save_pretrained(other)
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=rows,
+            hidden_size=96,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    ).save_pretrained(other)
     with pytest.raises(InputError, match="width 64, but .* hidden_size 96"):
         VideoCaptioner.from_pretrained(tmp_path / "artifact", overrides=[f"llm.model={other}"])
 
@@ -123,14 +134,17 @@ def test_captions_do_not_depend_on_the_batch(tmp_path):
     frames[3:] = frames[2]
     prompts = [None, "무엇?", None, "이 영상에서 무엇이 보입니까? 자세히 말해주세요.", "누구?"]
     texts = [f"{colour} 원이 왼쪽으로 움직입니다" for colour in ("빨간", "파란", "노란", "하얀", "보라색")]
-    tiny.make_speaker(tiny.make_models(tmp_path / "models", speaking=True), tmp_path / "artifact",
-                      "e7", list(zip(frames, prompts, texts, strict=True)))
+    tiny.make_speaker(
+        tiny.make_models(tmp_path / "models", speaking=True),
+        tmp_path / "artifact",
+        "e7",
+        list(zip(frames, prompts, texts, strict=True)),
+    )
     captioner = VideoCaptioner.from_pretrained(tmp_path / "artifact")
     for beams in (1, 3):
         options = GenerationOptions(num_beams=beams, max_new_tokens=12)
         together = captioner.caption_frames(frames, prompts, options)
-        alone = [captioner.caption_frames(f[None], [p], options)[0]
-                 for f, p in zip(frames, prompts)]
+        alone = [captioner.caption_frames(f[None], [p], options)[0] for f, p in zip(frames, prompts)]
         assert together == alone
         assert all(map(str.startswith, together, texts))
 
@@ -143,8 +157,7 @@ def test_captions_of_files_and_of_what_is_no_video(models, tmp_path, capsys):
     captioner = VideoCaptioner.from_pretrained(tmp_path / "artifact")
     results = list(captioner.caption(videos, GenerationOptions(max_new_tokens=6), batch_size=2))
     assert [isinstance(r, SampleError) for r in results] == [False, True, False, False]
-    code = main(["caption", "--run", str(tmp_path / "artifact"), "--json", "--max-new-tokens", "6",
-                 *videos])
+    code = main(["caption", "--run", str(tmp_path / "artifact"), "--json", "--max-new-tokens", "6", *videos])
     printed = capsys.readouterr()
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert code == 2 and f"{videos[1]}: " in printed.err
@@ -173,4 +186,5 @@ def test_an_artifact_needs_no_attention_that_it_was_trained_with(models, tmp_pat
     assert llm.config._attn_implementation == "sdpa"
     with pytest.raises(InputError, match="llm.attention: flash_attention_3 needs a GPU"):
         VideoCaptioner.from_pretrained(
-            tmp_path / "artifact", device="cpu", overrides=["llm.attention=flash_attention_3"])
+            tmp_path / "artifact", device="cpu", overrides=["llm.attention=flash_attention_3"]
+        )

@@ -19,8 +19,12 @@ from vlmds.video import pool
 from vlmds.video.pool import FrameDecoder
 
 MOST = 400.0  # bytes a decode, over thousands; a leaked reply has 6 kB
-GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4096",
-             "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "4096"}
+GIVE_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4096",
+    "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_TRIM_THRESHOLD_": "4096",
+}
 
 
 def growth(folder: Path, decodes: int, warm_up: int) -> dict[str, float]:
@@ -29,8 +33,7 @@ def growth(folder: Path, decodes: int, warm_up: int) -> dict[str, float]:
     Takes turns with a file that decord decodes, one that PyAV does, and one that is refused.
     """
     plain = write_video(folder / "plain.mp4", frames=8)
-    cut = cut_video(write_video(folder / "gops.mp4", frames=20, **{"x264-params": "keyint=8"}),
-                    folder / "cut.mp4", 0.5)
+    cut = cut_video(write_video(folder / "gops.mp4", frames=20, **{"x264-params": "keyint=8"}), folder / "cut.mp4", 0.5)
     contents = [plain.read_bytes(), cut.read_bytes(), plain.read_bytes()[:500]]
     decoder = FrameDecoder(60.0)
 
@@ -52,8 +55,7 @@ def growth(folder: Path, decodes: int, warm_up: int) -> dict[str, float]:
 
 
 def resident(pid: int) -> int:
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-               if line.startswith("VmRSS")]
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) * 1024
 
 

@@ -1,6 +1,6 @@
 """Bring on each fault, see what happens, and print the table of docs/reliability.md.
 
-    python -m tests.manual.fault_table [NAME …]
+python -m tests.manual.fault_table [NAME …]
 """
 
 import json
@@ -39,23 +39,33 @@ class Table:
     def arguments(self, run: Path, *overrides: str, shards: Path | None = None) -> list[str]:
         return arguments(self.models, shards or self.shards, run, *overrides)
 
-    def strike(self, run_name: str, expect: int | None, *overrides: str, shards=None,
-               **fault) -> str:
+    def strike(self, run_name: str, expect: int | None, *overrides: str, shards=None, **fault) -> str:
         """Train with a fault; what it said last, and seconds from the fault to the exit."""
         run = self.run(run_name)
         struck = self.folder / f"{run_name}-struck"
-        done = train(2, *self.arguments(run, *overrides, shards=shards), expect=expect,
-                     script=FAULTY, VLMDS_TEST_FAULT=json.dumps({**fault, "note": str(struck)}))
+        done = train(
+            2,
+            *self.arguments(run, *overrides, shards=shards),
+            expect=expect,
+            script=FAULTY,
+            VLMDS_TEST_FAULT=json.dumps({**fault, "note": str(struck)}),
+        )
         seconds = time.time() - float(struck.read_text())
-        said = [line for line in (done.stdout + done.stderr).splitlines()
-                if "vlmds: " in line and not any(w in line for w in ("samples/s", "finished,"))]
+        said = [
+            line
+            for line in (done.stdout + done.stderr).splitlines()
+            if "vlmds: " in line and not any(w in line for w in ("samples/s", "finished,"))
+        ]
         same = self.same_after_restart(run) if expect in (3, None) else ""
         return f"exit {done.returncode}, {seconds:.1f} s{same}\n    " + "\n    ".join(said[-4:])
 
     def same_after_restart(self, run: Path) -> str:
         train(2, *self.arguments(run))
-        return ("; the next start ended bit-identical to an undisturbed run"
-                if metrics(run) == metrics(self.calm) else "; the next start DIFFERS")
+        return (
+            "; the next start ended bit-identical to an undisturbed run"
+            if metrics(run) == metrics(self.calm)
+            else "; the next start DIFFERS"
+        )
 
     def fault_rank_killed(self):
         return self.strike("kill", None, kind="kill", rank=1, call=9)
@@ -64,23 +74,21 @@ class Table:
         return self.strike("exception", None, kind="exception", rank=1, call=9)
 
     def fault_rank_stuck_in_data_timeout_12_s(self):
-        return self.strike("stuck", None, "training.timeout_minutes=0.2", kind="stuck", rank=1,
-                           call=9)
+        return self.strike("stuck", None, "training.timeout_minutes=0.2", kind="stuck", rank=1, call=9)
 
     def fault_node_gone_without_a_word_during_a_wait_for_a_gpu(self):
         """For training.heartbeat_seconds of 20; the default is 120."""
         try:
-            ends = [namespaces.node_gone(self.folder, self.models, self.shards, survivor, 20)
-                    for survivor in (0, 1)]
+            ends = [namespaces.node_gone(self.folder, self.models, self.shards, survivor, 20) for survivor in (0, 1)]
         except namespaces.Unavailable as problem:
             return f"not tried: {problem}"
-        return "".join(f"\n  node {1 - survivor} gone: exit {code}, {seconds:.1f} s\n    "
-                       + "\n    ".join(words[:4])
-                       for survivor, (code, seconds, words) in enumerate(ends))
+        return "".join(
+            f"\n  node {1 - survivor} gone: exit {code}, {seconds:.1f} s\n    " + "\n    ".join(words[:4])
+            for survivor, (code, seconds, words) in enumerate(ends)
+        )
 
     def fault_rank_killed_during_a_wait_for_a_gpu(self):
-        return self.strike("alone", None, "training.heartbeat_seconds=20", kind="alone", rank=0,
-                           call=9)
+        return self.strike("alone", None, "training.heartbeat_seconds=20", kind="alone", rank=0, call=9)
 
     def fault_rank_stopped_for_longer_than_the_heartbeat(self):
         return self._calm_in_spite_of("stop")
@@ -89,8 +97,12 @@ class Table:
         return self._calm_in_spite_of("lock")
 
     def _calm_in_spite_of(self, kind: str) -> str:
-        seen = [self.strike(f"{kind}{rank}", 0, "training.heartbeat_seconds=5", kind=kind, rank=rank,
-                            call=9, seconds=12).splitlines()[0] for rank in (0, 1)]
+        seen = [
+            self.strike(
+                f"{kind}{rank}", 0, "training.heartbeat_seconds=5", kind=kind, rank=rank, call=9, seconds=12
+            ).splitlines()[0]
+            for rank in (0, 1)
+        ]
         same = all(metrics(self.run(f"{kind}{rank}")) == metrics(self.calm) for rank in (0, 1))
         return f"rank 0: {seen[0]}; rank 1: {seen[1]}; same metrics as an undisturbed run: {same}"
 
@@ -101,21 +113,36 @@ class Table:
         return self.strike("nan", 0, kind="nan", rank=1, calls=[3])
 
     def fault_nan_in_more_steps_than_allowed(self):
-        return self.strike("nans", 2, "training.max_skipped_steps=1", kind="nan", rank=1,
-                           calls=[3, 4])
+        return self.strike("nans", 2, "training.max_skipped_steps=1", kind="nan", rank=1, calls=[3, 4])
 
     def fault_shard_cut_short_during_the_run(self):
         shards = self.folder / "shards-gone"
         shutil.copytree(self.shards, shards)
-        return self.strike("gone", 2, "data.max_bad_fraction=0.1", shards=shards, kind="truncate",
-                           rank=0, call=3, path=str(shards / "train" / "000000.tar"))
+        return self.strike(
+            "gone",
+            2,
+            "data.max_bad_fraction=0.1",
+            shards=shards,
+            kind="truncate",
+            rank=0,
+            call=3,
+            path=str(shards / "train" / "000000.tar"),
+        )
 
     def fault_shard_deleted_during_the_run(self):
         """The readers have it open, and so have its bytes."""
         shards = self.folder / "shards-deleted"
         shutil.copytree(self.shards, shards)
-        seen = self.strike("deleted", 0, "data.max_bad_fraction=0.1", shards=shards, kind="delete",
-                           rank=0, call=1, path=str(shards / "train" / "000000.tar"))
+        seen = self.strike(
+            "deleted",
+            0,
+            "data.max_bad_fraction=0.1",
+            shards=shards,
+            kind="delete",
+            rank=0,
+            call=1,
+            path=str(shards / "train" / "000000.tar"),
+        )
         same = metrics(self.run("deleted")) == metrics(self.calm)
         return f"{seen}\n    same metrics as an undisturbed run: {same}"
 
@@ -179,20 +206,30 @@ class Table:
         if shutil.which("faketime") is None:
             return "not tried: needs faketime (Debian)"
         wrapper = self.folder / "wrong_clock.sh"
-        wrapper.write_text('#!/bin/sh\nif [ "$RANK" = 1 ]; then exec faketime "-1 day" "$@"; fi\n'
-                           'exec "$@"\n')
+        wrapper.write_text('#!/bin/sh\nif [ "$RANK" = 1 ]; then exec faketime "-1 day" "$@"; fi\nexec "$@"\n')
         wrapper.chmod(0o755)
         run = self.run("clock")
         port = free_port()
         began = time.monotonic()
         done = subprocess.run(
-            ["torchrun", "--nproc_per_node=2", f"--master_port={port}", "--no-python", str(wrapper),
-             "python", str(SCRIPT), *self.arguments(run)], env=environment(),
-            capture_output=True, text=True, timeout=300)
+            [
+                "torchrun",
+                "--nproc_per_node=2",
+                f"--master_port={port}",
+                "--no-python",
+                str(wrapper),
+                "python",
+                str(SCRIPT),
+                *self.arguments(run),
+            ],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         seconds = time.monotonic() - began
         same = metrics(run) == metrics(self.calm)
-        return (f"exit {done.returncode}, {self._from_start(seconds)}, same metrics as an "
-                f"undisturbed run: {same}")
+        return f"exit {done.returncode}, {self._from_start(seconds)}, same metrics as an undisturbed run: {same}"
 
     def _damaged(self, name: str, damage: Callable[[Path], None]) -> str:
         run = self.run(name)
@@ -202,8 +239,7 @@ class Table:
         seconds, done = self._started(*self.arguments(run))
         said = next(line for line in done.stdout.splitlines() if "passed over" in line)
         same = metrics(run) == metrics(self.calm)
-        return (f"exit 0, {self._from_start(seconds)}, bit-identical to an undisturbed run: {same}"
-                f"\n    {said}")
+        return f"exit 0, {self._from_start(seconds)}, bit-identical to an undisturbed run: {same}\n    {said}"
 
     @staticmethod
     def _started(*args: str) -> tuple[float, subprocess.CompletedProcess]:

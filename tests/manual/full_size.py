@@ -12,6 +12,7 @@ a stop; --again does. --tiny does it all with tiny models.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -29,7 +30,7 @@ import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel  # fmt: skip
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
 from tests import tiny
 from vlmds.console.progress import phase
@@ -108,22 +109,32 @@ class Program:
 
     def table(self) -> str:
         cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        lines = [f"{len(os.sched_getaffinity(0))} cores{f' of {cpu[1]}' if cpu else ''}, "
-                 f"{psutil.virtual_memory().total / 1e9:.1f} GB of memory, one rank, {self.args.dtype} beside NF4", "",
-                 "| | wall, s | first step after, s | peak anonymous memory, GB | written, GB | "
-                 "plan's memory, GB | |", "|---|" + "---:|" * 5 + "---|"]
+        lines = [
+            f"{len(os.sched_getaffinity(0))} cores{f' of {cpu[1]}' if cpu else ''}, "
+            f"{psutil.virtual_memory().total / 1e9:.1f} GB of memory, one rank, {self.args.dtype} beside NF4",
+            "",
+            "| | wall, s | first step after, s | peak anonymous memory, GB | written, GB | plan's memory, GB | |",
+            "|---|" + "---:|" * 5 + "---|",
+        ]
         for row in self.rows.values():
-            cells = [f"{row.seconds:.0f}", number(row.first_step, 1, ".0f"),
-                     number(row.memory, 1e9, ".2f"), number(row.written, 1e9, ".3f"),
-                     number(row.predicted, 1e9, ".2f")]
+            cells = [
+                f"{row.seconds:.0f}",
+                number(row.first_step, 1, ".0f"),
+                number(row.memory, 1e9, ".2f"),
+                number(row.written, 1e9, ".3f"),
+                number(row.predicted, 1e9, ".2f"),
+            ]
             lines.append(f"| {row.name} | {' | '.join(cells)} | {row.remarks.replace('|', '∣')} |")
         return "\n".join(lines)
 
     def make_models(self) -> Row:
         started = time.monotonic()
         shutil.rmtree(self.models, ignore_errors=True)
-        tokenizer = (AutoTokenizer.from_pretrained(self.args.tokenizer) if self.args.tokenizer
-                     else train_tokenizer(["0번 영상입니다."], vocab_size=600))
+        tokenizer = (
+            AutoTokenizer.from_pretrained(self.args.tokenizer)
+            if self.args.tokenizer
+            else train_tokenizer(["0번 영상입니다."], vocab_size=600)
+        )
         with new_folder(self.models) as new:
             if self.args.tiny:
                 tiny.make_models(new, tokenizer)
@@ -140,8 +151,9 @@ class Program:
         return row
 
     def plan(self, exp: str) -> Row:
-        row, printed = self.measured(f"{exp} plan", "plan", "--exp", exp, "--data",
-                                     str(self.shards), "--set", *self.settings(exp))
+        row, printed = self.measured(
+            f"{exp} plan", "plan", "--exp", exp, "--data", str(self.shards), "--set", *self.settings(exp)
+        )
         row.predicted = largest(last(SUM, printed))
         return row
 
@@ -172,8 +184,17 @@ class Program:
         clip = next((self.folder / "clips" / "clips").glob("val_*.mp4"))
         out = self.folder / f"{exp}-caption.jsonl"
         out.unlink(missing_ok=True)
-        row, _ = self.measured(f"{exp} caption", "caption", "--run", str(self.run_folder(exp)),
-                               str(clip), "--max-new-tokens", "4", "--out", str(out))
+        row, _ = self.measured(
+            f"{exp} caption",
+            "caption",
+            "--run",
+            str(self.run_folder(exp)),
+            str(clip),
+            "--max-new-tokens",
+            "4",
+            "--out",
+            str(out),
+        )
         record = json.loads(out.read_text())
         row.remarks, row.written = repr(record["caption"]), size(out)
         return row
@@ -183,8 +204,9 @@ class Program:
             return Row(f"{exp} export", 0.0, remarks="left out: folded in float32 it takes 33 GB of memory")
         merged = self.folder / "merged" / exp
         shutil.rmtree(merged, ignore_errors=True)
-        row, printed = self.measured(f"{exp} export", "export", "--run", str(self.run_folder(exp)),
-                                     "--merge", "--output", str(merged))
+        row, printed = self.measured(
+            f"{exp} export", "export", "--run", str(self.run_folder(exp)), "--merge", "--output", str(merged)
+        )
         row.written = size(merged)
         row.remarks = last(PARITY, printed)
         if not self.args.keep:
@@ -197,14 +219,29 @@ class Program:
     def training(self, exp: str, name: str, script: str = TRAIN, **how) -> tuple[Row, str]:
         """The same command each time; how: see :meth:`measured`."""
         return self.measured(
-            name, "--exp", exp, "--data", str(self.shards), "--output", str(self.run_folder(exp)),
-            "--set", *self.settings(exp), script=script, **how)
+            name,
+            "--exp",
+            exp,
+            "--data",
+            str(self.shards),
+            "--output",
+            str(self.run_folder(exp)),
+            "--set",
+            *self.settings(exp),
+            script=script,
+            **how,
+        )
 
     def settings(self, exp: str) -> list[str]:
         """Overrides: few steps, a checkpoint after each, validation at a stage's end only."""
-        chosen = [f"vision.model={self.models / 'clip'}", f"llm.model={self.models / 'qwen3'}",
-                  "training.micro_batch=1", "training.gradient_accumulation=2",
-                  f"data.num_frames={FRAMES.get(exp, 8)}", "training.timeout_minutes=600"]
+        chosen = [
+            f"vision.model={self.models / 'clip'}",
+            f"llm.model={self.models / 'qwen3'}",
+            "training.micro_batch=1",
+            "training.gradient_accumulation=2",
+            f"data.num_frames={FRAMES.get(exp, 8)}",
+            "training.timeout_minutes=600",
+        ]
         if self.args.tiny:
             resampler = hasattr(load_experiment(exp).projector, "num_queries")
             chosen = [*tiny.settings(self.models), *(tiny.RESAMPLER if resampler else [])]
@@ -212,24 +249,34 @@ class Program:
             chosen.append(f"llm.dtype={self.args.dtype}")
         for number in (0, 1):
             chosen += [f"stages.{number}.epochs=null", f"stages.{number}.steps={self.args.steps}"]
-        return [*chosen, "training.checkpoint_every=1", "training.validate_every=1000000",
-                "logging.every=1", "logging.tensorboard=false"]
+        return [
+            *chosen,
+            "training.checkpoint_every=1",
+            "training.validate_every=1000000",
+            "logging.every=1",
+            "logging.tensorboard=false",
+        ]
 
-    def measured(self, name: str, *words: str, script: str | None = None,
-                 kill: Callable[[], bool] | None = None) -> tuple[Row, str]:
+    def measured(
+        self, name: str, *words: str, script: str | None = None, kill: Callable[[], bool] | None = None
+    ) -> tuple[Row, str]:
         """Run `vlmds WORDS`, or a script of the repository; (what it took, what it printed).
         kill: by SIGKILL as soon as this is true."""
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
         program = [str(ROOT / script)] if script else ["-m", "vlmds.cli"]
-        environment = os.environ | {
-            "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         row, started = Row(name, 0.0, memory=0), time.monotonic()
         with log.open("w") as out, phase(name):
             process = subprocess.Popen(
-                [sys.executable, *program, *words], env=environment, cwd=self.folder, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True)
+                [sys.executable, *program, *words],
+                env=environment,
+                cwd=self.folder,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 killed = self._watch(process, row, log, started, kill)
             finally:
@@ -242,8 +289,7 @@ class Program:
         return row, printed
 
     @staticmethod
-    def _watch(process: subprocess.Popen, row: Row, log: Path, started: float,
-               kill: Callable[[], bool] | None) -> bool:
+    def _watch(process: subprocess.Popen, row: Row, log: Path, started: float, kill: Callable[[], bool] | None) -> bool:
         """Sample until it ends; whether it was killed."""
         while process.poll() is None:
             row.memory = max(row.memory, anonymous_memory(process.pid))
@@ -262,9 +308,9 @@ def write_clip(folder: Path) -> None:
     torch.manual_seed(0)
     CLIPVisionModel(config).save_pretrained(folder)
     side = config.image_size
-    CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
 
 
 def write_qwen(folder: Path, tokenizer) -> None:
@@ -287,8 +333,9 @@ def write_qwen(folder: Path, tokenizer) -> None:
                 scale = {"generator": generator, "std": config.initializer_range}
                 tensors[name] = empty.fill_(1) if empty.ndim == 1 else empty.normal_(**scale)
             save_file(tensors, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps(
-        {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    )
 
 
 def anonymous_memory(pid: int) -> int:
@@ -309,10 +356,8 @@ def anonymous_memory(pid: int) -> int:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -364,10 +409,15 @@ def main() -> None:
     add("--tokenizer", metavar="DIR", help="of the real model (default: a tiny one)")
     add("--exps", nargs="+", default=["e7", "e3"], metavar="EXP", help="default: e7 e3")
     add("--steps", type=int, help="of each stage (default: 2; 40 with --tiny)")
-    add("--only", nargs="+", metavar="STEP", choices=(
-        "models", "clips", "plan", "train", "resume", "caption", "export"))
-    add("--dtype", choices=("bfloat16", "float32"), default=fast_dtype(),
-        help="of what is not in NF4 (default: bfloat16 if the CPU computes in it; here: %(default)s)")
+    add(
+        "--only", nargs="+", metavar="STEP", choices=("models", "clips", "plan", "train", "resume", "caption", "export")
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default=fast_dtype(),
+        help="of what is not in NF4 (default: bfloat16 if the CPU computes in it; here: %(default)s)",
+    )
     add("--again", action="store_true", help="also what is done")
     add("--keep", action="store_true", help="the folders with folded weights, 17 GB each")
     add("--tiny", action="store_true", help="tiny models, to try the program itself")

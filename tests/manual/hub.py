@@ -27,8 +27,9 @@ PROGRAM = [sys.executable, "-m", "vlmds.cli"]
 def show(title: str, hub: hubs.Hub, words: list[str], **env: str) -> None:
     hub.downloads.clear()
     print(f"\n=== {title}\n$ {' '.join(words)}", flush=True)
-    done = subprocess.run(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=environment(**env))
+    done = subprocess.run(
+        words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(**env)
+    )
     sent = {name: count for name, count in hub.downloads.items() if name.endswith(hubs.LFS)}
     print(f"{done.stdout.rstrip()}\n--- exit code {done.returncode}; weight files sent: {sent or 'none'}")
 
@@ -45,8 +46,21 @@ def main(folder: Path) -> None:
         models = [f"vision.model={CLIP}", f"llm.model={QWEN}"]
 
         def start(run: str, *changes: str) -> list[str]:
-            return command(2, "--exp", "e3", "--output", str(folder / run), "--data", str(shards),
-                           "--set", *own, *models, "stages.0.steps=2", "stages.1.steps=2", *changes)
+            return command(
+                2,
+                "--exp",
+                "e3",
+                "--output",
+                str(folder / run),
+                "--data",
+                str(shards),
+                "--set",
+                *own,
+                *models,
+                "stages.0.steps=2",
+                "stages.1.steps=2",
+                *changes,
+            )
 
         plan = [*PROGRAM, "plan", "--exp", "e3", "--data", str(shards), "--set", *own, *models]
         fetch = [*PROGRAM, "fetch", "--exp", "e3", "--set", *models]
@@ -54,12 +68,12 @@ def main(folder: Path) -> None:
         show("two ranks, an empty HF_HOME", hub, start("run"), **home)
         show("another run without a network", hub, start("offline"), **home | {"HF_HUB_OFFLINE": "1"})
         hub.broken = 3
-        show("fetch; the hub fails three times", hub, fetch,
-             **home | {"HF_HOME": str(folder / "broken")})
+        show("fetch; the hub fails three times", hub, fetch, **home | {"HF_HOME": str(folder / "broken")})
         show("no such repository", hub, start("none", "llm.model=team/qwen9"), **home)
         show("a gated one", hub, [*fetch, "llm.model=team/gated"], **home)
-        show("offline, and nothing there", hub, fetch,
-             **home | {"HF_HOME": str(folder / "empty"), "HF_HUB_OFFLINE": "1"})
+        show(
+            "offline, and nothing there", hub, fetch, **home | {"HF_HOME": str(folder / "empty"), "HF_HUB_OFFLINE": "1"}
+        )
         hub.claimed["model-00002-of-00002.safetensors"] = 10**16
         show("no room", hub, fetch, **home | {"HF_HOME": str(folder / "full")})
 

@@ -15,8 +15,9 @@ from tests.training.launch import TIMEOUT, arguments, kill_tree, metrics, runnin
 from vlmds.training import checkpoint
 
 
-def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, seed: int,
-                     fresh: bool = False, lines: int | None = None) -> list[str]:
+def train_with_kills(
+    run: Path, args: list[str], kills: int, seconds: float, seed: int, fresh: bool = False, lines: int | None = None
+) -> list[str]:
     """Start the run, kill it, and start it again, `kills` times; then let it end.
 
     Half of the kills strike at a random moment of the first `seconds` of a start, the others as
@@ -36,8 +37,7 @@ def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, see
                 what = f"after {after:.1f} s"
                 deadline = time.monotonic() + after
                 most = len(metrics(run)) + lines if lines else float("inf")
-                while (time.monotonic() < deadline and process.poll() is None
-                       and len(metrics(run)) < most):
+                while time.monotonic() < deadline and process.poll() is None and len(metrics(run)) < most:
                     time.sleep(0.01)
             over = process.poll() is not None
             assert not over or process.returncode == 0, log.with_suffix(".err").read_text()[-3000:]
@@ -45,8 +45,7 @@ def train_with_kills(run: Path, args: list[str], kills: int, seconds: float, see
         for folder in (run / "checkpoints").glob("[a-z]*"):
             assert checkpoint.check(folder) is None, folder  # a checkpoint that shows is whole
         lines = len(metrics(run)) if run.is_dir() else 0
-        seen.append(f"kill {number + 1}: {what}; {lines} lines of metrics"
-                    + ("; it had ended before" if over else ""))
+        seen.append(f"kill {number + 1}: {what}; {lines} lines of metrics" + ("; it had ended before" if over else ""))
         if over:
             break
     train(2, *args, fresh=fresh)
@@ -87,12 +86,17 @@ def main() -> None:
     print("an undisturbed run first", flush=True)
     train(2, *arguments(models, shards, folder / "calm", *steps), fresh=True)
     seconds = 12.0  # a start takes more than half of it
-    seen = train_with_kills(folder / "killed", arguments(models, shards, folder / "killed", *steps),
-                            options.kills, seconds, options.seed, fresh=True)
+    seen = train_with_kills(
+        folder / "killed",
+        arguments(models, shards, folder / "killed", *steps),
+        options.kills,
+        seconds,
+        options.seed,
+        fresh=True,
+    )
     print("\n".join(seen))
     assert metrics(folder / "killed") == metrics(folder / "calm")
-    test_training.assert_same_weights(
-        test_training.weights(folder / "killed"), test_training.weights(folder / "calm"))
+    test_training.assert_same_weights(test_training.weights(folder / "killed"), test_training.weights(folder / "calm"))
     print(f"{len(seen)} kills; metrics and final weights are bit-identical to the undisturbed run")
 
 

@@ -52,9 +52,10 @@ def folders(here: Path, there: Path) -> None:
             (new / "text").write_text(text)
             save_file({"a": torch.zeros(1)}, new / "a.safetensors")
         held.append((here / "artifact" / "text").open())
-        check(f"a folder with an open file is replaced: {text}",
-              files.is_there(there / "artifact" / "text")
-              and (there / "artifact" / "text").read_text() == text)
+        check(
+            f"a folder with an open file is replaced: {text}",
+            files.is_there(there / "artifact" / "text") and (there / "artifact" / "text").read_text() == text,
+        )
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (there / "artifact").iterdir()}
     check(f"modes of the umask: {', '.join(map(oct, modes))}", len(modes) == 1)
     leftovers = list(here.rglob(".nfs*"))
@@ -64,8 +65,10 @@ def folders(here: Path, there: Path) -> None:
     files.remove_folder(here / "artifact")
     with files.new_folder(here / "artifact") as new:
         (new / "text").touch()
-    check("nothing of it is left once it is closed", not list(here.rglob(".nfs*"))
-          and sorted(path.name for path in here.iterdir()) == ["artifact"])
+    check(
+        "nothing of it is left once it is closed",
+        not list(here.rglob(".nfs*")) and sorted(path.name for path in here.iterdir()) == ["artifact"],
+    )
 
 
 def freshness(here: Path, there: Path) -> None:
@@ -113,28 +116,44 @@ def locks_and_lines(here: Path, there: Path) -> None:
 def training(here: Path, there: Path, mounts: tuple[Path, Path], local: Path) -> None:
     models, shards = tiny.make_models(local / "models"), make_shards(local / "data")
     words = [sys.executable, str(SCRIPT), *arguments(models, shards, here / "run", *SHORT)]
-    swap = ["unshare", "--mount", "--propagation", "private", "sh", "-c",
-            f"mount --bind {mounts[1]} {mounts[0]} && exec \"$@\"", "sh"]
+    swap = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        f'mount --bind {mounts[1]} {mounts[0]} && exec "$@"',
+        "sh",
+    ]
     for again in (False, True):
-        place = dict(WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        place = dict(
+            WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
         begin = time.monotonic()
-        ranks = [subprocess.Popen([*prefix, *words], env=environment(**place, RANK=str(rank)),
-                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                 for rank, prefix in enumerate(([], swap))]
+        ranks = [
+            subprocess.Popen(
+                [*prefix, *words],
+                env=environment(**place, RANK=str(rank)),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, prefix in enumerate(([], swap))
+        ]
         said = [rank.communicate()[0] for rank in ranks]
         codes = [rank.returncode for rank in ranks]
-        check(f"two ranks train, exit codes {codes}, {time.monotonic() - begin:.0f} s",
-              codes == [0, 0])
+        check(f"two ranks train, exit codes {codes}, {time.monotonic() - begin:.0f} s", codes == [0, 0])
         if codes != [0, 0]:
             print(*(text[-3000:] for text in said), sep="\n--- rank\n")
             return
         if again:
             check("the same command finds nothing to do", "nothing to do" in said[0])
     for stage in ("align", "finetune"):
-        check(f"the artifact of {stage} is there for both",
-              all(files.is_there(place / "run" / "artifacts" / stage / "artifact.json")
-                  for place in (here, there)))
+        check(
+            f"the artifact of {stage} is there for both",
+            all(files.is_there(place / "run" / "artifacts" / stage / "artifact.json") for place in (here, there)),
+        )
     names = [path.name for path in (here / "run").rglob(".*")]
     check(f"nothing is left over {names}", not names)
     found = checkpoint.checkpoints(there / "run" / "checkpoints", "finetune")

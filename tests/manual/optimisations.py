@@ -29,10 +29,24 @@ def curves(models: Path, shards: Path, folder: Path, steps: int) -> tuple[list[d
     found = []
     for name, settings, script in (("optimised", OPTIMISED, None), ("plain", PLAIN, __file__)):
         more = {} if script is None else {"script": Path(script)}
-        train(0, *arguments(
-            models, shards, folder / name, *tiny.RESAMPLER, *settings, "training.validate_every=1000",
-            "training.checkpoint_every=1000", f"stages.0.steps={steps}", f"stages.1.steps={steps}",
-            "stages.1.lr=1e-3", exp="e8"), timeout=60 + 10 * steps, **more)
+        train(
+            0,
+            *arguments(
+                models,
+                shards,
+                folder / name,
+                *tiny.RESAMPLER,
+                *settings,
+                "training.validate_every=1000",
+                "training.checkpoint_every=1000",
+                f"stages.0.steps={steps}",
+                f"stages.1.steps={steps}",
+                "stages.1.lr=1e-3",
+                exp="e8",
+            ),
+            timeout=60 + 10 * steps,
+            **more,
+        )
         found.append([row for row in metrics(folder / name) if row["kind"] == "train"])
     return found[0], found[1]
 
@@ -40,17 +54,16 @@ def curves(models: Path, shards: Path, folder: Path, steps: int) -> tuple[list[d
 def differences(one: list[dict], other: list[dict], key: str) -> list[float]:
     """Relative to the larger, step by step."""
     assert [(r["stage"], r["step"]) for r in one] == [(r["stage"], r["step"]) for r in other]
-    return [abs(a[key] - b[key]) / max(abs(a[key]), abs(b[key]))
-            for a, b in zip(one, other, strict=True)]
+    return [abs(a[key] - b[key]) / max(abs(a[key]), abs(b[key])) for a, b in zip(one, other, strict=True)]
 
 
 def plain_forward(self, features, input_ids, labels):
     last = torch.arange(labels.shape[1]).expand_as(labels).masked_fill(labels == IGNORE, 0).amax(1)
     mask = torch.arange(labels.shape[1]) <= last[:, None]
-    logits = self.llm(inputs_embeds=self.embed(features, input_ids), attention_mask=mask.long(),
-                      use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(),
-                           ignore_index=IGNORE, reduction="sum")
+    logits = self.llm(inputs_embeds=self.embed(features, input_ids), attention_mask=mask.long(), use_cache=False).logits
+    return F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def plain_dora(model):
@@ -69,10 +82,12 @@ def main() -> None:
         optimised, plain = curves(models, make_shards(place / "data"), place, steps)
     for stage in ("align", "finetune"):
         a, b = ([r for r in rows if r["stage"] == stage] for rows in (optimised, plain))
-        print(f"{stage}: {len(a)} steps, loss {a[0]['loss']:.4f} -> {a[-1]['loss']:.4f} optimised, "
-              f"{b[0]['loss']:.4f} -> {b[-1]['loss']:.4f} plain; largest relative difference: "
-              f"loss {max(differences(a, b, 'loss')):.1e}, "
-              f"gradient norm {max(differences(a, b, 'grad_norm')):.1e}")
+        print(
+            f"{stage}: {len(a)} steps, loss {a[0]['loss']:.4f} -> {a[-1]['loss']:.4f} optimised, "
+            f"{b[0]['loss']:.4f} -> {b[-1]['loss']:.4f} plain; largest relative difference: "
+            f"loss {max(differences(a, b, 'loss')):.1e}, "
+            f"gradient norm {max(differences(a, b, 'grad_norm')):.1e}"
+        )
 
 
 if __name__ == "__main__":

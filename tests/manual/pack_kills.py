@@ -1,9 +1,10 @@
 """Kill packing again and again at random moments, and compare with an undisturbed run.
 
-    python -m tests.manual.pack_kills --clips 220 --kills 20
+python -m tests.manual.pack_kills --clips 220 --kills 20
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,29 +21,28 @@ TIMEOUT = 300
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def start(manifest: Path, out: Path, options: dict) -> subprocess.Popen:
-    code = ("import json, sys; from vlmds.packing.pack import pack; "
-            "options = json.loads(sys.argv[3]); "
-            "options |= {'task': tuple(options['task'])} if 'task' in options else {}; "
-            "pack(sys.argv[1], sys.argv[2], **options)")
-    return subprocess.Popen([sys.executable, "-c", code, str(manifest), str(out),
-                             json.dumps(options)], start_new_session=True)
+    code = (
+        "import json, sys; from vlmds.packing.pack import pack; "
+        "options = json.loads(sys.argv[3]); "
+        "options |= {'task': tuple(options['task'])} if 'task' in options else {}; "
+        "pack(sys.argv[1], sys.argv[2], **options)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(manifest), str(out), json.dumps(options)], start_new_session=True
+    )
 
 
 def kill(run: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     run.wait()
 
 
-def pack_with_kills(manifest: Path, out: Path, options: dict, kills: int, seed: int,
-                    seconds: float = 2.5) -> int:
+def pack_with_kills(manifest: Path, out: Path, options: dict, kills: int, seed: int, seconds: float = 2.5) -> int:
     """Pack, with a SIGKILL in each of the first `kills` starts: every other one at a random moment
     of so many seconds, the others as soon as one more shard is finished. How many were in time."""
     draw = random.Random(seed)
@@ -89,8 +89,7 @@ def main() -> None:
         clean = contents(folder / "clean")
         print(f"{args.clips} clips, {len(clean)} files, {seconds:.1f} s undisturbed", flush=True)
 
-        in_time = pack_with_kills(manifest, folder / "killed", options, args.kills, 0,
-                                  0.5 + 1.5 * seconds / args.kills)
+        in_time = pack_with_kills(manifest, folder / "killed", options, args.kills, 0, 0.5 + 1.5 * seconds / args.kills)
         assert contents(folder / "killed") == clean
         print(f"{in_time} of {args.kills} kills in time: byte-identical", flush=True)
 
@@ -110,8 +109,12 @@ def main() -> None:
         print(f"two tasks on one folder, {args.kills} kills: byte-identical", flush=True)
 
         run = subprocess.run(
-            [sys.executable, "-m", "tests.manual.pack_ray", str(manifest), str(folder / "ray"),
-             json.dumps(options)], timeout=TIMEOUT, capture_output=True, text=True, check=True)
+            [sys.executable, "-m", "tests.manual.pack_ray", str(manifest), str(folder / "ray"), json.dumps(options)],
+            timeout=TIMEOUT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert "killed the worker" in run.stdout and contents(folder / "ray") == clean
         print("Ray, a worker killed: byte-identical")
 

@@ -31,8 +31,14 @@ def kill_first_worker(out: Path) -> None:
 
 def main(manifest: str, out: str, options: str) -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False,
-                 logging_level="ERROR", object_store_memory=100 << 20)
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            _temp_dir=folder,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=100 << 20,
+        )
         try:
             killer = threading.Thread(target=kill_first_worker, args=(Path(out),), daemon=True)
             killer.start()

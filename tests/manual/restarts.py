@@ -28,7 +28,7 @@ from tests.distributed.namespaces import (
     mend_silence,
     same_weights,
     two_nodes,
-)  # fmt: skip
+)
 from tests.manual.ssh import rank_of
 from tests.training.fixtures import make_shards
 from tests.training.launch import START_SECONDS, arguments, metrics, train, until_lines
@@ -53,8 +53,7 @@ STRIKES = {
 }
 
 
-def scenario(folder: Path, models: Path, shards: Path, calm: Path, strikes: tuple[str, ...],
-             *settings: str) -> None:
+def scenario(folder: Path, models: Path, shards: Path, calm: Path, strikes: tuple[str, ...], *settings: str) -> None:
     """Strike each in a run of its own, printed; an AssertionError or a TimeoutExpired where it goes
     wrong.
 
@@ -68,17 +67,20 @@ def scenario(folder: Path, models: Path, shards: Path, calm: Path, strikes: tupl
     clock = "-1d" if shutil.which("faketime") else None
     for number, what in enumerate(strikes):
         run = folder / f"struck{number}"
-        with two_nodes() as nodes, launched(
-                nodes, "restarts", run, 29505, arguments(models, shards, run, *settings),
-                clock) as processes:
+        with (
+            two_nodes() as nodes,
+            launched(nodes, "restarts", run, 29505, arguments(models, shards, run, *settings), clock) as processes,
+        ):
             until_lines(run, 5, *processes)
             STRIKES[what](nodes)
             began = time.monotonic()
             ends = codes(processes, START_SECONDS + GRACE_SECONDS)
         record = json.loads((run / "run.json").read_text())
         sizes = [start["world_size"] for start in record["starts"]]
-        print(f"{what}, after 5 lines of metrics: exit codes {ends[0]} and {ends[1]} "
-              f"{time.monotonic() - began:.1f} s later, ranks at each start: {sizes}")
+        print(
+            f"{what}, after 5 lines of metrics: exit codes {ends[0]} and {ends[1]} "
+            f"{time.monotonic() - began:.1f} s later, ranks at each start: {sizes}"
+        )
         print("\n".join(last_words(run)))
         assert ends == [0, 0] and sizes == [2, 2]
         assert metrics(run) == metrics(calm)

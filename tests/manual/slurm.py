@@ -62,9 +62,12 @@ def prepare(folder: Path) -> None:
     (folder / "munge.key").chmod(0o400)
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={free_port()} "
-        f"CPUs=1 State=UNKNOWN" for name in NODES)
-    (folder / "slurm.conf").write_text(CONF.format(
-        host=socket.gethostname(), port=free_port(), folder=folder, nodes=nodes))
+        f"CPUs=1 State=UNKNOWN"
+        for name in NODES
+    )
+    (folder / "slurm.conf").write_text(
+        CONF.format(host=socket.gethostname(), port=free_port(), folder=folder, nodes=nodes)
+    )
 
 
 @contextmanager
@@ -74,11 +77,21 @@ def slurm(folder: Path) -> Iterator[None]:
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     os.chmod(folder, 0o755)
     with ExitStack() as stack:
-        for number, words in enumerate((
-                ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key",
-                 f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid",
-                 f"--seed-file={folder}/munge.seed"],
-                ["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", name] for name in NODES))):
+        for number, words in enumerate(
+            (
+                [
+                    "munged",
+                    "--foreground",
+                    "--force",
+                    f"--key-file={folder}/munge.key",
+                    f"--socket={folder}/munge.socket",
+                    f"--pid-file={folder}/munge.pid",
+                    f"--seed-file={folder}/munge.seed",
+                ],
+                ["slurmctld", "-D", "-c"],
+                *(["slurmd", "-D", "-N", name] for name in NODES),
+            )
+        ):
             log = stack.enter_context((folder / f"{number}-{words[0]}.out").open("w"))
             daemon = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             stack.callback(daemon.wait, 30)
@@ -104,20 +117,32 @@ def ask(*words: str) -> str:
 
 def submit(log: Path, words: list[str]) -> str:
     """The number of a job of launch/slurm.sbatch, with a rank on each node."""
-    variables = environment(PYTHON=sys.executable, RANKS_PER_NODE="1", GLOO_SOCKET_IFNAME="lo",
-                            SLURM_CONF=os.environ["SLURM_CONF"])
+    variables = environment(
+        PYTHON=sys.executable, RANKS_PER_NODE="1", GLOO_SOCKET_IFNAME="lo", SLURM_CONF=os.environ["SLURM_CONF"]
+    )
     done = subprocess.run(
-        ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}",
-         str(ROOT / "launch" / "slurm.sbatch"), *words],
-        cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+        [
+            "sbatch",
+            "--parsable",
+            "--gpus-per-node=0",
+            "--cpus-per-task=1",
+            f"--output={log}",
+            str(ROOT / "launch" / "slurm.sbatch"),
+            *words,
+        ],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     if done.returncode:
         raise Unavailable(f"sbatch: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
 def facts(job: str) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in ask("scontrol", "show", "job", job).split()
-                if "=" in word)
+    return dict(word.split("=", 1) for word in ask("scontrol", "show", "job", job).split() if "=" in word)
 
 
 def wait_for(job: str, *states: str) -> dict[str, str]:
@@ -153,18 +178,21 @@ def ranks() -> list[int]:
 
 def scenario(folder: Path, models: Path, shards: Path) -> None:
     """The whole story, printed; an AssertionError or a TimeoutError where it goes wrong."""
-    settings = ("training.timeout_minutes=0.5", "stages.0.steps=20", "stages.1.steps=80",
-                "training.validate_every=10", "training.checkpoint_every=5")
+    settings = (
+        "training.timeout_minutes=0.5",
+        "stages.0.steps=20",
+        "stages.1.steps=80",
+        "training.validate_every=10",
+        "training.checkpoint_every=5",
+    )
     whole, ended = folder / "whole", folder / "ended"
     prepare(folder / "slurm")
     with slurm(folder / "slurm"):
         job = submit(folder / "whole.log", arguments(models, shards, whole, *settings))
         found = wait_for(job, "COMPLETED", "FAILED")
         assert found["JobState"] == "COMPLETED", (folder / "whole.log").read_text()[-3000:]
-        print(f"undisturbed: {found['JobState']}, ranks on {found['NodeList']}, "
-              f"{len(metrics(whole))} lines of metrics")
-        job = submit(folder / "bad.log", arguments(
-            models, shards, folder / "bad", "training.global_batch=3"))
+        print(f"undisturbed: {found['JobState']}, ranks on {found['NodeList']}, {len(metrics(whole))} lines of metrics")
+        job = submit(folder / "bad.log", arguments(models, shards, folder / "bad", "training.global_batch=3"))
         found = wait_for(job, "COMPLETED", "FAILED")
         assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0"), found
         print(f"bad input: {found['JobState']}, exit code {found['ExitCode']}, not started again")
@@ -198,6 +226,7 @@ if __name__ == "__main__":
         subprocess.run(["mount", "--bind", str(args.folder / "hosts"), "/etc/hosts"], check=True)
     else:  # the nodes' names are for this program alone
         args.folder.mkdir(parents=True)
-        os.execvp("unshare", ["unshare", "--mount", sys.executable, "-m", "tests.manual.slurm",
-                              str(args.folder), "--inside"])
+        os.execvp(
+            "unshare", ["unshare", "--mount", sys.executable, "-m", "tests.manual.slurm", str(args.folder), "--inside"]
+        )
     scenario(args.folder, tiny.make_models(args.folder / "models"), make_shards(args.folder / "data"))

@@ -30,9 +30,9 @@ from tests.distributed.namespaces import (
     mend_silence,
     same_weights,
     two_nodes,
-)  # fmt: skip
+)
 from tests.training.fixtures import make_shards
-from tests.training.launch import ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, until_lines  # fmt: skip
+from tests.training.launch import ROOT, SCRIPT, START_SECONDS, arguments, environment, metrics, until_lines
 
 SSHD, PDSH, SSH = "/usr/sbin/sshd", "/usr/bin/pdsh", "/usr/bin/ssh"
 
@@ -69,8 +69,7 @@ def prepare(folder: Path) -> None:
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's jail; the service makes it at boot
     folder.mkdir(parents=True)
     for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)],
-                       check=True)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     (folder / "config").write_text(SSH_CONFIG.format(folder=folder))
     # DeepSpeed and pdsh call plain `ssh`, which takes its configuration from root's real home.
     (folder / "bin").mkdir()
@@ -89,10 +88,28 @@ def sshd(nodes: tuple[Node, Node], folder: Path) -> Iterator[None]:
             config = folder / f"sshd-{node.rank}"
             config.write_text(SSHD_CONFIG.format(folder=folder, address=node.address))
             log = stack.enter_context((folder / f"sshd-{node.rank}.log").open("w"))
-            stack.callback(subprocess.Popen(
-                ["ip", "netns", "exec", node.namespace, "unshare", "--pid", "--fork", "--mount-proc",
-                 SSHD, "-D", "-e", "-f", str(config)], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log).wait)
+            stack.callback(
+                subprocess.Popen(
+                    [
+                        "ip",
+                        "netns",
+                        "exec",
+                        node.namespace,
+                        "unshare",
+                        "--pid",
+                        "--fork",
+                        "--mount-proc",
+                        SSHD,
+                        "-D",
+                        "-e",
+                        "-f",
+                        str(config),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                ).wait
+            )
             stack.callback(kill_all, node)
         for node in nodes:
             inside = over_ssh(nodes[0], node, folder, "readlink", "/proc/self/ns/pid")
@@ -104,8 +121,12 @@ def sshd(nodes: tuple[Node, Node], folder: Path) -> Iterator[None]:
 def over_ssh(source: Node, target: Node, folder: Path, *words: str) -> str:
     deadline = time.monotonic() + 10
     while True:
-        done = subprocess.run(["ip", "netns", "exec", source.namespace, str(folder / "bin" / "ssh"),
-                               target.address, *words], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["ip", "netns", "exec", source.namespace, str(folder / "bin" / "ssh"), target.address, *words],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
         if done.returncode == 0:
             return done.stdout.strip()
         if time.monotonic() > deadline:
@@ -114,21 +135,35 @@ def over_ssh(source: Node, target: Node, folder: Path, *words: str) -> str:
 
 
 @contextmanager
-def launched(nodes: tuple[Node, Node], folder: Path, log: Path, train: list[str]
-             ) -> Iterator[subprocess.Popen]:
+def launched(nodes: tuple[Node, Node], folder: Path, log: Path, train: list[str]) -> Iterator[subprocess.Popen]:
     """`deepspeed --hostfile` on the first node. Its environment does not travel, but for PYTHON…
     and what the file says that DeepSpeed calls .deepspeed_env."""
-    variables = environment(PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-                            DS_ENV_FILE=str(folder / "deepspeed_env"))
-    exported = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": nodes[0].interface}
+    variables = environment(
+        PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        DS_ENV_FILE=str(folder / "deepspeed_env"),
+    )
+    exported = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": nodes[0].interface}
     (folder / "deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in exported.items()))
     with log.open("w") as out:
         process = subprocess.Popen(
-            ["ip", "netns", "exec", nodes[0].namespace,
-             str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(folder / "hosts"),
-             str(SCRIPT), *train], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True, env=variables)
+            [
+                "ip",
+                "netns",
+                "exec",
+                nodes[0].namespace,
+                str(Path(sys.executable).with_name("deepspeed")),
+                "--hostfile",
+                str(folder / "hosts"),
+                str(SCRIPT),
+                *train,
+            ],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=variables,
+        )
         try:
             yield process
         finally:
@@ -166,15 +201,11 @@ def sever(nodes: tuple[Node, Node], process: subprocess.Popen) -> None:
 # name: (lines of metrics before it, what is done, exit codes that may come back)
 Strike = Callable[[tuple[Node, Node], subprocess.Popen], None]
 ENDS: dict[str, tuple[int, Strike, tuple[int, ...]]] = {
-    "SIGTERM to the rank on node 1": (
-        6, lambda nodes, _: os.kill(rank_of(nodes[1]), signal.SIGTERM), (3,)),
-    "kill -9 of the rank on node 1": (
-        14, lambda nodes, _: os.kill(rank_of(nodes[1]), signal.SIGKILL), (1, 247)),
-    "kill -9 of the rank on node 0": (
-        22, lambda nodes, _: os.kill(rank_of(nodes[0]), signal.SIGKILL), (1, 247)),
+    "SIGTERM to the rank on node 1": (6, lambda nodes, _: os.kill(rank_of(nodes[1]), signal.SIGTERM), (3,)),
+    "kill -9 of the rank on node 1": (14, lambda nodes, _: os.kill(rank_of(nodes[1]), signal.SIGKILL), (1, 247)),
+    "kill -9 of the rank on node 0": (22, lambda nodes, _: os.kill(rank_of(nodes[0]), signal.SIGKILL), (1, 247)),
     "every packet dropped silently": (26, sever, (1, 255)),
-    "SIGTERM to deepspeed itself": (
-        34, lambda _, process: os.kill(process.pid, signal.SIGTERM), (1,)),
+    "SIGTERM to deepspeed itself": (34, lambda _, process: os.kill(process.pid, signal.SIGTERM), (1,)),
 }
 
 
@@ -184,8 +215,13 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
     Raises:
         Unavailable: see :func:`two_nodes` and :func:`prepare`.
     """
-    settings = (f"training.timeout_minutes={TIMEOUT_MINUTES}", "stages.0.steps=20",
-                "stages.1.steps=80", "training.validate_every=10", "training.checkpoint_every=5")
+    settings = (
+        f"training.timeout_minutes={TIMEOUT_MINUTES}",
+        "stages.0.steps=20",
+        "stages.1.steps=80",
+        "training.validate_every=10",
+        "training.checkpoint_every=5",
+    )
     whole, ended, keys = folder / "whole", folder / "ended", folder / "ssh"
     prepare(keys)
 
@@ -198,8 +234,7 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
             places = [rank_of(node) for node in nodes]
             assert all(places), f"no rank on a node: {places}"
             assert process.wait(START_SECONDS) == 0, (folder / "whole.log").read_text()[-3000:]
-        print(f"undisturbed: exit code 0, one rank on each node, {len(metrics(whole))} lines of "
-              "metrics")
+        print(f"undisturbed: exit code 0, one rank on each node, {len(metrics(whole))} lines of metrics")
         with start(folder / "bad", "bad.log", "training.global_batch=3") as process:
             assert process.wait(START_SECONDS) == 2
         print("bad input: exit code 2:\n" + said(folder / "bad.log"))
@@ -213,9 +248,10 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
                 if strike is sever:
                     mend_silence(nodes)
                 assert gone(nodes, GRACE_SECONDS), "ranks were left behind"
-            print(f"{what}, after {len(metrics(ended))} lines: exit code {code} after {taken:.1f} s, "
-                  f"all ranks gone {time.monotonic() - began - taken:.1f} s later\n"
-                  + said(folder / f"end{number}.log"))
+            print(
+                f"{what}, after {len(metrics(ended))} lines: exit code {code} after {taken:.1f} s, "
+                f"all ranks gone {time.monotonic() - began - taken:.1f} s later\n" + said(folder / f"end{number}.log")
+            )
             newest = max((ended / "checkpoints").glob("[a-z]*-*"), key=lambda p: p.stat().st_mtime)
             print(f"  newest checkpoint: {newest.name}")
             assert code in allowed, code
@@ -228,9 +264,11 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
 
 def said(log: Path) -> str:
     """What the ranks said of their end, with pdsh's address before it."""
-    return "\n".join(f"  {line}" for line in log.read_text().splitlines()
-                     if any(mark in line for mark in (": vlmds: rank", ": vlmds:   ", "stopped by",
-                                                      ": vlmds: training.")))
+    return "\n".join(
+        f"  {line}"
+        for line in log.read_text().splitlines()
+        if any(mark in line for mark in (": vlmds: rank", ": vlmds:   ", "stopped by", ": vlmds: training."))
+    )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,13 @@ from tests.training.forked import ROOT, environment
 
 def program(folder, *options):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.manual.full_size", str(folder), "--tiny", "--exps", "e7",
-         *options], env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=500)
+        [sys.executable, "-m", "tests.manual.full_size", str(folder), "--tiny", "--exps", "e7", *options],
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -32,8 +37,7 @@ def test_the_program_on_tiny_models(tmp_path):
         assert row["memory"] > 100e6  # PyTorch alone has as much
         assert row["predicted"] == rows["e7 plan"]["predicted"] > 0
     run = tmp_path / "runs" / "e7"
-    assert rows["e7 resume"]["written"] == sum(
-        path.stat().st_size for path in run.rglob("*") if path.is_file())
+    assert rows["e7 resume"]["written"] == sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     assert rows["e7 train"]["remarks"].startswith("killed after ")
     assert rows["e7 resume"]["remarks"].startswith("finetune step 40/40  loss ")
     table = (tmp_path / "full_size.md").read_text()

@@ -15,17 +15,20 @@ BOTH = {"flash_attention_2", "flash_attention_3"}
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype, major, installed, taken", [
-    ("bfloat16", 9, BOTH, "flash_attention_3"),
-    ("bfloat16", 9, {"flash_attention_2"}, "flash_attention_2"),
-    ("bfloat16", 8, BOTH, "flash_attention_2"),  # version 3 is for Hopper
-    ("bfloat16", 10, BOTH, "flash_attention_2"),
-    ("bfloat16", 8, {"flash_attention_3"}, "sdpa"),
-    ("bfloat16", 7, BOTH, "sdpa"),
-    ("bfloat16", 9, set(), "sdpa"),
-    ("float32", 9, BOTH, "sdpa"),
-    ("bfloat16", None, BOTH, "sdpa"),
-])
+@pytest.mark.parametrize(
+    "dtype, major, installed, taken",
+    [
+        ("bfloat16", 9, BOTH, "flash_attention_3"),
+        ("bfloat16", 9, {"flash_attention_2"}, "flash_attention_2"),
+        ("bfloat16", 8, BOTH, "flash_attention_2"),  # version 3 is for Hopper
+        ("bfloat16", 10, BOTH, "flash_attention_2"),
+        ("bfloat16", 8, {"flash_attention_3"}, "sdpa"),
+        ("bfloat16", 7, BOTH, "sdpa"),
+        ("bfloat16", 9, set(), "sdpa"),
+        ("float32", 9, BOTH, "sdpa"),
+        ("bfloat16", None, BOTH, "sdpa"),
+    ],
+)
 def test_auto_takes_the_newest_that_can_run(dtype, major, installed, taken):
     for micro_batch in (2, None):
         assert choose_attention("auto", dtype, micro_batch, major, installed) == (taken, "")
@@ -64,21 +67,28 @@ def test_the_start_says_which_attention_and_why(capsys):
     note_attention(run, "sdpa", "")
     note_attention(run, "sdpa", "flash_attention_2 waits")
     assert capsys.readouterr().out.splitlines() == [
-        "vlmds: attention: sdpa", "vlmds: attention: sdpa (flash_attention_2 waits)"]
+        "vlmds: attention: sdpa",
+        "vlmds: attention: sdpa (flash_attention_2 waits)",
+    ]
     note_attention(run, "flash_attention_2", "WARNING: flash_attention_2 waits")
     assert capsys.readouterr().out.splitlines() == [
-        "vlmds: attention: flash_attention_2", "vlmds: WARNING: flash_attention_2 waits"]
+        "vlmds: attention: flash_attention_2",
+        "vlmds: WARNING: flash_attention_2 waits",
+    ]
     note_attention(run, "sdpa", "")
     assert noted == {"attention": "sdpa"}
 
 
-@pytest.mark.parametrize("wanted, dtype, major, installed, told", [
-    ("flash_attention_2", "bfloat16", 9, {"flash_attention_3"}, "pip install flash-attn, or set"),
-    ("flash_attention_3", "bfloat16", 9, {"flash_attention_2"}, "pip install flash-attn-3, or set"),
-    ("flash_attention_3", "bfloat16", 8, BOTH, "not made for cards of compute capability 8.x"),
-    ("flash_attention_2", "float32", 9, BOTH, "set llm.dtype to bfloat16"),
-    ("flash_attention_2", "bfloat16", None, BOTH, "needs a GPU"),
-])
+@pytest.mark.parametrize(
+    "wanted, dtype, major, installed, told",
+    [
+        ("flash_attention_2", "bfloat16", 9, {"flash_attention_3"}, "pip install flash-attn, or set"),
+        ("flash_attention_3", "bfloat16", 9, {"flash_attention_2"}, "pip install flash-attn-3, or set"),
+        ("flash_attention_3", "bfloat16", 8, BOTH, "not made for cards of compute capability 8.x"),
+        ("flash_attention_2", "float32", 9, BOTH, "set llm.dtype to bfloat16"),
+        ("flash_attention_2", "bfloat16", None, BOTH, "needs a GPU"),
+    ],
+)
 def test_one_named_that_cannot_run_is_refused_with_the_fix(wanted, dtype, major, installed, told):
     with pytest.raises(InputError) as error:
         choose_attention(wanted, dtype, 2, major, installed)

@@ -14,10 +14,17 @@ from vlmds.models.projectors import build_projector
 @pytest.fixture
 def captioner():
     torch.manual_seed(0)
-    llm = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-    ))
+    llm = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
     projector = build_projector(LinearProjector(type="linear"), 8, 32, num_frames=2, patches=3)
     return Captioner(projector, llm).eval()
 
@@ -34,11 +41,18 @@ def rows():
 
 def test_loss_equals_full_logits_with_mask(captioner):
     features, ids, labels = rows()
-    embeds = torch.stack([
-        torch.cat([captioner.llm.get_input_embeddings()(row[:1]), captioner.projector(f),
-                   captioner.llm.get_input_embeddings()(row[7:])])
-        for row, f in zip(ids, features, strict=True)
-    ])
+    embeds = torch.stack(
+        [
+            torch.cat(
+                [
+                    captioner.llm.get_input_embeddings()(row[:1]),
+                    captioner.projector(f),
+                    captioner.llm.get_input_embeddings()(row[7:]),
+                ]
+            )
+            for row, f in zip(ids, features, strict=True)
+        ]
+    )
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
     logits = captioner.llm(inputs_embeds=embeds, attention_mask=mask).logits
@@ -78,7 +92,7 @@ def test_visual_tokens_are_placed_as_by_a_mask(captioner):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("places", [range(0, 7), range(0, 5), [0, 1, 2, 3, 4, 6], []])
+@pytest.mark.parametrize("places", [range(7), range(5), [0, 1, 2, 3, 4, 6], []])
 def test_other_placeholders_than_visual_tokens_are_refused(captioner, places):
     """Too many, too few, in two pieces, none: in the second row, and it is not the first's."""
     features, ids, _ = rows()

@@ -18,10 +18,22 @@ PEFT = load_experiment("e2", ["peft.dropout=0", "peft.r=4"]).peft
 
 def llm(bias=False, dtype=torch.float32):
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attention_bias=bias,
-    )).to(dtype).requires_grad_(False)
+    return (
+        Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=100,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                attention_bias=bias,
+            )
+        )
+        .to(dtype)
+        .requires_grad_(False)
+    )
 
 
 def moved(model):
@@ -54,11 +66,13 @@ def computed(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_without_dropout_it_is_pefts_dora(bias):
     ours = moved(add_adapter(llm(bias), PEFT))
-    theirs = moved(get_peft_model(llm(bias), LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=32, use_dora=True,
-        target_modules=PEFT.target_modules)))
-    assert {type(m.lora_variant["default"]) for m in ours.modules()
-            if hasattr(m, "lora_variant")} == {Dora}
+    theirs = moved(
+        get_peft_model(
+            llm(bias),
+            LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, use_dora=True, target_modules=PEFT.target_modules),
+        )
+    )
+    assert {type(m.lora_variant["default"]) for m in ours.modules() if hasattr(m, "lora_variant")} == {Dora}
     for a, b in zip(loss_and_gradients(ours), loss_and_gradients(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

@@ -24,8 +24,13 @@ from vlmds.models.pretrained import load_config
 from vlmds.runs.lineage import base_files
 
 CLIP, QWEN = "team/clip", "team/qwen3"
-NEVER = {"tf_model.h5": b"tensorflow", "flax_model.msgpack": b"flax", "README.md": b"# card",
-         "consolidated.safetensors": b"twice", "original/params.json": b"{}"}
+NEVER = {
+    "tf_model.h5": b"tensorflow",
+    "flax_model.msgpack": b"flax",
+    "README.md": b"# card",
+    "consolidated.safetensors": b"twice",
+    "original/params.json": b"{}",
+}
 
 
 def publish(hub, folder: Path) -> None:
@@ -68,8 +73,11 @@ def weights(hub) -> dict[str, int]:
     return {name: count for name, count in hub.downloads.items() if name.endswith(hubs.LFS)}
 
 
-ONCE = {f"{CLIP}/pytorch_model.bin": 1, f"{QWEN}/model-00001-of-00002.safetensors": 1,
-        f"{QWEN}/model-00002-of-00002.safetensors": 1}
+ONCE = {
+    f"{CLIP}/pytorch_model.bin": 1,
+    f"{QWEN}/model-00001-of-00002.safetensors": 1,
+    f"{QWEN}/model-00002-of-00002.safetensors": 1,
+}
 
 
 def test_an_empty_cache_is_filled_with_what_is_needed_and_nothing_else(hub):
@@ -79,8 +87,10 @@ def test_an_empty_cache_is_filled_with_what_is_needed_and_nothing_else(hub):
     assert wanted.vision.revision == hub.find(CLIP, "main")[0]
     assert wanted.llm.revision == hub.find(QWEN, "main")[0]
     assert sorted(base_files(wanted)) == [
-        "llm/model-00001-of-00002.safetensors", "llm/model-00002-of-00002.safetensors",
-        "vision/pytorch_model.bin"]
+        "llm/model-00001-of-00002.safetensors",
+        "llm/model-00002-of-00002.safetensors",
+        "vision/pytorch_model.bin",
+    ]
     hub.asked.clear()
     model = load_model(wanted, torch.device("cpu"))
     assert not hub.asked  # whatever is in the cache needs no network
@@ -103,8 +113,7 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(hub, monkeypatch):
     hub.cuts = 3
     folder = download(experiment().llm)
     sent = hub.find(QWEN, "main")[1]
-    assert all((folder / name).read_bytes() == data for name, data in sent.items()
-               if name.startswith("model-"))
+    assert all((folder / name).read_bytes() == data for name, data in sent.items() if name.startswith("model-"))
     assert any(begin > 0 for _, begin in hub.ranges)
 
 
@@ -163,17 +172,20 @@ def test_without_a_hub_what_is_there_is_used(hub, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"llm": "team/none"}, "llm.model: http.* has no repository team/none, or it is private"),
-    ({"llm": "team/gated"}, "llm.model: team/gated is gated: ask for access at http"),
-    ({"llm": "team/bare"}, "llm.model: team/bare has no weights on the hub"),
-    ({"llm": "team/holes"}, "llm.model: team/holes has no weights on the hub .model-00002"),
-    ({"vision": QWEN}, "vision.model: team/qwen3 has no preprocessor_config.json on the hub"),
-    ({"llm": "team/secret"}, "llm.model: team/secret: http.* answers 401: .*; log in"),
-    ({"llm": "team/denied"}, "llm.model: http.* refuses team/denied to this account; log in"),
-    ({"llm": "team/inside"}, "model.safetensors.index.json names parts/a.safetensors, but weights"),
-    ({"llm": "a/b c"}, "llm.model: a/b c is neither a folder here nor a name of the hub"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llm": "team/none"}, "llm.model: http.* has no repository team/none, or it is private"),
+        ({"llm": "team/gated"}, "llm.model: team/gated is gated: ask for access at http"),
+        ({"llm": "team/bare"}, "llm.model: team/bare has no weights on the hub"),
+        ({"llm": "team/holes"}, "llm.model: team/holes has no weights on the hub .model-00002"),
+        ({"vision": QWEN}, "vision.model: team/qwen3 has no preprocessor_config.json on the hub"),
+        ({"llm": "team/secret"}, "llm.model: team/secret: http.* answers 401: .*; log in"),
+        ({"llm": "team/denied"}, "llm.model: http.* refuses team/denied to this account; log in"),
+        ({"llm": "team/inside"}, "model.safetensors.index.json names parts/a.safetensors, but weights"),
+        ({"llm": "a/b c"}, "llm.model: a/b c is neither a folder here nor a name of the hub"),
+    ],
+)
 def test_what_cannot_be_had_is_one_line(hub, change, message):
     files = hub.find(QWEN, "main")[1]
     hub.commit("team/gated", files)
@@ -238,9 +250,12 @@ def test_a_disk_that_fills_up_is_one_line(hub, monkeypatch):
 def test_what_is_missing_is_counted(hub):
     files = hub.find(QWEN, "main")[1]
     found = presence(experiment().llm)
-    wanted = sum(len(data) for name, data in files.items()
-                 if name.endswith((".json", ".txt", ".jinja", ".model")) or name.startswith("model-")
-                 if "/" not in name)
+    wanted = sum(
+        len(data)
+        for name, data in files.items()
+        if name.endswith((".json", ".txt", ".jinja", ".model")) or name.startswith("model-")
+        if "/" not in name
+    )
     # The index is not read for it: consolidated.safetensors counts as well.
     assert not found.here and found.missing == wanted + len(NEVER["consolidated.safetensors"])
     assert re.match(r"\d\S* k?B are to be downloaded to .*\(\S+ \wB free\)", found.text), found.text

@@ -20,8 +20,7 @@ QWEN = PUBLISHED_SHAPES["Qwen/Qwen3-8B"]
 def projector_of(name):
     with torch.device("meta"):
         return build_projector(
-            load_experiment(name).projector, CLIP.hidden_size, QWEN.hidden_size, 8,
-            patches_per_frame(CLIP),
+            load_experiment(name).projector, CLIP.hidden_size, QWEN.hidden_size, 8, patches_per_frame(CLIP)
         )
 
 
@@ -38,12 +37,7 @@ def test_clip_drops_the_class_token():
 
 @pytest.mark.parametrize(
     ("name", "tokens", "millions", "tolerance"),
-    [
-        ("e1", 4608, 4.1984, 0),
-        ("e3", 4608, 20.979712, 0),
-        ("e5", 64, 50, 0.1),
-        ("e7", 64, 100, 0.1),
-    ],
+    [("e1", 4608, 4.1984, 0), ("e3", 4608, 20.979712, 0), ("e5", 64, 50, 0.1), ("e7", 64, 100, 0.1)],
 )
 def test_projector(name, tokens, millions, tolerance):
     projector = projector_of(name)
@@ -54,10 +48,7 @@ def test_projector(name, tokens, millions, tolerance):
     assert count == pytest.approx(millions * 1e6, rel=tolerance or 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("name", "trainable", "total"),
-    [("e1", 43_646_976, 8_234_382_336), ("e2", 45_047_808, None)],
-)
+@pytest.mark.parametrize(("name", "trainable", "total"), [("e1", 43_646_976, 8_234_382_336), ("e2", 45_047_808, None)])
 def test_adapter(name, trainable, total):
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(QWEN).requires_grad_(False)

@@ -105,10 +105,13 @@ def test_a_large_file_of_the_hub_cache_is_not_read(tmp_path, monkeypatch):
     assert seen == [len(b"never read")]
 
 
-@pytest.mark.parametrize("place, name", [
-    ("blobs", hashlib.sha1(b"x").hexdigest()),  # a small file: kept by its git hash
-    ("models", hashlib.sha256(b"x").hexdigest()),  # a link of somebody's own
-])
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        ("blobs", hashlib.sha1(b"x").hexdigest()),  # a small file: kept by its git hash
+        ("models", hashlib.sha256(b"x").hexdigest()),  # a link of somebody's own
+    ],
+)
 def test_other_links_are_read(tmp_path, place, name):
     (tmp_path / place).mkdir()
     (tmp_path / place / name).write_bytes(b"content")
@@ -160,8 +163,7 @@ def test_processes_that_remember_at_once_lose_nothing(tmp_path, cache, read):
         process.join()
         assert process.exitcode == 0
     assert len(list(cache.iterdir())) == 8  # and no temporary file
-    assert weights_sha256({file.name: file for file in files}) == {
-        file.name: truth(file) for file in files}
+    assert weights_sha256({file.name: file for file in files}) == {file.name: truth(file) for file in files}
     assert read == []
 
 

@@ -39,8 +39,9 @@ def test_bfloat16_is_as_near_as_pytorchs_own():
     found = token_losses(hidden, head, targets)
     assert found.dtype == torch.float32
     assert (found - true).abs().max() <= 1.01 * (own - true).abs().max()
-    gradients = [torch.autograd.grad(x.sum(), y)[0].double()
-                 for x, y in ((true, exact), (own, hidden), (found, hidden))]
+    gradients = [
+        torch.autograd.grad(x.sum(), y)[0].double() for x, y in ((true, exact), (own, hidden), (found, hidden))
+    ]
     error = [(g - gradients[0]).norm() / gradients[0].norm() for g in gradients[1:]]
     assert error[1] < max(1.5 * error[0], 0.01)
 
@@ -59,8 +60,7 @@ def test_large_and_equal_logits():
     expected = F.cross_entropy(head(huge), targets, reduction="none")
     torch.testing.assert_close(token_losses(huge, head, targets), expected)
     zero = torch.zeros(2, D, requires_grad=True)
-    torch.testing.assert_close(
-        token_losses(zero, head, targets[:2]), torch.full((2,), V).float().log())
+    torch.testing.assert_close(token_losses(zero, head, targets[:2]), torch.full((2,), V).float().log())
 
 
 def test_no_logits_are_kept_for_the_backward_pass():

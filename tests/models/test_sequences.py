@@ -30,7 +30,7 @@ def test_loss_on_caption_and_end_of_turn_only(builder, tokenizer):
     sequence = builder.training(CAPTION)
     supervised = [i for i, label in zip(sequence.input_ids, sequence.labels) if label != IGNORE]
     assert tokenizer.decode(supervised) == CAPTION + "<|im_end|>"
-    assert sequence.input_ids[-len(supervised):] == supervised
+    assert sequence.input_ids[-len(supervised) :] == supervised
     assert sequence.input_ids.count(VISUAL) == 5
 
 
@@ -38,9 +38,7 @@ def test_training_begins_with_what_inference_sees(builder):
     prompt = builder.prompt_ids()
     assert builder.training(CAPTION).input_ids[: len(prompt)] == prompt
     other = "무엇이 보이나요?"
-    assert builder.training(CAPTION, other).input_ids[: len(builder.prompt_ids(other))] == (
-        builder.prompt_ids(other)
-    )
+    assert builder.training(CAPTION, other).input_ids[: len(builder.prompt_ids(other))] == (builder.prompt_ids(other))
 
 
 def test_only_the_caption_is_cut_and_then_has_no_end(builder):
@@ -58,7 +56,7 @@ def test_padding_sides(builder):
     assert (batch["labels"][1, short:] == IGNORE).all()
     batch = builder.collate_generation([None, "짧은 질문"])
     lengths = batch["attention_mask"].sum(1).tolist()
-    assert batch["input_ids"][1, -lengths[1]:].tolist() == builder.prompt_ids("짧은 질문")
+    assert batch["input_ids"][1, -lengths[1] :].tolist() == builder.prompt_ids("짧은 질문")
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
 
 

@@ -10,8 +10,9 @@ from vlmds.models.assemble import load_model
 from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-             image_size=42, patch_size=7)  # 6 x 6 patches
+SHAPE = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=42, patch_size=7
+)  # 6 x 6 patches
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +30,12 @@ def frames():
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_features_are_clips_patch_tokens(clip, frames, layer):
     tower = VisionTower(clip, MEAN, STD, layer, frames_per_call=4)
-    pixels = (frames[1, 2].float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
-        STD).view(3, 1, 1)
+    pixels = (frames[1, 2].float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
         hidden = clip(pixels[None], output_hidden_states=True).hidden_states[layer]
     features = tower(frames)
     assert features.shape == (2, 3 * 36, 16)
-    torch.testing.assert_close(features[1, 2 * 36:], hidden[0, 1:])
+    torch.testing.assert_close(features[1, 2 * 36 :], hidden[0, 1:])
 
 
 @pytest.mark.parametrize("pool", [1, 2, 3, 6])
@@ -46,9 +46,8 @@ def test_pooling_averages_squares_of_the_grid(clip, frames, pool):
     assert pooled.shape == (2, 3 * side * side, 16)
     for row in range(side):
         for column in range(side):
-            square = grid[:, :, row * pool:(row + 1) * pool, column * pool:(column + 1) * pool]
-            torch.testing.assert_close(
-                pooled.view(2, 3, side, side, 16)[:, :, row, column], square.mean((2, 3)))
+            square = grid[:, :, row * pool : (row + 1) * pool, column * pool : (column + 1) * pool]
+            torch.testing.assert_close(pooled.view(2, 3, side, side, 16)[:, :, row, column], square.mean((2, 3)))
 
 
 def test_a_pool_that_does_not_divide_is_refused_with_both_numbers(clip, tmp_path):
@@ -80,8 +79,7 @@ def test_a_fingerprint_changes_with_all_that_changes_features(clip):
         "std": VisionTower(clip, MEAN, MEAN).fingerprint(),
     }
     torch.manual_seed(1)
-    prints["weights"] = VisionTower(
-        CLIPVisionModel(CLIPVisionConfig(**SHAPE)), MEAN, STD).fingerprint()
+    prints["weights"] = VisionTower(CLIPVisionModel(CLIPVisionConfig(**SHAPE)), MEAN, STD).fingerprint()
     other = CLIPVisionModel(CLIPVisionConfig(**{**SHAPE, "num_attention_heads": 4}))
     other.load_state_dict(clip.state_dict())
     prints["heads"] = VisionTower(other, MEAN, STD).fingerprint()
@@ -93,6 +91,5 @@ def test_a_fingerprint_does_not_depend_on_how_the_tower_is_loaded(tmp_path):
     vision = load_experiment("e1", tiny.settings(models)).vision
     cpu = torch.device("cpu")
     towers = [load_vision_tower(vision, dtype, cpu) for dtype in (torch.float32, torch.bfloat16)]
-    towers.append(load_vision_tower(
-        vision.model_copy(update={"frames_per_call": 1}), torch.float32, cpu))
+    towers.append(load_vision_tower(vision.model_copy(update={"frames_per_call": 1}), torch.float32, cpu))
     assert len({tower.fingerprint() for tower in towers}) == 1

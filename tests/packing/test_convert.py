@@ -36,8 +36,7 @@ FRAMES = dict(num_frames=tiny.FRAMES, image_size=tiny.SIDE)
 
 
 def contents(folder, pattern="*"):
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in sorted(folder.rglob(pattern)) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob(pattern)) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +45,8 @@ def manifest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     rows = []
     for i in range(6):
-        write_video(folder / f"v{i}.mp4", frames=10 + i, width=64 + 2 * i,
-                    height=48 if i else 96)
-        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 <영상>입니다.",
-                     "split": "val" if i == 5 else "train"})
+        write_video(folder / f"v{i}.mp4", frames=10 + i, width=64 + 2 * i, height=48 if i else 96)
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 <영상>입니다.", "split": "val" if i == 5 else "train"})
     rows[1] |= {"caption": ["하나", "둘"], "prompt": "무엇?"}
     (folder / "bad.mp4").write_bytes(b"no video")
     rows.insert(2, {"video": "bad.mp4", "caption": "없음", "split": "train"})
@@ -75,8 +72,7 @@ def tower(tmp_path_factory):
 
 
 def to_features(source, out, tower, **options):
-    return convert(source, out, store="features", tower=tower, tower_name="clip", progress=False,
-                   **options)
+    return convert(source, out, store="features", tower=tower, tower_name="clip", progress=False, **options)
 
 
 def described(index):
@@ -103,11 +99,11 @@ def test_frames_made_of_a_video_store_are_those_packed_from_the_manifest(sources
 
 def test_frames_of_a_span_are_those_of_the_stored_file(manifest, tmp_path):
     """A video store may hold another file than the manifest names: its span alone, encoded anew."""
-    (manifest.parent / "spans.jsonl").write_text(json.dumps(
-        {"video": "v3.mp4", "start": 0.3, "end": 0.9, "caption": "구간"}) + "\n")
+    (manifest.parent / "spans.jsonl").write_text(
+        json.dumps({"video": "v3.mp4", "start": 0.3, "end": 0.9, "caption": "구간"}) + "\n"
+    )
     for store in ("video", "frames"):
-        pack(manifest.parent / "spans.jsonl", tmp_path / store, store=store, progress=False,
-             **FRAMES)
+        pack(manifest.parent / "spans.jsonl", tmp_path / store, store=store, progress=False, **FRAMES)
     convert(tmp_path / "video", tmp_path / "out", store="frames", progress=False, **FRAMES)
     made, packed = (ShardIndex.open(tmp_path / name) for name in ("out", "frames"))
     a, b = (index.read(index.row("train", 0, 0)) for index in (made, packed))
@@ -115,8 +111,9 @@ def test_frames_of_a_span_are_those_of_the_stored_file(manifest, tmp_path):
     for name in a.keys() - {"json"}:
         ours, theirs = (np.asarray(Image.open(io.BytesIO(m[name])), int) for m in (a, b))
         assert np.abs(ours - theirs).mean() < 8, name
-    told = json.loads(ShardIndex.open(tmp_path / "video").read(
-        ShardIndex.open(tmp_path / "video").row("train", 0, 0))["json"])
+    told = json.loads(
+        ShardIndex.open(tmp_path / "video").read(ShardIndex.open(tmp_path / "video").row("train", 0, 0))["json"]
+    )
     del told["timing"]  # of the video store's file
     assert {**json.loads(a["json"]), "timestamps": None} == {**told, "timestamps": None}
 
@@ -127,13 +124,11 @@ def test_a_features_store_keeps_samples_order_and_captions(sources, tower, tmp_p
     to_features(sources / source, tmp_path / "out", tower, **options)
     old, new = ShardIndex.open(sources / source), ShardIndex.open(tmp_path / "out")
     assert described(new) == described(old)
-    assert [s.shard for s in new.shards("train")] == [s.shard for s in old.shards("train")] == [
-        0, 2, 3]
+    assert [s.shard for s in new.shards("train")] == [s.shard for s in old.shards("train")] == [0, 2, 3]
     row = new.row("train", 0, 0)
     assert [m.ext for m in row.members] == ["json", "safetensors"]
     assert "<b>features</b>" in write_report(tmp_path / "out").read_text("utf-8")
-    assert (tmp_path / "out/ledger.jsonl").read_bytes() == (
-        sources / source / "ledger.jsonl").read_bytes()
+    assert (tmp_path / "out/ledger.jsonl").read_bytes() == (sources / source / "ledger.jsonl").read_bytes()
 
 
 def test_a_features_store_is_plain_webdataset_and_safetensors(sources, tower, tmp_path):
@@ -144,7 +139,7 @@ def test_a_features_store_is_plain_webdataset_and_safetensors(sources, tower, tm
     assert [s["__key__"] for s in samples] == ["v0", "v1"]
     frames = ShardIndex.open(sources / "frames")
     for i, sample in enumerate(samples):
-        (name, features), = load(sample["safetensors"]).items()
+        ((name, features),) = load(sample["safetensors"]).items()
         members = frames.read(frames.row("train", 0, i))
         pixels = torch.from_numpy(read_jpegs(members, frames.meta))[None]
         assert name == "features" and features.shape == (tiny.FRAMES * 4, 48)
@@ -167,8 +162,7 @@ def test_the_same_bytes_whatever_the_workers_and_the_start(sources, tower, tmp_p
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_a_conversion_says_what_it_does_unless_it_is_to_be_silent(
-        sources, tmp_path, monkeypatch, progress):
+def test_a_conversion_says_what_it_does_unless_it_is_to_be_silent(sources, tmp_path, monkeypatch, progress):
     shown = []
 
     @contextmanager
@@ -209,10 +203,11 @@ def test_a_killed_conversion_goes_on(sources, tmp_path):
         "    real(out, shard, replies)\n"
         "convert.write_shard = slow\n"
         "convert.convert(sys.argv[1], sys.argv[2], store='frames', progress=False, "
-        f"num_frames={tiny.FRAMES}, image_size={tiny.SIDE})\n")
+        f"num_frames={tiny.FRAMES}, image_size={tiny.SIDE})\n"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(sources / "video"), str(out), str(reached)],
-        start_new_session=True)
+        [sys.executable, "-c", code, str(sources / "video"), str(out), str(reached)], start_new_session=True
+    )
     try:
         end = time.monotonic() + 60
         while not reached.exists() and time.monotonic() < end and process.poll() is None:
@@ -235,10 +230,11 @@ def test_a_sample_that_cannot_be_decoded_goes_to_the_ledger(manifest, tmp_path):
     source = write_video(folder / "a.mp4", frames=40)
     data = bytearray(source.read_bytes())
     at = len(data) // 2  # behind the first frame, which packing does decode
-    data[at:at + 500] = bytes(500)
+    data[at : at + 500] = bytes(500)
     (folder / "b.mp4").write_bytes(data)
-    rows = [{"video": f"{name}.mp4", "id": f"{name}{i}", "caption": name, "start": i / 10}
-            for i, name in enumerate("aab")]
+    rows = [
+        {"video": f"{name}.mp4", "id": f"{name}{i}", "caption": name, "start": i / 10} for i, name in enumerate("aab")
+    ]
     pack(write_manifest(folder / "m.jsonl", rows), tmp_path / "video", verify=False, progress=False)
     summary = convert(tmp_path / "video", tmp_path / "out", store="frames", progress=False, **FRAMES)
     assert summary.counts == {"train": 2} and summary.rejected == {"cannot be decoded": 1}
@@ -248,11 +244,14 @@ def test_a_sample_that_cannot_be_decoded_goes_to_the_ledger(manifest, tmp_path):
     assert [index.row("train", 0, i).key for i in range(2)] == ["a0", "a1"]
 
 
-@pytest.mark.parametrize(("source", "store", "message"), [
-    ("video", "video", "a video store cannot become a video store; it is one already"),
-    ("frames", "frames", "it is one already"),
-    ("frames", "video", "a frames store cannot become a video store; pack the manifest with"),
-])
+@pytest.mark.parametrize(
+    ("source", "store", "message"),
+    [
+        ("video", "video", "a video store cannot become a video store; it is one already"),
+        ("frames", "frames", "it is one already"),
+        ("frames", "video", "a frames store cannot become a video store; pack the manifest with"),
+    ],
+)
 def test_impossible_conversions_are_refused(sources, tmp_path, source, store, message):
     with pytest.raises(InputError, match=message):
         convert(sources / source, tmp_path / "out", store=store, progress=False)
@@ -263,8 +262,9 @@ def test_features_cannot_be_turned_back(sources, tower, tmp_path):
     to_features(sources / "frames", tmp_path / "features", tower)
     for store in ("video", "frames", "features"):
         with pytest.raises(InputError, match=f"a features store cannot become a {store} store"):
-            convert(tmp_path / "features", tmp_path / "out", store=store, tower=tower,
-                    tower_name="clip", progress=False)
+            convert(
+                tmp_path / "features", tmp_path / "out", store=store, tower=tower, tower_name="clip", progress=False
+            )
 
 
 def test_options_that_do_not_fit_are_refused_with_both_numbers(sources, tower, tmp_path):
@@ -308,8 +308,8 @@ def test_a_conversion_may_go_to_a_url(sources, tmp_path):
         assert str(write_report(as_path("memory://converted"))).endswith("pack_report.html")
         shards = [path for path in fs.find("/converted") if path.endswith(".tar")]
         assert shards and all(
-            fs.cat(path) == (tmp_path / "out" / path.removeprefix("/converted/")).read_bytes()
-            for path in shards)
+            fs.cat(path) == (tmp_path / "out" / path.removeprefix("/converted/")).read_bytes() for path in shards
+        )
     finally:
         fs.rm("/converted", recursive=True)
 
@@ -318,8 +318,7 @@ def test_another_target_in_the_same_folder_is_refused(sources, tower, tmp_path):
     convert(sources / "video", tmp_path / "out", store="frames", progress=False, **FRAMES)
     before = contents(tmp_path / "out")
     with pytest.raises(InputError, match="choose another folder"):
-        convert(sources / "video", tmp_path / "out", store="frames", num_frames=2,
-                image_size=tiny.SIDE, progress=False)
+        convert(sources / "video", tmp_path / "out", store="frames", num_frames=2, image_size=tiny.SIDE, progress=False)
     assert contents(tmp_path / "out") == before
     index = ShardIndex.open(tmp_path / "out")
     image = index.read(index.row("train", 0, 0))["0.jpg"]

@@ -55,27 +55,39 @@ def test_captions_may_be_a_list_also_in_a_csv_cell(tmp_path):
 
 def test_bad_rows_are_rejected_with_a_reason_and_the_rest_kept(tmp_path):
     good = {"video": "a.mp4", "caption": "좋다"}
-    manifest = rows_of(tmp_path, [
-        good,
-        {"video": "b.mp4", "caption": "  "},
-        {"video": "b.mp4", "caption": []},
-        {"video": "b.mp4", "caption": ["좋다", ""]},
-        {"video": "b.mp4"},
-        {"caption": "좋다"},
-        {"video": "b.mp4", "caption": 3},
-        good | {"start": 3, "end": 3},
-        good | {"start": -1},
-        good | {"end": "1:30"},
-        good | {"split": "../x"},
-        good,
-    ])
+    manifest = rows_of(
+        tmp_path,
+        [
+            good,
+            {"video": "b.mp4", "caption": "  "},
+            {"video": "b.mp4", "caption": []},
+            {"video": "b.mp4", "caption": ["좋다", ""]},
+            {"video": "b.mp4"},
+            {"caption": "좋다"},
+            {"video": "b.mp4", "caption": 3},
+            good | {"start": 3, "end": 3},
+            good | {"start": -1},
+            good | {"end": "1:30"},
+            good | {"split": "../x"},
+            good,
+        ],
+    )
     assert [row.row for row in manifest.rows] == [1]
     found = reasons(manifest)
     assert [found[i].split(":")[0] for i in range(2, 13)] == [
-        "empty caption", "empty caption", "empty caption", "no caption", "no video", "bad caption",
-        "bad start or end", "bad start or end", "bad start or end", "bad split", "duplicate id"]
-    assert found[12] == ("duplicate id: 'a' is row 1's; "
-                         "list several captions in one row, or give ids")
+        "empty caption",
+        "empty caption",
+        "empty caption",
+        "no caption",
+        "no video",
+        "bad caption",
+        "bad start or end",
+        "bad start or end",
+        "bad start or end",
+        "bad split",
+        "duplicate id",
+    ]
+    assert found[12] == ("duplicate id: 'a' is row 1's; list several captions in one row, or give ids")
     assert manifest.rejects[0].video == "b.mp4"
 
 
@@ -83,17 +95,24 @@ def test_default_ids_are_made_unique_and_never_take_a_given_one(tmp_path):
     def row(video, **more):
         return {"video": video, "caption": "글"} | more
 
-    manifest = rows_of(tmp_path, [
-        row("x/a.mp4"), row("y/a.mp4"), row("x/a.mp4", start=1), row("b.mp4", id="a-2"),
-        row("x/a.mp4", start=1), row("c.mp4", id="a-2")])
+    manifest = rows_of(
+        tmp_path,
+        [
+            row("x/a.mp4"),
+            row("y/a.mp4"),
+            row("x/a.mp4", start=1),
+            row("b.mp4", id="a-2"),
+            row("x/a.mp4", start=1),
+            row("c.mp4", id="a-2"),
+        ],
+    )
     assert [r.id for r in manifest.rows] == ["a", "a-3", "a-4", "a-2"]
     assert list(reasons(manifest)) == [5, 6]
 
 
 def test_keys_are_safe_short_and_unique(tmp_path):
     ids = ["plain-1_A", "a.b", "a/b", "../../x", "가나다", "라마바", "x" * 200, "x" * 201]
-    manifest = rows_of(tmp_path, [
-        {"video": "v.mp4", "caption": "글", "id": i} for i in ids])
+    manifest = rows_of(tmp_path, [{"video": "v.mp4", "caption": "글", "id": i} for i in ids])
     keys = [row.key for row in manifest.rows]
     assert keys[0] == "plain-1_A" and keys[1] == "a_b-" + hashlib.sha1(b"a.b").hexdigest()[:8]
     assert all(re.fullmatch(r"[0-9A-Za-z_-]+", key) and len(key) <= MAX_KEY for key in keys)
@@ -114,15 +133,18 @@ def test_unknown_columns_are_told(tmp_path):
     assert manifest.ignored_columns == ["captions", "fps"]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("m.txt", b"", "unknown extension"),
-    ("m.jsonl", b'{"video": "a", "caption": "b"}\n\n{"video"\n', "line 3: not JSON"),
-    ("m.jsonl", b"[1]\n", "line 1: not a JSON object"),
-    ("m.jsonl", b"", "no column 'video'"),
-    ("m.csv", b"video,text\na,b\n", "no column 'caption'; it has video, text"),
-    ("m.csv", "video,caption\na,가\n".encode("cp949"), "not UTF-8"),
-    ("m.parquet", b"PAR1 no", "not a Parquet file"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("m.txt", b"", "unknown extension"),
+        ("m.jsonl", b'{"video": "a", "caption": "b"}\n\n{"video"\n', "line 3: not JSON"),
+        ("m.jsonl", b"[1]\n", "line 1: not a JSON object"),
+        ("m.jsonl", b"", "no column 'video'"),
+        ("m.csv", b"video,text\na,b\n", "no column 'caption'; it has video, text"),
+        ("m.csv", "video,caption\na,가\n".encode("cp949"), "not UTF-8"),
+        ("m.parquet", b"PAR1 no", "not a Parquet file"),
+    ],
+)
 def test_unusable_manifests_are_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=re.escape(name)) as error:

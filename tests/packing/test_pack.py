@@ -32,8 +32,7 @@ SMALL = {"shard_size": 2, "num_frames": 3, "image_size": 32, "progress": False}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def children(*parents: int) -> dict[int, int]:
@@ -66,9 +65,14 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_folder(tmp_path, v
     found = contents(tmp_path / "a")
     assert found == contents(tmp_path / "b")
     assert sorted(found) == [
-        "dataset.json", "duplicates.jsonl", "index.parquet", "ledger.jsonl", *(
-            f"train/{i:06d}.{ext}" for i in range(3) for ext in ("json", "tar")),
-        "val/000000.json", "val/000000.tar"]
+        "dataset.json",
+        "duplicates.jsonl",
+        "index.parquet",
+        "ledger.jsonl",
+        *(f"train/{i:06d}.{ext}" for i in range(3) for ext in ("json", "tar")),
+        "val/000000.json",
+        "val/000000.tar",
+    ]
     assert summary.counts == {"train": 6, "val": 1} and summary.packed == 7
     assert (summary.rejected, summary.shards, summary.kept_shards) == ({}, 4, 0)
     meta = json.loads(found["dataset.json"])
@@ -84,20 +88,19 @@ def test_webdataset_tar_and_index_agree(tmp_path, videos, store):
         for position, shard in enumerate(index.shards(split)):
             path = index.root / shard.path
             rows = [index.row(split, position, i) for i in range(shard.count)]
-            expected = {f"{row.key}.{ext}": data
-                        for row in rows for ext, data in index.read(row).items()}
+            expected = {f"{row.key}.{ext}": data for row in rows for ext, data in index.read(row).items()}
             with tarfile.open(path) as tar:
                 members = tar.getmembers()
                 assert [m.name for m in members] == list(expected)
                 assert all((m.mtime, m.uid, m.gid, m.mode) == (0, 0, 0, 0o644) for m in members)
-                assert [m.offset_data for m in members] == [
-                    m.offset for row in rows for m in row.members]
+                assert [m.offset_data for m in members] == [m.offset for row in rows for m in row.members]
                 assert [tar.extractfile(m).read() for m in members] == list(expected.values())
             samples = list(wds.WebDataset(str(path), shardshuffle=False).decode("pil"))
             assert [s["__key__"] for s in samples] == [row.key for row in rows]
-            assert all(set(s) - {"__key__", "__url__", "__local_path__"} ==
-                       {m.ext for m in row.members}
-                       for s, row in zip(samples, rows, strict=True))
+            assert all(
+                set(s) - {"__key__", "__url__", "__local_path__"} == {m.ext for m in row.members}
+                for s, row in zip(samples, rows, strict=True)
+            )
             if store == "frames":
                 assert samples[0]["0.jpg"].size == (32, 32)
 
@@ -109,10 +112,26 @@ def test_a_sample_holds_the_original_bytes_and_its_facts(tmp_path, videos):
     sample = index.read(row)
     assert sample["mkv"] == (videos / "e0.mkv").read_bytes()
     assert json.loads(sample["json"]) == {
-        "id": "e0", "captions": ["하나", "둘"], "prompt": "무엇?", "source": "e0.mkv", "frames": 9,
-        "fps": 10.0, "duration": 0.9, "width": 64, "height": 48, "codec": "h264", "rotation": 0,
-        "timing": {"time_base": [1, 1000], "ticks": [0, [100, 8]], "keys": [0], "by_pts": True,
-                   "duration": 0.9, "cleared": True}}
+        "id": "e0",
+        "captions": ["하나", "둘"],
+        "prompt": "무엇?",
+        "source": "e0.mkv",
+        "frames": 9,
+        "fps": 10.0,
+        "duration": 0.9,
+        "width": 64,
+        "height": 48,
+        "codec": "h264",
+        "rotation": 0,
+        "timing": {
+            "time_base": [1, 1000],
+            "ticks": [0, [100, 8]],
+            "keys": [0],
+            "by_pts": True,
+            "duration": 0.9,
+            "cleared": True,
+        },
+    }
     assert "하나".encode() in sample["json"]
     assert (row.num_captions, row.frames, row.fps, row.decoder) == (2, 9, 10.0, "decord")
     assert row.start is None and row.status == "ok"
@@ -127,8 +146,7 @@ def test_frames_are_those_of_the_span(tmp_path):
     assert described["timestamps"] == [1.1, 1.5, 1.8]
     info = probe(path)
     frames = resize_frames(decode_frames(path, info, 3, 1.0, 2.0), 32)
-    (sample,) = wds.WebDataset(
-        str(tmp_path / "out/train/000000.tar"), shardshuffle=False).decode("rgb8")
+    (sample,) = wds.WebDataset(str(tmp_path / "out/train/000000.tar"), shardshuffle=False).decode("rgb8")
     packed = np.stack([sample[f"{i}.jpg"] for i in range(3)]).transpose(0, 3, 1, 2)
     assert np.abs(packed.astype(int) - frames).mean() < 8  # JPEG
     assert [m.ext for m in index.row("train", 0, 0).members] == ["0.jpg", "1.jpg", "2.jpg", "json"]
@@ -145,9 +163,12 @@ def test_bad_videos_go_to_the_ledger_and_the_rest_is_packed(tmp_path, videos):
     os.mkfifo(tmp_path / "hang.mp4")  # reading it blocks for ever
     names = ["v0", "none", "empty", "folder", "v1", "text", "half", "hang", "v2"]
     rows = [{"video": f"{name}.mp4", "caption": "글"} for name in names]
-    rows += [{"video": "v0.mp4", "caption": ""}, {"video": "v1.mp4", "caption": "또"},
-             {"video": "v1.mp4", "caption": "끝", "start": 60},
-             {"video": "no-such-protocol://x/y.mp4", "caption": "글"}]
+    rows += [
+        {"video": "v0.mp4", "caption": ""},
+        {"video": "v1.mp4", "caption": "또"},
+        {"video": "v1.mp4", "caption": "끝", "start": 60},
+        {"video": "no-such-protocol://x/y.mp4", "caption": "글"},
+    ]
     manifest = write_manifest(tmp_path / "m.jsonl", rows)
 
     summary = pack(manifest, tmp_path / "out", deadline=4.0, workers=2, **SMALL)
@@ -156,11 +177,25 @@ def test_bad_videos_go_to_the_ledger_and_the_rest_is_packed(tmp_path, videos):
     reasons = {entry["row"]: entry["reason"].split(":")[0] for entry in ledger}
     assert list(reasons) == sorted(reasons)
     assert reasons == {
-        2: "file not found", 3: "file is empty", 4: "file cannot be read", 6: "cannot be read",
-        7: "cannot be read", 8: "decoder hung", 10: "empty caption", 11: "duplicate id",
-        12: "start past the end", 13: "file cannot be read"}
-    assert ledger[5] == {"row": 8, "id": "hang", "video": "hang.mp4", "split": "train", "shard": 3,
-                         "reason": "decoder hung: stopped after 4 s"}
+        2: "file not found",
+        3: "file is empty",
+        4: "file cannot be read",
+        6: "cannot be read",
+        7: "cannot be read",
+        8: "decoder hung",
+        10: "empty caption",
+        11: "duplicate id",
+        12: "start past the end",
+        13: "file cannot be read",
+    }
+    assert ledger[5] == {
+        "row": 8,
+        "id": "hang",
+        "video": "hang.mp4",
+        "split": "train",
+        "shard": 3,
+        "reason": "decoder hung: stopped after 4 s",
+    }
     assert summary.counts == {"train": 3} and sum(summary.rejected.values()) == 10
     # A shard keeps its rows' places, and one without any sample has a marker and no tar.
     index = ShardIndex.open(tmp_path / "out")
@@ -175,10 +210,11 @@ def test_damage_is_found_when_packing(tmp_path):
     path = write_video(tmp_path / "v.mp4", width=320, height=240)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
-    data[middle:middle + 400] = bytes(400)
+    data[middle : middle + 400] = bytes(400)
     (tmp_path / "damaged.mp4").write_bytes(data)
-    manifest = write_manifest(tmp_path / "m.jsonl", [
-        {"video": "v.mp4", "caption": "글"}, {"video": "damaged.mp4", "caption": "글"}])
+    manifest = write_manifest(
+        tmp_path / "m.jsonl", [{"video": "v.mp4", "caption": "글"}, {"video": "damaged.mp4", "caption": "글"}]
+    )
     for store in ("video", "frames"):
         summary = pack(manifest, tmp_path / store, store=store, progress=False)
         assert summary.rejected == {"cannot be decoded": 1}
@@ -236,17 +272,26 @@ def test_another_manifest_or_other_options_are_refused(tmp_path, videos):
     clean = contents(out)
     fewer = videos / "fewer.jsonl"
     fewer.write_text("".join((videos / "manifest.jsonl").open().readlines()[:4]))
-    for manifest, options in (("manifest.jsonl", SMALL | {"store": "frames"}),
-                              ("manifest.jsonl", SMALL | {"shard_size": 3}),
-                              ("fewer.jsonl", SMALL)):
+    for manifest, options in (
+        ("manifest.jsonl", SMALL | {"store": "frames"}),
+        ("manifest.jsonl", SMALL | {"shard_size": 3}),
+        ("fewer.jsonl", SMALL),
+    ):
         with pytest.raises(InputError, match="from another manifest or with other options"):
             pack(videos / manifest, out, **options)
     assert contents(out) == clean
 
 
-@pytest.mark.parametrize("options, key", [
-    ({"store": "tar"}, "store"), ({"num_frames": 0}, "num_frames"), ({"quality": 101}, "quality"),
-    ({"shard_size": 0}, "shard_size"), ({"val_fraction": 1.5}, "val_fraction")])
+@pytest.mark.parametrize(
+    "options, key",
+    [
+        ({"store": "tar"}, "store"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"quality": 101}, "quality"),
+        ({"shard_size": 0}, "shard_size"),
+        ({"val_fraction": 1.5}, "val_fraction"),
+    ],
+)
 def test_bad_options_are_refused_by_name(tmp_path, videos, options, key):
     with pytest.raises(InputError, match=key):
         pack(videos / "manifest.jsonl", tmp_path / "out", **options)
@@ -257,13 +302,11 @@ def test_a_crashed_decoder_costs_one_sample(tmp_path, videos):
     os.mkfifo(fifo)
     options = (None, None, "video", 2, 32, 95, True)
     with DecodePool(1, deadline=60.0) as pool:
-        replies = pool.map(Request(str(p), *options) for p in (
-            videos / "v0.mp4", fifo, videos / "v1.mp4"))
+        replies = pool.map(Request(str(p), *options) for p in (videos / "v0.mp4", fifo, videos / "v1.mp4"))
         assert next(replies).reason is None
         writer = os.open(fifo, os.O_RDWR)
         (child,) = children()
-        assert eventually(lambda: any(os.path.realpath(p) == str(fifo)
-                                      for p in Path(f"/proc/{child}/fd").iterdir()))
+        assert eventually(lambda: any(os.path.realpath(p) == str(fifo) for p in Path(f"/proc/{child}/fd").iterdir()))
         os.kill(child, signal.SIGSEGV)
         assert next(replies).reason == "decoder crashed: signal 11"
         assert next(replies).members["mp4"] == (videos / "v1.mp4").read_bytes()
@@ -271,15 +314,14 @@ def test_a_crashed_decoder_costs_one_sample(tmp_path, videos):
 
 
 @pytest.mark.parametrize("how, deadline", [(signal.SIGINT, 60.0), (signal.SIGKILL, 4.0)])
-def test_a_stopped_run_leaves_no_process_and_goes_on_to_the_same_bytes(
-        tmp_path, videos, how, deadline):
+def test_a_stopped_run_leaves_no_process_and_goes_on_to_the_same_bytes(tmp_path, videos, how, deadline):
     pack(videos / "manifest.jsonl", tmp_path / "clean", **SMALL)
     folder = shutil.copytree(videos, tmp_path / "in")
     (folder / "v5.mp4").unlink()
     os.mkfifo(folder / "v5.mp4")
     out = tmp_path / "out"
     code = f"""from vlmds.packing.pack import pack
-pack({str(folder / 'manifest.jsonl')!r}, {str(out)!r}, workers=1, deadline={deadline}, **{SMALL})"""
+pack({str(folder / "manifest.jsonl")!r}, {str(out)!r}, workers=1, deadline={deadline}, **{SMALL})"""
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     writer = os.open(folder / "v5.mp4", os.O_WRONLY)  # waits until v5 is read
     assert eventually((out / "train/000001.json").exists)
@@ -348,5 +390,4 @@ def test_shared_videos(tmp_path, shared_videos):
     odd = [{"video": str(p), "caption": "글"} for p in sorted(shared_videos.glob("odd/*"))]
     summary = pack(write_manifest(tmp_path / "m.jsonl", odd), tmp_path / "odd", progress=False)
     ledger = [json.loads(line) for line in (tmp_path / "odd/ledger.jsonl").open()]
-    assert [(entry["id"], entry["reason"].split(":")[0]) for entry in ledger] == [
-        ("corrupted", "cannot be decoded")]
+    assert [(entry["id"], entry["reason"].split(":")[0]) for entry in ledger] == [("corrupted", "cannot be decoded")]

@@ -33,8 +33,10 @@ def videos(tmp_path_factory) -> Path:
         rows.append({"video": f"v{i}.mp4", "caption": f"{i}번", "split": "val" if i > 5 else "train"})
     shutil.copy(folder / "v1.mp4", folder / "again.mp4")
     rows.insert(3, {"video": "again.mp4", "caption": "다시", "split": "train"})
-    rows += [{"video": "gone.mp4", "caption": "없음", "split": "train"},
-             {"video": "v2.mp4", "id": "silent", "caption": ""}]
+    rows += [
+        {"video": "gone.mp4", "caption": "없음", "split": "train"},
+        {"video": "v2.mp4", "id": "silent", "caption": ""},
+    ]
     write_manifest(folder / "manifest.jsonl", rows)
     return folder
 
@@ -58,13 +60,16 @@ def test_tasks_and_merge_make_what_one_run_makes(videos, clean, tmp_path):
     assert contents(tmp_path) == clean
 
 
-@pytest.mark.parametrize("options, told", [
-    (["--task-index", "3", "--num-tasks", "3"], "--task-index 3 --num-tasks 3"),
-    (["--task-index", "0"], "--task-index 0 --num-tasks None"),
-    (["--merge", "--task-index", "0", "--num-tasks", "2"], "--merge"),
-    (["--shard-bytes", "many"], "--shard-bytes many"),
-    (["--append"], "dataset.json: not there"),
-])
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--task-index", "3", "--num-tasks", "3"], "--task-index 3 --num-tasks 3"),
+        (["--task-index", "0"], "--task-index 0 --num-tasks None"),
+        (["--merge", "--task-index", "0", "--num-tasks", "2"], "--merge"),
+        (["--shard-bytes", "many"], "--shard-bytes many"),
+        (["--append"], "dataset.json: not there"),
+    ],
+)
 def test_options_that_make_no_sense_are_refused(videos, tmp_path, options, told, capsys):
     assert main(["pack", str(videos / "manifest.jsonl"), str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
@@ -87,8 +92,7 @@ def test_new_rows_are_appended_and_nothing_else_is_read(videos, clean, tmp_path)
     for _ in range(2):  # the second time there is nothing new
         summary = pack(folder / "manifest.jsonl", out, append=True, **SMALL)
         after = contents(out)
-        assert all(after[name] == data for name, data in before.items()
-                   if name.endswith(".tar") or "/0" in name)
+        assert all(after[name] == data for name, data in before.items() if name.endswith(".tar") or "/0" in name)
         before = after
     assert summary.counts == {"train": 7, "val": 2} and summary.known == 10
     keys = {row.key for row in rows(out)}
@@ -98,37 +102,38 @@ def test_new_rows_are_appended_and_nothing_else_is_read(videos, clean, tmp_path)
     ShardIndex.open(out).verify_index()
 
 
-@pytest.mark.parametrize("last", ["ledger.jsonl", "duplicates.jsonl", "index.parquet",
-                                  "train/000002.json"])
+@pytest.mark.parametrize("last", ["ledger.jsonl", "duplicates.jsonl", "index.parquet", "train/000002.json"])
 def test_an_appending_that_was_killed_goes_on(videos, tmp_path, last):
     """A SIGKILL right after each of the files that come before dataset.json."""
     lines = (videos / "manifest.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     old = videos / "old.jsonl"
     old.write_text("".join(lines[:4]), encoding="utf-8")
-    code = ("import os, signal, sys\nfrom vlmds.data import merge, pack, shards\n"
-            "def watched(module, name):\n"
-            "    real = getattr(module, name)\n"
-            "    def act(path, *rest):\n"
-            "        real(path, *rest)\n"
-            "        if str(path).endswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    setattr(module, name, act)\n"
-            "watched(merge, 'write'); watched(shards, 'write')\n"
-            "from pathlib import Path\n"
-            "replace = Path.replace\n"
-            "def act(self, target):\n"
-            "    replace(self, target)\n"
-            "    if str(target).endswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
-            "Path.replace = act\n"
-            "pack.pack(sys.argv[1], sys.argv[2], append=True, shard_size=2, workers=1, "
-            "progress=False)\n")
+    code = (
+        "import os, signal, sys\nfrom vlmds.data import merge, pack, shards\n"
+        "def watched(module, name):\n"
+        "    real = getattr(module, name)\n"
+        "    def act(path, *rest):\n"
+        "        real(path, *rest)\n"
+        "        if str(path).endswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    setattr(module, name, act)\n"
+        "watched(merge, 'write'); watched(shards, 'write')\n"
+        "from pathlib import Path\n"
+        "replace = Path.replace\n"
+        "def act(self, target):\n"
+        "    replace(self, target)\n"
+        "    if str(target).endswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.replace = act\n"
+        "pack.pack(sys.argv[1], sys.argv[2], append=True, shard_size=2, workers=1, "
+        "progress=False)\n"
+    )
     found = []
     for name in ("calm", "killed"):
         out = tmp_path / name
         pack(old, out, **SMALL)
         if name == "killed":
             done = subprocess.run(
-                [sys.executable, "-c", code, str(videos / "manifest.jsonl"), str(out), last],
-                timeout=120)
+                [sys.executable, "-c", code, str(videos / "manifest.jsonl"), str(out), last], timeout=120
+            )
             assert done.returncode == -signal.SIGKILL
         pack(videos / "manifest.jsonl", out, append=True, **SMALL)
         found.append(contents(out))
@@ -166,8 +171,12 @@ def test_appending_drops_copies_of_what_is_packed(videos, tmp_path):
 
 def rows(out):
     index = ShardIndex.open(out)
-    return [index.row(split, position, i) for split in index.splits
-            for position, shard in enumerate(index.shards(split)) for i in range(shard.count)]
+    return [
+        index.row(split, position, i)
+        for split in index.splits
+        for position, shard in enumerate(index.shards(split))
+        for i in range(shard.count)
+    ]
 
 
 def test_the_same_content_is_told_and_dropped_on_request(videos, tmp_path, capsys):
@@ -177,14 +186,13 @@ def test_the_same_content_is_told_and_dropped_on_request(videos, tmp_path, capsy
     assert (tmp_path / "a" / "duplicates.jsonl").read_text() == '["v1", "again"]\n'
     assert main([*arguments, str(tmp_path / "b"), "--dedup", "--no-report"]) == 0
     assert "duplicate content" in capsys.readouterr().out
-    assert {row.key for row in rows(tmp_path / "a")} - {row.key for row in rows(tmp_path / "b")} == {
-        "again"}
-    (record,) = [r for r in map(json.loads, (tmp_path / "b/ledger.jsonl").read_text().splitlines())
-                 if "duplicate" in r["reason"]]
+    assert {row.key for row in rows(tmp_path / "a")} - {row.key for row in rows(tmp_path / "b")} == {"again"}
+    (record,) = [
+        r for r in map(json.loads, (tmp_path / "b/ledger.jsonl").read_text().splitlines()) if "duplicate" in r["reason"]
+    ]
     assert record["id"] == "again" and record["reason"].endswith("the same as 'v1'")
     for task in (0, 1):
-        pack(videos / "manifest.jsonl", tmp_path / "c", task=(task, 2), dedup=True, workers=1,
-             progress=False)
+        pack(videos / "manifest.jsonl", tmp_path / "c", task=(task, 2), dedup=True, workers=1, progress=False)
     pack(videos / "manifest.jsonl", tmp_path / "c", merge=True, dedup=True, progress=False)
     assert contents(tmp_path / "c") == contents(tmp_path / "b")
 
@@ -198,8 +206,7 @@ def test_shards_are_cut_by_bytes_too(videos, tmp_path):
     for row in rows(tmp_path / "out"):
         groups.setdefault((row.split, row.shard), []).append(sizes[row.key])
     assert len(groups) > 3
-    assert all(len(group) <= 4 and (sum(group) <= limit or len(group) == 1)
-               for group in groups.values())
+    assert all(len(group) <= 4 and (sum(group) <= limit or len(group) == 1) for group in groups.values())
     assert index.count("train") == 7
 
 
@@ -224,7 +231,8 @@ def test_in_and_out_may_be_urls(videos, clean, tmp_path, scheme):
         else:
             found = contents(tmp_path / "out")
         assert {k: v for k, v in found.items() if not k.endswith("ledger.jsonl")} == {
-            k: v for k, v in clean.items() if not k.endswith("ledger.jsonl")}
+            k: v for k, v in clean.items() if not k.endswith("ledger.jsonl")
+        }
     finally:
         if scheme == "memory":
             for place in ("/in", "/out"):
@@ -234,8 +242,7 @@ def test_in_and_out_may_be_urls(videos, clean, tmp_path, scheme):
 
 def test_killed_at_random_and_started_again(videos, clean, tmp_path):
     """tests/manual/pack_kills.py does it with more clips, more kills, two tasks at once and Ray."""
-    killed = pack_with_kills(videos / "manifest.jsonl", tmp_path / "out", SMALL, kills=5, seed=0,
-                             seconds=1.0)
+    killed = pack_with_kills(videos / "manifest.jsonl", tmp_path / "out", SMALL, kills=5, seed=0, seconds=1.0)
     assert killed >= 1
     assert contents(tmp_path / "out") == clean
 
@@ -244,18 +251,19 @@ def test_a_kill_between_a_tar_and_its_marker_leaves_no_broken_shard(tmp_path):
     """Packing a shard anew; tars are padded, so that the new one is as large as the old."""
     for i in range(4):
         write_video(tmp_path / f"v{i}.mp4", frames=4, width=32, height=32)
-    manifest = write_manifest(tmp_path / "m.jsonl", [
-        {"video": f"v{i}.mp4", "caption": "글"} for i in range(4)])
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": f"v{i}.mp4", "caption": "글"} for i in range(4)])
     whole, out = tmp_path / "whole", tmp_path / "out"
     pack(manifest, whole, **{**SMALL, "shard_size": 4})
     (tmp_path / "v0.mp4").rename(tmp_path / "hold")
     pack(manifest, out, **{**SMALL, "shard_size": 4})
     (tmp_path / "hold").rename(tmp_path / "v0.mp4")
     assert (out / "train/000000.tar").stat().st_size == (whole / "train/000000.tar").stat().st_size
-    code = ("import os, signal, sys\nfrom vlmds.packing import pack, shards\n"
-            "shards.write = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "pack.pack(sys.argv[1], sys.argv[2], retry=True, shard_size=4, workers=1, "
-            "progress=False)\n")
+    code = (
+        "import os, signal, sys\nfrom vlmds.packing import pack, shards\n"
+        "shards.write = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pack.pack(sys.argv[1], sys.argv[2], retry=True, shard_size=4, workers=1, "
+        "progress=False)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(manifest), str(out)], timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert pack(manifest, out, **{**SMALL, "shard_size": 4}).kept_shards == 0
@@ -266,9 +274,13 @@ def test_a_ray_cluster_packs_the_same_also_when_a_worker_is_killed(videos, clean
     pytest.importorskip("ray")
     out = tmp_path / "out"
     run = subprocess.Popen(
-        [sys.executable, "-m", "tests.manual.pack_ray", str(videos / "manifest.jsonl"), str(out),
-         json.dumps(SMALL)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
+        [sys.executable, "-m", "tests.manual.pack_ray", str(videos / "manifest.jsonl"), str(out), json.dumps(SMALL)],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    )
     try:
         output, _ = run.communicate(timeout=150)
     finally:
@@ -342,7 +354,8 @@ def test_reading_the_videos_to_plan_says_how_far_it_is(videos, tmp_path, monkeyp
     pack(videos / "manifest.jsonl", tmp_path, dedup=True, **SMALL)
     assert [(p.what, p.done, p.total, p.unit) for p in shown] == [
         ("reading the videos' sizes", 10, 10, "videos"),
-        ("comparing videos of one size", 2, 2, "videos")]
+        ("comparing videos of one size", 2, 2, "videos"),
+    ]
 
 
 def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
@@ -385,8 +398,9 @@ def append(folder, out, table, **options):
 
 def ids_of(out):
     """Where the rows' videos came from, by id."""
-    return {told[0]: told[2] for path in sorted(out.glob("*/*.json"))
-            for told in json.loads(path.read_bytes())["inputs"]}
+    return {
+        told[0]: told[2] for path in sorted(out.glob("*/*.json")) for told in json.loads(path.read_bytes())["inputs"]
+    }
 
 
 def test_another_video_of_the_same_name_is_appended(videos, tmp_path):
@@ -399,8 +413,7 @@ def test_another_video_of_the_same_name_is_appended(videos, tmp_path):
     pack(write_manifest(tmp_path / "m.jsonl", [old, old | {"id": "mine"}]), out, **SMALL)
     summary = append(tmp_path, out, [new, old, old | {"end": 0.3}, new | {"id": "mine"}])
     assert summary.known == 1 and summary.rejected == {"duplicate id": 1}
-    found = {"clip": "old/clip.mp4", "mine": "old/clip.mp4", "clip-2": "new/clip.mp4",
-             "clip-3": "old/clip.mp4"}
+    found = {"clip": "old/clip.mp4", "mine": "old/clip.mp4", "clip-2": "new/clip.mp4", "clip-3": "old/clip.mp4"}
     assert ids_of(out) == found
     assert append(tmp_path, out, [old | {"end": 0.3}, new, old]).known == 3
     assert ids_of(out) == found and {row.key for row in rows(out)} == set(found)
@@ -409,10 +422,14 @@ def test_another_video_of_the_same_name_is_appended(videos, tmp_path):
 def test_rows_mended_in_the_manifest_are_appended(videos, tmp_path):
     for path in videos.glob("*.mp4"):
         shutil.copy(path, tmp_path)
-    table = [{"video": "v0.mp4", "caption": "글"}, {"video": "v1.mp4", "caption": ""},
-             {"video": "v2.mp4", "caption": "글", "split": "../x"},
-             {"video": "gone.mp4", "caption": "글", "id": "moved"}, {"caption": "글", "id": "bare"},
-             {"video": "v4.mp4", "caption": ""}]
+    table = [
+        {"video": "v0.mp4", "caption": "글"},
+        {"video": "v1.mp4", "caption": ""},
+        {"video": "v2.mp4", "caption": "글", "split": "../x"},
+        {"video": "gone.mp4", "caption": "글", "id": "moved"},
+        {"caption": "글", "id": "bare"},
+        {"video": "v4.mp4", "caption": ""},
+    ]
     out = tmp_path / "out"
     pack(write_manifest(tmp_path / "m.jsonl", table), out, **SMALL)
     table[1]["caption"], table[2]["split"], table[3]["video"] = "글", "val", "v3.mp4"

@@ -45,21 +45,42 @@ def packed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     for i in range(3):
         write_video(folder / f"v{i}.mp4", frames=12, fps=(5, 10, 10)[i], width=64 + 32 * (i == 2))
-    rows = [{"video": "v0.mp4", "caption": HOSTILE}, {"video": "v1.mp4", "caption": ["가나", "다"]},
-            {"video": "v2.mp4", "caption": "라", "split": "val", "start": 0.5},
-            {"video": "none.mp4", "caption": "마"}, {"video": "v2.mp4", "id": "x", "caption": ""}]
+    rows = [
+        {"video": "v0.mp4", "caption": HOSTILE},
+        {"video": "v1.mp4", "caption": ["가나", "다"]},
+        {"video": "v2.mp4", "caption": "라", "split": "val", "start": 0.5},
+        {"video": "none.mp4", "caption": "마"},
+        {"video": "v2.mp4", "id": "x", "caption": ""},
+    ]
     out = folder / "out"
-    pack(write_manifest(folder / "m.jsonl", rows), out, store=request.param, num_frames=6,
-         image_size=32, shard_size=2, progress=False)
+    pack(
+        write_manifest(folder / "m.jsonl", rows),
+        out,
+        store=request.param,
+        num_frames=6,
+        image_size=32,
+        shard_size=2,
+        progress=False,
+    )
     return out
 
 
 def test_the_page_tells_counts_rejects_and_captions(packed):
     page = Page(write_report(packed).read_text("utf-8"))
     text = re.sub(r"\s+", " ", page.text)
-    for part in ("3 samples", "4 captions", "2 rejected rows", "file not found 1",
-                 "empty caption 1", "h264 3", "64 × 48 2", "96 × 48 1", HOSTILE, "val / v2",
-                 f"median 1.5, from 1 to {len(HOSTILE)};"):
+    for part in (
+        "3 samples",
+        "4 captions",
+        "2 rejected rows",
+        "file not found 1",
+        "empty caption 1",
+        "h264 3",
+        "64 × 48 2",
+        "96 × 48 1",
+        HOSTILE,
+        "val / v2",
+        f"median 1.5, from 1 to {len(HOSTILE)};",
+    ):
         assert part in text, part
 
 
@@ -67,14 +88,25 @@ def test_the_page_tells_counts_rejects_and_captions(packed):
 def test_a_row_with_start_and_end_counts_for_its_span(tmp_path, store):
     """Not for the file that is kept of it."""
     write_video(tmp_path / "v.mp4", frames=40, fps=10)
-    rows = [{"id": "part", "video": "v.mp4", "caption": "가", "start": 1.0, "end": 1.5},
-            {"id": "tail", "video": "v.mp4", "caption": "나", "start": 3.0, "end": 9.0},
-            {"id": "all", "video": "v.mp4", "caption": "다"}]
-    pack(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out", store=store, num_frames=2,
-         image_size=32, progress=False)
+    rows = [
+        {"id": "part", "video": "v.mp4", "caption": "가", "start": 1.0, "end": 1.5},
+        {"id": "tail", "video": "v.mp4", "caption": "나", "start": 3.0, "end": 9.0},
+        {"id": "all", "video": "v.mp4", "caption": "다"},
+    ]
+    pack(
+        write_manifest(tmp_path / "m.jsonl", rows),
+        tmp_path / "out",
+        store=store,
+        num_frames=2,
+        image_size=32,
+        progress=False,
+    )
     text = re.sub(r"\s+", " ", Page(write_report(tmp_path / "out").read_text("utf-8")).text)
     assert re.findall(r"train / (\w+) 64 × 48, ([\d.]+) s", text) == [
-        ("part", "0.5"), ("tail", "1.0"), ("all", "4.0")], text
+        ("part", "0.5"),
+        ("tail", "1.0"),
+        ("all", "4.0"),
+    ], text
     assert "median 1, from 0.5 to 4;" in text
     assert re.search(r"\b6 s of video", text), text
 
@@ -128,14 +160,21 @@ def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
     assert "not shown: val/000000.tar" in page.text
 
 
-@pytest.mark.parametrize("name, data", [
-    ("json", b'{"captions": []}'), ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\n"),
-    *((f"{i}.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n") for i in range(6))])
-def test_a_sample_that_is_not_what_a_store_holds_costs_its_picture_alone(
-        packed, monkeypatch, name, data):
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("json", b'{"captions": []}'),
+        ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\n"),
+        *((f"{i}.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n") for i in range(6)),
+    ],
+)
+def test_a_sample_that_is_not_what_a_store_holds_costs_its_picture_alone(packed, monkeypatch, name, data):
     read = ShardIndex.read
-    monkeypatch.setattr(ShardIndex, "read", lambda index, row: {
-        k: data if k == name and row.key == "v1" else v for k, v in read(index, row).items()})
+    monkeypatch.setattr(
+        ShardIndex,
+        "read",
+        lambda index, row: {k: data if k == name and row.key == "v1" else v for k, v in read(index, row).items()},
+    )
     shown = len(Page(write_report(packed).read_text("utf-8")).images())
     asked = any(member.ext == name for member in ShardIndex.open(packed).row("train", 0, 1).members)
     asked = asked and name not in ("1.jpg", "4.jpg")  # of six, four are shown
@@ -148,8 +187,7 @@ def test_no_dataset_no_page(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@given(st.lists(st.floats(0, 1e6) | st.integers(0, 400).map(float), min_size=1),
-       st.booleans())
+@given(st.lists(st.floats(0, 1e6) | st.integers(0, 400).map(float), min_size=1), st.booleans())
 def test_a_histogram_loses_no_value(values, whole):
     if whole:
         values = [float(round(v)) for v in values]
@@ -161,7 +199,10 @@ def test_a_histogram_loses_no_value(values, whole):
 
 def test_histogram_limits():
     assert [(b.label, b.count) for b in histogram("x", np.array([3.0, 3, 5]), True).bars] == [
-        ("3", 2), ("4", 0), ("5", 1)]
+        ("3", 2),
+        ("4", 0),
+        ("5", 1),
+    ]
     bars = histogram("x", np.array([0.0] * 500 + [240.0] * 500 + [9000.0])).bars
     assert bars[0].label == "0 – 10" and bars[0].count == 500
     assert bars[-1].label == "230 and more" and bars[-1].count == 501

@@ -32,23 +32,25 @@ def data(models, shards, tmp_path_factory):
     takes larger pictures."""
     folder = tmp_path_factory.mktemp("data")
     write_video(folder / "a.mp4")
-    manifest = write_manifest(folder / "m.jsonl", [
-        {"video": "a.mp4", "caption": "한 명이 걷습니다.", "split": "val"}])
+    manifest = write_manifest(folder / "m.jsonl", [{"video": "a.mp4", "caption": "한 명이 걷습니다.", "split": "val"}])
     frames = {"num_frames": tiny.FRAMES, "image_size": tiny.SIDE}
     pack(manifest, folder / "val_only", store="frames", progress=False, **frames)
     vision = load_experiment("e1", tiny.settings(models)).vision
-    convert(shards, folder / "features", store="features", progress=False,
-            tower=load_vision_tower(vision, torch.float32, CPU), tower_name="clip")
-    meta = json.loads((shutil.copytree(folder / "features", folder / "wider") / "dataset.json"
-                       ).read_text())
+    convert(
+        shards,
+        folder / "features",
+        store="features",
+        progress=False,
+        tower=load_vision_tower(vision, torch.float32, CPU),
+        tower_name="clip",
+    )
+    meta = json.loads((shutil.copytree(folder / "features", folder / "wider") / "dataset.json").read_text())
     meta["vision"]["width"] = 1024
     (folder / "wider" / "dataset.json").write_text(json.dumps(meta))
-    meta = json.loads((shutil.copytree(folder / "features", folder / "larger") / "dataset.json"
-                       ).read_text())
+    meta = json.loads((shutil.copytree(folder / "features", folder / "larger") / "dataset.json").read_text())
     meta |= {"image_size": 2 * tiny.SIDE, "vision": meta["vision"] | {"patches": 16}}
     (folder / "larger" / "dataset.json").write_text(json.dumps(meta))
-    return {"whole": shards, **{name: folder / name for name in (
-        "val_only", "features", "wider", "larger")}}
+    return {"whole": shards, **{name: folder / name for name in ("val_only", "features", "wider", "larger")}}
 
 
 def blend(*paths) -> str:
@@ -63,17 +65,19 @@ REFUSED = [
     ("features", ["vision.pool=2"], "made with vision.pool 1, but the experiment has 2"),
     ("features", ["vision.feature_layer=-2"], "vision.feature_layer -1, but the experiment has -2"),
     ("wider", [], "its features of clip are 4 x 1024 a frame, but vision.model"),
-    ("whole", ["stages.0.lr=1e-3", "stages.0.train=[peft]", "peft.target_modules=[nothing]"],
-     "peft.target_modules"),
-    ("whole", ["training.best_metric=cider", "training.evaluate_every=2"], "training.best_metric: 'cider' is not there"),
+    ("whole", ["stages.0.lr=1e-3", "stages.0.train=[peft]", "peft.target_modules=[nothing]"], "peft.target_modules"),
+    (
+        "whole",
+        ["training.best_metric=cider", "training.evaluate_every=2"],
+        "training.best_metric: 'cider' is not there",
+    ),
     ("val_only", ["training.early_stopping=2"], "no split 'train'"),
     ("larger", [], "its features of clip are 16 x 48 a frame, but vision.model"),
 ]
 
 
 @pytest.mark.parametrize(("name", "overrides", "told"), REFUSED)
-def test_the_plan_and_the_doctor_refuse_what_training_refuses(
-        models, data, name, overrides, told, capsys, tmp_path):
+def test_the_plan_and_the_doctor_refuse_what_training_refuses(models, data, name, overrides, told, capsys, tmp_path):
     settings = [*tiny.settings(models), *overrides]
     assert main(["plan", "--exp", "e3", "--data", str(data[name]), "--set", *settings]) == 2
     error = capsys.readouterr().err.splitlines()[-1]  # others tell of progress
@@ -90,8 +94,7 @@ def test_training_refuses_it_in_the_same_words(models, data, tmp_path, capsys):
     for name, overrides, told in (REFUSED[0], REFUSED[5], REFUSED[6]):
         done = train(0, *arguments(models, data[name], run, *overrides), expect=2)
         assert told in done.stderr and not run.exists()
-        main(["plan", "--exp", "e3", "--data", str(data[name]), "--set", *tiny.settings(models),
-              *overrides])
+        main(["plan", "--exp", "e3", "--data", str(data[name]), "--set", *tiny.settings(models), *overrides])
         assert capsys.readouterr().err.splitlines()[-1] == done.stderr.splitlines()[-1]
 
 
@@ -99,9 +102,14 @@ def test_a_part_without_the_split_and_frames_of_another_size(models, data, shard
     settings = tiny.settings(models)
     with pytest.raises(InputError, match="data.blend: no split 'train' in .*val_only"):
         plan_experiment(load_experiment("e3", [*settings, blend(shards, data["val_only"])]))
-    pack(write_manifest(tmp_path / "m.jsonl", [
-        {"video": str(write_video(tmp_path / "a.mp4")), "caption": "가"}]),
-        tmp_path / "large", store="frames", num_frames=tiny.FRAMES, image_size=56, progress=False)
+    pack(
+        write_manifest(tmp_path / "m.jsonl", [{"video": str(write_video(tmp_path / "a.mp4")), "caption": "가"}]),
+        tmp_path / "large",
+        store="frames",
+        num_frames=tiny.FRAMES,
+        image_size=56,
+        progress=False,
+    )
     with pytest.raises(InputError, match="packed with image_size 56, but the experiment needs 28"):
         plan_experiment(load_experiment("e3", [*settings, f"data.path={tmp_path / 'large'}"]))
 
@@ -121,15 +129,17 @@ def test_charts_at_wandb_need_wandb(models, shards, monkeypatch):
         plan_experiment(experiment)
 
 
-@pytest.mark.parametrize(("overrides", "told"), [
-    (["data.num_frames=8192"], "data.num_frames: 32,768 visual tokens, the prompt and"),
-    (["data.max_caption_tokens=32768"], "llm.model .* takes 32,768; use fewer frames"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.num_frames=8192"], "data.num_frames: 32,768 visual tokens, the prompt and"),
+        (["data.max_caption_tokens=32768"], "llm.model .* takes 32,768; use fewer frames"),
+    ],
+)
 def test_sequences_longer_than_the_model_takes(models, overrides, told):
     experiment = load_experiment("e3", [*tiny.settings(models), *overrides])
     with pytest.raises(InputError, match=told):
-        sequence_builder(experiment, load_tokenizer(experiment.llm),
-                         shapes(experiment).captioner)
+        sequence_builder(experiment, load_tokenizer(experiment.llm), shapes(experiment).captioner)
 
 
 def test_the_plan_shows_the_first_sample_that_training_reads(models, data, capsys):

@@ -7,13 +7,11 @@ from tests import tiny
 from vlmds.cli import main
 from vlmds.experiments.reading import PACKAGED, load_experiment, packaged_experiments
 
-PAIRS = {(e.projector.type, e.peft.type): e for e in map(load_experiment, packaged_experiments())
-         if e.name != "demo"}
+PAIRS = {(e.projector.type, e.peft.type): e for e in map(load_experiment, packaged_experiments()) if e.name != "demo"}
 
 
 @pytest.mark.parametrize(("projector", "adapter"), PAIRS)
-def test_a_new_file_is_the_packaged_experiment_under_its_own_name(
-        projector, adapter, tmp_path, monkeypatch):
+def test_a_new_file_is_the_packaged_experiment_under_its_own_name(projector, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["new", "my.yaml", "--projector", projector, "--adapter", adapter]) == 0
     packaged = PAIRS[projector, adapter]
@@ -46,24 +44,26 @@ def test_its_steps_are_those_that_the_plan_counts(models, shards, tmp_path, caps
     assert f"next: vlmds plan --exp {path} --data {shards}" in printed
     assert "Steps are those of 10 clips at a global batch of 8" in text and "# 3 steps" in text
     assert "loss on split val" in text and "are few" in text
-    places = [f"vision.model={models / 'clip'}", f"llm.model={models / 'qwen3'}",
-              f"data.num_frames={tiny.FRAMES}"]
+    places = [f"vision.model={models / 'clip'}", f"llm.model={models / 'qwen3'}", f"data.num_frames={tiny.FRAMES}"]
     assert main(["plan", "--exp", str(path), "--data", str(shards), "--set", *places]) == 0
     printed = capsys.readouterr().out
     assert "stage align: trains projector, lr 0.001, 2 epochs of 10 samples = 3 steps" in printed
 
 
-@pytest.mark.parametrize(("name", "options", "told"), [
-    ("there.yaml", [], "there.yaml: is there already; choose another name"),
-    ("e7.yaml", [], "e7 is the name of a packaged experiment"),
-    ("my.json", [], "must end with .yaml"),
-    ("내것.yaml", [], "the file's name becomes the experiment's"),
-    ("no/folder.yaml", [], "does not exist; make it first"),
-    ("my.yaml", ["--adapter", "qlora"], "--adapter qlora: there are dora, lora"),
-    ("my.yaml", ["--projector", "mpl"], "--projector mpl: there are cabstractor, linear, mlp"),
-    ("my.yaml", ["--clips", "0"], "--clips 0: must be at least 1"),
-    ("my.yaml", ["--data", "nowhere"], "data.path: nowhere does not exist"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("there.yaml", [], "there.yaml: is there already; choose another name"),
+        ("e7.yaml", [], "e7 is the name of a packaged experiment"),
+        ("my.json", [], "must end with .yaml"),
+        ("내것.yaml", [], "the file's name becomes the experiment's"),
+        ("no/folder.yaml", [], "does not exist; make it first"),
+        ("my.yaml", ["--adapter", "qlora"], "--adapter qlora: there are dora, lora"),
+        ("my.yaml", ["--projector", "mpl"], "--projector mpl: there are cabstractor, linear, mlp"),
+        ("my.yaml", ["--clips", "0"], "--clips 0: must be at least 1"),
+        ("my.yaml", ["--data", "nowhere"], "data.path: nowhere does not exist"),
+    ],
+)
 def test_what_cannot_be_is_refused_in_one_line(name, options, told, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.yaml").write_text("mine")

@@ -54,11 +54,23 @@ def data(models, tmp_path_factory):
         write_video(folder / f"v{i}.mp4", frames=9 + i)
         rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다."})
     pack(write_manifest(folder / "m.jsonl", rows), folder / "video", progress=False)
-    convert(folder / "video", folder / "frames", store="frames", num_frames=tiny.FRAMES,
-            image_size=tiny.SIDE, progress=False)
+    convert(
+        folder / "video",
+        folder / "frames",
+        store="frames",
+        num_frames=tiny.FRAMES,
+        image_size=tiny.SIDE,
+        progress=False,
+    )
     vision = load_experiment("e1", tiny.settings(models)).vision
-    convert(folder / "frames", folder / "features", store="features", progress=False,
-            tower=load_vision_tower(vision, torch.float32, CPU), tower_name="clip")
+    convert(
+        folder / "frames",
+        folder / "features",
+        store="features",
+        progress=False,
+        tower=load_vision_tower(vision, torch.float32, CPU),
+        tower_name="clip",
+    )
     return folder
 
 
@@ -66,16 +78,21 @@ def parts(experiment, number, world_size=1, tower=True):
     model = shapes(experiment)
     stage = experiment.stages[number]
     freeze(model.captioner, stage)
-    return stage_memory(experiment, stage, model.captioner, model.tower if tower else None,
-                        world_size)
+    return stage_memory(experiment, stage, model.captioner, model.tower if tower else None, world_size)
 
 
 @pytest.mark.parametrize("exp", ["e3", "e8"])
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_llm_bytes_are_those_of_the_loaded_model(models, exp, four_bit):
-    experiment = load_experiment(exp, [
-        *tiny.settings(models), *(tiny.RESAMPLER if exp == "e8" else []),
-        "llm.dtype=bfloat16", f"llm.load_in_4bit={str(four_bit).lower()}"])
+    experiment = load_experiment(
+        exp,
+        [
+            *tiny.settings(models),
+            *(tiny.RESAMPLER if exp == "e8" else []),
+            "llm.dtype=bfloat16",
+            f"llm.load_in_4bit={str(four_bit).lower()}",
+        ],
+    )
     llm = add_adapter(load_language_model(experiment.llm, CPU), experiment.peft)
     real = 0
     for name, parameter in llm.named_parameters():
@@ -96,8 +113,7 @@ def test_what_a_stage_trains_and_keeps(models):
     projector = 48 * 64 + 64 + 64 * 64 + 64
     adapter = 2 * 4 * sum([64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64])
     align, finetune = (parts(experiment, number, world_size=2) for number in (0, 1))
-    assert (align["trainables"], finetune["trainables"]) == (
-        4 * projector, 4 * (projector + adapter))
+    assert (align["trainables"], finetune["trainables"]) == (4 * projector, 4 * (projector + adapter))
     assert (align["fp32 copies"], align["Adam moments"]) == (2 * projector, 4 * projector)
     assert finetune["Adam moments"] == 4 * (projector + adapter)
     assert finetune["gradients"] == 4 * (projector + adapter)  # whole, until they are reduced
@@ -105,8 +121,7 @@ def test_what_a_stage_trains_and_keeps(models):
     assert finetune["activations"] > align["activations"]  # the adapter's own
     assert finetune["features ahead"] == 4 * 2 * tiny.FRAMES * 4 * 48  # of two clips, in fp32
     assert "weight average" not in align and "one unpacked weight" not in align
-    averaged = parts(load_experiment("e3", [
-        *tiny.settings(models), "training.ema_decay=0.99"]), 0, world_size=2)
+    averaged = parts(load_experiment("e3", [*tiny.settings(models), "training.ema_decay=0.99"]), 0, world_size=2)
     assert averaged["weight average"] == 2 * projector
 
 
@@ -128,8 +143,8 @@ def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp,
     rotation = base.model.rotary_emb(hidden, torch.arange(length)[None])
     layer = base.model.layers[0]
     real = saved_bytes(
-        lambda: layer(hidden, attention_mask=None, position_embeddings=rotation),
-        own=[*layer.parameters(), *rotation])
+        lambda: layer(hidden, attention_mask=None, position_embeddings=rotation), own=[*layer.parameters(), *rotation]
+    )
     assert layer_activations(experiment, stage, planned) == pytest.approx(real, rel=0.02)
 
 
@@ -137,8 +152,7 @@ def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp,
 def test_a_dora_norm_takes_what_was_counted(tmp_path, four_bit):
     """Of the Linear that takes most; wider models, so that look-up tables do not count."""
     models = tiny.make_models(tmp_path, width=256)
-    experiment = load_experiment("e4", [
-        *tiny.settings(models), f"llm.load_in_4bit={str(four_bit).lower()}"])
+    experiment = load_experiment("e4", [*tiny.settings(models), f"llm.load_in_4bit={str(four_bit).lower()}"])
     llm = add_adapter(load_language_model(experiment.llm, CPU), experiment.peft)
     most = 0
     for module in llm.modules():
@@ -158,14 +172,12 @@ def test_only_a_trained_dora_adapter_needs_norms():
     align, finetune = (parts(load_experiment("e8"), number) for number in (0, 1))
     assert "first DoRA norm" not in align and "first DoRA norm" not in parts(load_experiment("e7"), 1)
     norm = 2 * 12_288 * (12_288 + 16 + 4_096)
-    assert finetune["first DoRA norm"] == (
-        norm - finetune["logits"] - finetune["one unpacked weight"]) > 0
+    assert finetune["first DoRA norm"] == (norm - finetune["logits"] - finetune["one unpacked weight"]) > 0
 
 
 def test_gradients_do_not_go_where_clip_was():
     """Its pool is another stream's: without a tower the buckets are as large."""
-    experiment = load_experiment("e7", [
-        "training.micro_batch=1", "projector.width=null", "data.max_caption_tokens=1"])
+    experiment = load_experiment("e7", ["training.micro_batch=1", "projector.width=null", "data.max_caption_tokens=1"])
     with_tower, without = parts(experiment, 0), parts(experiment, 0, tower=False)
     assert with_tower["CLIP forward"] > 0 and without["CLIP forward"] == 0
     assert with_tower["gradient buckets"] == without["gradient buckets"] > 0
@@ -188,8 +200,7 @@ def test_activations_follow_checkpointing_length_and_batch():
     full = activations("e3", "training.activation_checkpointing=false")
     assert full > 10 * activations("e3")
     assert activations("e3") > 2 * activations("e3", "vision.pool=2")
-    assert activations("e3", "training.micro_batch=4") == pytest.approx(
-        2 * activations("e3"), rel=0.01)
+    assert activations("e3", "training.micro_batch=4") == pytest.approx(2 * activations("e3"), rel=0.01)
 
 
 def test_every_nth_layer_lies_between_none_and_all():
@@ -227,7 +238,8 @@ def test_full_size_parts():
     assert found["trainables"] == 2 * trained and found["Adam moments"] == 2 * trained
     # 36 layers of seven Linears in NF4, embeddings, output and norms in bfloat16.
     assert found["LLM weights"] == pytest.approx(
-        2 * 2 * 151_936 * 4096 + 6_945_767_424 * (0.5 + 1 / 64 + 4 / 64 / 256), rel=1e-3)
+        2 * 2 * 151_936 * 4096 + 6_945_767_424 * (0.5 + 1 / 64 + 4 / 64 / 256), rel=1e-3
+    )
 
 
 def test_plan_prices_every_store_of_typical_clips(capsys):
@@ -245,11 +257,15 @@ def test_plan_prices_every_store_of_typical_clips(capsys):
 def test_plan_says_what_it_assumes(capsys):
     assert main(["plan", "--exp", "e7", "--gpus", "4"]) == 0
     printed = capsys.readouterr().out
-    for part in ("predicted on h100-sxm; give --gpu", "memory of each of 4 GPUs",
-                 "full (auto takes less where it fits) activation checkpointing", "are estimates",
-                 "global batch 32 = micro_batch 2 × accumulation 4 × 4 ranks; set "
-                 "training.global_batch=32 to have it with any number of GPUs",
-                 "workspaces and NCCL's communicators (assumed: 3.50 GB)"):
+    for part in (
+        "predicted on h100-sxm; give --gpu",
+        "memory of each of 4 GPUs",
+        "full (auto takes less where it fits) activation checkpointing",
+        "are estimates",
+        "global batch 32 = micro_batch 2 × accumulation 4 × 4 ranks; set "
+        "training.global_batch=32 to have it with any number of GPUs",
+        "workspaces and NCCL's communicators (assumed: 3.50 GB)",
+    ):
         assert part in printed, part
     assert main(["plan", "--exp", "e7", "--set", "training.global_batch=8"]) == 0
     printed = capsys.readouterr().out
@@ -261,16 +277,14 @@ def test_plan_says_what_it_assumes(capsys):
 
 def test_small_sizes_are_no_zeros(models, data, capsys):
     """A tiny model's memory and a store of a few kilobytes; DoRA's norms are in one stage only."""
-    assert main(["plan", "--exp", "e4", "--data", str(data / "frames"), "--set",
-                 *tiny.settings(models)]) == 0
+    assert main(["plan", "--exp", "e4", "--data", str(data / "frames"), "--set", *tiny.settings(models)]) == 0
     printed = capsys.readouterr().out
-    memory = printed[printed.index("memory of 1 GPU"):printed.index("assumes ZeRO-2")]
+    memory = printed[printed.index("memory of 1 GPU") : printed.index("assumes ZeRO-2")]
     assert "0.00" not in memory and "GB" not in memory
     stored = next(line for line in printed.splitlines() if line.startswith("frames (this data)"))
     assert re.match(r"frames \(this data\) +\d\.\d\d kB +\d+\.?\d* kB ", stored), stored
     clip = next(line for line in printed.splitlines() if line.startswith("CLIP weights"))
-    bytes_of_clip = 4 * sum(p.numel() for p in shapes(load_experiment(
-        "e4", tiny.settings(models))).tower.parameters())
+    bytes_of_clip = 4 * sum(p.numel() for p in shapes(load_experiment("e4", tiny.settings(models))).tower.parameters())
     assert clip.split()[2:] == [f"{bytes_of_clip / 1e3:.0f}", "kB"] * 2
     assert re.search(r"first DoRA norm +0 B +\d", printed)
 
@@ -283,8 +297,11 @@ def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_pat
     settings = [*tiny.settings(models), "vision.feature_layer=-2", "vision.pool=2"]
     experiment = load_experiment("e1", settings)
     for store in ("frames", "features"):
-        monkeypatch.setattr(plan, "cheapest", lambda needs, cores, store=store: next(
-            need for need in needs if need.price.store == store))
+        monkeypatch.setattr(
+            plan,
+            "cheapest",
+            lambda needs, cores, store=store: next(need for need in needs if need.price.store == store),
+        )
         assert main(["plan", "--exp", "e1", "--data", str(source), "--set", *settings]) == 0
         printed = capsys.readouterr().out.splitlines()
         program, *words = shlex.split(next(line for line in printed if "vlmds pack" in line))
@@ -298,11 +315,15 @@ def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_pat
 @pytest.mark.parametrize("store", ["video", "frames", "features"])
 def test_plan_names_the_cheapest_store_of_the_data(models, data, store, capsys):
     settings = tiny.settings(models)
-    assert main(["plan", "--exp", "e1", "--data", str(data / store), "--samples-per-second", "1",
-                 "--set", *settings]) == 0
+    assert (
+        main(["plan", "--exp", "e1", "--data", str(data / store), "--samples-per-second", "1", "--set", *settings]) == 0
+    )
     printed = capsys.readouterr().out
-    names = {"video": ["video (this data)", "frames", "features"],
-             "frames": ["frames (this data)", "features"], "features": ["features"]}[store]
+    names = {
+        "video": ["video (this data)", "frames", "features"],
+        "frames": ["frames (this data)", "features"],
+        "features": ["features"],
+    }[store]
     rows = {line.split("  ")[0] for line in printed.splitlines()}
     assert rows >= set(names)
     assert "cheapest that keeps the GPUs fed with 8 cores for each: " in printed
@@ -312,7 +333,8 @@ def test_plan_names_the_cheapest_store_of_the_data(models, data, store, capsys):
 def test_a_rate_that_no_store_can_serve_is_told(models, data):
     experiment = load_experiment("e1", tiny.settings(models, data / "frames"))
     assert "no store keeps a GPU fed with 0.001 cores" in plan_experiment(
-        experiment, samples_per_second=1e9, cores_per_gpu=0.001)
+        experiment, samples_per_second=1e9, cores_per_gpu=0.001
+    )
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--samples-per-second", "--cores-per-gpu"])

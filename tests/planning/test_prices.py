@@ -26,8 +26,14 @@ def sources(tmp_path_factory):
             rows.append({"video": f"{name}{i}.mp4", "caption": "글"})
         manifest = write_manifest(folder / f"{name}.jsonl", rows)
         pack(manifest, folder / name, progress=False)
-        convert(folder / name, folder / f"{name}-frames", store="frames", progress=False,
-                num_frames=tiny.FRAMES, image_size=tiny.SIDE)
+        convert(
+            folder / name,
+            folder / f"{name}-frames",
+            store="frames",
+            progress=False,
+            num_frames=tiny.FRAMES,
+            image_size=tiny.SIDE,
+        )
     return folder
 
 
@@ -42,8 +48,7 @@ def test_sizes_are_those_of_the_data(sources):
     tar = (sources / "long/train/000000.tar").stat().st_size
     assert found["video"].bytes == tar / 4
     # The frames that it would become are those that it became, but for names and descriptions.
-    jpegs = [sum(m.size for m in frames.row("train", 0, i).members if m.ext != "json")
-             for i in range(4)]
+    jpegs = [sum(m.size for m in frames.row("train", 0, i).members if m.ext != "json") for i in range(4)]
     assert found["frames"].bytes == np.mean(jpegs)
     assert found["features"].bytes == FEATURES
     assert "4 samples timed here" in found["video"].origin
@@ -74,8 +79,7 @@ def test_times_are_those_of_the_reading(sources, monkeypatch):
 
 def test_a_blend_is_priced_over_its_parts(sources):
     parts = [ShardIndex.open(sources / name) for name in ("short", "long")]
-    short, long, both = (by_store(prices(p, **SHAPE))["video"] for p in (
-        parts[:1], parts[1:], parts))
+    short, long, both = (by_store(prices(p, **SHAPE))["video"] for p in (parts[:1], parts[1:], parts))
     assert both.bytes == (short.bytes + long.bytes) / 2
     assert both.origin == "6 samples timed here"
 
@@ -95,11 +99,20 @@ def test_videos_that_no_deadline_suffices_for_have_no_price(sources, monkeypatch
 
 
 def test_the_cheapest_store_is_the_smallest_that_is_fed():
-    found = [Price("video", "video", 1e6, 0.5, ""), Price("frames", "frames", 2e6, 0.01, ""),
-             Price("features", "features", 9e6, 0.001, "")]
-    for rate, cores, store in ((1, 1, "video"), (2, 1, "video"), (3, 1, "frames"),
-                               (100, 1, "frames"), (101, 1, "features"), (1000, 1, "features"),
-                               (3, 2, "video")):
+    found = [
+        Price("video", "video", 1e6, 0.5, ""),
+        Price("frames", "frames", 2e6, 0.01, ""),
+        Price("features", "features", 9e6, 0.001, ""),
+    ]
+    for rate, cores, store in (
+        (1, 1, "video"),
+        (2, 1, "video"),
+        (3, 1, "frames"),
+        (100, 1, "frames"),
+        (101, 1, "features"),
+        (1000, 1, "features"),
+        (3, 2, "video"),
+    ):
         assert cheapest(needs(found, rate, None), cores).price.store == store
     assert cheapest(needs(found, 1001, None), 1) is None
     (need, *_) = needs(found, 4, 1000)

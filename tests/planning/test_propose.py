@@ -41,8 +41,11 @@ def test_operations_are_those_that_run(models, exp, stage):
     with FlopCounterMode(display=False) as counter:
         features = model.features({"frames": frames})
         captioner(features, batch["input_ids"], batch["labels"]).backward()
-    ran = sum(count for op, count in counter.get_flop_counts()["Global"].items()
-              if "scaled_dot_product" not in str(op) and "bmm" not in str(op))
+    ran = sum(
+        count
+        for op, count in counter.get_flop_counts()["Global"].items()
+        if "scaled_dot_product" not in str(op) and "bmm" not in str(op)
+    )
     shape = shapes(experiment)
     if not stage:  # the adapter does not exist then
         shape.captioner.llm = shape.captioner.llm.unload()
@@ -85,6 +88,7 @@ def test_of_equally_fast_ones_the_largest_micro_batch_is_proposed():
 def test_with_few_visual_tokens_the_host_is_the_slower_one():
     """E7 at micro-batch 2 in NF4: two passes of 36 layers, each of 100 kernels at 5 µs and 7 Linears
     at 75 µs, 73.8 ms for 2 samples, on any card; E3's 4,608 tokens keep the GPU busy for longer."""
+
     def rate(exp, card, every=0, *overrides):
         experiment = load_experiment(exp, overrides)
         model = shapes(experiment)
@@ -102,12 +106,28 @@ def test_with_few_visual_tokens_the_host_is_the_slower_one():
 def test_a_long_prompt_takes_memory():
     model = shapes(load_experiment("e7")).captioner
     assert longest(load_experiment("e7", [f"data.prompt={'가' * 1016}"]), model) == (
-        longest(load_experiment("e7"), model) + 1000)
+        longest(load_experiment("e7"), model) + 1000
+    )
 
 
 def test_the_plan_tells_how_long_stages_of_known_steps_take(capsys):
-    assert main(["plan", "--exp", "e7", "--gpus", "2", "--samples-per-second", "4", "--set",
-                 "stages.0.epochs=null", "stages.0.steps=3600"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--exp",
+                "e7",
+                "--gpus",
+                "2",
+                "--samples-per-second",
+                "4",
+                "--set",
+                "stages.0.epochs=null",
+                "stages.0.steps=3600",
+            ]
+        )
+        == 0
+    )
     assert "3,600 steps, about 2.0 h" in capsys.readouterr().out  # of 16 samples, 8 a second
 
 
@@ -121,22 +141,45 @@ def test_the_plan_proposes(capsys):
     assert "known are b200, h200-sxm, h200-nvl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "card"), [
-    ("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA H100 PCIe", "h100-pcie"),
-    ("NVIDIA H100 NVL", "h100-nvl"), ("NVIDIA H200", "h200-sxm"), ("NVIDIA H200 NVL", "h200-nvl"),
-    ("NVIDIA B200", "b200"), ("NVIDIA L40S", "l40s"), ("NVIDIA RTX A6000", "a6000"),
-    ("NVIDIA A100-SXM4-40GB", "a100-40-sxm"), ("NVIDIA A100-PCIE-40GB", "a100-40-pcie"),
-    ("NVIDIA A100-SXM4-80GB", "a100-80-sxm"), ("NVIDIA A100 80GB PCIe", "a100-80-pcie"),
-    ("A100-SXM4-80GB", "a100-80-sxm"),  # of older drivers
-    ("NVIDIA GeForce RTX 4090", "rtx4090")])
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200-sxm"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40-sxm"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80-sxm"),
+        ("NVIDIA A100 80GB PCIe", "a100-80-pcie"),
+        ("A100-SXM4-80GB", "a100-80-sxm"),  # of older drivers
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)
 def test_cards_by_cudas_names(name, card):
     assert device_card(name) is find_card(name) is CARDS[card]
 
 
-@pytest.mark.parametrize("name", [
-    "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GH200 480GB",
-    "NVIDIA H100", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
-    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A100-SXM-64GB", "NVIDIA GB10", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100",
+        "NVIDIA L40",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA GB10",
+        "",
+    ],
+)
 def test_a_similar_name_is_no_known_card(name):
     """A slice has a part of the memory and of the speed, another product has its own."""
     assert device_card(name) is None

@@ -41,12 +41,12 @@ def server(served_runs, tmp_path_factory):
     from vlmds.serve.app import _listen, make_app
     from vlmds.serve.loaded import Limits, Models
 
-    models = Models.load(served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000,
-                                             decode_seconds=20.0), device="cpu")
+    models = Models.load(
+        served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000, decode_seconds=20.0), device="cpu"
+    )
     folder = tmp_path_factory.mktemp("uploads")
     listening = _listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(make_app(models, folder), log_level="critical",
-                                           timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(make_app(models, folder), log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", models, folder)

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("gradio")
 
+import contextlib
+
 import httpx  # noqa: E402
 
 from tests.clips import write_video  # noqa: E402
@@ -48,13 +50,15 @@ def refused(reply: httpx.Response, status: int, message: str) -> None:
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
     assert message in error["message"] and error["code"] == status
-    assert "\n" not in error["message"] and "/tmp" not in reply.text and "File \"" not in reply.text
+    assert "\n" not in error["message"] and "/tmp" not in reply.text and 'File "' not in reply.text
 
 
 def test_captions_are_those_of_the_captioner(server, clip):
     options = GenerationOptions(max_new_tokens=6)
-    want = {name: next(captioner.caption([str(clip)], options, prompt=prompt, workers=1))
-            for (name, captioner), prompt in zip(server.models.captioners.items(), (None, "무엇?"))}
+    want = {
+        name: next(captioner.caption([str(clip)], options, prompt=prompt, workers=1))
+        for (name, captioner), prompt in zip(server.models.captioners.items(), (None, "무엇?"))
+    }
     assert want["e3"].startswith(SAYINGS["e3"])
     first = upload(server, clip.read_bytes()).json()
     assert first["model"] == "e3" and first["object"] == "chat.completion"
@@ -71,8 +75,7 @@ def test_captions_are_those_of_the_captioner(server, clip):
 def test_a_stream_gives_the_same_in_pieces(server, clip):
     body = chat(data_url(clip.read_bytes()), max_completion_tokens=30, temperature=0.7, seed=3)
     whole = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body | {"stream": True},
-                      timeout=60) as reply:
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body | {"stream": True}, timeout=60) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         events = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     assert events.pop() == "[DONE]"
@@ -107,31 +110,39 @@ def linked_tar() -> bytes:
 def damaged(clip) -> bytes:
     data = bytearray(clip.read_bytes())
     begin = data.index(b"mdat") + 400
-    data[begin:begin + 2000] = b"\xff" * 2000
+    data[begin : begin + 2000] = b"\xff" * 2000
     return bytes(data)
 
 
 HOSTILE = {  # what is sent, as (file, name of the file), and the answer
     "not a video": (lambda clip, tmp: (b"no video at all" * 99, "a.mp4"), 422, "cannot be read"),
     "0 bytes": (lambda clip, tmp: (b"", "a.mp4"), 422, "file is empty"),
-    "1 x 1 pixel": (lambda clip, tmp: (write_video(
-        tmp / "a.mkv", frames=5, width=1, height=1, codec="ffv1", pix_fmt="bgr0").read_bytes(),
-        "a.mkv"), 200, ""),
-    "100,000 frames": (lambda clip, tmp: (long_video(tmp / "a.mkv", 100_000, False), "a.mkv"),
-                       422, "video too long: 3,333 s; this server takes at most 60 s"),
-    "AV1": (lambda clip, tmp: (write_video(
-        tmp / "a.mp4", frames=10, codec="libsvtav1").read_bytes(), "a.mp4"), 200, ""),
+    "1 x 1 pixel": (
+        lambda clip, tmp: (
+            write_video(tmp / "a.mkv", frames=5, width=1, height=1, codec="ffv1", pix_fmt="bgr0").read_bytes(),
+            "a.mkv",
+        ),
+        200,
+        "",
+    ),
+    "100,000 frames": (
+        lambda clip, tmp: (long_video(tmp / "a.mkv", 100_000, False), "a.mkv"),
+        422,
+        "video too long: 3,333 s; this server takes at most 60 s",
+    ),
+    "AV1": (
+        lambda clip, tmp: (write_video(tmp / "a.mp4", frames=10, codec="libsvtav1").read_bytes(), "a.mp4"),
+        200,
+        "",
+    ),
     "corrupt": (lambda clip, tmp: (damaged(clip), "a.mp4"), 422, "cannot be"),
     "cut": (lambda clip, tmp: (clip.read_bytes()[:900], "a.mp4"), 422, "cannot be read"),
     "symbolic link": (lambda clip, tmp: (linked_tar(), "a.mp4"), 422, "cannot be read"),
     "long name": (lambda clip, tmp: (clip.read_bytes(), "../" * 99 + "가" * 300 + ".mp4"), 200, ""),
-    "huge name": (lambda clip, tmp: (clip.read_bytes(), "가" * 100_000), 400,
-                  "the form cannot be read"),
-    "HTML": (lambda clip, tmp: (b"<html><script>alert(1)</script></html>", "a.html"), 422,
-             "cannot be read"),
+    "huge name": (lambda clip, tmp: (clip.read_bytes(), "가" * 100_000), 400, "the form cannot be read"),
+    "HTML": (lambda clip, tmp: (b"<html><script>alert(1)</script></html>", "a.html"), 422, "cannot be read"),
     "bomb": (lambda clip, tmp: (tar_bomb(), "a.tar.gz"), 422, "not a video file"),
-    "playlist": (lambda clip, tmp: (b"ffconcat version 1.0\nfile /etc/passwd\n", "a.mp4"), 422,
-                 "not a video file"),
+    "playlist": (lambda clip, tmp: (b"ffconcat version 1.0\nfile /etc/passwd\n", "a.mp4"), 422, "not a video file"),
 }
 
 
@@ -151,28 +162,34 @@ def test_hostile_uploads_get_a_clear_answer_and_the_server_lives(server, clip, t
     assert not list(server.folder.glob("*.video"))
 
 
-@pytest.mark.parametrize(("body", "status", "message"), [
-    (b"{", 400, "the request is no JSON"),
-    (b"[" * 200_000, 400, "the request is no JSON"),
-    ([], 400, "valid dictionary"),
-    ({"messages": []}, 400, "messages"),
-    ({"messages": [{"role": "user", "content": "무엇?"}]}, 400, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}]}]}, 400,
-     "0 parts of type video_url"),
-    ({"messages": [{"role": "system", "content": []}]}, 400, "messages.0.role"),
-    (chat("file:///etc/passwd"), 400, "takes data: URLs only"),
-    (chat("/etc/passwd"), 400, "takes data: URLs only"),
-    (chat("http://127.0.0.1:1/clip.mp4"), 400, "takes data: URLs only"),
-    (chat("data:video/mp4,abc"), 400, "not of the form"),
-    (chat("data:video/mp4;base64,…"), 400, "cannot be decoded"),
-    (chat(data_url(b"0"), model="e9"), 404, "model 'e9' is not here; there are: e3, e7"),
-    (chat(data_url(b"0"), max_tokens=0), 400, "max_new_tokens 0: must be 1 or more"),
-    (chat(data_url(b"0"), max_tokens=1 << 40), 400, "tokens are too many"),
-    (chat(data_url(b"0"), temperature=-1), 400, "temperature -1"),
-    (chat(data_url(b"0"), "?" * 5000), 400, "the prompt has 5,000 characters"),
-    (chat(data_url(b"0"), n=2), 400, "n: "),
-    (chat(data_url(b"0"), tools=[]), 400, "tools: "),
-])
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "the request is no JSON"),
+        (b"[" * 200_000, 400, "the request is no JSON"),
+        ([], 400, "valid dictionary"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "무엇?"}]}, 400, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}]}]},
+            400,
+            "0 parts of type video_url",
+        ),
+        ({"messages": [{"role": "system", "content": []}]}, 400, "messages.0.role"),
+        (chat("file:///etc/passwd"), 400, "takes data: URLs only"),
+        (chat("/etc/passwd"), 400, "takes data: URLs only"),
+        (chat("http://127.0.0.1:1/clip.mp4"), 400, "takes data: URLs only"),
+        (chat("data:video/mp4,abc"), 400, "not of the form"),
+        (chat("data:video/mp4;base64,…"), 400, "cannot be decoded"),
+        (chat(data_url(b"0"), model="e9"), 404, "model 'e9' is not here; there are: e3, e7"),
+        (chat(data_url(b"0"), max_tokens=0), 400, "max_new_tokens 0: must be 1 or more"),
+        (chat(data_url(b"0"), max_tokens=1 << 40), 400, "tokens are too many"),
+        (chat(data_url(b"0"), temperature=-1), 400, "temperature -1"),
+        (chat(data_url(b"0"), "?" * 5000), 400, "the prompt has 5,000 characters"),
+        (chat(data_url(b"0"), n=2), 400, "n: "),
+        (chat(data_url(b"0"), tools=[]), 400, "tools: "),
+    ],
+)
 def test_bad_requests_are_told_what_is_wrong(server, body, status, message):
     reply = post(server, content=body) if isinstance(body, bytes) else post(server, body)
     refused(reply, status, message)
@@ -181,14 +198,14 @@ def test_bad_requests_are_told_what_is_wrong(server, body, status, message):
 def test_forms_that_are_none(server, clip):
     refused(post(server, data={"prompt": "?"}, files={"clip": b"x"}), 400, "send one as video")
     refused(upload(server, clip.read_bytes(), prompts="?"), 400, "prompts")
-    refused(post(server, content=b"abc", headers={"content-type": "multipart/form-data"}), 400,
-            "the form cannot be read")
+    refused(
+        post(server, content=b"abc", headers={"content-type": "multipart/form-data"}), 400, "the form cannot be read"
+    )
 
 
 def test_a_video_that_is_too_long_or_too_large(server, clip, tmp_path):
     slow = write_video(tmp_path / "slow.mp4", frames=3, times=[0.0, 50.0, 100.0])
-    refused(upload(server, slow.read_bytes()), 422,
-            "video too long: 150 s; this server takes at most 60 s")
+    refused(upload(server, slow.read_bytes()), 422, "video too long: 150 s; this server takes at most 60 s")
     fits_the_request_only = clip.read_bytes() + bytes(int(LIMIT * 1e6))
     refused(upload(server, fits_the_request_only), 422, "at most 8 MB")
 
@@ -197,8 +214,10 @@ def test_a_video_that_is_too_long_or_too_large(server, clip, tmp_path):
 def test_a_body_without_end_is_refused_before_its_end(server, kind):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"POST /caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\n"
-                           "Transfer-Encoding: chunked\r\n\r\n".encode())
+        connection.sendall(
+            f"POST /caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n".encode()
+        )
         start = b'--x\r\nContent-Disposition: form-data; name="video"; filename="a"\r\n\r\n'
         sent = 0
         for block in (start, *[b"0" * 100_000] * 400):
@@ -230,8 +249,9 @@ def test_the_writing_ends_when_the_reader_leaves(server, clip, stream):
     body = json.dumps(chat(data_url(clip.read_bytes()), max_tokens=100_000, stream=stream)).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"POST /caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: "
-                           b"%d\r\n\r\n" % len(body) + body)
+        connection.sendall(
+            b"POST /caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
         end = time.monotonic() + 30
         while idle(server.models, 0) and time.monotonic() < end:
             time.sleep(0.01)
@@ -276,11 +296,10 @@ def site(clip):
             self.send_response({"/clip.mp4": 200, "/big": 200, "/moved": 302}.get(self.path, 404))
             self.send_header("Location", "/clip.mp4")
             self.end_headers()
-            try:
-                self.wfile.write(clip.read_bytes() if self.path == "/clip.mp4" else
-                                 bytes(12_000_000) if self.path == "/big" else b"")
-            except OSError:
-                pass
+            with contextlib.suppress(OSError):
+                self.wfile.write(
+                    clip.read_bytes() if self.path == "/clip.mp4" else bytes(12_000_000) if self.path == "/big" else b""
+                )
 
         def log_message(self, *_):
             pass
@@ -305,12 +324,14 @@ def test_urls_only_where_they_are_allowed(server, site, tmp_path):
     add_api(app, Models(server.models.captioners, Limits(megabytes=LIMIT, urls=True)), tmp_path)
     client = TestClient(app, raise_server_exceptions=False)
     assert client.post("/caption", json=chat(f"{url}/clip.mp4")).status_code == 200
-    for bad, status, message in ((f"{url}/none", 422, "answered with 404"),
-                                 (f"{url}/moved", 422, "answered with 302"),
-                                 (f"{url}/big", 413, "too large"),
-                                 ("file:///etc/passwd", 400, "neither a data: nor"),
-                                 ("http://127.0.0.1:1/a.mp4", 422, "cannot be fetched"),
-                                 ("http://[", 422, "cannot be fetched")):
+    for bad, status, message in (
+        (f"{url}/none", 422, "answered with 404"),
+        (f"{url}/moved", 422, "answered with 302"),
+        (f"{url}/big", 413, "too large"),
+        ("file:///etc/passwd", 400, "neither a data: nor"),
+        ("http://127.0.0.1:1/a.mp4", 422, "cannot be fetched"),
+        ("http://[", 422, "cannot be fetched"),
+    ):
         refused(client.post("/caption", json=chat(bad)), status, message)
     assert asked.count("/clip.mp4") == 1
 
@@ -323,14 +344,18 @@ def test_the_page_opens_neither_files_nor_addresses(server, site, clip):
     config = httpx.get(f"{server.url}/config").json()
     events = [event["id"] for event in config["dependencies"] if len(event["inputs"]) == 5]
     assert len(events) == 1
-    files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in
-             (f"{url}/clip.mp4", str(clip), "/etc/passwd", f"{server.folder}/../../../etc/passwd")]
-    for data in (*([file, ["e3"], "", 5, 0] for file in files), [None, ["e3"], files[0], 5, 0],
-                 [None, [files[1]], "", 5, 0]):
+    files = [
+        {"path": path, "meta": {"_type": "gradio.FileData"}}
+        for path in (f"{url}/clip.mp4", str(clip), "/etc/passwd", f"{server.folder}/../../../etc/passwd")
+    ]
+    for data in (
+        *([file, ["e3"], "", 5, 0] for file in files),
+        [None, ["e3"], files[0], 5, 0],
+        [None, [files[1]], "", 5, 0],
+    ):
         call = {"data": data, "fn_index": events[0], "session_hash": "s", "event_data": None}
         assert httpx.post(f"{server.url}/gradio_api/queue/join", json=call).status_code == 200
-        with httpx.stream("GET", f"{server.url}/gradio_api/queue/data?session_hash=s",
-                          timeout=30) as reply:
+        with httpx.stream("GET", f"{server.url}/gradio_api/queue/data?session_hash=s", timeout=30) as reply:
             told = next(line for line in reply.iter_lines() if "process_completed" in line)
         assert '"success":false' in told and "uploads only" in told
     assert not asked

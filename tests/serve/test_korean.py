@@ -30,6 +30,7 @@ def test_why_a_damaged_video_is_refused_is_korean(tmp_path, damage):
 
 def test_limits_keep_their_numbers():
     assert in_korean("video too long: 1,200 s; this server takes at most 600 s") == (
-        "영상이 너무 깁니다(1,200초). 이 서버는 최대 600초까지 받습니다.")
+        "영상이 너무 깁니다(1,200초). 이 서버는 최대 600초까지 받습니다."
+    )
     assert in_korean("decoder crashed: signal 11") == "디코더가 비정상 종료되었습니다(signal 11)."
     assert in_korean("something else: why") == "something else: why"

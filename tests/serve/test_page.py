@@ -31,8 +31,14 @@ def browser():
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
-                 "--window-size=1280,1000", "--lang=en-US"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1280,1000",
+        "--lang=en-US",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -101,14 +107,14 @@ def test_two_runs_side_by_side_in_a_browser(server, clip, browser, tmp_path):
     partly = {pair[0] for pair in seen if pair and pair[0] and pair[0] != captions[0]}
     assert partly and all(captions[0].startswith(text.strip()) for text in partly)
     assert len(page.find("#frames img")) == 4
-    assert all(browser.execute_script("return arguments[0].naturalWidth", image) == 28
-               for image in page.find("#frames img"))
+    assert all(
+        browser.execute_script("return arguments[0].naturalWidth", image) == 28 for image in page.find("#frames img")
+    )
     assert not page.find(".bad") and "4 × 28 px" in page.find("#frames")[0].text
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not errors
     log = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [entry["params"]["request"]["url"] for entry in log
-            if entry["method"] == "Network.requestWillBeSent"]
+    urls = [entry["params"]["request"]["url"] for entry in log if entry["method"] == "Network.requestWillBeSent"]
     assert len(urls) > 5
     assert not [url for url in urls if not url.startswith((server.url, "data:", "blob:"))]
 
@@ -126,15 +132,17 @@ def test_two_runs_side_by_side_in_a_browser(server, clip, browser, tmp_path):
     assert page.find("[role=alert].bad") and "Traceback" not in browser.page_source
     browser.save_screenshot(str(tmp_path / "bad.png"))
 
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
     assert browser.execute_script("return document.documentElement.scrollWidth <= 390")
 
 
 def test_stop_and_leaving_end_the_writing(server, clip, browser, monkeypatch):
     options = server.models.options
-    monkeypatch.setattr(server.models, "options", lambda prompt, **more: options(
-        prompt, **more | {"max_new_tokens": 100_000}))  # minutes of it
+    monkeypatch.setattr(
+        server.models, "options", lambda prompt, **more: options(prompt, **more | {"max_new_tokens": 100_000})
+    )  # minutes of it
     page = Page(browser, server.url)
     for leave in (lambda: page.click("#stop"), lambda: browser.get("about:blank")):
         page.choose(clip)
@@ -151,10 +159,21 @@ def test_stop_and_leaving_end_the_writing(server, clip, browser, monkeypatch):
 
 def test_the_command_serves_and_cleans_up(served_runs, clip, tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "vlmds.cli", "serve", "--port", "0", "--device", "cpu",
-               "--run", *map(str, served_runs)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=environment) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "vlmds.cli",
+        "serve",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--run",
+        *map(str, served_runs),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             line = process.stdout.readline()
             url = re.fullmatch(r"e3, e7: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", line)[1]
@@ -164,10 +183,11 @@ def test_the_command_serves_and_cleans_up(served_runs, clip, tmp_path):
                     break
                 except httpx.ConnectError:
                     time.sleep(0.1)
-            reply = httpx.post(f"{url}/caption", files={"video": clip.read_bytes()}, timeout=60,
-                               data={"max_tokens": "3"})
+            reply = httpx.post(
+                f"{url}/caption", files={"video": clip.read_bytes()}, timeout=60, data={"max_tokens": "3"}
+            )
             assert reply.json()["choices"][0]["message"]["role"] == "assistant"
-            private, = tmp_path.glob("vlmds-serve-*")
+            (private,) = tmp_path.glob("vlmds-serve-*")
             assert private.stat().st_mode & 0o777 == 0o700
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=120) == 0

@@ -29,10 +29,17 @@ GLOBAL_BATCH, STEPS = 8, 3
 
 def tiny_captioner(exp):
     torch.manual_seed(0)
-    llm = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-    )).requires_grad_(False)
+    llm = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    ).requires_grad_(False)
     return Captioner(build_projector(exp.projector, 16, 32, num_frames=2, patches=4), llm)
 
 
@@ -77,10 +84,8 @@ def run_stage(model, exp, stage, plain):
     seen = []
     for step in range(STEPS):
         set_learning_rate(engine, learning_rate(step, STEPS, stage))
-        rows = [slice(start, start + micro) for start in range(
-            rank * micro, GLOBAL_BATCH, micro * world_size)]
-        total, dtypes = accumulate(
-            engine, [(features[r], ids[r], labels[r]) for r in rows], world_size / tokens, plain)
+        rows = [slice(start, start + micro) for start in range(rank * micro, GLOBAL_BATCH, micro * world_size)]
+        total, dtypes = accumulate(engine, [(features[r], ids[r], labels[r]) for r in rows], world_size / tokens, plain)
         dist.all_reduce(total)
         seen.append([stage.name, total.item() / tokens, float(engine.get_global_grad_norm())])
     assert not engine.tput_timer.config.enabled  # it would wait for the GPU before every forward pass
@@ -95,10 +100,19 @@ def main(output, *overrides):
     init_distributed(timeout_minutes=3)
     plain = "plain" in overrides
     overrides = [override for override in overrides if override != "plain"]
-    exp = load_experiment("e7", [
-        "llm.dtype=float32", "llm.load_in_4bit=false", "peft.dropout=0", "projector.width=32",
-        "projector.num_queries=4", "projector.num_heads=2", "data.num_frames=2", *overrides,
-    ])
+    exp = load_experiment(
+        "e7",
+        [
+            "llm.dtype=float32",
+            "llm.load_in_4bit=false",
+            "peft.dropout=0",
+            "projector.width=32",
+            "projector.num_queries=4",
+            "projector.num_heads=2",
+            "data.num_frames=2",
+            *overrides,
+        ],
+    )
     model = tiny_captioner(exp)
     model.to(getattr(torch, exp.llm.dtype))
     steps, leaks = [], []
@@ -108,11 +122,9 @@ def main(output, *overrides):
         seen, leaked, dtypes = run_stage(model, exp, stage, plain)
         steps += seen
         leaks.append(leaked)
-    weights = {name: p.double().sum().item() for name, p in model.named_parameters()
-               if p.requires_grad}
+    weights = {name: p.double().sum().item() for name, p in model.named_parameters() if p.requires_grad}
     if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps({
-            "steps": steps, "leaks": leaks, "weights": weights, "gradients": dtypes}))
+        Path(output).write_text(json.dumps({"steps": steps, "leaks": leaks, "weights": weights, "gradients": dtypes}))
     dist.destroy_process_group()
 
 

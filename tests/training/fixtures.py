@@ -15,9 +15,9 @@ from vlmds.packing.pack import pack
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
     """For a fixture that all tests share: at its end nothing in the folder has changed."""
+
     def state():
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns)
-                for path in folder.rglob("*") if path.is_file()}
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
     before = state()
     yield
@@ -46,11 +46,23 @@ def make_shards(folder: Path) -> Path:
     rows = []
     for i in range(13):
         write_video(folder / f"v{i}.mp4", frames=8 + i)
-        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다." + " 네." * (i % 3),
-                     "split": "val" if i >= 10 else "train"})
+        rows.append(
+            {
+                "video": f"v{i}.mp4",
+                "caption": f"{i}번 영상입니다." + " 네." * (i % 3),
+                "split": "val" if i >= 10 else "train",
+            }
+        )
     manifest = write_manifest(folder / "manifest.jsonl", rows)
-    pack(manifest, folder / "out", store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE,
-         shard_size=5, progress=False)
+    pack(
+        manifest,
+        folder / "out",
+        store="frames",
+        num_frames=tiny.FRAMES,
+        image_size=tiny.SIDE,
+        shard_size=5,
+        progress=False,
+    )
     return folder / "out"
 
 

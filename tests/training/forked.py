@@ -25,8 +25,14 @@ _context.set_forkserver_preload(["tests.training.preloaded"])
 def environment(**more: str) -> dict[str, str]:
     """Of a rank."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path,
-            "PYTHONPATH": str(ROOT), **more}
+    return {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
 
 
 def fork_context() -> multiprocessing.context.BaseContext:
@@ -84,8 +90,7 @@ def _parent(ranks: int, words: list[str], env: dict[str, str], log: Path) -> Non
     for rank in range(ranks):
         children.append(os.fork())
         if not children[-1]:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                              LOCAL_WORLD_SIZE=str(ranks))
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
             _finish(lambda: _run(words))
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     sys.exit(next((code if code > 0 else 128 - code for code in codes if code), 0))

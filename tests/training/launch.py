@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests import tiny
@@ -26,21 +26,28 @@ PROGRESS = re.compile(rf"^vlmds: (?!rank).+(: |, | in ){DURATION}\n", re.M)
 
 def arguments(models: Path, shards: Path, run: Path, *overrides: str, exp: str = "e3") -> list[str]:
     """Arguments of launch/train.py for a packaged experiment on the tiny models."""
-    return ["--exp", exp, "--output", str(run), "--data", str(shards),
-            "--set", *tiny.settings(models), *overrides]
+    return ["--exp", exp, "--output", str(run), "--data", str(shards), "--set", *tiny.settings(models), *overrides]
 
 
 def command(ranks: int, *arguments: str, script: Path = SCRIPT) -> list[str]:
     """`deepspeed --num_gpus N launch/train.py …`, or the plain script for one process (0 ranks)."""
     if not ranks:
         return [sys.executable, str(script), *arguments]
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks),
-            "--master_port", str(free_port()), str(script), *arguments]
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *arguments,
+    ]
 
 
 @contextmanager
-def running(ranks: int, *arguments: str, log: Path, script: Path = SCRIPT, fresh: bool = False,
-            **env: str) -> Iterator[subprocess.Popen | Forked]:
+def running(
+    ranks: int, *arguments: str, log: Path, script: Path = SCRIPT, fresh: bool = False, **env: str
+) -> Iterator[subprocess.Popen | Forked]:
     """A started training, whose output goes to log.out and log.err; killed at the end with all
     its descendants.
 
@@ -50,8 +57,14 @@ def running(ranks: int, *arguments: str, log: Path, script: Path = SCRIPT, fresh
     if fresh:
         with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
             process = subprocess.Popen(
-                command(ranks, *arguments, script=script), env=environment(**env), cwd=ROOT,
-                stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
+                command(ranks, *arguments, script=script),
+                env=environment(**env),
+                cwd=ROOT,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
     else:
         process = fork(ranks, str(script), *arguments, log=log, **env)
     try:
@@ -78,8 +91,15 @@ def forked(ranks: int, *words: str, log: Path, expect: int = 0) -> str:
     return printed
 
 
-def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SCRIPT,
-          timeout: float = TIMEOUT, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
+def train(
+    ranks: int,
+    *arguments: str,
+    expect: int | None = 0,
+    script: Path = SCRIPT,
+    timeout: float = TIMEOUT,
+    fresh: bool = False,
+    **env: str,
+) -> subprocess.CompletedProcess:
     """Run to the end; the exit code must be `expect` (None: any but 0). fresh: see
     :func:`running`. What it returns as stderr is without the lines of progress."""
     run = Path(arguments[arguments.index("--output") + 1])
@@ -94,14 +114,20 @@ def train(ranks: int, *arguments: str, expect: int | None = 0, script: Path = SC
     return subprocess.CompletedProcess(arguments, code, out, PROGRESS.sub("", err))
 
 
-def train_until(ranks: int, run: Path, lines: int, act: Callable[[subprocess.Popen], None],
-                *arguments: str, checkpoint: str = "", fresh: bool = False) -> None:
+def train_until(
+    ranks: int,
+    run: Path,
+    lines: int,
+    act: Callable[[subprocess.Popen], None],
+    *arguments: str,
+    checkpoint: str = "",
+    fresh: bool = False,
+) -> None:
     """Run until metrics.jsonl has that many lines and, as checkpoints are written in the
     background, until one whose name starts like `checkpoint` is there; then `act`, then kill what
     is left."""
     deadline = time.monotonic() + TIMEOUT
-    with running(ranks, *arguments, log=run.with_name(f"{run.name}-until"),
-                 fresh=fresh) as process:
+    with running(ranks, *arguments, log=run.with_name(f"{run.name}-until"), fresh=fresh) as process:
         while len(_lines(run)) < lines or not _has_checkpoint(run, checkpoint):
             assert process.poll() is None, "training ended before its time"
             assert time.monotonic() < deadline
@@ -109,11 +135,11 @@ def train_until(ranks: int, run: Path, lines: int, act: Callable[[subprocess.Pop
         act(process)
 
 
-def train_and_kill(ranks: int, run: Path, lines: int, *arguments: str,
-                   checkpoint: str = "", fresh: bool = False) -> None:
+def train_and_kill(
+    ranks: int, run: Path, lines: int, *arguments: str, checkpoint: str = "", fresh: bool = False
+) -> None:
     """As train_until, with SIGKILL for all of it."""
-    train_until(ranks, run, lines, lambda process: None, *arguments, checkpoint=checkpoint,
-                fresh=fresh)
+    train_until(ranks, run, lines, lambda process: None, *arguments, checkpoint=checkpoint, fresh=fresh)
 
 
 def until_lines(run: Path, lines: int, *processes: subprocess.Popen) -> None:
@@ -137,10 +163,8 @@ def kill_tree(process: subprocess.Popen | Forked) -> None:
     """SIGKILL a process and all its descendants, and wait until they are gone."""
     children = descendants(process.pid)
     for pid in (process.pid, *children):
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
     deadline = time.monotonic() + 10
     for pid in children:  # they may hold files open until they are gone
@@ -166,8 +190,7 @@ def ranks_of(process: subprocess.Popen, script: Path = SCRIPT) -> list[int]:
     for pid in [process.pid, *descendants(process.pid)]:
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            variables = dict(v.partition(b"=")[::2] for v in
-                             Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+            variables = dict(v.partition(b"=")[::2] for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         except OSError:
             continue
         if str(script).encode() in words and b"RANK" in variables and b"LOCAL_RANK" in variables:

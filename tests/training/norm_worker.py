@@ -25,18 +25,30 @@ FAULTS = (None, "nan", "inf", "-inf", None)
 def state(engine):
     """All that a step changes: weights as the model has them and in fp32, and the moments."""
     optimizer = engine.optimizer.optimizer
-    moments = [value for group in optimizer.param_groups for parameter in group["params"]
-               for value in optimizer.state[parameter].values()]
-    return [t.detach().clone() for t in (
-        *(p for p in engine.module.parameters() if p.requires_grad),
-        *engine.optimizer.single_partition_of_fp32_groups, *moments)]
+    moments = [
+        value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for value in optimizer.state[parameter].values()
+    ]
+    return [
+        t.detach().clone()
+        for t in (
+            *(p for p in engine.module.parameters() if p.requires_grad),
+            *engine.optimizer.single_partition_of_fp32_groups,
+            *moments,
+        )
+    ]
 
 
 def first_moment(engine):
     """Norm over all ranks of Adam's first moment, as if decayed by nothing."""
     optimizer = engine.optimizer.optimizer
-    squares = sum(optimizer.state[parameter]["exp_avg"].double().square().sum()
-                  for group in optimizer.param_groups for parameter in group["params"])
+    squares = sum(
+        optimizer.state[parameter]["exp_avg"].double().square().sum()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
     dist.all_reduce(squares)
     return float(squares.sqrt()) / (1 - optimizer.param_groups[0]["betas"][0])
 
@@ -66,31 +78,47 @@ def take_step(engine, experiment, fault, searches):
     engine.step()
     after = state(engine)
     return {
-        "skipped": engine.optimizer.overflow, "norm": float(engine.get_global_grad_norm()),
-        "deepspeed_norm": theirs, "first_moment": first_moment(engine), "searches": len(searches),
+        "skipped": engine.optimizer.overflow,
+        "norm": float(engine.get_global_grad_norm()),
+        "deepspeed_norm": theirs,
+        "first_moment": first_moment(engine),
+        "searches": len(searches),
         "unchanged": all(map(torch.equal, after, before)),
-        "finite": all(bool(t.isfinite().all()) for t in after)}
+        "finite": all(bool(t.isfinite().all()) for t in after),
+    }
 
 
 def main(output, ds_config, *overrides):
     init_distributed(timeout_minutes=3)
-    experiment = load_experiment("e7", [
-        "llm.load_in_4bit=false", "peft.dropout=0", "projector.width=32", "projector.num_queries=4",
-        "projector.num_heads=2", "data.num_frames=2", "training.micro_batch=2", *overrides])
+    experiment = load_experiment(
+        "e7",
+        [
+            "llm.load_in_4bit=false",
+            "peft.dropout=0",
+            "projector.width=32",
+            "projector.num_queries=4",
+            "projector.num_heads=2",
+            "data.num_frames=2",
+            "training.micro_batch=2",
+            *overrides,
+        ],
+    )
     model = tiny_captioner(experiment)
     model.llm = add_adapter(model.llm, experiment.peft)
     model.to(getattr(torch, experiment.llm.dtype))
     stage = experiment.stages[1]
     freeze(model, stage)
-    engine = build_engine(model, experiment, stage, Path(ds_config), accumulation_steps(
-        experiment, dist.get_world_size(), GLOBAL_BATCH))
+    engine = build_engine(
+        model, experiment, stage, Path(ds_config), accumulation_steps(experiment, dist.get_world_size(), GLOBAL_BATCH)
+    )
     searches, search = [], zero.has_inf_or_nan
     zero.has_inf_or_nan = lambda tensor: searches.append(1) or search(tensor)
     engine.optimizer.optimizer.param_groups[0]["lr"] = 1e-2
     seen = gather([take_step(engine, experiment, fault, searches) for fault in FAULTS])
     if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps({"ranks": seen, "steps": engine.global_steps,
-                                            "skipped": engine.skipped_steps}))
+        Path(output).write_text(
+            json.dumps({"ranks": seen, "steps": engine.global_steps, "skipped": engine.skipped_steps})
+        )
     dist.destroy_process_group()
 
 

@@ -38,8 +38,7 @@ def test_auto_looks_at_the_gpu_also_outside_of_a_job(monkeypatch):
     experiment = setting("auto")
     for free, expected in ((1e15, 0), (1e9, 1)):
         gpu(monkeypatch, free)
-        assert checkpointed_layers(
-            experiment, experiment.stages[0], False, torch.device("cuda:0")) == expected
+        assert checkpointed_layers(experiment, experiment.stages[0], False, torch.device("cuda:0")) == expected
 
 
 def test_what_is_loaded_already_does_not_count_twice(monkeypatch):
@@ -48,8 +47,7 @@ def test_what_is_loaded_already_does_not_count_twice(monkeypatch):
 
     def chosen(free, held):
         gpu(monkeypatch, free, held)
-        return checkpointed_layers(
-            experiment, experiment.stages[1], False, torch.device("cuda:0"))
+        return checkpointed_layers(experiment, experiment.stages[1], False, torch.device("cuda:0"))
 
     assert chosen(200e9, 0) == chosen(193e9, 7e9) == 0
     assert chosen(72e9, 0) == chosen(65e9, 7e9) == 2  # takes 65 GB and what fragments leave
@@ -82,7 +80,8 @@ def test_the_rank_with_the_least_free_memory_decides_for_all(tmp_path: Path):
         "activations.torch.zeros = zeros\n"
         "activations.start_communicators = lambda device: None\n"
         "every = activations.checkpointed_layers(e3, e3.stages[1], False, torch.device('cuda:0'))\n"
-        "assert free_bytes == (10**15 if rank == 0 else 10**9) and every == 1, every\n")
+        "assert free_bytes == (10**15 if rank == 0 else 10**9) and every == 1, every\n"
+    )
     forked(2, str(script), log=tmp_path / "log")
 
 
@@ -94,9 +93,16 @@ def test_other_values_are_refused(value):
 
 def test_it_changes_no_gradient():
     """Dropout included: its masks are drawn again alike."""
-    experiment = load_experiment("e8", [
-        "projector.width=32", "projector.num_queries=4", "projector.num_heads=2",
-        "data.num_frames=2", "peft.dropout=0.3"])
+    experiment = load_experiment(
+        "e8",
+        [
+            "projector.width=32",
+            "projector.num_queries=4",
+            "projector.num_heads=2",
+            "data.num_frames=2",
+            "peft.dropout=0.3",
+        ],
+    )
     captioner = tiny_captioner(experiment)
     captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, experiment.stages[1])
@@ -106,7 +112,10 @@ def test_it_changes_no_gradient():
     for every in (1, 2, 0):
         checkpoint_activations(captioner, every)
         assert [layer.gradient_checkpointing for layer in layers] == {
-            0: [False, False], 1: [True, True], 2: [True, False]}[every]
+            0: [False, False],
+            1: [True, True],
+            2: [True, False],
+        }[every]
         captioner.zero_grad()
         torch.manual_seed(3)
         captioner(*batch(captioner.projector.num_tokens)).backward()
@@ -117,6 +126,7 @@ def test_it_changes_no_gradient():
 
 def test_auto_recomputes_as_little_as_fits():
     """E3 in NF4, whose 4,608 visual tokens keep much: less on a larger card; E7's 64 need none."""
+
     def auto(exp, gigabytes):
         experiment = setting("auto", exp)
         return fewest_that_fits(experiment, experiment.stages[1], False, gigabytes * 1e9, 1)

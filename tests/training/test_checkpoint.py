@@ -21,11 +21,14 @@ def left(root):
     return [int(path.name.removeprefix("align-")) for path in checkpoint.checkpoints(root, "align")]
 
 
-@pytest.mark.parametrize("scores, expected", [
-    ([-3.0, -1.0, -2.0, -2.5], [800, 600, 400]),
-    ([math.nan, -1.0, -2.0, -3.0], [800, 600, 400]),  # which is no score
-    ([None, None, None, None], [800, 600]),
-])
+@pytest.mark.parametrize(
+    "scores, expected",
+    [
+        ([-3.0, -1.0, -2.0, -2.5], [800, 600, 400]),
+        ([math.nan, -1.0, -2.0, -3.0], [800, 600, 400]),  # which is no score
+        ([None, None, None, None], [800, 600]),
+    ],
+)
 def test_the_newest_and_the_best_stay(tmp_path, scores, expected):
     for step, score in zip((200, 400, 600, 800), scores, strict=True):
         make(tmp_path, step, score)

@@ -17,18 +17,21 @@ def test_auto_takes_the_experiments_values(name):
     assert config["train_batch_size"] == 16 and config["bf16"]["enabled"] is True
 
 
-@pytest.mark.parametrize("content, told", [
-    ({"train_batch_size": 32}, "train_batch_size is 32, but the experiment needs 16"),
-    ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but the experiment needs 2"),
-    ({"bf16": {"enabled": False}}, "bf16.enabled is False, but the experiment needs True"),
-    ({"optimizer": {"type": "Adam"}}, r'optimizer is {"type": "Adam"}, but the experiment sets it by'),
-    ({"scheduler": {"type": "WarmupLR"}}, "stages.*.schedule"),
-    ({"fp16": {"enabled": True}}, "llm.dtype"),
-    ({"scheduler": "cosine"}, "stages.*.schedule"),
-    ({"bf16": True}, "bf16 is true, not an object"),
-    ({"zero_optimization": None}, "zero_optimization is null, not an object"),
-    ([1], "not a JSON object"),
-])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ({"train_batch_size": 32}, "train_batch_size is 32, but the experiment needs 16"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but the experiment needs 2"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled is False, but the experiment needs True"),
+        ({"optimizer": {"type": "Adam"}}, r'optimizer is {"type": "Adam"}, but the experiment sets it by'),
+        ({"scheduler": {"type": "WarmupLR"}}, "stages.*.schedule"),
+        ({"fp16": {"enabled": True}}, "llm.dtype"),
+        ({"scheduler": "cosine"}, "stages.*.schedule"),
+        ({"bf16": True}, "bf16 is true, not an object"),
+        ({"zero_optimization": None}, "zero_optimization is null, not an object"),
+        ([1], "not a JSON object"),
+    ],
+)
 def test_what_contradicts_the_experiment_is_refused_with_both(tmp_path, content, told):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))

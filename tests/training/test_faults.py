@@ -20,7 +20,7 @@ from tests.training.launch import (
     metrics,
     train,
     until_lines,
-)  # fmt: skip
+)
 from tests.training.test_training import assert_same_weights, weights
 from vlmds.training import checkpoint
 
@@ -28,13 +28,11 @@ pytestmark = pytest.mark.distributed
 
 
 def train_with_fault(ranks, args, expect, fresh=False, **fault):
-    return train(ranks, *args, expect=expect, script=FAULTY, fresh=fresh,
-                 VLMDS_TEST_FAULT=json.dumps(fault))
+    return train(ranks, *args, expect=expect, script=FAULTY, fresh=fresh, VLMDS_TEST_FAULT=json.dumps(fault))
 
 
 @pytest.mark.parametrize("name, rank, fresh", [("SIGTERM", 1, True), ("SIGUSR1", 0, False)])
-def test_a_signal_to_any_rank_saves_and_exits_with_3(
-        models, shards, two_ranks, tmp_path, name, rank, fresh):
+def test_a_signal_to_any_rank_saves_and_exits_with_3(models, shards, two_ranks, tmp_path, name, rank, fresh):
     """In the fifth step, where no checkpoint is due; the next start goes on bit for bit."""
     run = tmp_path / "run"
     args = arguments(models, shards, run)
@@ -50,8 +48,13 @@ def test_a_reader_of_the_output_that_is_gone_ends_nothing(models, shards, tmp_pa
     """As when the ssh or the pipe that a job writes to breaks; a signal still saves and gives 3."""
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(0, *arguments(models, shards, run, "stages.0.steps=500")), cwd=ROOT,
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        command(0, *arguments(models, shards, run, "stages.0.steps=500")),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     process.stdout.close()
     try:
         until_lines(run, 3, process)
@@ -88,12 +91,14 @@ def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
     assert "stages.0.lr" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind, told, fresh", [
-    ("exception", "vlmds: rank 1: RuntimeError: injected failure", False),
-    ("kill", "rank 1 died while it was at align step 3, in forward and backward (v", True),
-])
-def test_a_rank_that_fails_takes_the_job_down_and_is_named(
-        models, shards, tmp_path, kind, told, fresh):
+@pytest.mark.parametrize(
+    "kind, told, fresh",
+    [
+        ("exception", "vlmds: rank 1: RuntimeError: injected failure", False),
+        ("kill", "rank 1 died while it was at align step 3, in forward and backward (v", True),
+    ],
+)
+def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, told, fresh):
     """Under a launcher, which ends the other rank, and without one. In the second of two
     micro-batches: the gradients of the first are waiting to be reduced."""
     args = arguments(models, shards, tmp_path / "run", "training.micro_batch=1")
@@ -111,13 +116,13 @@ def test_a_disk_that_fills_up_is_one_line(models, shards, tmp_path):
     args = arguments(models, shards, tmp_path / "run")
     done = train_with_fault(0, args, 2, kind="full", rank=0, call=3)
     assert done.stderr.splitlines()[-1] == (
-        "vlmds: /full/disk: No space left on device; make room there, or name another place")
+        "vlmds: /full/disk: No space left on device; make room there, or name another place"
+    )
     assert "Traceback" not in done.stderr
 
 
 def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tmp_path):
-    args = arguments(models, shards, tmp_path / "run", "training.timeout_minutes=0.2",
-                     "logging.stall_seconds=2")
+    args = arguments(models, shards, tmp_path / "run", "training.timeout_minutes=0.2", "logging.stall_seconds=2")
     done = train_with_fault(2, args, None, kind="stuck", rank=1, call=5)
     assert "vlmds: rank 1: still at align step 3, waiting for data" in done.stderr, done.stderr
     assert "vlmds: rank 1: no progress for 12 s" in done.stderr, done.stderr
@@ -134,7 +139,8 @@ def test_the_watch_counts_from_its_start(tmp_path):
         "dist.init_process_group('gloo')\n"
         "watchdog._since -= 3600\n"
         "watchdog.start_watch(timeout_minutes=1, stall_seconds=1)\n"
-        "time.sleep(0.2)\n")
+        "time.sleep(0.2)\n"
+    )
     forked(1, str(script), log=tmp_path / "log")
 
 
@@ -149,7 +155,8 @@ def test_the_watch_ends_with_the_training(tmp_path):
         "watchdog.start_watch(timeout_minutes=0.02, stall_seconds=1)\n"
         "main.leave()\n"
         "time.sleep(3)\n"
-        "watchdog.doing('something else')\n")
+        "watchdog.doing('something else')\n"
+    )
     forked(1, str(script), log=tmp_path / "log")
 
 
@@ -180,8 +187,7 @@ def test_a_stop_without_a_checkpoint_is_not_told_as_one_with(models, shards, tmp
     if os.geteuid() or subprocess.run(mount, capture_output=True, timeout=30).returncode:
         pytest.skip("cannot mount a small file system here")
     try:
-        done = train_with_fault(2, arguments(models, shards, run), 2, kind="signal", name="SIGTERM",
-                                rank=1, call=3)
+        done = train_with_fault(2, arguments(models, shards, run), 2, kind="signal", name="SIGTERM", rank=1, call=3)
         assert "stopped by a signal after step 4 of 6, but align-0000004 not saved" in done.stderr
     finally:
         subprocess.run(["umount", str(run / "checkpoints")], check=True, timeout=30)
@@ -200,16 +206,24 @@ def test_changed_base_weights_are_refused_by_name(models, shards, two_ranks, tmp
     assert (run / "run.json").read_text() == (two_ranks / "run.json").read_text()
 
 
-@pytest.mark.parametrize(("there", "fault", "line"), [
-    (["--set", "llm.model=/nowhere/qwen3"], {}, "llm.model: /nowhere/qwen3"),
-    (["--ds-config", "zero9"], {}, "--ds-config: zero9 is neither a file nor"),
-    ([], {"kind": "nan", "rank": 0, "calls": [1]}, "more than training.max_skipped_steps 0"),
-])
+@pytest.mark.parametrize(
+    ("there", "fault", "line"),
+    [
+        (["--set", "llm.model=/nowhere/qwen3"], {}, "llm.model: /nowhere/qwen3"),
+        (["--ds-config", "zero9"], {}, "--ds-config: zero9 is neither a file nor"),
+        ([], {"kind": "nan", "rank": 0, "calls": [1]}, "more than training.max_skipped_steps 0"),
+    ],
+)
 def test_what_one_node_finds_or_all_is_one_line(models, shards, tmp_path, there, fault, line):
     """And ends both with bad input, not one by a lost connection."""
     env = {"VLMDS_TEST_FAULT": json.dumps(fault)} if fault else {}
-    done = train(2, *arguments(models, shards, tmp_path / "run", "training.max_skipped_steps=0"),
-                 expect=2, script=Path(__file__).with_name("nodes.py"),
-                 VLMDS_TEST_NODES=json.dumps(there), **env)
+    done = train(
+        2,
+        *arguments(models, shards, tmp_path / "run", "training.max_skipped_steps=0"),
+        expect=2,
+        script=Path(__file__).with_name("nodes.py"),
+        VLMDS_TEST_NODES=json.dumps(there),
+        **env,
+    )
     (said,) = [text for text in done.stderr.splitlines() if text.startswith("vlmds: ")]
     assert line in said and "Traceback" not in done.stderr, done.stderr

@@ -26,8 +26,7 @@ def test_a_run_on_features_follows_one_on_frames(models, features, two_ranks, tm
     also in validation and over both stages."""
     train(0, *arguments(models, features, tmp_path / "run"))
     ours, theirs = metrics(tmp_path / "run"), metrics(two_ranks)
-    assert [(r["stage"], r["kind"], r["step"]) for r in ours] == [
-        (r["stage"], r["kind"], r["step"]) for r in theirs]
+    assert [(r["stage"], r["kind"], r["step"]) for r in ours] == [(r["stage"], r["kind"], r["step"]) for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3), a
     assert any(a["loss"] != b["loss"] for a, b in zip(ours, theirs))

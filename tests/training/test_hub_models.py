@@ -44,9 +44,13 @@ def test_two_ranks_from_an_empty_cache_then_without_a_network(hub, models, shard
 
 
 def test_a_model_that_is_not_there_ends_all_ranks_with_one_line(hub, models, shards, tmp_path):
-    done = train(2, *arguments(models, shards, tmp_path / "run", f"vision.model={CLIP}",
-                               "llm.model=team/qwen9"), expect=2, fresh=True,
-                 **hub.environment(tmp_path / "home"))
+    done = train(
+        2,
+        *arguments(models, shards, tmp_path / "run", f"vision.model={CLIP}", "llm.model=team/qwen9"),
+        expect=2,
+        fresh=True,
+        **hub.environment(tmp_path / "home"),
+    )
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("vlmds: ")]
     assert f"llm.model: {hub.url} has no repository team/qwen9" in line
     assert not (tmp_path / "run" / "run.json").exists()

@@ -17,8 +17,9 @@ def test_peak_memory_is_of_this_program_alone():
     ballast = bytearray(b"x") * (1 << 30)
     assert peak_memory() > 1e9
     code = "from vlmds.training.monitor import peak_memory; print(peak_memory())"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), text=True, timeout=120,
-                          capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), text=True, timeout=120, capture_output=True, check=True
+    )
     del ballast
     assert 50e6 < int(done.stdout) < 1e9
 
@@ -29,8 +30,17 @@ def test_the_first_step_after_a_start_is_logged_at_once(tmp_path, capsys):
     monitor = Monitor(tmp_path, experiment, active=True)
     monitor.start_stage("align", 3, 25, 0)
     for step in range(3, 25):
-        monitor.step(step, loss=torch.tensor(2.0), grad_norm=1.0, lr=1e-3, samples=4,
-                     positions=9, supervised=3, waited=0.0, skipped=False)
+        monitor.step(
+            step,
+            loss=torch.tensor(2.0),
+            grad_norm=1.0,
+            lr=1e-3,
+            samples=4,
+            positions=9,
+            supervised=3,
+            waited=0.0,
+            skipped=False,
+        )
     shown = re.findall(r"align step (\d+)/25", capsys.readouterr().out)
     assert shown == ["4", "10", "20", "25"]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

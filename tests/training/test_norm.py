@@ -18,12 +18,11 @@ from vlmds.training.engine import NormChecked
 WORKER = Path(__file__).with_name("norm_worker.py")
 
 
-@pytest.mark.parametrize("name", [
-    "check_overflow", "update_offload_overflow_tracker", "scaled_global_norm",
-    "reset_cpu_buffers"])
+@pytest.mark.parametrize(
+    "name", ["check_overflow", "update_offload_overflow_tracker", "scaled_global_norm", "reset_cpu_buffers"]
+)
 def test_deepspeed_still_has_what_is_overridden(name):
-    theirs, ours = (inspect.signature(getattr(of, name)).parameters
-                    for of in (DeepSpeedZeroOptimizer, NormChecked))
+    theirs, ours = (inspect.signature(getattr(of, name)).parameters for of in (DeepSpeedZeroOptimizer, NormChecked))
     assert list(theirs) == list(ours)
 
 
@@ -33,8 +32,15 @@ def test_deepspeed_still_has_what_is_overridden(name):
 def test_the_norm_alone_skips_a_step_on_all_ranks(tmp_path, config, dtype):
     """Two ranks; one element of one gradient on the second is no number, or infinite."""
     output = tmp_path / "seen.json"
-    forked(2, str(WORKER), str(output), str(ROOT / "ds_configs" / f"{config}.json"),
-           f"llm.dtype={dtype}", "training.max_grad_norm=0.05", log=tmp_path / "log")
+    forked(
+        2,
+        str(WORKER),
+        str(output),
+        str(ROOT / "ds_configs" / f"{config}.json"),
+        f"llm.dtype={dtype}",
+        "training.max_grad_norm=0.05",
+        log=tmp_path / "log",
+    )
     seen = json.loads(output.read_text())
     assert seen["steps"] == len(FAULTS) and seen["skipped"] == sum(map(bool, FAULTS))
     for steps in seen["ranks"]:

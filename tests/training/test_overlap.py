@@ -21,9 +21,16 @@ AHEAD = Path(__file__).with_name("ahead.py")
 
 def made(device):
     torch.manual_seed(0)
-    clip = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        image_size=56, patch_size=14))
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        )
+    )
     tower = VisionTower(clip, [0.5] * 3, [0.5] * 3, -1, 8, 1).to(device)
     captioner = Captioner(torch.nn.Linear(64, 8).to(device), torch.nn.Identity())
     return Model(tower, captioner, None, 56)
@@ -31,8 +38,7 @@ def made(device):
 
 def group(number, count):
     torch.manual_seed(number)
-    return [{"frames": torch.randint(256, (2, 3, 3, 56, 56), dtype=torch.uint8)}
-            for _ in range(count)]
+    return [{"frames": torch.randint(256, (2, 3, 3, 56, 56), dtype=torch.uint8)} for _ in range(count)]
 
 
 class Watched:
@@ -71,8 +77,7 @@ def test_features_are_those_of_their_micro_batch(monkeypatch, count, ahead):
     reading = FeaturesAhead(model, CPU, batches)
     for step in range(3):
         taken = reading.group(count)
-        assert [id(batch) for batch in taken] == [
-            id(batch) for batch in batches[step * count : (step + 1) * count]]
+        assert [id(batch) for batch in taken] == [id(batch) for batch in batches[step * count : (step + 1) * count]]
         given = list(reading.features(taken))
         assert len(given) == count
         for batch, features in zip(taken, given, strict=True):
@@ -83,8 +88,7 @@ def test_on_a_cpu_nothing_is_read_or_computed_before_it_is_asked_for():
     watched = Watched(numbered(3))
     ahead = FeaturesAhead(watched, CPU, watched.reading())
     assert [watched.train(ahead, 2), watched.train(ahead, 2)] == [[0, 1], [2]]
-    assert watched.log == ["read 0", "read 1", "clip 0", "train 0", "clip 1", "train 1",
-                           "read 2", "clip 2", "train 2"]
+    assert watched.log == ["read 0", "read 1", "clip 0", "train 0", "clip 1", "train 1", "read 2", "clip 2", "train 2"]
 
 
 def test_clip_is_one_micro_batch_ahead_also_over_the_border_of_a_step(monkeypatch):
@@ -93,13 +97,23 @@ def test_clip_is_one_micro_batch_ahead_also_over_the_border_of_a_step(monkeypatc
     ahead = FeaturesAhead(watched, CPU, watched.reading())
     assert [watched.train(ahead, 2), watched.train(ahead, 2)] == [[0, 1], [2, 3]]
     assert watched.log == [
-        "read 0", "read 1", "clip 0", "clip 1", "train 0", "read 2", "clip 2", "train 1",
-        "read 3", "clip 3", "train 2", "train 3"]
+        "read 0",
+        "read 1",
+        "clip 0",
+        "clip 1",
+        "train 0",
+        "read 2",
+        "clip 2",
+        "train 1",
+        "read 3",
+        "clip 3",
+        "train 2",
+        "train 3",
+    ]
     watched = Watched(numbered(3))  # one a step
     ahead = FeaturesAhead(watched, CPU, watched.reading())
     assert [watched.train(ahead, 1) for _ in range(3)] == [[0], [1], [2]]
-    assert watched.log == ["read 0", "clip 0", "read 1", "clip 1", "train 0", "read 2", "clip 2",
-                           "train 1", "train 2"]
+    assert watched.log == ["read 0", "clip 0", "read 1", "clip 1", "train 0", "read 2", "clip 2", "train 1", "train 2"]
     assert ahead.group(1) == []
 
 
@@ -113,8 +127,7 @@ def test_what_could_not_be_read_ahead_waits_for_its_step(monkeypatch):
 
 
 @pytest.mark.distributed
-def test_running_ahead_changes_nothing_over_kill_stop_and_resume(
-        models, shards, two_ranks, tmp_path):
+def test_running_ahead_changes_nothing_over_kill_stop_and_resume(models, shards, two_ranks, tmp_path):
     """Against the run without it, bit for bit: every step's data, losses, weights and ledger. One
     micro-batch a step, so that every one is read while the step before is trained on."""
     run, notes = tmp_path / "run", tmp_path / "notes"

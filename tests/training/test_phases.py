@@ -13,14 +13,22 @@ SCRIPT = Path(__file__).with_name("recorded.py")
 
 
 def announced(done) -> list[tuple]:
-    found = [json.loads(line.removeprefix("phase ")) for line in done.stdout.splitlines()
-             if line.startswith("phase ")]
+    found = [json.loads(line.removeprefix("phase ")) for line in done.stdout.splitlines() if line.startswith("phase ")]
     return [(phase["what"], phase["done"], phase["total"]) for phase in found]
 
 
 def test_the_start_and_the_end_of_a_training(models, shards, tmp_path):
-    words = arguments(models, shards, tmp_path / "run", "stages.0.steps=1", "stages.1.steps=1",
-                      "logging.every=10", "training.global_batch=8", *tiny.RESAMPLER, exp="e8")
+    words = arguments(
+        models,
+        shards,
+        tmp_path / "run",
+        "stages.0.steps=1",
+        "stages.1.steps=1",
+        "logging.every=10",
+        "training.global_batch=8",
+        *tiny.RESAMPLER,
+        exp="e8",
+    )
     done = train(0, *words, script=SCRIPT)
     found = announced(done)
     size = sum(path.stat().st_size for path in models.glob("*/*.safetensors"))
@@ -41,15 +49,25 @@ def test_the_start_and_the_end_of_a_training(models, shards, tmp_path):
 
 
 def test_the_first_step_is_logged_at_once(models, shards, tmp_path):
-    done = train(0, *arguments(models, shards, tmp_path / "run", "stages.0.steps=3",
-                               "stages.1.steps=1", "logging.every=10",
-                               "training.checkpoint_every=100"))  # which logs what is pending
+    done = train(
+        0,
+        *arguments(
+            models,
+            shards,
+            tmp_path / "run",
+            "stages.0.steps=3",
+            "stages.1.steps=1",
+            "logging.every=10",
+            "training.checkpoint_every=100",
+        ),
+    )  # which logs what is pending
     assert re.findall(r"align step (\d)/3  loss", done.stdout) == ["1", "3"]
 
 
 def test_a_resumed_training(models, shards, tmp_path):
-    words = arguments(models, shards, tmp_path / "run", "stages.0.steps=2", "stages.1.steps=2",
-                      "training.checkpoint_every=1")
+    words = arguments(
+        models, shards, tmp_path / "run", "stages.0.steps=2", "stages.1.steps=2", "training.checkpoint_every=1"
+    )
     train(0, *words)
     artifact = tmp_path / "run" / "artifacts" / "finetune"
     artifact.rename(tmp_path / "aside")  # as if it had been killed before it was saved

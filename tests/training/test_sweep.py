@@ -48,19 +48,24 @@ def test_evaluation_runs_on_all_gpus_of_the_launcher(tmp_path):
 
     def start(launcher):
         command = sweep.evaluate_command(job, "data", launcher, ("--beams", "3"))
-        return command[:command.index("evaluate")]
+        return command[: command.index("evaluate")]
 
-    assert start("deepspeed --num_gpus 8") == [
-        "deepspeed", "--num_gpus", "8", "--module", "vlmds.cli"]
+    assert start("deepspeed --num_gpus 8") == ["deepspeed", "--num_gpus", "8", "--module", "vlmds.cli"]
     assert start("srun torchrun --nproc-per-node 8")[-3:] == ["8", "-m", "vlmds.cli"]
     assert start("python") == [sys.executable, "-m", "vlmds.cli"]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "no experiments"), (["e9", "--data", "d"], "no such experiment"),
-    (["--owner", "Z", "--data", "d"], "owns no experiment"), (["e1"], "--data: no data given"),
-    (["e1", "E1", "--data", "d"], "same name"), (["e1", "--data", "d", "--seeds", "0"], "--seeds"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no experiments"),
+        (["e9", "--data", "d"], "no such experiment"),
+        (["--owner", "Z", "--data", "d"], "owns no experiment"),
+        (["e1"], "--data: no data given"),
+        (["e1", "E1", "--data", "d"], "same name"),
+        (["e1", "--data", "d", "--seeds", "0"], "--seeds"),
+    ],
+)
 def test_bad_input_is_one_line(arguments, message, capsys):
     if not arguments:
         arguments = ["--data", "d"]
@@ -69,22 +74,31 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_trains_evaluates_compares_and_skips_what_is_done(
-        models, shards, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_trains_evaluates_compares_and_skips_what_is_done(models, shards, tmp_path, monkeypatch, capfd):  # noqa: F811
     root = os.path.dirname(os.path.dirname(os.path.abspath(sweep.__file__)))
     for key, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", root)):
         monkeypatch.setenv(key, value)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bad.yaml").write_text(
-        "extends: e1.yaml\nname: bad\ndata: {num_frames: 5}\n")  # not what the shards hold
+        "extends: e1.yaml\nname: bad\ndata: {num_frames: 5}\n"
+    )  # not what the shards hold
     short = [*tiny.settings(models), "stages.0.steps=1", "stages.1.steps=1"]
     short = [s for s in short if not s.startswith("data.num_frames")]
-    (tmp_path / "good.yaml").write_text(
-        f"extends: e3.yaml\nname: good\ndata: {{num_frames: {tiny.FRAMES}}}\n")
-    command = ["sweep", str(tmp_path / "bad.yaml"), str(tmp_path / "good.yaml"), "--data",
-               str(shards), "--output", str(tmp_path / "runs"), "--launcher", sys.executable,
-               "--set", *short]
+    (tmp_path / "good.yaml").write_text(f"extends: e3.yaml\nname: good\ndata: {{num_frames: {tiny.FRAMES}}}\n")
+    command = [
+        "sweep",
+        str(tmp_path / "bad.yaml"),
+        str(tmp_path / "good.yaml"),
+        "--data",
+        str(shards),
+        "--output",
+        str(tmp_path / "runs"),
+        "--launcher",
+        sys.executable,
+        "--set",
+        *short,
+    ]
     assert main(command) == 2
     printed = capfd.readouterr().out
     assert "training failed (2)" in printed and (tmp_path / "runs" / "report.html").is_file()

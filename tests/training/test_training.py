@@ -25,8 +25,7 @@ pytestmark = pytest.mark.distributed
 
 def weights(run, stage="finetune"):
     folder = run / "artifacts" / stage
-    return load_file(folder / "projector.safetensors") | load_file(
-        folder / "adapter" / "adapter_model.safetensors")
+    return load_file(folder / "projector.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def assert_same_weights(a, b, **tolerance):
@@ -43,19 +42,24 @@ def test_both_stages_train_and_leave_what_the_design_says(two_ranks):
     steps = [(r["stage"], r["step"]) for r in records if r["kind"] == "train"]
     assert steps == [(s, n) for s in ("align", "finetune") for n in range(1, 7)]
     val = [r for r in records if r["kind"] == "val"]
-    assert [(r["stage"], r["step"]) for r in val] == [
-        (s, n) for s in ("align", "finetune") for n in (4, 6)]
+    assert [(r["stage"], r["step"]) for r in val] == [(s, n) for s in ("align", "finetune") for n in (4, 6)]
     assert val[-1]["loss"] < val[0]["loss"]  # of the same clips, unlike those of training steps
-    assert all(r["grad_norm"] > 0 and r["supervised_tokens"] > 0 for r in records
-               if r["kind"] == "train")
+    assert all(r["grad_norm"] > 0 and r["supervised_tokens"] > 0 for r in records if r["kind"] == "train")
     record = json.loads((two_ranks / "run.json").read_text())
     assert record["global_batch"] == 4 and record["data_fingerprint"]
     assert record["starts"][0]["world_size"] == 2 and record["starts"][0]["versions"]["torch"]
     assert record["starts"][0]["attention"] == "sdpa"
     assert {p.name for p in (two_ranks / "artifacts" / "align").iterdir()} == {
-        "artifact.json", "experiment.yaml", "projector.safetensors"}
+        "artifact.json",
+        "experiment.yaml",
+        "projector.safetensors",
+    }
     assert {p.name for p in (two_ranks / "checkpoints").iterdir()} == {
-        "align-0000004", "align-0000006", "finetune-0000004", "finetune-0000006"}
+        "align-0000004",
+        "align-0000006",
+        "finetune-0000004",
+        "finetune-0000006",
+    }
     trained = sum(t.numel() for t in weights(two_ranks).values())
     files = list((two_ranks / "checkpoints" / "finetune-0000006").iterdir())
     # A weight and two moments in fp32 for each trainable, and the files' headers.
@@ -146,24 +150,26 @@ def test_start_from_another_runs_checkpoint(models, shards, two_ranks, tmp_path,
     run = tmp_path / "branch"
     start = ["--resume", str(two_ranks / "checkpoints" / "finetune-0000004")]
     if killed:  # before its first checkpoint; then it goes on from there by itself
-        train(2, *arguments(models, shards, run), *start, expect=None, script=FAULTY,
-              VLMDS_TEST_FAULT=json.dumps({"kind": "kill", "rank": 1, "call": 1}))
+        train(
+            2,
+            *arguments(models, shards, run),
+            *start,
+            expect=None,
+            script=FAULTY,
+            VLMDS_TEST_FAULT=json.dumps({"kind": "kill", "rank": 1, "call": 1}),
+        )
         start = []
     train(2, *arguments(models, shards, run), *start)
-    assert metrics(run) == [r for r in metrics(two_ranks)
-                            if r["stage"] == "finetune" and r["step"] > 4]
+    assert metrics(run) == [r for r in metrics(two_ranks) if r["stage"] == "finetune" and r["step"] > 4]
     assert_same_weights(weights(run), weights(two_ranks))
 
 
-def test_a_start_from_an_earlier_checkpoint_of_the_run_survives_a_kill(
-        models, shards, two_ranks, tmp_path):
+def test_a_start_from_an_earlier_checkpoint_of_the_run_survives_a_kill(models, shards, two_ranks, tmp_path):
     """What came after it is out of the way: neither stands for this start's, nor is it lost."""
     run = tmp_path / "run"
     shutil.copytree(two_ranks, run)
-    words = [*arguments(models, shards, run), "--resume",
-             str(checkpoint.checkpoints(run / "checkpoints", "align")[-1])]
-    train(2, *words, expect=None, script=FAULTY,
-          VLMDS_TEST_FAULT=json.dumps({"kind": "kill", "rank": 1, "call": 2}))
+    words = [*arguments(models, shards, run), "--resume", str(checkpoint.checkpoints(run / "checkpoints", "align")[-1])]
+    train(2, *words, expect=None, script=FAULTY, VLMDS_TEST_FAULT=json.dumps({"kind": "kill", "rank": 1, "call": 2}))
     (aside,) = run.glob("before-start-*")
     assert {"artifacts-align", "artifacts-finetune"} < {path.name for path in aside.iterdir()}
     assert not (run / "artifacts" / "finetune").exists()
@@ -192,12 +198,14 @@ def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
     configs[1].write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "large"}}))
     configs[2].write_text(json.dumps({"zero_optimization": {"compute_grad_norm": False}}))
     run = tmp_path / "run"
-    for more, told in ((["training.global_batch=3"], "training.global_batch: 3"),
-                       (["--ds-config", str(configs[0])], "zero_optimization.stage is 3"),
-                       (["--ds-config", str(configs[1])], f"{configs[1]}: DeepSpeed refuses it"),
-                       (["--ds-config", str(configs[2])], "compute_grad_norm is False, but"),
-                       (["--ds-config", "zero3"], "zero2, zero2_cpu, zero2_offload"),
-                       (["--resume", "/nowhere"], "--resume /nowhere: not a usable checkpoint")):
+    for more, told in (
+        (["training.global_batch=3"], "training.global_batch: 3"),
+        (["--ds-config", str(configs[0])], "zero_optimization.stage is 3"),
+        (["--ds-config", str(configs[1])], f"{configs[1]}: DeepSpeed refuses it"),
+        (["--ds-config", str(configs[2])], "compute_grad_norm is False, but"),
+        (["--ds-config", "zero3"], "zero2, zero2_cpu, zero2_offload"),
+        (["--resume", "/nowhere"], "--resume /nowhere: not a usable checkpoint"),
+    ):
         done = train(0, *arguments(models, shards, run), *more, expect=2)
         assert told in done.stderr.splitlines()[-1] and not run.exists(), more
 
@@ -211,8 +219,13 @@ def test_models_that_cannot_be_loaded_leave_no_run_behind(models, shards, tmp_pa
     charts = "logging.tensorboard=true"
     done = train(0, *arguments(bad, shards, run, charts), expect=2)
     assert "tokens, but the model's embedding has" in done.stderr and not run.exists()
-    done = train(2, *arguments(models, shards, run, charts), expect=2, script=FAULTY,
-                 VLMDS_TEST_FAULT=json.dumps({"kind": "load", "rank": 1}))
+    done = train(
+        2,
+        *arguments(models, shards, run, charts),
+        expect=2,
+        script=FAULTY,
+        VLMDS_TEST_FAULT=json.dumps({"kind": "load", "rank": 1}),
+    )
     assert "llm.model: injected failure" in done.stderr and not run.exists()
     # Another learning rate would be refused as another experiment, had a run begun.
     train(0, *arguments(models, shards, run, charts, "stages.1.lr=1e-4"))
@@ -224,8 +237,9 @@ def test_more_reader_processes_than_cores_are_said_once(models, shards, tmp_path
     many = f"data.num_workers={share + 1}"
     warning = f"WARNING: data.num_workers {share + 1}: a rank starts only {share} reader process"
     for number, words in ((0, []), (1, [many])):
-        done = train(2, *arguments(models, shards, tmp_path / f"run{number}", "stages.0.steps=1",
-                                   "stages.1.steps=1", *words))
+        done = train(
+            2, *arguments(models, shards, tmp_path / f"run{number}", "stages.0.steps=1", "stages.1.steps=1", *words)
+        )
         assert done.stdout.count("data.num_workers") == done.stdout.count(warning) == number
         assert "suggested max number of worker" not in done.stderr
 
@@ -244,9 +258,20 @@ def test_nf4_with_dora_trains_every_parameter_also_after_validation(models, shar
     """bitsandbytes repacks 4-bit weights in an eval pass on some CPUs; gradients then vanish.
     Every parameter's first moment must keep growing after the validation at step 2."""
     run = tmp_path / "nf4"
-    train(2, *arguments(models, shards, run, *tiny.RESAMPLER, "llm.load_in_4bit=true",
-                        f"llm.dtype={dtype}", "training.validate_every=2",
-                        "training.keep_checkpoints=9", exp="e8"))
+    train(
+        2,
+        *arguments(
+            models,
+            shards,
+            run,
+            *tiny.RESAMPLER,
+            "llm.load_in_4bit=true",
+            f"llm.dtype={dtype}",
+            "training.validate_every=2",
+            "training.keep_checkpoints=9",
+            exp="e8",
+        ),
+    )
     moments = []
     for step in (2, 4, 6):
         tensors = {}
@@ -282,10 +307,11 @@ def test_stage_1_of_another_run_can_be_shared(models, shards, two_ranks, tmp_pat
     inherited = json.loads((run / "run.json").read_text())["inherited"]["align"]
     assert inherited["run"] == str(two_ranks) and inherited["experiment"] == "e3"
     lineage = json.loads((run / "artifacts" / "finetune" / "artifact.json").read_text())["lineage"]
-    assert lineage["parent"] == {"stage": "align",
-                                 "projector_sha256": inherited["projector_sha256"]}
-    assert_same_weights(load_file(run / "artifacts" / "align" / "projector.safetensors"),
-                        load_file(two_ranks / "artifacts" / "align" / "projector.safetensors"))
+    assert lineage["parent"] == {"stage": "align", "projector_sha256": inherited["projector_sha256"]}
+    assert_same_weights(
+        load_file(run / "artifacts" / "align" / "projector.safetensors"),
+        load_file(two_ranks / "artifacts" / "align" / "projector.safetensors"),
+    )
 
     other = arguments(models, shards, tmp_path / "e1", exp="e1")
     done = train(0, *other, "--from", str(two_ranks), expect=2)
@@ -309,8 +335,10 @@ def test_a_stage_grown_from_another_projector_is_refused(models, shards, two_ran
 
 def test_the_average_of_the_weights_is_what_the_artifact_gets(models, shards, tmp_path):
     """training.ema_decay, also over a kill: recomputed here from the weights of every step."""
-    run, settings = tmp_path / "run", ["training.ema_decay=0.5", "training.checkpoint_every=1",
-                                       "training.keep_checkpoints=9"]
+    run, settings = (
+        tmp_path / "run",
+        ["training.ema_decay=0.5", "training.checkpoint_every=1", "training.keep_checkpoints=9"],
+    )
     args = arguments(models, shards, run, *settings)
     train_and_kill(2, run, 4, *args)
     train(2, *args)
@@ -335,5 +363,4 @@ def checkpoint_tensors(folder, kind):
             found, name, start = key.split("/")
             if found == kind:
                 pieces.setdefault(name, []).append((int(start), tensor))
-    return {name: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])])
-            for name, parts in pieces.items()}
+    return {name: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for name, parts in pieces.items()}

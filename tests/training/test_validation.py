@@ -25,15 +25,26 @@ def test_the_best_score_is_the_first_of_the_highest():
 @pytest.mark.distributed
 def test_captions_in_training_change_nothing_of_it(models, shards, two_ranks, tmp_path):
     run = tmp_path / "run"
-    done = train(2, *arguments(
-        models, shards, run, "training.evaluate_every=3", "training.best_metric=chrf++@char",
-        "training.evaluate_tokens=6", "training.evaluate_clips=3", "logging.tensorboard=true"))
+    done = train(
+        2,
+        *arguments(
+            models,
+            shards,
+            run,
+            "training.evaluate_every=3",
+            "training.best_metric=chrf++@char",
+            "training.evaluate_tokens=6",
+            "training.evaluate_clips=3",
+            "logging.tensorboard=true",
+        ),
+    )
     records = metrics(run)
     assert [r for r in records if r["kind"] != "eval"] == metrics(two_ranks)
     assert_same_weights(weights(run), weights(two_ranks))
     looks = [r for r in records if r["kind"] == "eval"]
     assert [(r["stage"], r["step"]) for r in looks] == [
-        (stage, step) for stage in ("align", "finetune") for step in (3, 6)]
+        (stage, step) for stage in ("align", "finetune") for step in (3, 6)
+    ]
     for record in looks:
         assert record["clips"] == 3 and record["chrf++@char"] >= 0 and "loss_gap_blank" in record
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
@@ -50,13 +61,25 @@ def test_captions_in_training_change_nothing_of_it(models, shards, two_ranks, tm
 def test_a_stage_that_becomes_worse_ends_early_with_its_best_weights(models, shards, tmp_path):
     run = tmp_path / "run"
     # At a constant rate of 1 the loss jumps about: it cannot become better 100 times in a row.
-    done = train(2, *arguments(
-        models, shards, run, "training.validate_every=1", "training.early_stopping=1",
-        "training.keep=best", "training.keep_checkpoints=1", "training.checkpoint_every=6",
-        "stages.1.schedule=constant", "stages.0.steps=1", "stages.1.steps=100", "stages.1.lr=1",
-        "stages.1.warmup_ratio=0"))
-    losses = {r["step"]: r["loss"] for r in metrics(run)
-              if r["kind"] == "val" and r["stage"] == "finetune"}
+    done = train(
+        2,
+        *arguments(
+            models,
+            shards,
+            run,
+            "training.validate_every=1",
+            "training.early_stopping=1",
+            "training.keep=best",
+            "training.keep_checkpoints=1",
+            "training.checkpoint_every=6",
+            "stages.1.schedule=constant",
+            "stages.0.steps=1",
+            "stages.1.steps=100",
+            "stages.1.lr=1",
+            "stages.1.warmup_ratio=0",
+        ),
+    )
+    losses = {r["step"]: r["loss"] for r in metrics(run) if r["kind"] == "val" and r["stage"] == "finetune"}
     best = min(losses, key=losses.get)
     assert max(losses) == best + 1 < 100
     assert f"ends early after step {best + 1} of 100" in done.stdout
@@ -72,19 +95,28 @@ def test_captions_that_are_due_wait_when_a_stop_was_asked_for(models, shards, tm
     """They take long, and whoever sends the signal waits for the checkpoint alone."""
     run = tmp_path / "run"
     words = arguments(models, shards, run, "training.evaluate_every=3", "training.evaluate_tokens=4")
-    train(2, *words, expect=3, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(
-        {"kind": "signal", "name": "SIGTERM", "rank": 1, "call": 3}))
+    train(
+        2,
+        *words,
+        expect=3,
+        script=FAULTY,
+        VLMDS_TEST_FAULT=json.dumps({"kind": "signal", "name": "SIGTERM", "rank": 1, "call": 3}),
+    )
     assert [r["step"] for r in metrics(run) if r["kind"] == "train"] == [1, 2, 3]
     assert not [r for r in metrics(run) if r["kind"] == "eval"]
     train(2, *words)
     assert [(r["stage"], r["step"]) for r in metrics(run) if r["kind"] == "eval"] == [
-        (stage, step) for stage in ("align", "finetune") for step in (3, 6)]
+        (stage, step) for stage in ("align", "finetune") for step in (3, 6)
+    ]
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    (["training.best_metric=chrf++@char"], "best_metric chrf\\+\\+@char is made by evaluate_every"),
-    (["training.best_metric=bleu", "training.evaluate_every=5"], "best_metric: 'bleu' is not there"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.best_metric=chrf++@char"], "best_metric chrf\\+\\+@char is made by evaluate_every"),
+        (["training.best_metric=bleu", "training.evaluate_every=5"], "best_metric: 'bleu' is not there"),
+    ],
+)
 def test_a_metric_that_nobody_makes_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
         check_validation(load_experiment("e1", settings), True, "data")

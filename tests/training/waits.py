@@ -25,9 +25,19 @@ from vlmds.training import stages
 
 aten = torch.ops.aten
 WAITING = {
-    aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select,
-    aten.masked_scatter, aten.masked_scatter_, aten.masked_scatter_backward, aten.equal,
-    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave}
+    aten._local_scalar_dense,
+    aten.is_nonzero,
+    aten.nonzero,
+    aten.masked_select,
+    aten.masked_scatter,
+    aten.masked_scatter_,
+    aten.masked_scatter_backward,
+    aten.equal,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.repeat_interleave,
+}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 """Which wait if an index is a mask."""
 NOTES = Path(os.environ["VLMDS_TEST_WAITS"])
@@ -57,7 +67,8 @@ class OnGpu(TorchDispatchMode):
             found["operations"] += 1
             packet = func.overloadpacket
             by_mask = packet in INDEXING and any(
-                self.has(leaf) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1]))
+                self.has(leaf) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1])
+            )
             if packet in WAITING or by_mask:
                 found["waits"].setdefault(str(func), "".join(traceback.format_stack(limit=12)))
             for leaf in tree_leaves(result):

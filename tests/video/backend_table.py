@@ -53,15 +53,21 @@ WRITTEN = {  # name: options of write_video
     "mpeg2.ts": {"codec": "mpeg2video", "bf": "2", "g": "10"},
 }
 DERIVED: dict[str, tuple[str, Callable[[Path, Path], object]]] = {  # name: source, how
-    **{f"rotated-{d}.mp4": ("h264-cfr.mp4", lambda a, b, d=d: rotate_video(a, b, d))
-       for d in (90, 180, 270)},
-    **{f"cut-{name}": (name, lambda a, b: cut_video(a, b, 1.25))
-       for name in ("h264-cfr.mp4", "h264-open-gop.mp4", "h265-open-gop.mp4", "h264.ts",
-                    "h265.ts", "vp9.webm", "mpeg4-bframes.mp4")},
-    "truncated.mkv": ("h264-vfr.mkv", lambda a, b: b.write_bytes(
-        a.read_bytes()[: a.stat().st_size // 2])),
-    "truncated.mp4": ("h264-cfr.mp4", lambda a, b: b.write_bytes(
-        a.read_bytes()[: a.stat().st_size // 2])),
+    **{f"rotated-{d}.mp4": ("h264-cfr.mp4", lambda a, b, d=d: rotate_video(a, b, d)) for d in (90, 180, 270)},
+    **{
+        f"cut-{name}": (name, lambda a, b: cut_video(a, b, 1.25))
+        for name in (
+            "h264-cfr.mp4",
+            "h264-open-gop.mp4",
+            "h265-open-gop.mp4",
+            "h264.ts",
+            "h265.ts",
+            "vp9.webm",
+            "mpeg4-bframes.mp4",
+        )
+    },
+    "truncated.mkv": ("h264-vfr.mkv", lambda a, b: b.write_bytes(a.read_bytes()[: a.stat().st_size // 2])),
+    "truncated.mp4": ("h264-cfr.mp4", lambda a, b: b.write_bytes(a.read_bytes()[: a.stat().st_size // 2])),
     "flipped.mp4": ("h264-cfr.mp4", lambda a, b: b.write_bytes(_flipped(a.read_bytes()))),
     "flipped-vp9.webm": ("vp9.webm", lambda a, b: b.write_bytes(_flipped(a.read_bytes()))),
 }
@@ -73,7 +79,7 @@ def _flipped(data: bytes) -> bytes:
     damaged = bytearray(data)
     begin, end = 0, len(data)
     if (at := data.find(b"mdat")) >= 0:
-        begin, end = at + 4, at - 4 + int.from_bytes(data[at - 4:at], "big")
+        begin, end = at + 4, at - 4 + int.from_bytes(data[at - 4 : at], "big")
     size = end - begin
     for at in range(begin + size // 2, begin + 5 * size // 6, max(size // 15, 1)):
         damaged[at] ^= 0x55
@@ -129,12 +135,18 @@ def row(path: Path, decoder: FrameDecoder) -> Row:
     try:
         expected = _sequential(data, info, pick(info, NUM_FRAMES))
     except SampleError as error:
-        pyav = _compare(lambda: decode_frames(
-            data, replace(info, decoder="pyav"), NUM_FRAMES), None)
-        return Row(path.name, about, pyav, "-", _child(decoder, data, None, "pyav"),
-                   _refusal(path, data), "-", f"sequential: {error}")
-    pyav = _compare(
-        lambda: decode_frames(data, replace(info, decoder="pyav"), NUM_FRAMES), expected)
+        pyav = _compare(lambda: decode_frames(data, replace(info, decoder="pyav"), NUM_FRAMES), None)
+        return Row(
+            path.name,
+            about,
+            pyav,
+            "-",
+            _child(decoder, data, None, "pyav"),
+            _refusal(path, data),
+            "-",
+            f"sequential: {error}",
+        )
+    pyav = _compare(lambda: decode_frames(data, replace(info, decoder="pyav"), NUM_FRAMES), expected)
     cleared = "not cleared"
     if info.decoder == "decord":
         cleared = _compare(lambda: decode_frames(data, info, NUM_FRAMES), expected)
@@ -169,11 +181,9 @@ def _compare(decode: Callable[[], np.ndarray], expected: np.ndarray | None) -> s
     return "equal" if np.array_equal(frames, expected) else "WRONG"
 
 
-def _child(decoder: FrameDecoder, data: bytes, expected: np.ndarray | None,
-           which: str = "decord") -> str:
+def _child(decoder: FrameDecoder, data: bytes, expected: np.ndarray | None, which: str = "decord") -> str:
     resized = None if expected is None else resize_frames(expected, SIZE)
-    return _compare(lambda: decoder.frames(
-        data, num_frames=NUM_FRAMES, image_size=SIZE, decoder=which), resized)
+    return _compare(lambda: decoder.frames(data, num_frames=NUM_FRAMES, image_size=SIZE, decoder=which), resized)
 
 
 def _prepare(path: Path, data: bytes):

@@ -67,8 +67,10 @@ def probed(path):
         info = probe(path.read_bytes())
     except SampleError as error:
         return str(error)
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in ((f.name, getattr(info, f.name)) for f in fields(info))}
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in ((f.name, getattr(info, f.name)) for f in fields(info))
+    }
 
 
 def test_shared_videos(files, decoder, shared_videos):

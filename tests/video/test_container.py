@@ -14,13 +14,32 @@ MPEG = {"codec": "mpeg2video", "fps": 25}
 VP9 = {"codec": "libvpx-vp9", "cpu-used": "8"}
 
 KINDS = {  # name: how to write it
-    "v.mp4": {}, "v.mov": {}, "v.m4v": {}, "v.3gp": {"codec": "mpeg4"}, "v.mkv": {}, "v.webm": VP9,
-    "v.avi": {"codec": "mpeg4"}, "v.ts": {}, "v.mts": {}, "v.mpg": MPEG, "v.vob": MPEG, "v.flv": {},
-    "v.wmv": {"codec": "wmv2"}, "v.mxf": MPEG, "v.rm": {"codec": "rv10"}, "v.nut": {"codec": "mpeg4"},
-    "v.wtv": MPEG, "v.ivf": VP9, "v.264": {}, "v.m2v": MPEG, "v.y4m": {"codec": "rawvideo"},
-    "v.265": {"codec": "libx265", "x265-params": "log-level=none"}, "v.swf": {"codec": "flv1"},
+    "v.mp4": {},
+    "v.mov": {},
+    "v.m4v": {},
+    "v.3gp": {"codec": "mpeg4"},
+    "v.mkv": {},
+    "v.webm": VP9,
+    "v.avi": {"codec": "mpeg4"},
+    "v.ts": {},
+    "v.mts": {},
+    "v.mpg": MPEG,
+    "v.vob": MPEG,
+    "v.flv": {},
+    "v.wmv": {"codec": "wmv2"},
+    "v.mxf": MPEG,
+    "v.rm": {"codec": "rv10"},
+    "v.nut": {"codec": "mpeg4"},
+    "v.wtv": MPEG,
+    "v.ivf": VP9,
+    "v.264": {},
+    "v.m2v": MPEG,
+    "v.y4m": {"codec": "rawvideo"},
+    "v.265": {"codec": "libx265", "x265-params": "log-level=none"},
+    "v.swf": {"codec": "flv1"},
     "v.dv": {"codec": "dvvideo", "width": 720, "height": 576, "fps": 25},
-    "v.mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"}, "v.gif": {"codec": "gif", "pix_fmt": "rgb8"},
+    "v.mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "v.gif": {"codec": "gif", "pix_fmt": "rgb8"},
     "v.png": {"codec": "png", "pix_fmt": "rgb24", "frames": 1},
     "v.jpg": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "frames": 1},
 }
@@ -35,8 +54,7 @@ a=rtpmap:96 H264/90000
 
 
 def playlist(address: str) -> bytes:
-    return (f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{address}\n"
-            "#EXT-X-ENDLIST\n").encode()
+    return (f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{address}\n#EXT-X-ENDLIST\n").encode()
 
 
 @pytest.mark.parametrize("name", KINDS)

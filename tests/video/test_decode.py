@@ -46,8 +46,7 @@ def assert_exact(path, info):
         for span in spans:
             frames = decode_frames(path, replace(info, decoder=decoder), *span)
             assert frames.dtype == np.uint8 and frames.flags["C_CONTIGUOUS"]
-            expected = [np.rot90(reference[i], -info.rotation // 90)
-                        for i in pick(info, *span)]
+            expected = [np.rot90(reference[i], -info.rotation // 90) for i in pick(info, *span)]
             assert np.array_equal(frames, expected), (decoder, span)
 
 
@@ -62,8 +61,7 @@ def test_decoders_equal_a_full_sequential_decode(tmp_path, name):
     times = np.array(options.get("times", np.arange(info.frames) / 10))
     assert np.allclose(info.pts, times - times[0], atol=2e-3)
     assert_exact(path, info)
-    assert np.array_equal(decode_frames(path.read_bytes(), info, 4),
-                          decode_frames(path, info, 4))
+    assert np.array_equal(decode_frames(path.read_bytes(), info, 4), decode_frames(path, info, 4))
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
@@ -130,13 +128,14 @@ def test_damage_is_refused_never_guessed(tmp_path, container):
     info = probe(path)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
-    data[middle:middle + 400] = bytes(400)
+    data[middle : middle + 400] = bytes(400)
     with pytest.raises(SampleError, match="cannot be"):
         decode_frames(bytes(data), replace(info, decoder="pyav"), 8)
 
 
-@pytest.mark.parametrize("content, reason", [
-    (b"", "cannot be read"), (b"not a video" * 1000, "cannot be read"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    "content, reason", [(b"", "cannot be read"), (b"not a video" * 1000, "cannot be read"), (None, "cannot be read")]
+)
 def test_what_is_no_video_is_refused(tmp_path, content, reason):
     path = tmp_path / "x.mp4"
     if content is None:  # the table of frames at the file's end is lost
@@ -163,17 +162,17 @@ def test_a_file_without_a_video_stream_is_refused(tmp_path):
         probe(path)
 
 
-@pytest.mark.parametrize("height, width", [
-    (48, 64), (64, 48), (50, 50), (1080, 1920), (101, 67), (333, 500), (17, 400), (33, 31)])
+@pytest.mark.parametrize(
+    "height, width", [(48, 64), (64, 48), (50, 50), (1080, 1920), (101, 67), (333, 500), (17, 400), (33, 31)]
+)
 @pytest.mark.parametrize("size", [32, 33, 336])
 def test_resize_equals_clips_own_processor(height, width, size):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    frames = np.random.default_rng(height * width).integers(
-        0, 256, (2, height, width, 3), dtype=np.uint8)
+    frames = np.random.default_rng(height * width).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
     processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-        do_rescale=False, do_normalize=False)
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_rescale=False, do_normalize=False
+    )
     resized = resize_frames(frames, size)
     assert resized.dtype == np.uint8
     assert np.array_equal(resized, np.stack(processor(list(frames))["pixel_values"]))

@@ -18,8 +18,13 @@ from vlmds.video.probe import VideoInfo, probe
 
 def description(info: VideoInfo) -> dict:
     """As a packed sample's json has it."""
-    found = {"width": info.width, "height": info.height, "rotation": info.rotation,
-             "frames": info.frames, "timing": info.timing()}
+    found = {
+        "width": info.width,
+        "height": info.height,
+        "rotation": info.rotation,
+        "frames": info.frames,
+        "timing": info.timing(),
+    }
     return json.loads(json.dumps(found))
 
 
@@ -42,8 +47,7 @@ def test_a_description_says_what_a_probe_finds(tmp_path, name, monkeypatch):
     info = probe(data)
     told = description(info)
     table = FrameTable.from_described(told)
-    for field in ("width", "height", "rotation", "duration", "decoder", "by_pts", "frames",
-                  "start_time", "time_base"):
+    for field in ("width", "height", "rotation", "duration", "decoder", "by_pts", "frames", "start_time", "time_base"):
         assert getattr(table, field) == getattr(info, field), field
     assert np.array_equal(table.pts, info.pts) and np.array_equal(table.keyframes, info.keyframes)
     start = info.duration / 3
@@ -59,15 +63,38 @@ def test_constant_rates_take_no_room(tmp_path):
     assert len(json.dumps(told)) < 150
 
 
-@pytest.mark.parametrize("change", [
-    {"width": 0}, {"width": 1 << 20, "height": 1 << 20}, {"rotation": 45}, {"frames": 41},
-    {"frames": float("inf")}, {"timing": None}, {"timing": {}}, {"timing": []},
-    {"ticks": []}, {"ticks": [0, [-5, 39]]}, {"ticks": [0, [5, -39]]},
-    {"ticks": [0, [1 << 70, 39]]},
-    {"ticks": [0, [1 << 62, 39]]}, {"ticks": "0123"}, {"ticks": [[1, 2, 3]]}, {"ticks": None},
-    {"keys": [-1]}, {"keys": [40]}, {"keys": [0, 0]}, {"keys": {}, "ticks": {"a": 1}},
-    {"time_base": [1, 0]}, {"time_base": [-1, 10]}, {"time_base": 3}, {"time_base": [1.5, 2]},
-    {"duration": -1}, {"duration": float("nan")}, {"duration": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 0},
+        {"width": 1 << 20, "height": 1 << 20},
+        {"rotation": 45},
+        {"frames": 41},
+        {"frames": float("inf")},
+        {"timing": None},
+        {"timing": {}},
+        {"timing": []},
+        {"ticks": []},
+        {"ticks": [0, [-5, 39]]},
+        {"ticks": [0, [5, -39]]},
+        {"ticks": [0, [1 << 70, 39]]},
+        {"ticks": [0, [1 << 62, 39]]},
+        {"ticks": "0123"},
+        {"ticks": [[1, 2, 3]]},
+        {"ticks": None},
+        {"keys": [-1]},
+        {"keys": [40]},
+        {"keys": [0, 0]},
+        {"keys": {}, "ticks": {"a": 1}},
+        {"time_base": [1, 0]},
+        {"time_base": [-1, 10]},
+        {"time_base": 3},
+        {"time_base": [1.5, 2]},
+        {"duration": -1},
+        {"duration": float("nan")},
+        {"duration": "x"},
+    ],
+)
 def test_what_is_no_description_is_refused(info, change):
     told = description(info)
     for name, value in change.items():

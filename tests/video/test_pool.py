@@ -200,7 +200,7 @@ def test_a_frame_larger_than_memory_is_refused(tmp_path, decoder, small):
     path = write_video(tmp_path / "v.webm", frames=3, codec="libvpx")
     data = bytearray(path.read_bytes())
     at = data.index(b"\x9d\x01\x2a") + 3  # VP8's key frame header: width, height
-    data[at:at + 4] = (16000).to_bytes(2, "little") * 2
+    data[at : at + 4] = (16000).to_bytes(2, "little") * 2
     with pytest.raises(SampleError, match="cannot be|too large|out of memory"):
         decoder.frames(bytes(data), **ASK)
     assert decoder.frames(small, **ASK).shape == (2, 3, 32, 32)
@@ -212,7 +212,7 @@ def test_the_child_ends_with_its_owner(tmp_path, small, how):
     code = f"""import sys, time
 from vlmds.video.pool import FrameDecoder
 decoder = FrameDecoder(5.0)
-decoder.frames(open({str(tmp_path / 'v.mp4')!r}, 'rb').read(), num_frames=2, image_size=32)
+decoder.frames(open({str(tmp_path / "v.mp4")!r}, 'rb').read(), num_frames=2, image_size=32)
 print(decoder.pid, flush=True)
 time.sleep(60)"""
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

@@ -20,8 +20,11 @@ def same_frames(data, info, span, mended) -> float:
 
 
 def test_a_sound_file_stays(tmp_path):
-    for name, options in (("a.mp4", GOPS), ("b.mkv", {"times": VFR}), ("c.mp4", {
-            "x264-params": "keyint=10:open-gop=1:bframes=3"})):
+    for name, options in (
+        ("a.mp4", GOPS),
+        ("b.mkv", {"times": VFR}),
+        ("c.mp4", {"x264-params": "keyint=10:open-gop=1:bframes=3"}),
+    ):
         data = write_video(tmp_path / name, **options).read_bytes()
         info = probe(data)
         assert repair.flaw(info) is None and repair.mend(data, info) is None
@@ -40,12 +43,16 @@ def test_a_transport_stream_is_copied_and_equal(tmp_path):
 
 def test_the_time_it_may_take_grows_with_the_frames(tmp_path):
     asked = []
-    for name, frames, width in (
-            ("a.ts", 10, 64), ("b.ts", 30, 64), ("c.ts", 30, 128), ("sound.mp4", 30, 64)):
+    for name, frames, width in (("a.ts", 10, 64), ("b.ts", 30, 64), ("c.ts", 30, 128), ("sound.mp4", 30, 64)):
         data = write_video(tmp_path / name, frames=frames, width=width).read_bytes()
         repair.mend(data, probe(data), more_time=asked.append)
-    assert np.allclose(asked, [frames * (repair.FRAME_SECONDS + area * repair.MEGAPIXEL_SECONDS) for
-                               frames, area in ((10, 0.003072), (30, 0.003072), (30, 0.006144))])
+    assert np.allclose(
+        asked,
+        [
+            frames * (repair.FRAME_SECONDS + area * repair.MEGAPIXEL_SECONDS)
+            for frames, area in ((10, 0.003072), (30, 0.003072), (30, 0.006144))
+        ],
+    )
     repair.mend(data, probe(data), 0.5, 1.0, asked.append)  # a part of a sound file
     assert asked[3:] == [asked[1]]
 
@@ -68,10 +75,16 @@ def test_an_edit_list_that_hides_frames_is_encoded_away(tmp_path, turned):
     assert repair.mend(data, info).data == mended.data  # the same bytes every time
 
 
-@pytest.mark.parametrize("name, options, method", [
-    ("a.mp4", GOPS, "copy"), ("b.mkv", {"times": VFR, "x264-params": "keyint=10"}, "copy"),
-    ("c.webm", {"codec": "libvpx-vp9", "cpu-used": "8", "g": "10"}, "copy"),
-    ("d.mp4", {"codec": "mpeg4", "g": "10"}, "copy"), ("e.ts", GOPS, "copy")])
+@pytest.mark.parametrize(
+    "name, options, method",
+    [
+        ("a.mp4", GOPS, "copy"),
+        ("b.mkv", {"times": VFR, "x264-params": "keyint=10"}, "copy"),
+        ("c.webm", {"codec": "libvpx-vp9", "cpu-used": "8", "g": "10"}, "copy"),
+        ("d.mp4", {"codec": "mpeg4", "g": "10"}, "copy"),
+        ("e.ts", GOPS, "copy"),
+    ],
+)
 @pytest.mark.parametrize("part", [(0.4, 0.7), (None, 0.3), (0.6, None)])
 def test_a_cut_gives_the_frames_of_the_span(tmp_path, name, options, method, part):
     data = write_video(tmp_path / name, **options).read_bytes()

@@ -39,6 +39,7 @@ def without(cls, name):
 metadata.Distribution.from_name = classmethod(without)
 """
 
+
 def hashes(folder):
     """Of the frames of each sample, as a reader process of the training reads them."""
     reader = SampleReader(open_dataset(folder), "train", 4, 28, shuffle=False)
@@ -47,17 +48,21 @@ def hashes(folder):
         assert not any(sample.bad for sample in samples), samples
         return {"frames": [sha256(sample.frames.tobytes()).hexdigest() for sample in samples]}
 
-    return [each for batch in Batches(reader, [range(len(reader))], collate, 1)
-            for each in batch["frames"]]
+    return [each for batch in Batches(reader, [range(len(reader))], collate, 1) for each in batch["frames"]]
 
 
 def test_packing_and_reading_need_no_decord(tmp_path):
     pytest.importorskip("decord")
     write_video(tmp_path / "a.mp4", frames=30, **{"x264-params": "keyint=12"})
     write_video(tmp_path / "b.mkv", frames=17)
-    manifest = write_manifest(tmp_path / "m.jsonl", [
-        {"video": "a.mp4", "caption": "가", "start": 0.5, "end": 2.0},
-        {"video": "a.mp4", "caption": "나", "id": "whole"}, {"video": "b.mkv", "caption": "다"}])
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        [
+            {"video": "a.mp4", "caption": "가", "start": 0.5, "end": 2.0},
+            {"video": "a.mp4", "caption": "나", "id": "whole"},
+            {"video": "b.mkv", "caption": "다"},
+        ],
+    )
     old, new = tmp_path / "with", tmp_path / "without"
     pack(manifest, old, workers=1, progress=False)
     expected = hashes(old)
@@ -67,12 +72,14 @@ def test_packing_and_reading_need_no_decord(tmp_path):
     (hidden / "sitecustomize.py").write_text(HIDDEN)
     done = subprocess.run(
         [sys.executable, "-m", "tests.video.test_without_decord", manifest, old, new],
-        capture_output=True, text=True, cwd=ROOT, env={
-            "PATH": os.environ["PATH"], "PYTHONPATH": f"{hidden}:{ROOT}", "OMP_NUM_THREADS": "1"})
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{hidden}:{ROOT}", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected, False]
-    decoders = [[ShardIndex.open(place).row("train", 0, i).decoder for i in range(3)]
-                for place in (old, new)]
+    decoders = [[ShardIndex.open(place).row("train", 0, i).decoder for i in range(3)] for place in (old, new)]
     assert decoders == [["decord"] * 3, ["pyav"] * 3]
 
 

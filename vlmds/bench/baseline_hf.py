@@ -20,11 +20,14 @@ def measure_hf(work: Workload, recorder, device: torch.device) -> dict:
     model = prepared(work, device)
     image_token = model.captioner.llm.get_base_model().config.vocab_size - 1  # that no text has
     samples = [
-        {"pixel_values": batch["pixels"][row],
-         "input_ids": batch["input_ids"][row].masked_fill(
-             batch["input_ids"][row] == VISUAL, image_token),
-         "labels": batch["labels"][row]}
-        for batch in micro_batches(work, model) for row in range(len(batch["labels"]))]
+        {
+            "pixel_values": batch["pixels"][row],
+            "input_ids": batch["input_ids"][row].masked_fill(batch["input_ids"][row] == VISUAL, image_token),
+            "labels": batch["labels"][row],
+        }
+        for batch in micro_batches(work, model)
+        for row in range(len(batch["labels"]))
+    ]
     llava = build_llava(experiment, model, image_token)
     low = experiment.llm.dtype == "bfloat16"
     for parameter in llava.parameters():
@@ -32,17 +35,31 @@ def measure_hf(work: Workload, recorder, device: torch.device) -> dict:
             parameter.data = parameter.data.float()
     recording = _Recording(recorder)
     trainer = RecordingTrainer(
-        model=llava, train_dataset=samples, data_collator=_collate, callbacks=[recording],
+        model=llava,
+        train_dataset=samples,
+        data_collator=_collate,
+        callbacks=[recording],
         args=TrainingArguments(
-            output_dir=str(work.folder / "hf"), max_steps=work.total_steps, bf16=low,
+            output_dir=str(work.folder / "hf"),
+            max_steps=work.total_steps,
+            bf16=low,
             per_device_train_batch_size=training.micro_batch,
             gradient_accumulation_steps=training.gradient_accumulation,
-            learning_rate=stage.lr, lr_scheduler_type="constant",
-            adam_beta1=training.betas[0], adam_beta2=training.betas[1],
-            weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
-            train_sampling_strategy="sequential", remove_unused_columns=False,
-            use_cpu=device.type == "cpu", disable_tqdm=True, report_to="none",
-            save_strategy="no", logging_strategy="no"))
+            learning_rate=stage.lr,
+            lr_scheduler_type="constant",
+            adam_beta1=training.betas[0],
+            adam_beta2=training.betas[1],
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            use_cpu=device.type == "cpu",
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+        ),
+    )
     trainer.recording = recording
     trainer.train()
     return {}
@@ -52,11 +69,16 @@ def build_llava(experiment: Experiment, model: Model, image_token: int) -> nn.Mo
     """LLaVA around the weights of `model`, whose language model carries PEFT's adapter already."""
     llm, projector = model.captioner.llm.get_base_model(), model.captioner.projector
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(LlavaConfig(
-            vision_config=model.tower.clip.config, text_config=llm.config,
-            image_token_index=image_token, projector_hidden_act="gelu",
-            vision_feature_select_strategy="default",
-            vision_feature_layer=experiment.vision.feature_layer))
+        llava = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=model.tower.clip.config,
+                text_config=llm.config,
+                image_token_index=image_token,
+                projector_hidden_act="gelu",
+                vision_feature_select_strategy="default",
+                vision_feature_layer=experiment.vision.feature_layer,
+            )
+        )
     llava.model.vision_tower, llava.model.language_model = model.tower.clip, llm.model
     llava.lm_head = llm.lm_head
     if experiment.projector.type == "linear":
@@ -70,7 +92,7 @@ def build_llava(experiment: Experiment, model: Model, image_token: int) -> nn.Mo
 class RecordingTrainer(Trainer):
     """Tells the callback the losses of a step's micro-batches, each a share of the step's mean."""
 
-    recording: "_Recording"
+    recording: _Recording
 
     def training_step(self, *arguments, **keywords):
         loss = super().training_step(*arguments, **keywords)
@@ -92,6 +114,9 @@ class _Recording(TrainerCallback):
 
 def _collate(samples: list[dict]) -> dict[str, Tensor]:
     ids = torch.stack([sample["input_ids"] for sample in samples])
-    return {"pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
-            "input_ids": ids, "attention_mask": torch.ones_like(ids),
-            "labels": torch.stack([sample["labels"] for sample in samples])}
+    return {
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.stack([sample["labels"] for sample in samples]),
+    }

@@ -38,8 +38,10 @@ HF_PROJECTORS = ("linear", "mlp")
 def check_baseline(name: str, experiment: Experiment) -> None:
     """Raise :class:`InputError` if this baseline cannot train the experiment."""
     if name == "hf" and experiment.projector.type not in HF_PROJECTORS:
-        raise InputError(f"--baseline hf: LLaVA has no {experiment.projector.type} projector; take "
-                         "an experiment with linear or mlp, or --baseline reference")
+        raise InputError(
+            f"--baseline hf: LLaVA has no {experiment.projector.type} projector; take "
+            "an experiment with linear or mlp, or --baseline reference"
+        )
     if name == "hf" and experiment.vision.pool > 1:
         raise InputError("--baseline hf: LLaVA cannot pool patches; leave vision.pool at 1")
 
@@ -75,16 +77,18 @@ class Textbook(nn.Module):
         embeds = torch.cat([embed(before), visual, embed(after)], dim=1)
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         nothing = labels.new_full((len(labels), embeds.shape[1] - labels.shape[1]), IGNORE)
-        return self.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
-                        labels=torch.cat([nothing, labels], dim=1)).loss
+        return self.llm(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, labels=torch.cat([nothing, labels], dim=1)
+        ).loss
 
 
 def measure_reference(work: Workload, recorder, device: torch.device) -> dict:
     """Train the textbook form; called in a process of its own."""
     experiment, stage, clock = work.experiment, work.experiment.stages[work.stage], recorder.clock
     model = prepared(work, device)
-    textbook = Textbook(model.tower.clip, model.captioner.projector, model.captioner.llm,
-                        experiment.vision.feature_layer)
+    textbook = Textbook(
+        model.tower.clip, model.captioner.projector, model.captioner.llm, experiment.vision.feature_layer
+    )
     textbook.clip.forward = clock.timed("CLIP", textbook.clip.forward)
     batches = [_pieces(batch, device) for batch in micro_batches(work, model)]
     accumulation = experiment.training.gradient_accumulation
@@ -111,8 +115,7 @@ def _pieces(batch: dict[str, Tensor], device: torch.device) -> list[Tensor]:
     ids, labels = batch["input_ids"], batch["labels"]
     places = (ids[0] == VISUAL).nonzero().flatten()
     first, end = int(places[0]), int(places[-1]) + 1
-    return [tensor.to(device) for tensor in (
-        batch["pixels"], ids[:, :first], ids[:, end:], labels[:, end:])]
+    return [tensor.to(device) for tensor in (batch["pixels"], ids[:, :first], ids[:, end:], labels[:, end:])]
 
 
 def prepared(work: Workload, device: torch.device) -> Model:
@@ -125,8 +128,9 @@ def prepared(work: Workload, device: torch.device) -> Model:
             if isinstance(variant, Dora):
                 module.lora_variant[adapter] = DoraLinearVariant()
     freeze(model.captioner, experiment.stages[work.stage])
-    checkpoint_activations(model.captioner, checkpointed_layers(
-        experiment, experiment.stages[work.stage], False, device))
+    checkpoint_activations(
+        model.captioner, checkpointed_layers(experiment, experiment.stages[work.stage], False, device)
+    )
     model.captioner.train()
     return model
 
@@ -137,19 +141,34 @@ def micro_batches(work: Workload, model: Model) -> list[dict[str, Tensor]]:
     experiment = work.experiment
     data, training = experiment.data, experiment.training
     reader = SampleReader(
-        open_dataset(data), "train", data.num_frames, model.image_size,
-        seed=training.seed + (work.stage << 32), window=data.shuffle_window)
+        open_dataset(data),
+        "train",
+        data.num_frames,
+        model.image_size,
+        seed=training.seed + (work.stage << 32),
+        window=data.shuffle_window,
+    )
     positions = TrainingPositions(
-        0, work.total_steps, training.gradient_accumulation, 0,
-        global_batch=work.run(1).global_batch, micro_batch=training.micro_batch, world_size=1)
-    builder = SequenceBuilder(model.tokenizer, data.prompt, model.captioner.projector.num_tokens,
-                              data.max_caption_tokens)
+        0,
+        work.total_steps,
+        training.gradient_accumulation,
+        0,
+        global_batch=work.run(1).global_batch,
+        micro_batch=training.micro_batch,
+        world_size=1,
+    )
+    builder = SequenceBuilder(
+        model.tokenizer, data.prompt, model.captioner.projector.num_tokens, data.max_caption_tokens
+    )
     mean, std = model.tower.mean.cpu(), model.tower.std.cpu()
     batches = []
     for number in range(len(positions)):
         samples = [reader.load(position) for position in positions[number]]
         frames = torch.stack([torch.from_numpy(sample.frames) for sample in samples])
-        batches.append({
-            **builder.collate_training([builder.training(s.caption, s.prompt) for s in samples]),
-            "pixels": ((frames.float() / 255 - mean) / std).to(model.tower.clip.dtype)})
+        batches.append(
+            {
+                **builder.collate_training([builder.training(s.caption, s.prompt) for s in samples]),
+                "pixels": ((frames.float() / 255 - mean) / std).to(model.tower.clip.dtype),
+            }
+        )
     return batches

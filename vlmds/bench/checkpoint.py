@@ -30,20 +30,36 @@ ROUNDS = 4
 WIDTH, VOCABULARY, PATCHES, FRAMES = 512, 151_936, 16, 4
 
 
-def bench_checkpoint(
-    output: Path, steps: int = 30, every: int = 15, rounds: int = ROUNDS
-) -> dict[str, float]:
+def bench_checkpoint(output: Path, steps: int = 30, every: int = 15, rounds: int = ROUNDS) -> dict[str, float]:
     """Run it, print the table, and write checkpoint.json to `output`."""
     device = init_distributed(timeout_minutes=10)
-    experiment = load_experiment("e3", [
-        "llm.load_in_4bit=false", "llm.dtype=float32", f"data.num_frames={FRAMES}",
-        "training.gradient_accumulation=1", "training.activation_checkpointing=false"])
+    experiment = load_experiment(
+        "e3",
+        [
+            "llm.load_in_4bit=false",
+            "llm.dtype=float32",
+            f"data.num_frames={FRAMES}",
+            "training.gradient_accumulation=1",
+            "training.activation_checkpointing=false",
+        ],
+    )
     torch.manual_seed(0)
-    llm = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True))
-    captioner = Captioner(build_projector(experiment.projector, 256, WIDTH, FRAMES, PATCHES),
-                          add_adapter(llm.requires_grad_(False), experiment.peft)).to(device)
+    llm = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
+    )
+    captioner = Captioner(
+        build_projector(experiment.projector, 256, WIDTH, FRAMES, PATCHES),
+        add_adapter(llm.requires_grad_(False), experiment.peft),
+    ).to(device)
     stage = experiment.stages[1]
     freeze(captioner, stage)
     engine = build_engine(captioner, experiment, stage, default_ds_config(), 1)
@@ -51,9 +67,11 @@ def bench_checkpoint(
     output.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=output))
     try:
-        savers = {"no checkpoints": None,
-                  "in the background": Saver(folder / "a", "bench", 1, print),
-                  "in place": Saver(folder / "b", "bench", 1, print)}
+        savers = {
+            "no checkpoints": None,
+            "in the background": Saver(folder / "a", "bench", 1, print),
+            "in place": Saver(folder / "b", "bench", 1, print),
+        }
         _run(engine, batch, None, 5, every, wait=False)
         means = dict.fromkeys(savers, float("inf"))
         for _ in range(rounds):  # in turns, so that a slow spell of the machine hits all alike
@@ -65,11 +83,9 @@ def bench_checkpoint(
         shutil.rmtree(folder)
     base = means["no checkpoints"]
     print(f"a checkpoint of {size / 1e6:.1f} MB every {every} steps, {steps} steps")
-    print(table([{"checkpoints": name, "mean step": f"{mean / base:.3f} x"}
-                 for name, mean in means.items()]))
+    print(table([{"checkpoints": name, "mean step": f"{mean / base:.3f} x"} for name, mean in means.items()]))
     result = {name: mean / base for name, mean in means.items()}
-    print(save(output, "checkpoint", {"steps": steps, "every": every, "bytes": size,
-                                      "relative_step": result}))
+    print(save(output, "checkpoint", {"steps": steps, "every": every, "bytes": size, "relative_step": result}))
     return result
 
 

@@ -13,8 +13,14 @@ import torch.distributed as dist
 # Bytes that one rank sends in a collective over W ranks by the ring algorithms, per byte of the
 # whole tensor: (W − 1) / W times this (Patarasuk and Yuan, 2009).
 COLLECTIVES = {
-    "all_reduce": 2, "reduce": 1, "broadcast": 1, "reduce_scatter": 1, "reduce_scatter_tensor": 1,
-    "all_gather": 1, "all_gather_into_tensor": 1}
+    "all_reduce": 2,
+    "reduce": 1,
+    "broadcast": 1,
+    "reduce_scatter": 1,
+    "reduce_scatter_tensor": 1,
+    "all_gather": 1,
+    "all_gather_into_tensor": 1,
+}
 
 
 class StepClock:

@@ -61,8 +61,7 @@ PATCHES, WIDTH = 576, 1024  # of CLIP-ViT-L/14-336's features
 
 
 def bench_data(
-    output: Path, manifest: Path | None = None, clips: int = 16, repeats: int = 3,
-    video2dataset: str | None = None,
+    output: Path, manifest: Path | None = None, clips: int = 16, repeats: int = 3, video2dataset: str | None = None
 ) -> dict[str, dict[str, float]]:
     """Run it, print the tables, and write data.json to `output`.
 
@@ -76,11 +75,9 @@ def bench_data(
         print(f"{len(rows)} videos, {size / 1e6:.1f} MB")
         packing = _packing(folder, rows, repeats, video2dataset)
         loading = _loading(folder, rows, repeats)
-    result = {"packing": _ratios(packing, "tar + sha256sum"),
-              "loading, a sample": _ratios(loading, "bare decode")}
+    result = {"packing": _ratios(packing, "tar + sha256sum"), "loading, a sample": _ratios(loading, "bare decode")}
     for title, ratios in result.items():
-        print(f"\n{title}:\n" + table([
-            {"": name, "time": f"{ratio:.3g} x"} for name, ratio in ratios.items()]))
+        print(f"\n{title}:\n" + table([{"": name, "time": f"{ratio:.3g} x"} for name, ratio in ratios.items()]))
     print(save(output, "data", {"videos": len(rows), "bytes": size, "ratios": result}))
     return result
 
@@ -98,7 +95,8 @@ def make_clips(folder: Path, count: int) -> Path:
             for i in range(300):
                 x, y = 2 * i % 640, i % 360
                 frame = av.VideoFrame.from_ndarray(
-                    np.ascontiguousarray(texture[y:y + 360, x:x + 640]), format="rgb24")
+                    np.ascontiguousarray(texture[y : y + 360, x : x + 640]), format="rgb24"
+                )
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         lines.append(f'{{"video": "{path.name}", "caption": "{number}번 영상"}}\n')
@@ -106,17 +104,16 @@ def make_clips(folder: Path, count: int) -> Path:
     return folder / "manifest.jsonl"
 
 
-def _packing(
-    folder: Path, rows: list[ManifestRow], repeats: int, video2dataset: str | None
-) -> dict[str, float]:
+def _packing(folder: Path, rows: list[ManifestRow], repeats: int, video2dataset: str | None) -> dict[str, float]:
     """Seconds for PACKED bytes of videos."""
     out = folder / "out"
     size = sum(Path(row.video).stat().st_size for row in rows)
     rows = rows * max(1, round(PACKED / size))
     manifest = folder / "many.jsonl"
-    manifest.write_text("".join(
-        json.dumps({"video": row.video, "id": str(i), "caption": "가"}) + "\n"
-        for i, row in enumerate(rows)), encoding="utf-8")
+    manifest.write_text(
+        "".join(json.dumps({"video": row.video, "id": str(i), "caption": "가"}) + "\n" for i, row in enumerate(rows)),
+        encoding="utf-8",
+    )
 
     def fresh(job: Callable[[Path], object]) -> Callable[[], None]:
         def run() -> None:
@@ -131,21 +128,22 @@ def _packing(
         # GNU tar's --files-from takes any number of names.
         names = "".join(f"{row.video}\n" for row in rows).encode()
         # A name that comes again is the same file; it is to be stored again, not as a link.
-        subprocess.run(["tar", "-cf", str(out / "a.tar"), "-P", "--hard-dereference",
-                        "--files-from", "-"], input=names, check=True)
+        subprocess.run(
+            ["tar", "-cf", str(out / "a.tar"), "-P", "--hard-dereference", "--files-from", "-"], input=names, check=True
+        )
         subprocess.run(["sha256sum", str(out / "a.tar")], check=True, stdout=subprocess.DEVNULL)
 
     def shard_writer(out: Path) -> None:
         with wds.ShardWriter(str(out / "%06d.tar"), maxcount=256, verbose=0) as writer:
             for number, row in enumerate(rows):
-                writer.write({"__key__": str(number), "mp4": Path(row.video).read_bytes(),
-                              "json": {"captions": row.captions}})
+                writer.write(
+                    {"__key__": str(number), "mp4": Path(row.video).read_bytes(), "json": {"captions": row.captions}}
+                )
 
     jobs = {
         "tar + sha256sum": fresh(tar),
         "webdataset ShardWriter (no checks)": fresh(shard_writer),
-        "vlmds pack --no-verify": fresh(
-            lambda out: pack(manifest, out, verify=False, progress=False)),
+        "vlmds pack --no-verify": fresh(lambda out: pack(manifest, out, verify=False, progress=False)),
         "vlmds pack": fresh(lambda out: pack(manifest, out, progress=False)),
     }
     if video2dataset:
@@ -153,19 +151,20 @@ def _packing(
     return in_turns(jobs, repeats)
 
 
-def _video2dataset(
-    folder: Path, rows: list[ManifestRow], python: str
-) -> Callable[[Path], None]:
+def _video2dataset(folder: Path, rows: list[ManifestRow], python: str) -> Callable[[Path], None]:
     """Packs local files as its users do: a table of them, as many processes as there are cores."""
     script, listed = folder / "pack_with_video2dataset.py", folder / "many.csv"
     script.write_text(VIDEO2DATASET.replace("CORES", str(len(os.sched_getaffinity(0)))))
-    listed.write_text("url,caption\n" + "".join(f"{row.video},가\n" for row in rows),
-                      encoding="utf-8")
+    listed.write_text("url,caption\n" + "".join(f"{row.video},가\n" for row in rows), encoding="utf-8")
 
     def run(out: Path) -> None:
-        subprocess.run([python, str(script), str(listed), str(out / "made")], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                       env=os.environ | {"WANDB_MODE": "disabled"})
+        subprocess.run(
+            [python, str(script), str(listed), str(out / "made")],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"WANDB_MODE": "disabled"},
+        )
         packed = 0  # it calls a failed shard a success
         for path in out.rglob("*.tar"):
             with tarfile.open(path) as tar:
@@ -179,16 +178,16 @@ def _video2dataset(
 def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
     """Seconds for a sample, in one process and the thread it has."""
     manifest = folder / "load.jsonl"
-    manifest.write_text("".join(
-        f'{{"video": "{row.video}", "caption": "가"}}\n' for row in rows), encoding="utf-8")
+    manifest.write_text("".join(f'{{"video": "{row.video}", "caption": "가"}}\n' for row in rows), encoding="utf-8")
     for store in ("video", "frames"):
-        pack(manifest, folder / store, store=store, num_frames=FRAMES, image_size=SIDE,
-             progress=False)
+        pack(manifest, folder / store, store=store, num_frames=FRAMES, image_size=SIDE, progress=False)
     _make_features(folder / "video", folder / "features")
     files = [Path(row.video).read_bytes() for row in rows]
     infos = [probe(data) for data in files]
-    readers = {store: SampleReader(Dataset([ShardIndex.open(folder / store)]), "train", FRAMES, SIDE,
-                                   shuffle=False) for store in ("video", "frames", "features")}
+    readers = {
+        store: SampleReader(Dataset([ShardIndex.open(folder / store)]), "train", FRAMES, SIDE, shuffle=False)
+        for store in ("video", "frames", "features")
+    }
 
     def bare() -> None:
         for data, info in zip(files, infos):
@@ -211,10 +210,17 @@ def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
         return run
 
     baseline = {"plain webdataset (decord)": plain} if find_spec("decord") else {}
-    seconds = in_turns({
-        "bare decode": bare, "bare probe and decode": probed, **baseline,
-        "vlmds, video store": load("video"), "vlmds, frames store": load("frames"),
-        "vlmds, features store": load("features")}, repeats)
+    seconds = in_turns(
+        {
+            "bare decode": bare,
+            "bare probe and decode": probed,
+            **baseline,
+            "vlmds, video store": load("video"),
+            "vlmds, frames store": load("frames"),
+            "vlmds, features store": load("features"),
+        },
+        repeats,
+    )
     return {name: value / len(rows) for name, value in seconds.items()}
 
 
@@ -237,20 +243,51 @@ def _make_features(source: Path, out: Path) -> None:
     shards = []
     for info in index.shards("train"):
         rows = [index.row("train", info.shard, i) for i in range(info.count)]
-        shard = Shard("train", info.shard, [
-            ManifestRow(0, row.key, row.key, "", "", ["가"], None, None, "train", None)
-            for row in rows], "")
-        write_shard(out, shard, (Reply(None, {
-            name: getattr(row, name) for name in ("frames", "fps", "duration", "width", "height",
-                                                  "codec", "rotation", "decoder")},
-            {EXTENSION: encode_features(features)}) for row in rows))
+        shard = Shard(
+            "train",
+            info.shard,
+            [ManifestRow(0, row.key, row.key, "", "", ["가"], None, None, "train", None) for row in rows],
+            "",
+        )
+        write_shard(
+            out,
+            shard,
+            (
+                Reply(
+                    None,
+                    {
+                        name: getattr(row, name)
+                        for name in ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
+                    },
+                    {EXTENSION: encode_features(features)},
+                )
+                for row in rows
+            ),
+        )
         shards.append(replace(shard, rows=[]))
-    finish(out, shards, [], {
-        "store": "features", "sampler": SAMPLER, "resizer": RESIZER,
-        "num_frames": FRAMES, "image_size": SIDE, "quality": None, "shard_size": 256,
-        "shard_bytes": None, "vision": {
-            "model": "random", "fingerprint": "", "feature_layer": -1, "pool": 1,
-            "patches": PATCHES, "width": WIDTH}})
+    finish(
+        out,
+        shards,
+        [],
+        {
+            "store": "features",
+            "sampler": SAMPLER,
+            "resizer": RESIZER,
+            "num_frames": FRAMES,
+            "image_size": SIDE,
+            "quality": None,
+            "shard_size": 256,
+            "shard_bytes": None,
+            "vision": {
+                "model": "random",
+                "fingerprint": "",
+                "feature_layer": -1,
+                "pool": 1,
+                "patches": PATCHES,
+                "width": WIDTH,
+            },
+        },
+    )
 
 
 def _ratios(seconds: dict[str, float], baseline: str) -> dict[str, float]:

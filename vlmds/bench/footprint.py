@@ -16,13 +16,13 @@ def resident_parts(model: Model, engine) -> dict[str, int]:
     llm = dict(model.captioner.llm.named_parameters())
     optimizer = engine.optimizer
     masters = list(optimizer.single_partition_of_fp32_groups)
-    moments = [value for state in optimizer.optimizer.state.values() for value in state.values()
-               if isinstance(value, Tensor)]
+    moments = [
+        value for state in optimizer.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    ]
     projector = model.captioner.projector.parameters()
     adapter = [p for name, p in llm.items() if "lora_" in name]
     return {
-        "LLM weights": _bytes(t for name, p in llm.items() if "lora_" not in name
-                              for t in (p, *_quantisation(p))),
+        "LLM weights": _bytes(t for name, p in llm.items() if "lora_" not in name for t in (p, *_quantisation(p))),
         "CLIP weights": 0 if model.tower is None else _bytes(model.tower.parameters()),
         "trainables": _bytes([*projector, *adapter]),
         "fp32 copies": _bytes(masters),
@@ -62,7 +62,8 @@ class StepMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
             self._profile.start()
 
     def stop(self) -> None:

@@ -30,17 +30,30 @@ from vlmds.models.vision import VisionTower
 
 NAIVE, BASELINE = "one by one, no KV cache", "one by one"
 TINY_VISION = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    image_size=112, patch_size=14)
+    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=112, patch_size=14
+)
 TINY_LLM = Qwen3Config(
-    vocab_size=151_936, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
+    vocab_size=151_936,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 TINY_WIDTH = 128  # of a resampler
 
 
 def bench_generate(
-    output: Path, exp: str = "e7", *, tiny: bool = False, tokens: int = 48,
-    batches: Sequence[int] = (4, 16), repeats: int = 3, overrides: Sequence[str] = (),
+    output: Path,
+    exp: str = "e7",
+    *,
+    tiny: bool = False,
+    tokens: int = 48,
+    batches: Sequence[int] = (4, 16),
+    repeats: int = 3,
+    overrides: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """Run it, print the table, and write generate.json to `output`.
 
@@ -55,8 +68,7 @@ def bench_generate(
     captioner = (_tiny if tiny else _real)(exp, overrides)
     side, count = captioner.model.image_size, captioner.experiment.data.num_frames
     videos = max(batches)
-    frames = torch.from_numpy(np.random.default_rng(0).integers(
-        0, 256, (videos, count, 3, side, side), np.uint8))
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (videos, count, 3, side, side), np.uint8))
     jobs, captions = _jobs(captioner, frames, tokens, batches)
     for job in jobs.values():  # kernels are chosen and memory is taken at the first call
         job()
@@ -68,20 +80,36 @@ def bench_generate(
         whole = seconds[way, "all"]
         vision, first = seconds[way, "vision"], seconds[way, "first token"]
         result[way] = {
-            "captions_per_s": speeds[way], "tokens_per_s": tokens * speeds[way],
-            "ratio": speeds[way] / speeds[BASELINE], "vision": vision / whole,
-            "prefill": (first - vision) / whole, "decode": (whole - first) / whole,
-            "same_captions": float(np.mean(
-                [a == b for a, b in zip(captions[way], captions[BASELINE])]))}
+            "captions_per_s": speeds[way],
+            "tokens_per_s": tokens * speeds[way],
+            "ratio": speeds[way] / speeds[BASELINE],
+            "vision": vision / whole,
+            "prefill": (first - vision) / whole,
+            "decode": (whole - first) / whole,
+            "same_captions": float(np.mean([a == b for a, b in zip(captions[way], captions[BASELINE])])),
+        }
     _show(captioner, result, tokens, videos)
-    print(save(output, "generate", {
-        "exp": exp, "tiny": tiny, "tokens": tokens, "videos": videos, "frames": count,
-        "device": _device_name(captioner.device), "ways": result}))
+    print(
+        save(
+            output,
+            "generate",
+            {
+                "exp": exp,
+                "tiny": tiny,
+                "tokens": tokens,
+                "videos": videos,
+                "frames": count,
+                "device": _device_name(captioner.device),
+                "ways": result,
+            },
+        )
+    )
     return result
 
 
-def _jobs(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, batches: Sequence[int]
-          ) -> tuple[dict[tuple[str, str], Callable[[], None]], dict[str, list[str]]]:
+def _jobs(
+    captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, batches: Sequence[int]
+) -> tuple[dict[tuple[str, str], Callable[[], None]], dict[str, list[str]]]:
     """({(way, part of the work): job}, {way: the captions of its last run})."""
     jobs, captions = {}, {}
 
@@ -124,8 +152,7 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
     features = captioner.model.features({"frames": frames})
     prompt = prompts["input_ids"]
     if cached:
-        config = GenerationOptions(max_new_tokens=tokens).config(
-            builder.eos_token_id, builder.pad_token_id)
+        config = GenerationOptions(max_new_tokens=tokens).config(builder.eos_token_id, builder.pad_token_id)
         config.min_new_tokens = tokens
         mask = prompts["attention_mask"].to(captioner.device)
         ids = model.generate(features, prompt, mask, config)
@@ -134,10 +161,10 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
     return [str(row) for row in ids.tolist()]  # the tokens: words do not tell all captions apart
 
 
-def _write_naively(captioner: VideoCaptioner, features: torch.Tensor, prompt: torch.Tensor,
-                   tokens: int) -> torch.Tensor:
-    """As a straightforward loop would: the whole sequence again for each token. int64 [B, tokens]
-    """
+def _write_naively(
+    captioner: VideoCaptioner, features: torch.Tensor, prompt: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """As a straightforward loop would: the whole sequence again for each token. int64 [B, tokens]"""
     model = captioner.model.captioner
     embeds, ids = model.embed(features, prompt), []
     for _ in range(tokens):
@@ -156,20 +183,30 @@ def _real(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
 
 def _tiny(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
     resampler = load_experiment(exp).projector.type in ("cabstractor", "perceiver")
-    experiment = load_experiment(exp, [
-        "llm.load_in_4bit=false", "llm.dtype=float32",
-        *([f"projector.width={TINY_WIDTH}"] if resampler else []), *overrides])
+    experiment = load_experiment(
+        exp,
+        [
+            "llm.load_in_4bit=false",
+            "llm.dtype=float32",
+            *([f"projector.width={TINY_WIDTH}"] if resampler else []),
+            *overrides,
+        ],
+    )
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    tower = VisionTower(CLIPVisionModel(TINY_VISION).to(device), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD,
-                        experiment.vision.feature_layer, pool=experiment.vision.pool)
+    tower = VisionTower(
+        CLIPVisionModel(TINY_VISION).to(device),
+        OPENAI_CLIP_MEAN,
+        OPENAI_CLIP_STD,
+        experiment.vision.feature_layer,
+        pool=experiment.vision.pool,
+    )
     llm = Qwen3ForCausalLM(TINY_LLM)
     with torch.no_grad():  # so that captions of random weights are not all alike
         llm.get_input_embeddings().weight.mul_(20)
     captioner = Captioner(experiment_projector(experiment, TINY_VISION, TINY_LLM), llm).to(device)
     tokenizer = train_tokenizer([experiment.data.prompt], vocab_size=600)
-    return _with_adapter(
-        experiment, Model(tower, captioner, tokenizer, TINY_VISION.image_size), device)
+    return _with_adapter(experiment, Model(tower, captioner, tokenizer, TINY_VISION.image_size), device)
 
 
 def _with_adapter(experiment: Experiment, model: Model, device: torch.device) -> VideoCaptioner:
@@ -180,14 +217,27 @@ def _with_adapter(experiment: Experiment, model: Model, device: torch.device) ->
 
 def _show(captioner: VideoCaptioner, result: dict, tokens: int, videos: int) -> None:
     projector = captioner.model.captioner.projector
-    print(f"{captioner.experiment.name}: {videos} videos, {projector.num_tokens:,} visual tokens, "
-          f"captions of {tokens} tokens, on {_device_name(captioner.device)}")
-    print(table([{
-        "": way, "captions/s": f"{r['ratio']:.3g} x", "measured, captions/s":
-        f"{r['captions_per_s']:.3g}", "tokens/s": f"{r['tokens_per_s']:.3g}",
-        "CLIP": f"{r['vision']:.0%}", "prefill": f"{r['prefill']:.0%}",
-        "decoding": f"{r['decode']:.0%}", "same captions": f"{r['same_captions']:.0%}"}
-        for way, r in result.items()]))
+    print(
+        f"{captioner.experiment.name}: {videos} videos, {projector.num_tokens:,} visual tokens, "
+        f"captions of {tokens} tokens, on {_device_name(captioner.device)}"
+    )
+    print(
+        table(
+            [
+                {
+                    "": way,
+                    "captions/s": f"{r['ratio']:.3g} x",
+                    "measured, captions/s": f"{r['captions_per_s']:.3g}",
+                    "tokens/s": f"{r['tokens_per_s']:.3g}",
+                    "CLIP": f"{r['vision']:.0%}",
+                    "prefill": f"{r['prefill']:.0%}",
+                    "decoding": f"{r['decode']:.0%}",
+                    "same captions": f"{r['same_captions']:.0%}",
+                }
+                for way, r in result.items()
+            ]
+        )
+    )
 
 
 def _device_name(device: torch.device) -> str:

@@ -41,8 +41,7 @@ def communication_seconds(trained_bytes: float, gpus: int, gigabits: float) -> f
     if nodes <= 1:
         return 0.0
     rings = gpus + 1 if reduces_to_owners(gpus) else 3
-    return (sent_bytes(trained_bytes, gpus) / (gigabits * 1e9 / 8 * USABLE)
-            + rings * (nodes - 1) * LATENCY)
+    return sent_bytes(trained_bytes, gpus) / (gigabits * 1e9 / 8 * USABLE) + rings * (nodes - 1) * LATENCY
 
 
 def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
@@ -65,8 +64,10 @@ def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
                 row[f"{gpus} GPUs, {link} Gb/s"] = f"{efficiency:.1%}"
                 curves.setdefault((exp, link), []).append(efficiency)
         rows.append(row)
-    print(f"predicted on {card.name}, {PER_NODE} a node, micro-batch and accumulation as the "
-          "experiments have them; no overlap")
+    print(
+        f"predicted on {card.name}, {PER_NODE} a node, micro-batch and accumulation as the "
+        "experiments have them; no overlap"
+    )
     print(table(rows))
     output.mkdir(parents=True, exist_ok=True)
     _draw(output / "scaling.png", curves, card.name)
@@ -84,8 +85,13 @@ def _draw(path: Path, curves: dict[tuple[str, int], list[float]], card: str) -> 
     for axis, link in zip(axes, LINKS, strict=True):
         for exp in EXPERIMENTS:
             axis.plot(GPUS, [100 * e for e in curves[exp, link]], marker="o", label=exp)
-        axis.set(xscale="log", xticks=GPUS, xticklabels=GPUS, xlabel="GPUs",
-                 title=f"{link} Gb/s a node, predicted for {card}")
+        axis.set(
+            xscale="log",
+            xticks=GPUS,
+            xticklabels=GPUS,
+            xlabel="GPUs",
+            title=f"{link} Gb/s a node, predicted for {card}",
+        )
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("efficiency, %")

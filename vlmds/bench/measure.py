@@ -34,6 +34,17 @@ def table(rows: list[dict[str, object]]) -> str:
 def save(output: Path, name: str, result: dict) -> Path:
     """Write the figures, and what machine they are of, as JSON."""
     path = output / f"{name}.json"
-    write(path, json.dumps({"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(),
-                            "python": platform.python_version(), **result}, indent=2) + "\n")
+    write(
+        path,
+        json.dumps(
+            {
+                "cores": len(os.sched_getaffinity(0)),
+                "machine": platform.machine(),
+                "python": platform.python_version(),
+                **result,
+            },
+            indent=2,
+        )
+        + "\n",
+    )
     return path

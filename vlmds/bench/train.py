@@ -37,8 +37,16 @@ BASELINES = ("reference", "hf", "lora")
 ROUNDS = 2
 # Rounding of the first loss, before any update, and of all of a few steps.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 3e-2)}
-STEP_PARTS = ("gradients", "gradient buckets", "activations", "logits", "CLIP forward",
-              "features ahead", "one unpacked weight", "first DoRA norm")
+STEP_PARTS = (
+    "gradients",
+    "gradient buckets",
+    "activations",
+    "logits",
+    "CLIP forward",
+    "features ahead",
+    "one unpacked weight",
+    "first DoRA norm",
+)
 """Of :func:`vlmds.planning.memory.stage_memories`: what comes and goes within a step."""
 
 
@@ -52,8 +60,16 @@ class Variant:
     ranks: int = 1
 
 
-def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines: list[str] = (),
-                steps: int = 4, ranks: int = 1, overrides: list[str] = ()) -> dict:
+def bench_train(
+    output: Path,
+    exps: list[str],
+    *,
+    tiny: bool = False,
+    baselines: list[str] = (),
+    steps: int = 4,
+    ranks: int = 1,
+    overrides: list[str] = (),
+) -> dict:
     """Run it, print the tables, and write train.json to ``output``.
 
     Args:
@@ -69,8 +85,7 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
     """
     gpus = torch.cuda.device_count()
     if not tiny and 0 < gpus < ranks:
-        raise InputError(f"--ranks {ranks}: this machine has {counted(gpus, 'GPU')}; take as many "
-                         "or fewer")
+        raise InputError(f"--ranks {ranks}: this machine has {counted(gpus, 'GPU')}; take as many or fewer")
     if steps < 1:
         raise InputError(f"--steps {steps}: is less than 1")
     if gpus and steps == 1:
@@ -81,8 +96,7 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
     output.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="train-", dir=output.absolute()))
     try:
-        found = {exp: _measure(folder, exp, tiny, list(baselines), steps, ranks, overrides)
-                 for exp in exps}
+        found = {exp: _measure(folder, exp, tiny, list(baselines), steps, ranks, overrides) for exp in exps}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     rows = [(row, results["rows"][0]) for results in found.values() for row in results["rows"]]
@@ -92,24 +106,28 @@ def bench_train(output: Path, exps: list[str], *, tiny: bool = False, baselines:
     print(f"\n{table([_memory_row(exp, results) for exp, results in found.items()])}")
     for exp, results in found.items():
         if (measured := results["linear_seconds"]) is not None:
-            print(f"{exp}: the host takes at most {1e6 * measured:.0f} µs for each 4-bit Linear a pass "
-                  f"(assumed: {1e6 * LINEAR_SECONDS:.0f}); less, where the GPU is the slower one")
+            print(
+                f"{exp}: the host takes at most {1e6 * measured:.0f} µs for each 4-bit Linear a pass "
+                f"(assumed: {1e6 * LINEAR_SECONDS:.0f}); less, where the GPU is the slower one"
+            )
     if ranks > 1:
         print(f"\n{table([_ranks_row(row, own) for row, own in rows if row['ranks'] > 1])}")
     print(f"\nsaved: {save(output, 'train', {'tiny': tiny, **found})}")
     return found
 
 
-def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: int, ranks: int,
-             overrides: list[str]) -> dict:
+def _measure(
+    folder: Path, exp: str, tiny: bool, baselines: list[str], steps: int, ranks: int, overrides: list[str]
+) -> dict:
     """{"rows": one result for each variant, "plan": bytes by part, "linear_seconds": what
     :func:`linear_seconds` finds on a GPU}"""
     place = folder / Path(exp).stem
 
     def made(name: str, *more: str) -> Workload:
         (place / name).mkdir(parents=True)
-        return prepare(place / name, exp, tiny=tiny, steps=steps, models=folder / "models",
-                       overrides=[*overrides, *more])
+        return prepare(
+            place / name, exp, tiny=tiny, steps=steps, models=folder / "models", overrides=[*overrides, *more]
+        )
 
     work = made("own")
     variants = [Variant("vlmds", work, "vlmds")]
@@ -136,14 +154,14 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
             if result["step_seconds"] < best["step_seconds"]:
                 results[variant.name] = result
     experiment = work.experiment
-    differences = check_losses(experiment.llm.dtype, {
-        v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1})
+    differences = check_losses(
+        experiment.llm.dtype, {v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1}
+    )
     model = shapes(experiment)
     freeze(model.captioner, experiment.stages[work.stage])
     own = results["vlmds"]
     every = own["recomputed_every"]
-    plan = stage_memories(experiment, experiment.stages[work.stage], model.captioner, model.tower, 1,
-                          (every,))[every]
+    plan = stage_memories(experiment, experiment.stages[work.stage], model.captioner, model.tower, 1, (every,))[every]
     batch = experiment.training.micro_batch * experiment.training.gradient_accumulation
     flops = sample_flops(model, own["positions"] / batch, CAPTION_TOKENS)
     trained = sum(p.numel() for p in model.captioner.parameters() if p.requires_grad)
@@ -151,17 +169,27 @@ def _measure(folder: Path, exp: str, tiny: bool, baselines: list[str], steps: in
     rows = []
     for variant in variants:
         result = results[variant.name]
-        rows.append({
-            **result, "experiment": experiment.name, "variant": variant.name,
-            "ranks": variant.ranks, "loss_difference": differences.get(variant.name),
-            "batch": batch, "flops": asdict(flops) | {"total": flops.total}, "weights": weights,
-            "trained_bytes": trained * (4 if experiment.llm.dtype == "float32" else 2)})
-    return {"rows": rows, "plan": plan, "linear_seconds": None if own["device"] == "CPU" else
-            linear_seconds(own["host"], experiment, model, every)}
+        rows.append(
+            {
+                **result,
+                "experiment": experiment.name,
+                "variant": variant.name,
+                "ranks": variant.ranks,
+                "loss_difference": differences.get(variant.name),
+                "batch": batch,
+                "flops": asdict(flops) | {"total": flops.total},
+                "weights": weights,
+                "trained_bytes": trained * (4 if experiment.llm.dtype == "float32" else 2),
+            }
+        )
+    return {
+        "rows": rows,
+        "plan": plan,
+        "linear_seconds": None if own["device"] == "CPU" else linear_seconds(own["host"], experiment, model, every),
+    }
 
 
-def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes, every: int
-                   ) -> float | None:
+def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes, every: int) -> float | None:
     """What :data:`vlmds.planning.propose.LINEAR_SECONDS` would be here, or None without 4-bit weights. Too
     much where the GPU is the slower one, for then the host waits for it.
 
@@ -181,18 +209,24 @@ def _run(variant: Variant, number: int) -> dict:
     name = f"{variant.name.replace(', ', '-').replace(' ', '-')}-{number}"
     command = [sys.executable]
     if variant.ranks > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(variant.ranks),
-                    "--master-port", str(free_port())]
-    command += ["-m", "vlmds.bench.train_worker", str(variant.work.folder), variant.code, name,
-                str(variant.work.steps)]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(variant.ranks),
+            "--master-port",
+            str(free_port()),
+        ]
+    command += ["-m", "vlmds.bench.train_worker", str(variant.work.folder), variant.code, name, str(variant.work.steps)]
     environment = {**os.environ, **cpu_environment(variant.ranks)}
     if variant.ranks == 1:  # Trainer would take all GPUs that it sees
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     path = variant.work.folder / f"{name}.json"
     if done.returncode or not path.is_file():
-        raise RuntimeError(f"{variant.name} failed with exit code {done.returncode}:\n"
-                           f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise RuntimeError(
+            f"{variant.name} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
     return json.loads(path.read_text())
 
 
@@ -208,16 +242,19 @@ def check_losses(dtype: str, losses: dict[str, list[float]]) -> dict[str, float]
             if not difference <= (later if step else first):
                 raise RuntimeError(
                     f"step {step + 1}: the loss of {other} is {found[step]:.6f}, that of {name} "
-                    f"{expected[step]:.6f}: not the same training, so no time is compared")
+                    f"{expected[step]:.6f}: not the same training, so no time is compared"
+                )
         largest[other] = max(differences)
     return largest
 
 
 def _heading(row: dict, tiny: bool) -> str:
     size = "tiny models, vocabulary 151,669, fp32" if tiny else "full size"
-    return (f"\n{size}, random weights, {row['device']}, {row['threads']} threads a process; "
-            f"{row['batch']} samples of {row['positions'] / row['batch']:.0f} positions a step, captions "
-            f"of {CAPTION_TOKENS} tokens")
+    return (
+        f"\n{size}, random weights, {row['device']}, {row['threads']} threads a process; "
+        f"{row['batch']} samples of {row['positions'] / row['batch']:.0f} positions a step, captions "
+        f"of {CAPTION_TOKENS} tokens"
+    )
 
 
 def _time_row(row: dict, own: dict) -> dict[str, str]:
@@ -225,26 +262,30 @@ def _time_row(row: dict, own: dict) -> dict[str, str]:
     samples = row["batch"] * row["ranks"] / row["step_seconds"]
     positions = own["positions"] * row["ranks"]  # of all ranks; baselines do not count them
     reference = own["step_seconds"] * samples / row["batch"]
-    cells = {"experiment": row["experiment"], "variant": row["variant"],
-             "step": f"{row['step_seconds'] / own['step_seconds']:.2f} x",
-             "samples/s": f"{reference:.2f} x",
-             "peak memory": f"{row['peak_bytes'] / own['peak_bytes']:.2f} x",
-             "without libraries": f"{_trained_bytes(row) / _trained_bytes(own):.2f} x",
-             "of it a step's own": f"{row['step_bytes'] / own['step_bytes']:.2f} x",
-             "loss, largest difference": (
-                 "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}")}
+    cells = {
+        "experiment": row["experiment"],
+        "variant": row["variant"],
+        "step": f"{row['step_seconds'] / own['step_seconds']:.2f} x",
+        "samples/s": f"{reference:.2f} x",
+        "peak memory": f"{row['peak_bytes'] / own['peak_bytes']:.2f} x",
+        "without libraries": f"{_trained_bytes(row) / _trained_bytes(own):.2f} x",
+        "of it a step's own": f"{row['step_bytes'] / own['step_bytes']:.2f} x",
+        "loss, largest difference": ("" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}"),
+    }
     if row["device"] == "CPU":
         return cells
     rate = row["flops"]["total"] * samples / row["ranks"]
     card = device_card(row["device"])
     four_n = 4 * row["weights"] * own["positions"] / row["step_seconds"]
-    cells |= {"step": f"{row['step_seconds']:.3f} s ({cells['step']})",
-              "samples/s": f"{samples:.2f}",
-              "tokens/s": f"{positions / row['step_seconds']:,.0f}",
-              "peak memory": f"{row['peak_bytes'] / 1e9:.1f} GB ({cells['peak memory']})",
-              "model TFLOP/s": f"{rate / 1e12:.0f}",
-              "MFU": f"{rate / card.flops:.1%}" if card else "?",
-              "MFU at 4N": f"{four_n / card.flops:.1%}" if card else "?"}
+    cells |= {
+        "step": f"{row['step_seconds']:.3f} s ({cells['step']})",
+        "samples/s": f"{samples:.2f}",
+        "tokens/s": f"{positions / row['step_seconds']:,.0f}",
+        "peak memory": f"{row['peak_bytes'] / 1e9:.1f} GB ({cells['peak memory']})",
+        "model TFLOP/s": f"{rate / 1e12:.0f}",
+        "MFU": f"{rate / card.flops:.1%}" if card else "?",
+        "MFU at 4N": f"{four_n / card.flops:.1%}" if card else "?",
+    }
     return cells
 
 
@@ -256,9 +297,11 @@ def _trained_bytes(row: dict) -> int:
 def _share_row(row: dict) -> dict[str, str]:
     whole, phases = row["split_step_seconds"], row["phases"]
     rest = max(0.0, whole - sum(phases.values()))
-    return {"share of a step": f"{row['experiment']} {row['variant']}", **{
-        name: f"{seconds / whole:.1%}" for name, seconds in phases.items()},
-        "other": f"{rest / whole:.1%}"}
+    return {
+        "share of a step": f"{row['experiment']} {row['variant']}",
+        **{name: f"{seconds / whole:.1%}" for name, seconds in phases.items()},
+        "other": f"{rest / whole:.1%}",
+    }
 
 
 def _memory_row(exp: str, results: dict) -> dict[str, str]:
@@ -279,8 +322,11 @@ def _memory_row(exp: str, results: dict) -> dict[str, str]:
 def _ranks_row(row: dict, own: dict) -> dict[str, str]:
     ranks = row["ranks"]
     bound = 2 * row["trained_bytes"] * (ranks - 1) / ranks
-    return {"experiment": row["experiment"], "ranks": str(ranks),
-            "efficiency": f"{own['step_seconds'] / row['step_seconds']:.1%}",
-            "sent a step, MB": f"{row['sent'] / 1e6:,.2f}",
-            "2·trainable bytes·(W−1)/W, MB": f"{bound / 1e6:,.2f}",
-            "sent / bound": f"{row['sent'] / bound:.2f}"}
+    return {
+        "experiment": row["experiment"],
+        "ranks": str(ranks),
+        "efficiency": f"{own['step_seconds'] / row['step_seconds']:.1%}",
+        "sent a step, MB": f"{row['sent'] / 1e6:,.2f}",
+        "2·trainable bytes·(W−1)/W, MB": f"{bound / 1e6:,.2f}",
+        "sent / bound": f"{row['sent'] / bound:.2f}",
+    }

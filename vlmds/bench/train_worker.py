@@ -53,9 +53,16 @@ class StepRecorder:
             torch.cuda.synchronize(self.clock.device)
         now = time.perf_counter()
         split = self.clock.split
-        self.steps.append({
-            "seconds": now - self._began, "data wait": waited, "positions": positions,
-            "loss": float(loss), "split": split, **self.clock.lap()})
+        self.steps.append(
+            {
+                "seconds": now - self._began,
+                "data wait": waited,
+                "positions": positions,
+                "loss": float(loss),
+                "split": split,
+                **self.clock.lap(),
+            }
+        )
         if step + 1 == self.work.total_steps - 1:
             self.peak_bytes = peak_memory()
             self.memory.start()
@@ -76,17 +83,21 @@ class StepRecorder:
         pass
 
     def result(self) -> dict:
-        timed = self.steps[self.work.WARM_UP:-1]
+        timed = self.steps[self.work.WARM_UP : -1]
         whole = [step for step in timed if not step["split"]] or timed
         best = min(whole, key=lambda step: step["seconds"])
         split = min((step for step in timed if step["split"]), key=lambda step: step["seconds"])
         return {
             "losses": [step["loss"] for step in self.steps],
-            "step_seconds": best["seconds"], "positions": best["positions"],
+            "step_seconds": best["seconds"],
+            "positions": best["positions"],
             "all_seconds": [step["seconds"] for step in self.steps],
             "phases": {name: split.get(name, 0.0) for name in PHASES},
-            "split_step_seconds": split["seconds"], "sent": best["sent"], "host": best["host"],
-            "peak_bytes": self.peak_bytes}
+            "split_step_seconds": split["seconds"],
+            "sent": best["sent"],
+            "host": best["host"],
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) -> dict:
@@ -96,8 +107,16 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     run = work.run(dist.get_world_size())
     every = prepare_stage(model, experiment, number, run, device)
     trainer = StageTrainer(
-        experiment, number, model, open_dataset(experiment.data), run, default_ds_config(), device,
-        recorder, StopRequest())
+        experiment,
+        number,
+        model,
+        open_dataset(experiment.data),
+        run,
+        default_ds_config(),
+        device,
+        recorder,
+        StopRequest(),
+    )
     engine = trainer.engine
     model.features = clock.timed("CLIP", model.features)
     engine.forward = clock.timed("forward", engine.forward)
@@ -128,9 +147,16 @@ def measure(variant: str, work: Workload) -> dict:
     libraries = peak_memory()  # so far the process has done nothing but import
     recorder = StepRecorder(work, clock, StepMemory(device))
     more = run(work, recorder, device)
-    return {"variant": variant, "device": _device_name(device), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "libraries_bytes": libraries,
-            **recorder.result(), **more, **recorder.memory.result()}
+    return {
+        "variant": variant,
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "libraries_bytes": libraries,
+        **recorder.result(),
+        **more,
+        **recorder.memory.result(),
+    }
 
 
 def _device_name(device: torch.device) -> str:

@@ -45,11 +45,24 @@ CAPTION_TOKENS = 32
 many, so that a mean over each micro-batch, which the baselines take, is the mean over all."""
 
 TINY_VISION = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    image_size=112, patch_size=14, projection_dim=64)
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=112,
+    patch_size=14,
+    projection_dim=64,
+)
 TINY_LLM = Qwen3Config(
-    vocab_size=151_669, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False)
+    vocab_size=151_669,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=False,
+)
 """The full vocabulary, for its logits are what a straightforward implementation drowns in."""
 TINY_RESAMPLER_WIDTH = 128
 
@@ -100,24 +113,42 @@ def settings(exp: str, tiny: bool, steps: int) -> list[str]:
     learning rate, so that all variants compute the same, and neither validation nor checkpoints."""
     last = len(load_experiment(exp).stages) - 1
     if last == 0:
-        raise InputError(f"--exp {exp}: has one stage only; bench train starts its last stage from "
-                         "what the one before left")
+        raise InputError(
+            f"--exp {exp}: has one stage only; bench train starts its last stage from what the one before left"
+        )
     overrides = [
-        "peft.dropout=0", f"data.max_caption_tokens={CAPTION_TOKENS}",
-        "training.validate_every=1000000", "training.checkpoint_every=1000000",
-        "logging.every=1000000", "logging.tensorboard=false",
-        f"stages.{last}.epochs=null", f"stages.{last}.steps={steps}",
-        f"stages.{last}.warmup_ratio=0", f"stages.{last}.schedule=constant"]
+        "peft.dropout=0",
+        f"data.max_caption_tokens={CAPTION_TOKENS}",
+        "training.validate_every=1000000",
+        "training.checkpoint_every=1000000",
+        "logging.every=1000000",
+        "logging.tensorboard=false",
+        f"stages.{last}.epochs=null",
+        f"stages.{last}.steps={steps}",
+        f"stages.{last}.warmup_ratio=0",
+        f"stages.{last}.schedule=constant",
+    ]
     if tiny:
-        overrides += ["llm.load_in_4bit=false", "llm.dtype=float32", "data.num_workers=1",
-                      "training.gradient_accumulation=2"]
+        overrides += [
+            "llm.load_in_4bit=false",
+            "llm.dtype=float32",
+            "data.num_workers=1",
+            "training.gradient_accumulation=2",
+        ]
         if load_experiment(exp).projector.type in ("cabstractor", "perceiver"):
             overrides.append(f"projector.width={TINY_RESAMPLER_WIDTH}")
     return overrides
 
 
-def prepare(folder: Path, exp: str, *, tiny: bool, steps: int, models: Path | None = None,
-            overrides: list[str] | tuple[str, ...] = ()) -> Workload:
+def prepare(
+    folder: Path,
+    exp: str,
+    *,
+    tiny: bool,
+    steps: int,
+    models: Path | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+) -> Workload:
     """Make the folder.
 
     Args:
@@ -130,23 +161,37 @@ def prepare(folder: Path, exp: str, *, tiny: bool, steps: int, models: Path | No
     work = Workload(folder, steps)
     models = models or folder / "models"
     places = {"vision.model": models / "clip", "llm.model": models / "qwen3"}
-    experiment = load_experiment(exp, [
-        *settings(exp, tiny, work.total_steps), *(f"{k}={v}" for k, v in places.items()),
-        f"data.path={folder / 'shards'}", *overrides])
+    experiment = load_experiment(
+        exp,
+        [
+            *settings(exp, tiny, work.total_steps),
+            *(f"{k}={v}" for k, v in places.items()),
+            f"data.path={folder / 'shards'}",
+            *overrides,
+        ],
+    )
     base = load_experiment(exp)
     torch.manual_seed(experiment.training.seed)
-    shapes_of = (TINY_VISION, TINY_LLM) if tiny else (
-        published_or_loaded_config(base.vision),
-        published_or_loaded_config(base.llm))
+    shapes_of = (
+        (TINY_VISION, TINY_LLM)
+        if tiny
+        else (published_or_loaded_config(base.vision), published_or_loaded_config(base.llm))
+    )
     make_models(models, *shapes_of, experiment.llm.dtype)
     vision = vision_half(load_config(experiment.vision), "vision.model")
     make_data(folder, experiment.data.num_frames, vision.image_size)
     (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
     dataset = open_dataset(experiment.data)
     (folder / "run").mkdir(exist_ok=True)
-    RunFolder(folder / "run", {
-        "weights": {}, "data_fingerprint": dataset.fingerprint, "starts": [],
-        "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")}}).update()
+    RunFolder(
+        folder / "run",
+        {
+            "weights": {},
+            "data_fingerprint": dataset.fingerprint,
+            "starts": [],
+            "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
+        },
+    ).update()
     make_artifact(work, vision)
     return work
 
@@ -159,8 +204,9 @@ def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, d
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = train_tokenizer([CAPTION], vocab_size=600)
     for name, make, config in (
-            ("clip", CLIPVisionModel, vision_half(vision, "vision.model")),
-            ("qwen3", AutoModelForCausalLM.from_config, llm)):
+        ("clip", CLIPVisionModel, vision_half(vision, "vision.model")),
+        ("qwen3", AutoModelForCausalLM.from_config, llm),
+    ):
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
@@ -172,8 +218,9 @@ def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, d
         del model
         torch.cuda.empty_cache()  # the measured processes want it; no error without a GPU
     side = vision_half(vision, "vision.model").image_size
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-                          ).save_pretrained(folder / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder / "clip"
+    )
     tokenizer.save_pretrained(folder / "qwen3")
 
 
@@ -193,11 +240,17 @@ def make_data(folder: Path, num_frames: int, side: int) -> None:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode(None))
         caption = f"{number}번 영상입니다. " + CAPTION * 4
-        lines.append(json.dumps({"video": f"videos/{number}.mp4", "caption": caption},
-                                ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"video": f"videos/{number}.mp4", "caption": caption}, ensure_ascii=False) + "\n")
     (folder / "manifest.jsonl").write_text("".join(lines), encoding="utf-8")
-    pack(folder / "manifest.jsonl", folder / "shards", store="frames", num_frames=num_frames,
-         image_size=side, shard_size=CLIPS // 2, progress=False)
+    pack(
+        folder / "manifest.jsonl",
+        folder / "shards",
+        store="frames",
+        num_frames=num_frames,
+        image_size=side,
+        shard_size=CLIPS // 2,
+        progress=False,
+    )
 
 
 def make_artifact(work: Workload, vision: CLIPVisionConfig) -> None:
@@ -207,8 +260,7 @@ def make_artifact(work: Workload, vision: CLIPVisionConfig) -> None:
     dtype = getattr(torch, experiment.llm.dtype)
     torch.manual_seed(experiment.training.seed)
     captioner = shapes(experiment).captioner
-    captioner.projector = experiment_projector(
-        experiment, vision, captioner.llm.config).to(dtype)
+    captioner.projector = experiment_projector(experiment, vision, captioner.llm.config).to(dtype)
     for name, module in captioner.llm.named_modules():
         if "lora_" not in name:
             continue

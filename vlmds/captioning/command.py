@@ -32,14 +32,20 @@ def caption(args: argparse.Namespace, generation: GenerationOptions) -> int:
         if getattr(args, name) and not args.out:
             raise InputError(f"--{name}: needs --out")
     options = {
-        "videos": args.videos, "data": args.data, "split": args.split,
+        "videos": args.videos,
+        "data": args.data,
+        "split": args.split,
         "window": None if args.window is None else parse_seconds(args.window, "--window"),
-        "generation": generation, "prompt": args.prompt, "batch_size": args.batch_size,
-        "workers": args.workers, "deadline": args.deadline, "device": args.device,
-        "overrides": args.set}
+        "generation": generation,
+        "prompt": args.prompt,
+        "batch_size": args.batch_size,
+        "workers": args.workers,
+        "deadline": args.deadline,
+        "device": args.device,
+        "overrides": args.set,
+    }
     # As Ctrl-C: what is captioned stays, and nothing is half written.
-    before = {number: signal.signal(number, signal.default_int_handler)
-              for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         return _to_file(args, options) if args.out else _to_stdout(args, options)
     except KeyboardInterrupt:

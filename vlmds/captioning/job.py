@@ -21,7 +21,7 @@ from vlmds.captioning.outputs import (
     srt_files,
     timestamp,
     write_format,
-)  # fmt: skip
+)
 from vlmds.captioning.pipeline import (
     Clipped,
     Work,
@@ -32,7 +32,7 @@ from vlmds.captioning.pipeline import (
     probe,
     still_good,
     streamed,
-)  # fmt: skip
+)
 from vlmds.captioning.sources import Source, find_source
 from vlmds.console.progress import phase, silenced
 from vlmds.data.features import check_tower
@@ -66,31 +66,39 @@ class CaptionJob:
 
     def source(self) -> Source:
         """Raises InputError: nothing to caption, or windows of a packed dataset."""
-        for name, value in (("--batch-size", self.batch_size), ("--deadline", self.deadline),
-                            ("--workers", 1 if self.workers is None else self.workers)):
+        for name, value in (
+            ("--batch-size", self.batch_size),
+            ("--deadline", self.deadline),
+            ("--workers", 1 if self.workers is None else self.workers),
+        ):
             if value <= 0:
                 raise InputError(f"{name} {value}: must be more than 0")
         source = find_source(self.videos, self.data, self.split)
         if source.dataset is not None and self.window is not None:
-            raise InputError("--window: a packed dataset is captioned clip by clip; leave it out, "
-                             "or give the videos or their manifest")
+            raise InputError(
+                "--window: a packed dataset is captioned clip by clip; leave it out, "
+                "or give the videos or their manifest"
+            )
         return source
 
     def captioner(self) -> VideoCaptioner:
-        return VideoCaptioner.from_pretrained(
-            final_artifact(self.run), device=self.device, overrides=self.overrides)
+        return VideoCaptioner.from_pretrained(final_artifact(self.run), device=self.device, overrides=self.overrides)
 
-    def clips(self, captioner: VideoCaptioner, source: Source, work: list[Work]
-              ) -> Iterator[Clipped]:
+    def clips(self, captioner: VideoCaptioner, source: Source, work: list[Work]) -> Iterator[Clipped]:
         """This rank's share of `work`, with what the model sees."""
         if source.dataset is None:
             return decoded(captioner, ranks.take_turns(work), self.workers, self.deadline)
         rank, world = ranks.place()
         data = captioner.experiment.data
         check_tower(source.dataset, captioner.experiment, captioner.model.tower)
-        reader = SampleReader(source.dataset, source.split, data.num_frames,
-                              captioner.model.image_size, shuffle=False,
-                              decode_seconds=self.deadline)
+        reader = SampleReader(
+            source.dataset,
+            source.split,
+            data.num_frames,
+            captioner.model.image_size,
+            shuffle=False,
+            decode_seconds=self.deadline,
+        )
         workers = data.num_workers if self.workers is None else self.workers
         return packed(reader, work[rank::world], workers, self.batch_size)
 
@@ -99,12 +107,17 @@ class CaptionJob:
         artifact = final_artifact(self.run)
         experiment = artifact_experiment(artifact, self.overrides)
         return {
-            "artifact": artifact.name, "weights_sha256": weights_sha256(artifact),
-            "vision": experiment.vision.model, "llm": experiment.llm.model,
+            "artifact": artifact.name,
+            "weights_sha256": weights_sha256(artifact),
+            "vision": experiment.vision.model,
+            "llm": experiment.llm.model,
             "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
             "num_frames": experiment.data.num_frames,
-            "prompt": self.prompt or experiment.data.prompt, "data": source.data,
-            "window": self.window, "generation": asdict(self.generation)}
+            "prompt": self.prompt or experiment.data.prompt,
+            "data": source.data,
+            "window": self.window,
+            "generation": asdict(self.generation),
+        }
 
 
 @dataclass(frozen=True)
@@ -121,12 +134,23 @@ class CaptionSummary:
 
 
 def caption_to_file(
-    run: str | Path, out: str | Path, *, videos: Sequence[str | Clip] = (),
-    data: str | Path | None = None, split: str | None = None, format: str | None = None,
-    again: bool = False, window: float | None = None,
-    generation: GenerationOptions = GenerationOptions(), prompt: str | None = None,
-    batch_size: int = 4, workers: int | None = None, deadline: float = 60.0,
-    device: str | None = None, overrides: Sequence[str] = (), progress: bool = True,
+    run: str | Path,
+    out: str | Path,
+    *,
+    videos: Sequence[str | Clip] = (),
+    data: str | Path | None = None,
+    split: str | None = None,
+    format: str | None = None,
+    again: bool = False,
+    window: float | None = None,
+    generation: GenerationOptions = GenerationOptions(),
+    prompt: str | None = None,
+    batch_size: int = 4,
+    workers: int | None = None,
+    deadline: float = 60.0,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
 ) -> CaptionSummary:
     """Caption videos into a file, on all ranks that the launcher started; a stopped job, started
     again, goes on, and one that is finished captions what has been added or has failed.
@@ -154,8 +178,9 @@ def caption_to_file(
     """
     if "RANK" in os.environ:
         device = str(ranks.init_distributed())
-    job = CaptionJob(Path(run), videos, data, split, window, generation, prompt, batch_size,
-                     workers, deadline, device, overrides)
+    job = CaptionJob(
+        Path(run), videos, data, split, window, generation, prompt, batch_size, workers, deadline, device, overrides
+    )
     with silenced(not progress), CaptionFile(find_target(out, format)) as file:
         return _caption(job, file, again)
 
@@ -220,8 +245,7 @@ def _alone(job: CaptionJob) -> tuple[VideoCaptioner, Source, list[Work]]:
     return job.captioner(), source, _plan(job, source, {})
 
 
-def _begin(file: CaptionFile, job: CaptionJob, source: Source, settings: dict, again: bool,
-           ) -> dict[str, list[Record]]:
+def _begin(file: CaptionFile, job: CaptionJob, source: Source, settings: dict, again: bool) -> dict[str, list[Record]]:
     """{id: the records that need not be made again}, without their captions; of the rest, the file
     keeps those of other videos."""
     asked, others = in_order(file.begin(settings, again), source.items)
@@ -236,8 +260,7 @@ def _begin(file: CaptionFile, job: CaptionJob, source: Source, settings: dict, a
     file.keep([*kept, *others])
     found: dict[str, list[Record]] = {}
     for record in kept:
-        found.setdefault(record["id"], []).append(
-            {key: value for key, value in record.items() if key != "caption"})
+        found.setdefault(record["id"], []).append({key: value for key, value in record.items() if key != "caption"})
     return found
 
 
@@ -247,25 +270,20 @@ def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> li
     facts = {}
     rank, world = ranks.place()
     if job.window is not None:
-        unknown = [item for item in source.items
-                   if still_good(item, there.get(item.id, []), job.window) != "all"]
+        unknown = [item for item in source.items if still_good(item, there.get(item.id, []), job.window) != "all"]
         for part in ranks.gather(probe(unknown[rank::world], job.workers, job.deadline)):
             facts |= part
     decoders = sum(ranks.gather(job.workers or cores_of_rank()))
     return plan_work(source.items, there, job.window, experiment.data.num_frames, facts, decoders)
 
 
-def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: list[Work],
-           file: CaptionFile) -> None:
+def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: list[Work], file: CaptionFile) -> None:
     """This rank's share, written batch by batch."""
     rank, world = ranks.place()
     total = sum(len(part.spans or [None]) for part in work)
     clips = job.clips(captioner, source, work)
     failed = 0
-    with (
-        file.appender(rank) as appender,
-        phase("captioning", total, "clips", left=True) as shown,
-    ):
+    with file.appender(rank) as appender, phase("captioning", total, "clips", left=True) as shown:
         for records in captions_of(captioner, clips, job.generation, job.prompt, job.batch_size):
             appender.add(records)
             failed += len(_failures(records)) * world
@@ -280,15 +298,16 @@ def _finish(file: CaptionFile, source: Source, before: int) -> CaptionSummary:
     file.keep([*asked, *others])
     missing = {item.id for item in source.items} - {record["id"] for record in asked}
     if missing:  # on a network drive that is slow to show what other machines have written
-        raise InputError(f"{target.jsonl}: nothing of {min(missing)} and {len(missing) - 1} more; "
-                         "another rank's file is not to be seen yet; the same command goes on")
+        raise InputError(
+            f"{target.jsonl}: nothing of {min(missing)} and {len(missing) - 1} more; "
+            "another rank's file is not to be seen yet; the same command goes on"
+        )
     paths = [target.path]
     if target.format != "jsonl":
         write_format(target, [*asked, *others])
     if target.folder:
         paths = [target.path / name for name in srt_files([*asked, *others])]
-    return CaptionSummary(sum("caption" in r for r in asked), before, _failures(asked),
-                          source.skipped, paths)
+    return CaptionSummary(sum("caption" in r for r in asked), before, _failures(asked), source.skipped, paths)
 
 
 def _failures(records: Sequence[Record]) -> list[str]:

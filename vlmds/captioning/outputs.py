@@ -66,8 +66,7 @@ def find_target(out: str | Path, format: str | None = None) -> Target:
     suffix = path.suffix.lower()[1:]
     known = suffix if suffix in FORMATS else None
     if format is None and known is None:
-        raise InputError(f"--out {out}: end the name with {', '.join('.' + f for f in FORMATS)}, "
-                         "or give --format")
+        raise InputError(f"--out {out}: end the name with {', '.join('.' + f for f in FORMATS)}, or give --format")
     if None not in (format, known) and format != known:
         raise InputError(f"--format {format}: --out {out} is of another format; change one of them")
     format = format or known
@@ -106,8 +105,9 @@ class CaptionFile:
             if target.folder:
                 found += sorted(target.path.rglob("*.srt"))[:1]
             if found:
-                raise InputError(f"{found[0]}: was not made by vlmds caption (there is no "
-                                 f"{target.settings}); choose another --out")
+                raise InputError(
+                    f"{found[0]}: was not made by vlmds caption (there is no {target.settings}); choose another --out"
+                )
         try:
             write(target.settings, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
@@ -122,8 +122,9 @@ class CaptionFile:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{self.target.jsonl}: another vlmds caption is at it; wait until it "
-                             "is done, or choose another --out") from None
+            raise InputError(
+                f"{self.target.jsonl}: another vlmds caption is at it; wait until it is done, or choose another --out"
+            ) from None
         except OSError:
             pass  # a file system without locks
 
@@ -143,12 +144,17 @@ class CaptionFile:
         except ValueError:
             raise InputError(f"{path}: damaged; --again starts anew") from None
         new = flat_settings(settings)
-        changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-                   for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        changed = [
+            f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
         if changed:
-            raise InputError(f"{self.target.jsonl}: was made with other settings "
-                             f"({'; '.join(changed)}); choose another --out, or start anew with "
-                             "--again")
+            raise InputError(
+                f"{self.target.jsonl}: was made with other settings "
+                f"({'; '.join(changed)}); choose another --out, or start anew with "
+                "--again"
+            )
 
     def keep(self, records: Iterable[Record]) -> None:
         """These, and nothing else, are what is there. Ends the other ranks' files."""
@@ -175,8 +181,11 @@ class CaptionFile:
 
     def _parts(self) -> list[Path]:
         jsonl = self.target.jsonl
-        return sorted(p for p in jsonl.parent.glob("*") if p.name.startswith(f"{jsonl.name}.")
-                      and p.name.removeprefix(f"{jsonl.name}.").isdigit())
+        return sorted(
+            p
+            for p in jsonl.parent.glob("*")
+            if p.name.startswith(f"{jsonl.name}.") and p.name.removeprefix(f"{jsonl.name}.").isdigit()
+        )
 
 
 class Appender:
@@ -229,8 +238,7 @@ def write_format(target: Target, records: Sequence[Record]) -> None:
         write(target.path, to_srt(records))
 
 
-def write_from(record: str | Path, out: str | Path, format: str | None = None,
-               again: bool = False) -> list[Path]:
+def write_from(record: str | Path, out: str | Path, format: str | None = None, again: bool = False) -> list[Path]:
     """Write the captions that are collected in a .jsonl in another format, without a model; returns
     the files written.
 
@@ -243,13 +251,13 @@ def write_from(record: str | Path, out: str | Path, format: str | None = None,
     """
     target, record = find_target(out, format), Path(record)
     if target.format == "jsonl":
-        raise InputError(f"--out {out}: the captions are in {record} as JSONL; choose .json, .csv or "
-                         ".srt, or --format srt")
+        raise InputError(
+            f"--out {out}: the captions are in {record} as JSONL; choose .json, .csv or .srt, or --format srt"
+        )
     source = CaptionFile(Target("jsonl", record, record, record.with_suffix(".settings.json")))
     found = {(r["id"], r["start"], r["end"]): r for r in source.read() if {*r} >= RECORD}
     if not found:
-        raise InputError(f"--from {record}: no captions in it; give the .jsonl that vlmds caption "
-                         "--out writes")
+        raise InputError(f"--from {record}: no captions in it; give the .jsonl that vlmds caption --out writes")
     records = list(found.values())
     check_one_video(target, {r["video"] for r in records}, record)
     paths = [target.path]
@@ -271,7 +279,8 @@ def check_one_video(target: Target, videos: Collection[str], record: Path) -> No
         if record.is_file():
             folder = target.path.with_suffix("")
             how = "subtitles of what is captioned already: " + shlex.join(
-                ["vlmds", "caption", "--from", str(record), "--out", str(folder), "--format", "srt"])
+                ["vlmds", "caption", "--from", str(record), "--out", str(folder), "--format", "srt"]
+            )
         raise InputError(f"--out {target.path}: is one file, but there are several videos; {how}")
 
 
@@ -317,16 +326,17 @@ def to_srt(records: Iterable[Record]) -> str:
     for record in records:
         lines = wrap(record.get("caption", "").replace("-->", "→"), SRT_COLUMNS)
         if lines:
-            cues.append(f"{len(cues) + 1}\n{timestamp(record['start'])} --> "
-                        f"{timestamp(record['end'])}\n" + "\n".join(lines) + "\n")
+            cues.append(
+                f"{len(cues) + 1}\n{timestamp(record['start'])} --> "
+                f"{timestamp(record['end'])}\n" + "\n".join(lines) + "\n"
+            )
     return "\n".join(cues)
 
 
 def timestamp(seconds: float) -> str:
     """HH:MM:SS,mmm"""
     minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
-    return (f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d},"
-            f"{milliseconds % 1000:03d}")
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d},{milliseconds % 1000:03d}"
 
 
 def wrap(text: str, columns: int) -> list[str]:
@@ -347,8 +357,7 @@ def wrap(text: str, columns: int) -> list[str]:
 
 def width(text: str) -> int:
     """Terminal columns: two for a wide character, none for one that combines with the last."""
-    return sum(0 if unicodedata.combining(c) else
-               2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _line(record: Record) -> str:

@@ -50,9 +50,14 @@ class Clipped:
 
 
 def caption_records(
-    captioner: VideoCaptioner, videos: Iterable[str | Clip],
-    options: GenerationOptions | None = None, *, window: float | None = None,
-    prompt: str | None = None, batch_size: int = 4, workers: int | None = None,
+    captioner: VideoCaptioner,
+    videos: Iterable[str | Clip],
+    options: GenerationOptions | None = None,
+    *,
+    window: float | None = None,
+    prompt: str | None = None,
+    batch_size: int = 4,
+    workers: int | None = None,
     deadline: float = 60.0,
 ) -> Iterator[Record]:
     """Captions with their times, for notebooks: for each video in order, or each window of it, a
@@ -62,11 +67,18 @@ def caption_records(
         window: seconds; None: one caption for each video. The rest as
             :meth:`VideoCaptioner.caption`; deadline: seconds that decoding may take.
     """
-    items = [Item(clip.video, clip.video, clip) for clip in (
-        video if isinstance(video, Clip) else Clip(str(video)) for video in videos)]
-    work = plan_work(items, {}, window, captioner.experiment.data.num_frames,
-                     probe(items, workers, deadline) if window else {},
-                     workers or cores_of_rank())
+    items = [
+        Item(clip.video, clip.video, clip)
+        for clip in (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
+    ]
+    work = plan_work(
+        items,
+        {},
+        window,
+        captioner.experiment.data.num_frames,
+        probe(items, workers, deadline) if window else {},
+        workers or cores_of_rank(),
+    )
     clips = decoded(captioner, work, workers, deadline)
     for records in captions_of(captioner, clips, options, prompt, batch_size):
         for record in records:
@@ -76,8 +88,7 @@ def caption_records(
 def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[str, dict | str]:
     """{id: facts about the video, or why it cannot be read}"""
     items = [item for item in items if item.problem is None]
-    found = video_facts([item.clip.video for item in items],
-                        workers=workers or cores_of_rank(), deadline=deadline)
+    found = video_facts([item.clip.video for item in items], workers=workers or cores_of_rank(), deadline=deadline)
     facts_by_id = {}
     with phase("looking at the videos", len(items), "videos", left=True) as shown:
         for item, facts in zip(items, found, strict=True):
@@ -88,8 +99,12 @@ def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[s
 
 
 def plan_work(
-    items: Sequence[Item], done: dict[str, list[Record]], window: float | None, num_frames: int,
-    facts: dict[str, dict | str], decoders: int = 1,
+    items: Sequence[Item],
+    done: dict[str, list[Record]],
+    window: float | None,
+    num_frames: int,
+    facts: dict[str, dict | str],
+    decoders: int = 1,
 ) -> list[Work]:
     """What is left to do, in order.
 
@@ -107,8 +122,7 @@ def plan_work(
         elif window is None or item.position is not None:
             work.append(Work(item))
         else:
-            work += _windows(
-                item, done.get(item.id, []), window, num_frames, facts[item.id], each)
+            work += _windows(item, done.get(item.id, []), window, num_frames, facts[item.id], each)
     return work
 
 
@@ -128,8 +142,9 @@ def still_good(item: Item, records: Sequence[Record], window: float | None) -> s
     return "all" if {(r["start"], r["end"]) for r in good} == wanted else good
 
 
-def _windows(item: Item, records: Sequence[Record], window: float, num_frames: int,
-             facts: dict | str, parts: int) -> Iterator[Work]:
+def _windows(
+    item: Item, records: Sequence[Record], window: float, num_frames: int, facts: dict | str, parts: int
+) -> Iterator[Work]:
     if isinstance(facts, str):
         yield Work(item, problem=facts)
         return
@@ -146,8 +161,7 @@ def _windows(item: Item, records: Sequence[Record], window: float, num_frames: i
         yield Work(item, group)
 
 
-def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None, deadline: float,
-            ) -> Iterator[Clipped]:
+def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None, deadline: float) -> Iterator[Clipped]:
     """The spans of videos with their frames, in order; of `work`, no more is taken than there are
     decoding processes for."""
     taken: deque[Work] = deque()
@@ -164,8 +178,12 @@ def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None
             yield Clipped(_record(job.item, None, None) | {"error": job.problem})
 
     for result in decode_windows(
-            requests(), captioner.experiment.data.num_frames, captioner.model.image_size,
-            workers=workers or cores_of_rank(), deadline=deadline):
+        requests(),
+        captioner.experiment.data.num_frames,
+        captioner.model.image_size,
+        workers=workers or cores_of_rank(),
+        deadline=deadline,
+    ):
         yield from problems()
         job = taken.popleft()
         if isinstance(result, SampleError) and len(job.spans or ()) > 1:
@@ -177,8 +195,7 @@ def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None
     yield from problems()
 
 
-def _clipped(job: Work, result: tuple[np.ndarray, dict[str, Any]] | SampleError
-             ) -> Iterator[Clipped]:
+def _clipped(job: Work, result: tuple[np.ndarray, dict[str, Any]] | SampleError) -> Iterator[Clipped]:
     if isinstance(result, SampleError):
         span = job.spans[0] if job.spans else None
         yield Clipped(_record(job.item, span, None) | {"error": str(result)})
@@ -186,8 +203,7 @@ def _clipped(job: Work, result: tuple[np.ndarray, dict[str, Any]] | SampleError
     frames, facts = result
     found = job.spans or spans(job.item.clip, facts["duration"], None)
     for window, span in zip(frames, found, strict=True):
-        yield Clipped(_record(job.item, span, facts["duration"]),
-                      {"frames": torch.from_numpy(window)})
+        yield Clipped(_record(job.item, span, facts["duration"]), {"frames": torch.from_numpy(window)})
 
 
 def _request(job: Work) -> tuple[Clip, int]:
@@ -196,8 +212,7 @@ def _request(job: Work) -> tuple[Clip, int]:
     return Clip(job.item.clip.video, job.spans[0][0], job.spans[-1][1]), len(job.spans)
 
 
-def packed(reader: SampleReader, work: Sequence[Work], workers: int, batch_size: int,
-           ) -> Iterator[Clipped]:
+def packed(reader: SampleReader, work: Sequence[Work], workers: int, batch_size: int) -> Iterator[Clipped]:
     """The samples of a packed dataset; reader: unshuffled."""
     items = {job.item.position: job.item for job in work}
     positions = list(items)
@@ -218,8 +233,11 @@ def packed(reader: SampleReader, work: Sequence[Work], workers: int, batch_size:
 
 
 def captions_of(
-    captioner: VideoCaptioner, clips: Iterable[Clipped], options: GenerationOptions | None,
-    prompt: str | None, batch_size: int,
+    captioner: VideoCaptioner,
+    clips: Iterable[Clipped],
+    options: GenerationOptions | None,
+    prompt: str | None,
+    batch_size: int,
 ) -> Iterator[list[Record]]:
     """The finished records, in order, batch by batch."""
     for batch in ahead(batched(clips, batch_size), BATCHES_AHEAD):
@@ -228,10 +246,12 @@ def captions_of(
         if good:
             names = good[0].inputs
             features = captioner.model.features(
-                {name: torch.stack([clip.inputs[name] for clip in good]) for name in names})
+                {name: torch.stack([clip.inputs[name] for clip in good]) for name in names}
+            )
             prompts = [clip.record.get("prompt", prompt) for clip in good]
-            captions = generate_captions(captioner.model, captioner.builder, features, prompts,
-                                         options or GenerationOptions())
+            captions = generate_captions(
+                captioner.model, captioner.builder, features, prompts, options or GenerationOptions()
+            )
             for clip, caption in zip(good, captions, strict=True):
                 clip.record["caption"] = caption
         yield [clip.record for clip in batch]
@@ -239,15 +259,13 @@ def captions_of(
 
 
 def streamed(
-    captioner: VideoCaptioner, clips: Iterable[Clipped], options: GenerationOptions,
-    prompt: str | None,
+    captioner: VideoCaptioner, clips: Iterable[Clipped], options: GenerationOptions, prompt: str | None
 ) -> Iterator[tuple[Record, Iterator[str]]]:
     """Each span's record and its caption in pieces, which are to be read before the next."""
     for clip in clips:
         pieces = iter(())
         if clip.inputs is not None:
-            pieces = captioner.stream(
-                clip.inputs["frames"].numpy(), clip.record.get("prompt", prompt), options)
+            pieces = captioner.stream(clip.inputs["frames"].numpy(), clip.record.get("prompt", prompt), options)
         yield clip.record, pieces
 
 
@@ -293,6 +311,5 @@ def ahead(items: Iterable, count: int) -> Iterator:
 
 def _record(item: Item, span: Span | None, duration: float | None) -> Record:
     start, end = (round(seconds, 6) for seconds in span) if span else (None, None)
-    record = {"id": item.id, "video": item.video, "start": start, "end": end,
-              "duration": duration}
+    record = {"id": item.id, "video": item.video, "start": start, "end": end, "duration": duration}
     return record if item.prompt is None else record | {"prompt": item.prompt}

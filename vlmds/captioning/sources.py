@@ -16,9 +16,25 @@ from vlmds.files import absolute, as_path
 from vlmds.packing.manifest import read_manifest
 from vlmds.video.pool import Clip
 
-VIDEO_SUFFIXES = frozenset((
-    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-    ".ogv", ".ts", ".webm", ".wmv"))
+VIDEO_SUFFIXES = frozenset(
+    (
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    )
+)
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHORTEST_WINDOW = 0.1  # seconds
 SHORTEST_REST = 0.1  # of a window; a shorter rest of a video joins the window before it
@@ -58,9 +74,7 @@ class Source:
     split: str | None = None
 
 
-def find_source(
-    videos: Sequence[str | Clip], data: str | Path | None, split: str | None = None
-) -> Source:
+def find_source(videos: Sequence[str | Clip], data: str | Path | None, split: str | None = None) -> Source:
     """What the command names.
 
     Args:
@@ -82,13 +96,16 @@ def find_source(
     elif Path(data).is_dir():
         source = _folder(Path(data))
     else:
-        raise InputError(f"--data {data}: neither a folder, nor a manifest "
-                         f"({', '.join(MANIFEST_SUFFIXES)}), nor a packed dataset")
+        raise InputError(
+            f"--data {data}: neither a folder, nor a manifest ({', '.join(MANIFEST_SUFFIXES)}), nor a packed dataset"
+        )
     if split is not None:
         raise InputError(f"--split {split}: only a packed dataset has splits")
     if not source.items:
-        raise InputError(f"--data {data}: no videos in it ({source.skipped} other files); known "
-                         f"are {' '.join(sorted(VIDEO_SUFFIXES))}")
+        raise InputError(
+            f"--data {data}: no videos in it ({source.skipped} other files); known "
+            f"are {' '.join(sorted(VIDEO_SUFFIXES))}"
+        )
     return source
 
 
@@ -124,10 +141,10 @@ def _folder(root: Path) -> Source:
 
 def _manifest(data: str | Path) -> Source:
     manifest = read_manifest(data, captions=False)
-    numbered = [(row.row, Item(row.id, row.source, Clip(row.video, row.start, row.end), row.prompt))
-                for row in manifest.rows]
-    numbered += [(bad.row, Item(f"row {bad.row}", bad.video or "", problem=bad.reason))
-                 for bad in manifest.rejects]
+    numbered = [
+        (row.row, Item(row.id, row.source, Clip(row.video, row.start, row.end), row.prompt)) for row in manifest.rows
+    ]
+    numbered += [(bad.row, Item(f"row {bad.row}", bad.video or "", problem=bad.reason)) for bad in manifest.rejects]
     return Source([item for _, item in sorted(numbered, key=lambda pair: pair[0])], absolute(data))
 
 
@@ -182,7 +199,7 @@ def grouped(todo: Sequence[Span], window: float | None, most: int) -> Iterator[l
 
 
 def parse_seconds(text: str, option: str) -> float:
-    """"30", "30s", "1m", "1m30s", "1h" -> seconds.
+    """ "30", "30s", "1m", "1m30s", "1h" -> seconds.
 
     Raises:
         InputError: it is something else, or less than ``SHORTEST_WINDOW``.
@@ -191,6 +208,5 @@ def parse_seconds(text: str, option: str) -> float:
     hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0, 0, 0)
     total = 3600 * hours + 60 * minutes + seconds
     if total < SHORTEST_WINDOW:
-        raise InputError(f"{option} {text}: write a length such as 30s, 1m or 1m30s, "
-                         f"{SHORTEST_WINDOW:g} s or more")
+        raise InputError(f"{option} {text}: write a length such as 30s, 1m or 1m30s, {SHORTEST_WINDOW:g} s or more")
     return total

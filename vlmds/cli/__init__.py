@@ -74,13 +74,28 @@ def _reader_gone() -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vlmds", description="Train and compare video-captioning models. On many GPUs: "
-        "deepspeed launch/train.py --exp e7.yaml --data DIR")
+        prog="vlmds",
+        description="Train and compare video-captioning models. On many GPUs: "
+        "deepspeed launch/train.py --exp e7.yaml --data DIR",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (packing.add_pack, training.add_new, planning.add_plan, planning.add_doctor,
-                planning.add_fetch, planning.add_schema, training.add_train, inference.add_caption,
-                inference.add_serve, inference.add_export, evaluating.add_evaluate, evaluating.add_compare,
-                evaluating.add_sweep, bench.add_bench, planning.add_demo):
+    for add in (
+        packing.add_pack,
+        training.add_new,
+        planning.add_plan,
+        planning.add_doctor,
+        planning.add_fetch,
+        planning.add_schema,
+        training.add_train,
+        inference.add_caption,
+        inference.add_serve,
+        inference.add_export,
+        evaluating.add_evaluate,
+        evaluating.add_compare,
+        evaluating.add_sweep,
+        bench.add_bench,
+        planning.add_demo,
+    ):
         add(commands)
     return parser

@@ -37,8 +37,15 @@ def generate(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     from vlmds.bench.train import bench_train
 
-    bench_train(args.output, args.exp, tiny=args.tiny, baselines=args.baseline, steps=args.steps,
-                ranks=args.ranks, overrides=args.set)
+    bench_train(
+        args.output,
+        args.exp,
+        tiny=args.tiny,
+        baselines=args.baseline,
+        steps=args.steps,
+        ranks=args.ranks,
+        overrides=args.set,
+    )
     return 0
 
 
@@ -62,8 +69,7 @@ def add_bench(commands) -> None:
     add = what("data", data, "packing and loading")
     add("--manifest", type=Path, help="these videos instead of made ones")
     add("--clips", type=int, default=16, help="how many to make (default: 16)")
-    add("--video2dataset", metavar="PYTHON", help="pack with it, too: the Python of an environment "
-        "that has it")
+    add("--video2dataset", metavar="PYTHON", help="pack with it, too: the Python of an environment that has it")
     what("scale", scale, "a dataset that grows")
     what("checkpoint", checkpoint, "what saving costs")
     add = what("generate", generate, "captions a second")
@@ -71,9 +77,14 @@ def add_bench(commands) -> None:
     _add_models(add)
     add = what("train", train, "a training step: its time and memory, part by part")
     add("--exp", nargs="+", default=["e3"], help="experiments (default: e3)")
-    add("--baseline", action="append", default=[], choices=("reference", "hf", "lora"),
+    add(
+        "--baseline",
+        action="append",
+        default=[],
+        choices=("reference", "hf", "lora"),
         help="the textbook form; Hugging Face's Trainer on LLaVA (linear, mlp); the same experiment "
-        "with LoRA. May be given several times")
+        "with LoRA. May be given several times",
+    )
     add("--steps", type=int, default=4, help="timed steps of each process (default: 4)")
     add("--ranks", type=int, default=1, help="measure so many ranks, too (default: 1)")
     _add_models(add)
@@ -84,5 +95,4 @@ def add_bench(commands) -> None:
 
 def _add_models(add) -> None:
     add("--tiny", action="store_true", help="tiny random models, for a CPU")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="such as llm.model=/models/Qwen3-8B")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as llm.model=/models/Qwen3-8B")

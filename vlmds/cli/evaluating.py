@@ -20,9 +20,17 @@ def evaluate(args: argparse.Namespace) -> int:
 
     try:
         folder = evaluate_run(
-            args.run, data=args.data, split=args.split, output=args.output, clips=args.clips,
-            batch_size=args.batch_size, generation=generation_options(args), device=args.device,
-            overrides=args.set, again=args.again)
+            args.run,
+            data=args.data,
+            split=args.split,
+            output=args.output,
+            clips=args.clips,
+            batch_size=args.batch_size,
+            generation=generation_options(args),
+            device=args.device,
+            overrides=args.set,
+            again=args.again,
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -32,14 +40,28 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    write_comparison(args.runs, args.output, evaluation=args.evaluation, metric=args.metric,
-                     words=args.words, csv=args.csv, latex=args.latex)
+    write_comparison(
+        args.runs,
+        args.output,
+        evaluation=args.evaluation,
+        metric=args.metric,
+        words=args.words,
+        csv=args.csv,
+        latex=args.latex,
+    )
     return 0
 
 
-def write_comparison(runs: list[Path], output: Path, *, evaluation: str | None = None,
-                     metric: str | None = None, words: list[str] = (), csv: Path | None = None,
-                     latex: Path | None = None) -> None:
+def write_comparison(
+    runs: list[Path],
+    output: Path,
+    *,
+    evaluation: str | None = None,
+    metric: str | None = None,
+    words: list[str] = (),
+    csv: Path | None = None,
+    latex: Path | None = None,
+) -> None:
     from vlmds.evaluation.compare import compare
     from vlmds.evaluation.report import to_csv, to_latex, write_report
     from vlmds.evaluation.runs import load_run
@@ -56,8 +78,10 @@ def write_comparison(runs: list[Path], output: Path, *, evaluation: str | None =
     verdict, other = found["verdict"], found["verdict"]["runner_up"]
     line = f"best: {verdict['best']}, {found['metric']} {verdict['value']:.2f}"
     if other:
-        line += (f"; {other['gap']:.2f} more than {other['name']}, Holm-corrected p "
-                 f"{other['p_holm']:.4f}; not told apart: {', '.join(verdict['tied'])}")
+        line += (
+            f"; {other['gap']:.2f} more than {other['name']}, Holm-corrected p "
+            f"{other['p_holm']:.4f}; not told apart: {', '.join(verdict['tied'])}"
+        )
     print(f"{line}\nsaved: {output} ({size / 1e6:.1f} MB)")
 
 
@@ -81,8 +105,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     if data is None:
         raise InputError("--data: no data given; pass a folder made by vlmds pack")
     output, launcher = output or Path("runs"), launcher or "deepspeed"
-    jobs = module.plan_jobs(exps, output, seeds=args.seeds, share_stage1=args.share_stage1,
-                            overrides=tuple(args.set))
+    jobs = module.plan_jobs(exps, output, seeds=args.seeds, share_stage1=args.share_stage1, overrides=tuple(args.set))
     if args.emit:
         print(module.slurm_script(jobs, data, launcher, options), end="")
         return 0
@@ -98,9 +121,11 @@ def sweep(args: argparse.Namespace, size=None) -> int:
 
 def add_evaluate(commands) -> None:
     command = commands.add_parser(
-        "evaluate", help="captions of a packed dataset, scored",
+        "evaluate",
+        help="captions of a packed dataset, scored",
         description="Over many GPUs: torchrun --nproc-per-node 8 -m -- vlmds.cli evaluate … "
-        "Start it again after a stop: it goes on.")
+        "Start it again after a stop: it goes on.",
+    )
     add = command.add_argument
     add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
     add("--data", help="packed dataset (default: the run's own)")
@@ -120,9 +145,13 @@ def add_compare(commands) -> None:
     command.add_argument("-o", "--output", type=Path, default=Path("report.html"))
     command.add_argument("--evaluation", help="folder under RUN/evaluation (default: val)")
     command.add_argument("--metric", help="that decides (default: cider_d@morpheme)")
-    command.add_argument("--words", action="append", default=[], metavar="'WORD WORD …'",
-                         help="how often captions get these words right, such as '왼쪽 오른쪽'; may "
-                         "be given several times")
+    command.add_argument(
+        "--words",
+        action="append",
+        default=[],
+        metavar="'WORD WORD …'",
+        help="how often captions get these words right, such as '왼쪽 오른쪽'; may be given several times",
+    )
     command.add_argument("--csv", type=Path, help="also write the table here")
     command.add_argument("--latex", type=Path, help="also write the table here")
     command.set_defaults(call=compare)
@@ -137,12 +166,14 @@ def add_sweep(commands) -> None:
     add("--data", help="packed dataset")
     add("--output", type=Path, help="folder of the runs (default: runs; with --demo: demo)")
     add("--seeds", type=int, default=1, help="runs of each experiment (default: 1)")
-    add("--share-stage1", action="store_true",
+    add(
+        "--share-stage1",
+        action="store_true",
         help="experiments with the same projector share its first stage: quicker, but their "
-        "results are then not independent")
+        "results are then not independent",
+    )
     add("--launcher", help="default: deepspeed; such as 'torchrun --nproc-per-node 8'")
-    add("--evaluate", default="", metavar="'OPTIONS'",
-        help="for vlmds evaluate, such as '--beams 3 --batch-size 16'")
+    add("--evaluate", default="", metavar="'OPTIONS'", help="for vlmds evaluate, such as '--beams 3 --batch-size 16'")
     add("--emit", choices=("slurm",), help="print an array script instead of running")
     add("--demo", action="store_true", help="tiny forms on the demo's clips and models")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")

@@ -18,13 +18,24 @@ def add_generation(command) -> None:
 def add_loading(command) -> None:
     add = command.add_argument
     add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="override where the models lie, such as llm.model=/models/Qwen3-8B")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override where the models lie, such as llm.model=/models/Qwen3-8B",
+    )
 
 
 def generation_options(args: argparse.Namespace):
     from vlmds.inference.generation import GenerationOptions
 
     return GenerationOptions(
-        max_new_tokens=args.max_new_tokens, num_beams=args.beams, temperature=args.temperature,
-        top_p=args.top_p, repetition_penalty=args.repetition_penalty, seed=args.seed)
+        max_new_tokens=args.max_new_tokens,
+        num_beams=args.beams,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )

@@ -33,8 +33,7 @@ class Phase:
     """One thing that takes long. done, total: how far it is, in ``unit``; both, and ``note``, which
     follows them on the line, may be set at any time and by any thread."""
 
-    def __init__(self, what: str, total: float | None = None, unit: str = "",
-                 left: bool = False):
+    def __init__(self, what: str, total: float | None = None, unit: str = "", left: bool = False):
         self.what, self.total, self.unit, self.done = what, total, unit, 0.0
         self.left, self.note = left, ""
         self._start = time.monotonic()
@@ -57,13 +56,13 @@ class Phase:
             self.advance()
 
     def under_way(self) -> str:
-        """"checking weights: 5.2 of 16.4 GB, 12 s"."""
+        """ "checking weights: 5.2 of 16.4 GB, 12 s"."""
         counted = self._counted(self.total)
         parts = [counted, duration(self.seconds), self._rest(), self.note]
         return f"{self.what}: {', '.join(part for part in parts if part)}"
 
     def over(self) -> str:
-        """"checking weights: 16.4 GB in 31 s"."""
+        """ "checking weights: 16.4 GB in 31 s"."""
         note = f", {self.note}" if self.note else ""
         return f"{self.what}: {self._counted(None) or 'done'} in {duration(self.seconds)}{note}"
 
@@ -86,8 +85,9 @@ class Phase:
 
 
 @contextmanager
-def phase(what: str, total: float | None = None, unit: str = "", *, each_node: bool = False,
-          left: bool = False) -> Iterator[Phase]:
+def phase(
+    what: str, total: float | None = None, unit: str = "", *, each_node: bool = False, left: bool = False
+) -> Iterator[Phase]:
     """Say how far the block is, on rank 0, once it has taken two seconds. Inside of another phase
     it takes that one's place on the screen until it ends.
 
@@ -140,7 +140,7 @@ def tell(text: str, stream: TextIO | None = None) -> None:
 
 
 def duration(seconds: float) -> str:
-    """"2 h 05 min", "7 min 30 s" or "12 s"."""
+    """ "2 h 05 min", "7 min 30 s" or "12 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

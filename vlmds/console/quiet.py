@@ -14,8 +14,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LIBRARIES = (r"(torch|transformers|peft|deepspeed|accelerate|bitsandbytes|huggingface_hub|"
-              r"webdataset)(\.|$)")
+_LIBRARIES = (
+    r"(torch|transformers|peft|deepspeed|accelerate|bitsandbytes|huggingface_hub|"
+    r"webdataset)(\.|$)"
+)
 _VERBOSITY = "TRANSFORMERS_VERBOSITY"
 
 

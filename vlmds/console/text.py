@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def counted(number: float, noun: str, plural: str | None = None) -> str:
-    """"1 sample", "2,048 samples", "0.5 epochs". plural: where it is not the noun and an s."""
+    """ "1 sample", "2,048 samples", "0.5 epochs". plural: where it is not the noun and an s."""
     shown = int(number) if number == int(number) else number
     return f"{shown:,} {noun if number == 1 else plural or f'{noun}s'}"
 

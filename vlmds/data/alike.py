@@ -40,8 +40,9 @@ def check_alike(parts: Sequence[ShardIndex]) -> None:
         if not differing:
             continue
         shown = [_described(meta, differing) for meta in (part.meta, first)]
-        raise InputError(f"data.blend: {part.root} has {shown[0]}, but {parts[0].root} has "
-                         f"{shown[1]}; {_fix(parts, number)}")
+        raise InputError(
+            f"data.blend: {part.root} has {shown[0]}, but {parts[0].root} has {shown[1]}; {_fix(parts, number)}"
+        )
 
 
 def check_frames(index: ShardIndex, num_frames: int, image_size: int) -> None:
@@ -56,11 +57,12 @@ def check_frames(index: ShardIndex, num_frames: int, image_size: int) -> None:
     for name, want in wanted.items():
         if index.meta[name] != want:
             origin, command, _ = remade(index, {**index.meta, **wanted})
-            other = (f"set data.num_frames={index.meta[name]}" if name == "num_frames" else
-                     "choose another vision.model")
-            raise InputError(f"{index.root}: packed with {name} {index.meta[name]}, but the "
-                             f"experiment needs {want}; make it again from its {origin}: "
-                             f"{command}, or {other}")
+            other = f"set data.num_frames={index.meta[name]}" if name == "num_frames" else "choose another vision.model"
+            raise InputError(
+                f"{index.root}: packed with {name} {index.meta[name]}, but the "
+                f"experiment needs {want}; make it again from its {origin}: "
+                f"{command}, or {other}"
+            )
 
 
 def same_tower(meta: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -127,8 +129,7 @@ def _fix(parts: Sequence[ShardIndex], number: int) -> str:
             return f"convert one: {command}; then name {out} in data.blend.{source}.path"
     old = 0 if _sampling(parts[0].meta) != [SAMPLER, RESIZER] else number
     origin, command, out = remade(parts[old], parts[number - old].meta)
-    return (f"make one again from its {origin}: {command}; then name {out} in "
-            f"data.blend.{old}.path")
+    return f"make one again from its {origin}: {command}; then name {out} in data.blend.{old}.path"
 
 
 def _convertible(source: dict[str, Any], target: dict[str, Any]) -> bool:
@@ -156,6 +157,8 @@ def _described(meta: dict[str, Any], names: Sequence[str]) -> str:
         parts.append(f"{counted(meta['num_frames'], 'frame')} at {meta['image_size']} px")
     if meta["store"] == "features" and {*names} & {"store", "vision"}:
         vision = meta["vision"]
-        parts.append(f"features of {vision['model']}, layer {vision['feature_layer']}, pool "
-                     f"{vision['pool']} ({vision['fingerprint'][:12]})")
+        parts.append(
+            f"features of {vision['model']}, layer {vision['feature_layer']}, pool "
+            f"{vision['pool']} ({vision['fingerprint'][:12]})"
+        )
     return ", ".join(parts)

@@ -20,8 +20,16 @@ from vlmds.files import sha256_of
 
 BLOCK = 8 << 20  # bytes of a download at once
 # No room, no right to write, or (on some network drives) no locks.
-UNUSABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK,
-            errno.ENOTSUP, errno.ENOSYS}
+UNUSABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOLCK,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+}
 
 
 class ShardCache:
@@ -43,8 +51,7 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if size > self.limit:
-                raise OSError(errno.ENOSPC, f"a shard of {size:,} bytes is larger than "
-                                            "data.cache_gb allows")
+                raise OSError(errno.ENOSPC, f"a shard of {size:,} bytes is larger than data.cache_gb allows")
             with self._locked(f"{sha256}.lock"):
                 if not path.is_file() or path.stat().st_size != size:
                     self._make_room(size)
@@ -56,8 +63,7 @@ class ShardCache:
             if error.errno not in UNUSABLE:
                 raise
             if not self._told:
-                print(f"vlmds: {self.folder}: {error.strerror}; shards are read remotely",
-                      file=sys.stderr, flush=True)
+                print(f"vlmds: {self.folder}: {error.strerror}; shards are read remotely", file=sys.stderr, flush=True)
                 self._told = True
             return None
 

@@ -27,10 +27,8 @@ def coverage_lines(parts: Sequence[ShardIndex], num_frames: int | None = None) -
         InputError: a damaged index.
     """
     num_frames = num_frames or parts[0].meta.get("num_frames") or DataConfig().num_frames
-    tables = [table for part in parts for table in part.tables(
-        ["width", "height", "duration", "start", "end"])]
-    columns = {name: np.concatenate([_numbers(table[name]) for table in tables])
-               for name in tables[0].column_names}
+    tables = [table for part in parts for table in part.tables(["width", "height", "duration", "start", "end"])]
+    columns = {name: np.concatenate([_numbers(table[name]) for table in tables]) for name in tables[0].column_names}
     ends = np.fmin(columns["end"], columns["duration"])
     gaps = (ends - np.nan_to_num(columns["start"])) / num_frames
     found = [_crop(columns["width"], columns["height"]), _sampling(gaps, num_frames)]
@@ -47,8 +45,10 @@ def _crop(width: np.ndarray, height: np.ndarray) -> str:
     texts = []
     for form, which in (("landscape", width > height), ("portrait", height > width)):
         if count := int(which.sum()):
-            texts.append(f"{counted(count, f'{form} clip')} {'lose' if count > 1 else 'loses'} "
-                         f"{lost[which].mean():.0%} of the picture")
+            texts.append(
+                f"{counted(count, f'{form} clip')} {'lose' if count > 1 else 'loses'} "
+                f"{lost[which].mean():.0%} of the picture"
+            )
     return f"centre crop: {', '.join(texts)}" if texts else ""
 
 
@@ -58,6 +58,8 @@ def _sampling(gaps: np.ndarray, num_frames: int) -> str:
     if not len(sparse):
         return ""
     get = "get" if len(sparse) > 1 else "gets"
-    return (f"sampling: {counted(len(sparse), 'clip')} longer than "
-            f"{SPARSE_SECONDS * num_frames:g} s {get} {counted(num_frames, 'frame')}, one every "
-            f"{np.median(sparse):.1f} s (median; {sparse.max():.1f} s in the longest)")
+    return (
+        f"sampling: {counted(len(sparse), 'clip')} longer than "
+        f"{SPARSE_SECONDS * num_frames:g} s {get} {counted(num_frames, 'frame')}, one every "
+        f"{np.median(sparse):.1f} s (median; {sparse.max():.1f} s in the longest)"
+    )

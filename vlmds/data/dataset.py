@@ -67,8 +67,7 @@ class Dataset:
 
     def shards(self) -> list[tuple[ShardIndex, ShardInfo]]:
         """All shards of all parts and splits."""
-        return [(part, shard) for part in self.parts for split in part.splits
-                for shard in part.shards(split)]
+        return [(part, shard) for part in self.parts for split in part.splits for shard in part.shards(split)]
 
 
 @dataclass(frozen=True)
@@ -93,19 +92,20 @@ class DatasetOrder:
         InputError: no part has the split; or, if shuffled, one has not.
     """
 
-    def __init__(self, dataset: Dataset, split: str, seed: int = 0, window: int = 16,
-                 shuffle: bool = True):
+    def __init__(self, dataset: Dataset, split: str, seed: int = 0, window: int = 16, shuffle: bool = True):
         self.numbers = dataset.having(split)
         lacking = [part.root for part in dataset.parts if split not in part.splits]
         if shuffle and lacking:
-            raise InputError(f"data.blend: no split {split!r} in {', '.join(map(str, lacking))}, so "
-                             "its weight would count for nothing; pack it with that split, or leave "
-                             "it out")
+            raise InputError(
+                f"data.blend: no split {split!r} in {', '.join(map(str, lacking))}, so "
+                "its weight would count for nothing; pack it with that split, or leave "
+                "it out"
+            )
         self.orders = [
             # The part goes into the high bits, above the stage, so that no two parts are alike.
-            SampleOrder([shard.count for shard in dataset.parts[i].shards(split)],
-                        seed + (i << 40), window, shuffle)
-            for i in self.numbers]
+            SampleOrder([shard.count for shard in dataset.parts[i].shards(split)], seed + (i << 40), window, shuffle)
+            for i in self.numbers
+        ]
         self.ends = list(accumulate(len(order) for order in self.orders))
         self.blend = None
         if shuffle and len(self.orders) > 1:
@@ -147,8 +147,7 @@ def open_dataset(data: DataConfig | str | Path) -> Dataset:
         data = DataConfig(path=str(data))
     cache = ShardCache(data.cache_dir, data.cache_gb * 1e9) if data.cache_dir else None
     if data.blend is not None:
-        parts = [_open(part.path, f"data.blend.{i}.path", cache)
-                 for i, part in enumerate(data.blend)]
+        parts = [_open(part.path, f"data.blend.{i}.path", cache) for i, part in enumerate(data.blend)]
         return Dataset(parts, [part.weight for part in data.blend])
     if data.path is None:
         raise InputError("data.path: no data given; pass --data DIR, a folder made by vlmds pack")

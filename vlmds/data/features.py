@@ -45,8 +45,7 @@ def decode_features(members: dict[str, bytes], meta: dict[str, Any]) -> Tensor:
     vision = meta["vision"]
     shape = (meta["num_frames"] * vision["patches"], vision["width"])
     if features.dtype != torch.bfloat16 or tuple(features.shape) != shape:
-        raise SampleError(f"features are {features.dtype} {list(features.shape)}, not "
-                          f"torch.bfloat16 {list(shape)}")
+        raise SampleError(f"features are {features.dtype} {list(features.shape)}, not torch.bfloat16 {list(shape)}")
     return features
 
 
@@ -57,8 +56,14 @@ def bytes_per_sample(num_frames: int, patches: int, width: int) -> int:
 
 def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
     """What dataset.json records under "vision". model: as the user named it."""
-    return {"model": model, "fingerprint": tower.fingerprint(), "feature_layer": tower.feature_layer,
-            "pool": tower.pool, "patches": tower.patches, "width": tower.hidden_size}
+    return {
+        "model": model,
+        "fingerprint": tower.fingerprint(),
+        "feature_layer": tower.feature_layer,
+        "pool": tower.pool,
+        "patches": tower.patches,
+        "width": tower.hidden_size,
+    }
 
 
 def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> None:
@@ -72,12 +77,11 @@ def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> Non
             raise InputError(
                 f"{index.root}: its features were made with vision.{name} {recorded[name]}, but "
                 f"the experiment has {getattr(experiment.vision, name)}; "
-                f"{_with_tower(index, experiment.vision)}, or set vision.{name}={recorded[name]}")
+                f"{_with_tower(index, experiment.vision)}, or set vision.{name}={recorded[name]}"
+            )
 
 
-def check_tower(
-    index: ShardIndex | Dataset, experiment: Experiment, tower: VisionTower | None = None
-) -> None:
+def check_tower(index: ShardIndex | Dataset, experiment: Experiment, tower: VisionTower | None = None) -> None:
     """Make sure that stored features are those of the experiment's tower; other stores pass.
 
     The experiment's keys are compared first, without reading weights. Then the loaded weights are
@@ -101,7 +105,8 @@ def check_tower(
             f"{index.root}: its features are of the tower {recorded['model']} "
             f"({recorded['fingerprint'][:12]}), but vision.model {vision.model} is another one "
             f"({tower.fingerprint()[:12]}); {_with_tower(index, vision)}, or set vision.model to "
-            "that tower")
+            "that tower"
+        )
 
 
 def _with_tower(index: ShardIndex | Dataset, vision: VisionConfig) -> str:

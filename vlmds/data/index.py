@@ -28,16 +28,31 @@ from vlmds.files import as_path, sha256_of
 FORMAT, VERSION = "vlmds", 2
 
 # index.parquet has one row group per shard that holds a sample, in order of (split, shard).
-SCHEMA = pa.schema([
-    ("split", pa.string()), ("shard", pa.int32()), ("key", pa.string()),
-    ("members", pa.list_(pa.struct([
-        ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64()),
-        ("crc32", pa.uint32())]))),
-    ("num_captions", pa.int32()), ("frames", pa.int32()), ("duration", pa.float64()),
-    ("fps", pa.float64()), ("width", pa.int32()), ("height", pa.int32()), ("codec", pa.string()),
-    ("rotation", pa.int16()), ("decoder", pa.string()), ("start", pa.float64()),
-    ("end", pa.float64()), ("status", pa.string()),
-])
+SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("shard", pa.int32()),
+        ("key", pa.string()),
+        (
+            "members",
+            pa.list_(
+                pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("crc32", pa.uint32())])
+            ),
+        ),
+        ("num_captions", pa.int32()),
+        ("frames", pa.int32()),
+        ("duration", pa.float64()),
+        ("fps", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("codec", pa.string()),
+        ("rotation", pa.int16()),
+        ("decoder", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("status", pa.string()),
+    ]
+)
 
 CACHED_SHARDS = 64  # row groups, and open files, that a process keeps
 
@@ -134,29 +149,33 @@ class ShardIndex:
         try:
             meta = json.loads(path.read_bytes())
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}; make a dataset with vlmds pack"
-                             ) from None
+            raise InputError(f"{path}: {error.strerror or error}; make a dataset with vlmds pack") from None
         except ValueError:
             raise InputError(f"{path}: damaged; run vlmds pack again") from None
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise InputError(f"{path}: not a vlmds dataset")
         if meta.get("version") != VERSION:
-            raise InputError(f"{path}: format version {meta.get('version')}, but this vlmds reads "
-                             f"version {VERSION}; pack the dataset again")
+            raise InputError(
+                f"{path}: format version {meta.get('version')}, but this vlmds reads "
+                f"version {VERSION}; pack the dataset again"
+            )
         for entry in meta["shards"]:
-            if (not re.fullmatch(r"[0-9A-Za-z_-]+", entry["split"])
-                    or entry["path"] != f"{entry['split']}/{entry['shard']:06d}.tar"):
-                raise InputError(f"{path}: shard path {entry['path']!r} is not one that vlmds "
-                                 "writes; do not use this dataset")
+            if (
+                not re.fullmatch(r"[0-9A-Za-z_-]+", entry["split"])
+                or entry["path"] != f"{entry['split']}/{entry['shard']:06d}.tar"
+            ):
+                raise InputError(
+                    f"{path}: shard path {entry['path']!r} is not one that vlmds writes; do not use this dataset"
+                )
             if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):  # a file name in the cache
-                raise InputError(f"{path}: {entry['path']} has {entry['sha256']!r} for its sha256; "
-                                 "do not use this dataset")
+                raise InputError(
+                    f"{path}: {entry['path']} has {entry['sha256']!r} for its sha256; do not use this dataset"
+                )
         index = root / "index.parquet"
         if not index.is_file():
             raise InputError(f"{index}: missing; run vlmds pack again")
         if footer_sha256(index) != meta["index_footer_sha256"]:
-            raise InputError(f"{index}: damaged, its footer is not the one in dataset.json; "
-                             "run vlmds pack again")
+            raise InputError(f"{index}: damaged, its footer is not the one in dataset.json; run vlmds pack again")
         return cls(root, meta, cache)
 
     def shards(self, split: str) -> list[ShardInfo]:
@@ -181,8 +200,10 @@ class ShardIndex:
         table = self._tables.get(self._first_group[split] + shard_pos)
         rows = table.slice(i, 1).to_pylist()
         if not rows or (rows[0]["split"], rows[0]["shard"]) != (split, shard.shard):
-            raise InputError(f"{self.root / 'index.parquet'}: sample {i} of {shard.path} is not where "
-                             "dataset.json says; run vlmds pack again")
+            raise InputError(
+                f"{self.root / 'index.parquet'}: sample {i} of {shard.path} is not where "
+                "dataset.json says; run vlmds pack again"
+            )
         values = rows[0]
         values["members"] = tuple(Member(**member) for member in values["members"])
         return SampleRow(**values)
@@ -229,8 +250,7 @@ class ShardIndex:
         """Read all of index.parquet and check its sha256. Raises InputError."""
         index = self.root / "index.parquet"
         if sha256_of(index) != self.fingerprint:
-            raise InputError(f"{index}: damaged, its sha256 is not the one in dataset.json; "
-                             "run vlmds pack again")
+            raise InputError(f"{index}: damaged, its sha256 is not the one in dataset.json; run vlmds pack again")
 
     def verify(self, shards: Iterable[ShardInfo], level: str = "size") -> None:
         """Check shards by "size", or by "sha256" (which reads them). Raises InputError."""
@@ -242,11 +262,14 @@ class ShardIndex:
                 raise InputError(f"{path}: missing; run vlmds pack again to make it")
             size = path.stat().st_size
             if size != shard.bytes:
-                raise InputError(f"{path}: damaged, it has {size} bytes instead of {shard.bytes}; "
-                                 "run vlmds pack again to replace it")
+                raise InputError(
+                    f"{path}: damaged, it has {size} bytes instead of {shard.bytes}; run vlmds pack again to replace it"
+                )
             if level == "sha256" and sha256_of(path) != shard.sha256:
-                raise InputError(f"{path}: damaged, its sha256 is not the one in dataset.json; "
-                                 "delete it and run vlmds pack again to make it")
+                raise InputError(
+                    f"{path}: damaged, its sha256 is not the one in dataset.json; "
+                    "delete it and run vlmds pack again to make it"
+                )
 
     def _open_caches(self) -> None:
         self._index: pq.ParquetFile | None = None
@@ -258,8 +281,10 @@ class ShardIndex:
 
     def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
         path = self.root / "index.parquet"
-        replaced = (f"{path}: not the one that was opened; the dataset has been packed again, or "
-                    "appended to, since then: start again")
+        replaced = (
+            f"{path}: not the one that was opened; the dataset has been packed again, or "
+            "appended to, since then: start again"
+        )
         try:
             if self._index is None:
                 # pyarrow's own file reads without moving a position, which a fork would share.
@@ -271,8 +296,7 @@ class ShardIndex:
         except (OSError, pa.ArrowException) as error:
             if getattr(error, "errno", None) == errno.ESTALE:  # on NFS, by another machine
                 raise InputError(replaced) from None
-            raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); "
-                             "run vlmds pack again") from None
+            raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); run vlmds pack again") from None
 
     def _info(self, split: str, shard: int) -> ShardInfo:
         if self._by_number is None:
@@ -370,8 +394,7 @@ class _RemoteFile:
 class _Cache(Generic[Key, Value]):
     """The values last used, made on demand."""
 
-    def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None],
-                 limit: int = CACHED_SHARDS):
+    def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None], limit: int = CACHED_SHARDS):
         self._make, self._drop, self._limit = make, drop, limit
         self._values: OrderedDict[Key, Value] = OrderedDict()
 

@@ -64,9 +64,18 @@ class SampleReader:
         InputError: a frames or features store that was packed with another number or size of frames.
     """
 
-    def __init__(self, dataset: Dataset, split: str, num_frames: int, image_size: int, *,
-                 seed: int = 0, window: int = 16, shuffle: bool = True,
-                 decode_seconds: float = 60.0):
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        num_frames: int,
+        image_size: int,
+        *,
+        seed: int = 0,
+        window: int = 16,
+        shuffle: bool = True,
+        decode_seconds: float = 60.0,
+    ):
         for index in dataset.parts:
             check_frames(index, num_frames, image_size)
         self.dataset, self.split = dataset, split
@@ -103,14 +112,15 @@ class SampleReader:
             try:
                 return self._decode(index, row, position, place.epoch, bad)
             except SampleError as error:
-                bad.append({"position": position, "key": row.key, "split": row.split,
-                            "shard": row.shard, "reason": str(error)})
-        raise SampleError(f"{index.root}: position {position}: {len(bad)} samples in a row cannot be "
-                          f"read, the last: {bad[-1]['key']}: {bad[-1]['reason']}")
+                bad.append(
+                    {"position": position, "key": row.key, "split": row.split, "shard": row.shard, "reason": str(error)}
+                )
+        raise SampleError(
+            f"{index.root}: position {position}: {len(bad)} samples in a row cannot be "
+            f"read, the last: {bad[-1]['key']}: {bad[-1]['reason']}"
+        )
 
-    def _decode(
-        self, index: ShardIndex, row: SampleRow, position: int, epoch: int, bad: list[dict]
-    ) -> Sample:
+    def _decode(self, index: ShardIndex, row: SampleRow, position: int, epoch: int, bad: list[dict]) -> Sample:
         members = index.read(row)
         meta = read_description(members)
         captions = meta["captions"]
@@ -122,16 +132,23 @@ class SampleReader:
         else:
             frames = self._decode_video(row, meta, members)
         # Clips with several captions show each in turn.
-        return Sample(row.key, position, frames, captions, captions[epoch % len(captions)],
-                      meta.get("prompt"), bad, features)
+        return Sample(
+            row.key, position, frames, captions, captions[epoch % len(captions)], meta.get("prompt"), bad, features
+        )
 
     def _decode_video(self, row: SampleRow, meta: dict, members: dict[str, bytes]) -> np.ndarray:
         # Shards that an older vlmds packed do not say it: the child probes.
         described = {name: meta.get(name) for name in DESCRIBED} if "timing" in meta else None
         # The decoder that packing found to be right for this file, not the one probed now.
         return self._decoder.frames(
-            read_video(members), num_frames=self.num_frames, image_size=self.image_size,
-            start=row.start, end=row.end, decoder=row.decoder, described=described)
+            read_video(members),
+            num_frames=self.num_frames,
+            image_size=self.image_size,
+            start=row.start,
+            end=row.end,
+            decoder=row.decoder,
+            described=described,
+        )
 
 
 class Positions(IterableDataset):
@@ -166,8 +183,13 @@ class Batches:
     A batch that cannot be had is a dict with "failure": why; the caller must not go on then.
     """
 
-    def __init__(self, reader: SampleReader, batches: Sequence[Sequence[int]],
-                 collate: Callable[[list[Sample]], dict], num_workers: int):
+    def __init__(
+        self,
+        reader: SampleReader,
+        batches: Sequence[Sequence[int]],
+        collate: Callable[[list[Sample]], dict],
+        num_workers: int,
+    ):
         self._reader, self._batches, self._collate = reader, batches, collate
         self._workers = min(num_workers, len(batches), cores_of_rank())
         # What each reader process holds: position, or -1, and since when (ns of the clock that all
@@ -179,8 +201,11 @@ class Batches:
             return
         pipeline = wds.DataPipeline(Positions(self._batches), wds.map(self._load))
         loader = wds.WebLoader(
-            pipeline, batch_size=None, num_workers=self._workers,
-            pin_memory=torch.cuda.is_available(), prefetch_factor=4 if self._workers else None,
+            pipeline,
+            batch_size=None,
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if self._workers else None,
             worker_init_fn=_outlive_signals,
         )
         try:
@@ -190,16 +215,20 @@ class Batches:
                 raise
             raise RuntimeError(
                 f"a reader process died ({' '.join(str(error).split())[:200]}; if it was killed, "
-                f"look for a lack of memory); {self.holding() or 'it held no sample'}") from error
+                f"look for a lack of memory); {self.holding() or 'it held no sample'}"
+            ) from error
 
     def holding(self) -> str:
         """What the reader processes are at, the one that has taken longest first."""
         now = time.monotonic_ns()
-        busy = sorted((since, number, position) for number, (position, since)
-                      in enumerate(self._desks.tolist()) if position >= 0)
+        busy = sorted(
+            (since, number, position) for number, (position, since) in enumerate(self._desks.tolist()) if position >= 0
+        )
         return "; ".join(
             f"reader {number} has had sample {self._reader.key(position)} (position {position}) "
-            f"for {(now - since) / 1e9:.0f} s" for since, number, position in busy[:4])
+            f"for {(now - since) / 1e9:.0f} s"
+            for since, number, position in busy[:4]
+        )
 
     def _load(self, positions: Sequence[int]) -> dict:
         worker = get_worker_info()

@@ -71,8 +71,7 @@ class SampleOrder:
     def _permutation(self, epoch: int, first: int, size: int) -> np.ndarray:
         """How the samples of the window that begins with shard slot ``first`` are shuffled."""
         return self._remember(
-            ("window", epoch, first),
-            lambda: _generator(self.seed, epoch, 1, first).permutation(size),
+            ("window", epoch, first), lambda: _generator(self.seed, epoch, 1, first).permutation(size)
         )
 
     def _remember(self, key, make):

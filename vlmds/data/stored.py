@@ -27,8 +27,7 @@ def read_description(members: dict[str, bytes]) -> dict[str, Any]:
         captions, prompt = told["captions"], told.get("prompt")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SampleError(f"its description cannot be read: {type(error).__name__}") from None
-    if not (isinstance(captions, list) and captions
-            and all(isinstance(caption, str) for caption in captions)):
+    if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
         raise SampleError("its description cannot be read: captions are no list of texts")
     if not isinstance(prompt, str | None):
         raise SampleError("its description cannot be read: the prompt is no text")
@@ -69,8 +68,14 @@ def read_jpeg(members: dict[str, bytes], number: int, size: int) -> np.ndarray:
 
 
 def decode_stored(
-    index: ShardIndex, rows: Iterable[SampleRow], pool: DecodePool, *, store: str, num_frames: int,
-    image_size: int, quality: int | None = None,
+    index: ShardIndex,
+    rows: Iterable[SampleRow],
+    pool: DecodePool,
+    *,
+    store: str,
+    num_frames: int,
+    image_size: int,
+    quality: int | None = None,
 ) -> Iterator[Reply]:
     """For each sample of a video store, in order, what `prepare` makes of its video for `store`:
     "frames" (JPEGs of this quality) or "pixels"; or the reason why it cannot. A sample that cannot

@@ -27,14 +27,7 @@ COLOURS = {  # name: (Korean, RGB)
     "purple": ("보라색", (175, 60, 225)),
     "white": ("하얀", (245, 245, 245)),
 }
-SHAPES = {
-    "circle": "원",
-    "square": "사각형",
-    "triangle": "삼각형",
-    "star": "별",
-    "cross": "십자가",
-    "ring": "고리",
-}
+SHAPES = {"circle": "원", "square": "사각형", "triangle": "삼각형", "star": "별", "cross": "십자가", "ring": "고리"}
 DIRECTIONS = {  # name: (Korean, (x, y) with y pointing down)
     "up": ("위", (0, -1)),
     "down": ("아래", (0, 1)),

@@ -20,17 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from vlmds.demo.clips import (
-    COLOURS,
-    DIRECTIONS,
-    SHAPE_SIZE,
-    SHAPES,
-    TRAVEL,
-    Attributes,
-    caption,
-    subject,
-    towards,
-)  # fmt: skip
+from vlmds.demo.clips import COLOURS, DIRECTIONS, SHAPE_SIZE, SHAPES, TRAVEL, Attributes, caption, subject, towards
 
 LEFT, RIGHT, TOP, BOTTOM, START, END, NOTHING = "좌", "우", "상", "하", "처음", "끝", "·"
 PROMPT = "이 영상을 설명해주세요."
@@ -84,9 +74,7 @@ def all_sentences() -> list[str]:
     return texts
 
 
-def observe(
-    attributes: Attributes, per_frame: int, ease: float, rng: np.random.Generator
-) -> list[Bag]:
+def observe(attributes: Attributes, per_frame: int, ease: float, rng: np.random.Generator) -> list[Bag]:
     """Observations of an imagined clip: FRAMES × `per_frame` bags of words.
 
     The forms vary as a projector's output may: in order of time, or shuffled with the time named;

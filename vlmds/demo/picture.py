@@ -13,8 +13,15 @@ from vlmds.video.decode import decode_frames
 from vlmds.video.probe import probe
 
 SHOWN = (0, 2, 5, 7)  # of 8 sampled frames
-HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic",
-                "AppleGothic", "UnDotum", "Baekmuk Gulim")
+HANGUL_FONTS = (
+    "Noto Sans CJK KR",
+    "Noto Sans KR",
+    "NanumGothic",
+    "Malgun Gothic",
+    "AppleGothic",
+    "UnDotum",
+    "Baekmuk Gulim",
+)
 
 
 def hangul_font() -> str | None:
@@ -29,8 +36,7 @@ def draw_results(path: Path, clips: list[Path], references: list[str], captions:
     font = hangul_font()
     figure = Figure(figsize=(11, 1.45 * len(clips)), dpi=110)
     with matplotlib.rc_context({"font.family": [font] if font else ["DejaVu Sans"]}):
-        grid = figure.add_gridspec(len(clips), len(SHOWN) + 1,
-                                   width_ratios=[1] * len(SHOWN) + [5])
+        grid = figure.add_gridspec(len(clips), len(SHOWN) + 1, width_ratios=[1] * len(SHOWN) + [5])
         for row, (clip, reference, caption) in enumerate(zip(clips, references, captions)):
             frames = decode_frames(str(clip), probe(str(clip)), 8)
             for column, number in enumerate(SHOWN):

@@ -131,9 +131,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1000) -> PreTrainedT
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator([*observations.all_sentences(), *texts], trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
@@ -151,9 +149,7 @@ def _optimise(step_loss, parameters, steps: int, lr: float) -> dict:
     """AdamW with warm-up and cosine decay over `step_loss(step) -> scalar loss`; the report."""
     started = time.perf_counter()
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1)
     losses = []
     for step in range(steps):
         loss = step_loss(step)
@@ -238,21 +234,15 @@ class PatchHead(nn.Module):
     def loss(self, patches: torch.Tensor, frames: Frames, rows: torch.Tensor) -> torch.Tensor:
         """patches [B, g·g, width], exactly what a projector will get; rows int64 [B]."""
         colour, shape, centre, covered = self.linear(patches).split(self.sizes, dim=-1)
-        total = 5 * F.smooth_l1_loss(
-            centre, frames.centre[rows][:, None].expand_as(centre), beta=0.05
-        )
-        total = total + F.binary_cross_entropy_with_logits(
-            covered[..., 0], frames.covered[rows].float()
-        )
+        total = 5 * F.smooth_l1_loss(centre, frames.centre[rows][:, None].expand_as(centre), beta=0.05)
+        total = total + F.binary_cross_entropy_with_logits(covered[..., 0], frames.covered[rows].float())
         for logits, truth in ((colour, frames.colour), (shape, frames.shape)):
             label = truth[rows][:, None].expand(logits.shape[:2])
             total = total + F.cross_entropy(logits.flatten(0, 1), label.flatten())
         return total
 
 
-def pretrain_clip(
-    out: Path, tokenizer: PreTrainedTokenizerBase, image_size: int, steps: int, seed: int
-) -> dict:
+def pretrain_clip(out: Path, tokenizer: PreTrainedTokenizerBase, image_size: int, steps: int, seed: int) -> dict:
     """Train and save a CLIPModel with its image processor; returns the report."""
     eos = tokenizer.eos_token_id
     config = CLIPConfig(
@@ -287,9 +277,7 @@ def pretrain_clip(
         text_out = F.normalize(model.text_projection(text.pooler_output), dim=-1)
         logits = model.logit_scale.exp() * image_out @ text_out.T
         matches = F.one_hot(which, len(shown)).float()
-        contrast = F.cross_entropy(logits, which) + F.cross_entropy(
-            logits.T, matches.T / matches.sum(0)[:, None]
-        )
+        contrast = F.cross_entropy(logits, which) + F.cross_entropy(logits.T, matches.T / matches.sum(0)[:, None])
         patches = vision.last_hidden_state[:, 1:]  # before the final LayerNorm, CLS dropped
         return contrast / 4 + head.loss(patches, frames, rows)
 
@@ -306,9 +294,7 @@ def pretrain_clip(
 # --- the language model --------------------------------------------------------------------------
 
 
-def pretrain_llm(
-    out: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], steps: int, seed: int
-) -> dict:
+def pretrain_llm(out: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], steps: int, seed: int) -> dict:
     """Train and save a Qwen3ForCausalLM with its tokenizer; returns the report."""
     model = Qwen3ForCausalLM(
         Qwen3Config(

@@ -71,9 +71,14 @@ def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tu
         clips = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
         clips = [clip for clip in clips if clip["split"] == "val"]
         captioner = VideoCaptioner.from_pretrained(final_artifact(run), device="cpu")
-        captions = [str(c) if isinstance(c, SampleError) else c for c in captioner.caption(
-            (str(output / "data" / clip["video"]) for clip in clips),
-            GenerationOptions(max_new_tokens=32), batch_size=32)]
+        captions = [
+            str(c) if isinstance(c, SampleError) else c
+            for c in captioner.caption(
+                (str(output / "data" / clip["video"]) for clip in clips),
+                GenerationOptions(max_new_tokens=32),
+                batch_size=32,
+            )
+        ]
     results = score(captions, [clip["caption"] for clip in clips])
     results["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
     _save(output / "results", run.name, results, clips, captions, output / "data")
@@ -85,13 +90,10 @@ def prepare_demo(output: Path, size: Size, seconds: dict[str, float]) -> Path:
     with _timed("clips", seconds):
         manifest = make_clips(output / "data", train=size.train_clips, val=size.val_clips)
     with _timed("pre-training of the tiny CLIP and Qwen3", seconds):
-        make_tiny_models(output / "models", image_size=IMAGE_SIZE, clip_steps=size.clip_steps,
-                         llm_steps=size.llm_steps)
+        make_tiny_models(output / "models", image_size=IMAGE_SIZE, clip_steps=size.clip_steps, llm_steps=size.llm_steps)
     with _timed("packing", seconds):
-        summary = pack(manifest, output / "shards", store="frames", image_size=IMAGE_SIZE,
-                       progress=False)
-        print(f"  {counted(summary.packed, 'sample')} in {counted(summary.shards, 'shard')}",
-              flush=True)
+        summary = pack(manifest, output / "shards", store="frames", image_size=IMAGE_SIZE, progress=False)
+        print(f"  {counted(summary.packed, 'sample')} in {counted(summary.shards, 'shard')}", flush=True)
     return manifest
 
 
@@ -103,7 +105,9 @@ def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Pat
     experiment = load_experiment(exp)
     name = experiment.name if temporal_embedding else f"{experiment.name}-no-time"
     lines = [
-        f"# {name} in tiny form, written by vlmds demo", "extends: demo.yaml", f"name: {name}",
+        f"# {name} in tiny form, written by vlmds demo",
+        "extends: demo.yaml",
+        f"name: {name}",
         f"priority: {json.dumps(experiment.priority)}",
         f"vision: {{model: {output / 'models' / 'clip'}}}",
         f"llm: {{model: {output / 'models' / 'qwen3'}}}",
@@ -112,9 +116,11 @@ def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Pat
     projector = f"type: {experiment.projector.type}"
     if hasattr(experiment.projector, "num_queries"):
         projector += ", width: 192, num_queries: 32, num_heads: 4"
-        lines += ["stages:  # a resampler wants a lower rate than an MLP, and more steps",
-                  "  - {name: align, train: [projector], lr: 3.0e-4, epochs: 8}",
-                  "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}"]
+        lines += [
+            "stages:  # a resampler wants a lower rate than an MLP, and more steps",
+            "  - {name: align, train: [projector], lr: 3.0e-4, epochs: 8}",
+            "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}",
+        ]
     if not temporal_embedding:
         projector += ", temporal_embedding: false"
     lines.append(f"projector: {{{projector}}}")
@@ -147,9 +153,12 @@ def score(captions: list[str], references: list[str]) -> dict:
         "clips": len(captions),
         "held_out": _shares(captions, references),
         "blind": _shares([captions[i] for i in order], references),
-        "chance": {"exact": 1 / (len(COLOURS) * len(SHAPES) * len(DIRECTIONS)),
-                   "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES),
-                   "direction": 1 / len(DIRECTIONS)},
+        "chance": {
+            "exact": 1 / (len(COLOURS) * len(SHAPES) * len(DIRECTIONS)),
+            "colour": 1 / len(COLOURS),
+            "shape": 1 / len(SHAPES),
+            "direction": 1 / len(DIRECTIONS),
+        },
     }
 
 
@@ -166,8 +175,19 @@ def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
     script = REPOSITORY / "launch" / "train.py"
     if not script.is_file():
         raise InputError(f"{script}: not there; the demo runs from a checkout of the repository")
-    command = ["--num_gpus", str(RANKS), "--master_port", str(free_port()), str(script), "--exp",
-               str(settings), "--data", str(shards), "--output", str(run)]
+    command = [
+        "--num_gpus",
+        str(RANKS),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        "--exp",
+        str(settings),
+        "--data",
+        str(shards),
+        "--output",
+        str(run),
+    ]
     if overrides:
         command += ["--set", *overrides]
     print(f"  deepspeed {' '.join(command)}", flush=True)
@@ -182,8 +202,7 @@ def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
         raise RuntimeError(f"training failed with exit code {done.returncode}")
 
 
-def _save(folder: Path, name: str, results: dict, clips: list[dict], captions: list[str],
-          data: Path) -> None:
+def _save(folder: Path, name: str, results: dict, clips: list[dict], captions: list[str], data: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2)
     (folder / f"{name}.json").write_text(text + "\n")
@@ -191,17 +210,22 @@ def _save(folder: Path, name: str, results: dict, clips: list[dict], captions: l
     (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     picture = folder / f"{name}.png"
     shown = range(0, len(clips), max(1, len(clips) // 8))[:8]  # of many combinations
-    draw_results(picture, [data / clips[i]["video"] for i in shown],
-                 [clips[i]["caption"] for i in shown], [captions[i] for i in shown])
-    print(f"\n{table}\n\nsaved: {folder / name}.json, .md and .png "
-          f"({results['seconds']['total']:.0f} s in all)", flush=True)
+    draw_results(
+        picture,
+        [data / clips[i]["video"] for i in shown],
+        [clips[i]["caption"] for i in shown],
+        [captions[i] for i in shown],
+    )
+    print(
+        f"\n{table}\n\nsaved: {folder / name}.json, .md and .png ({results['seconds']['total']:.0f} s in all)",
+        flush=True,
+    )
 
 
 def results_table(results: dict) -> str:
     """Markdown: one row each for held-out clips, the blind score and chance."""
     columns = ("exact", *ATTRIBUTES)
-    lines = [f"| {results['clips']} held-out clips | " + " | ".join(columns) + " |",
-             "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| {results['clips']} held-out clips | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     names = {"held_out": "captions", "blind": "videos shuffled (blind)", "chance": "chance"}
     for key, name in names.items():
         lines.append(f"| {name} | " + " | ".join(f"{results[key][c]:.1%}" for c in columns) + " |")

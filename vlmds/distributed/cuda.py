@@ -29,12 +29,16 @@ def unusable_gpus() -> tuple[str, str] | None:
         return None
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1"):
-        return (f"{found[0]} is there, but CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU",
-                "unset it, or ask the scheduler for GPUs; DS_ACCELERATOR=cpu uses the CPU")
+        return (
+            f"{found[0]} is there, but CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU",
+            "unset it, or ask the scheduler for GPUs; DS_ACCELERATOR=cpu uses the CPU",
+        )
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    return (f"{found[0]} is there, but PyTorch cannot use it: driver {driver_version()}, torch "
-            f"{torch.__version__} {built}{_reason()}",
-            "install a driver and a PyTorch that fit each other; DS_ACCELERATOR=cpu uses the CPU")
+    return (
+        f"{found[0]} is there, but PyTorch cannot use it: driver {driver_version()}, torch "
+        f"{torch.__version__} {built}{_reason()}",
+        "install a driver and a PyTorch that fit each other; DS_ACCELERATOR=cpu uses the CPU",
+    )
 
 
 def check_gpus() -> None:
@@ -69,8 +73,9 @@ def _reason() -> str:
 def use_expandable_segments() -> None:
     """Let PyTorch's allocator grow its segments, so that batches of many lengths do not leave gaps
     nobody can use. To be called before CUDA starts; what the user set stands."""
-    if not any(name in os.environ for name in (
-            "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")):
+    if not any(
+        name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -18,6 +18,7 @@ lock, which PyTorch releases wherever it waits for a GPU or for other ranks.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import json
 import os
@@ -92,8 +93,8 @@ class Centre:
         self.seconds, self.token = seconds, token
         both = socket.has_dualstack_ipv6()
         self._listener = socket.create_server(
-            ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both,
-            backlog=ranks)
+            ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=ranks
+        )
         self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]
         self._ranks: dict[int, _Rank] = {}
@@ -172,9 +173,13 @@ class Centre:
         longest = max((rank.lost for rank in lost.values()), default=0.0)
         if longest < self.seconds / 2 or idle_seconds() < self.seconds / 2:
             return
-        problem = "; ".join(
-            describe(number, rank.host, rank.lost, rank.silent)
-            for number, rank in sorted(lost.items())[:MOST_RANKS]) + " (training.heartbeat_seconds)"
+        problem = (
+            "; ".join(
+                describe(number, rank.host, rank.lost, rank.silent)
+                for number, rank in sorted(lost.items())[:MOST_RANKS]
+            )
+            + " (training.heartbeat_seconds)"
+        )
         self._say(f"end {problem}")
         end_job(problem)
 
@@ -208,17 +213,14 @@ class Member:
                     self._warn()
                     return
                 if not self._left and idle_seconds() >= self._seconds / 2:
-                    end_job(f"{describe(0, self._host, lost, silent)} (training.heartbeat_seconds)",
-                            report=speaks())
+                    end_job(f"{describe(0, self._host, lost, silent)} (training.heartbeat_seconds)", report=speaks())
 
     def leave(self) -> None:
         """This rank ends as it should."""
         self._left = True
         if self._connection is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self._connection.send(b"bye\n")
-            except OSError:
-                pass
 
     def forget(self) -> None:
         if self._connection is not None:
@@ -255,9 +257,11 @@ class Member:
     def _warn(self) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             host, port = self._address
-            tell(f"vlmds: rank {self._rank}: WARNING: port {port} of {host} cannot be "
-                 "reached; a node that dies is noticed after training.timeout_minutes only",
-                 sys.stderr)
+            tell(
+                f"vlmds: rank {self._rank}: WARNING: port {port} of {host} cannot be "
+                "reached; a node that dies is noticed after training.timeout_minutes only",
+                sys.stderr,
+            )
 
 
 def probe(connection: socket.socket, seconds: float) -> None:
@@ -265,8 +269,7 @@ def probe(connection: socket.socket, seconds: float) -> None:
     answer has come for so long."""
     every = max(1, round(seconds / 6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", every), ("TCP_KEEPINTVL", every),
-                        ("TCP_USER_TIMEOUT", int(seconds * 1000))):
+    for name, value in (("TCP_KEEPIDLE", every), ("TCP_KEEPINTVL", every), ("TCP_USER_TIMEOUT", int(seconds * 1000))):
         if hasattr(socket, name):  # on Linux
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

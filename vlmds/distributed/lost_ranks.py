@@ -27,14 +27,15 @@ STORE_SECONDS = 5.0  # an answer of the store that takes longer will not come
 AGAIN = "run the same command again to continue from the last checkpoint"
 _LOST = re.compile(
     r"connection (was likely )?closed|connection reset|broken pipe|socket closed|"
-    r"got 0 bytes|remote process exited", re.IGNORECASE)
+    r"got 0 bytes|remote process exited",
+    re.IGNORECASE,
+)
 _FAILED, _SURVIVED = b"failed", b"survived"
 
 
 def connection_lost(error: BaseException) -> bool:
     """Whether a collective or the store failed because a process at the other end is gone."""
-    of_ranks = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/" in str(error))
+    of_ranks = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
     return of_ranks and _LOST.search(str(error)) is not None
 
 
@@ -73,9 +74,12 @@ def report_loss(store: dist.Store | None) -> None:
     if store is not None:
         answered(lambda: _ask(store, found), SETTLE_SECONDS + STORE_SECONDS)
     if not found:
-        found.append(f"the connection to rank 0 is lost; the first line of another rank names the "
-                     f"cause, unless rank 0's machine or the network failed; {AGAIN}"
-                     if speaks() else "")
+        found.append(
+            f"the connection to rank 0 is lost; the first line of another rank names the "
+            f"cause, unless rank 0's machine or the network failed; {AGAIN}"
+            if speaks()
+            else ""
+        )
     rank = os.environ.get("RANK", "0")
     if found[0]:
         tell(f"vlmds: rank {rank}: {found[0]}", sys.stderr)

@@ -33,15 +33,19 @@ Item = TypeVar("Item")
 REPORT_SECONDS, WAIT_SECONDS = 5.0, 0.5
 """Between two reports of a long piece of work, and between two looks at whether it is done."""
 TIMEOUT_MINUTES, HEARTBEAT_SECONDS = (
-    TrainingConfig.model_fields[name].default for name in ("timeout_minutes", "heartbeat_seconds"))
+    TrainingConfig.model_fields[name].default for name in ("timeout_minutes", "heartbeat_seconds")
+)
 STALL_SECONDS = LoggingConfig.model_fields["stall_seconds"].default
 _turns = 0
 _control: dist.ProcessGroup | None = None
 
 
-def init_distributed(timeout_minutes: float = TIMEOUT_MINUTES, stall_seconds: float = STALL_SECONDS,
-                     heartbeat_seconds: float | None = HEARTBEAT_SECONDS, probing: bool = False
-                     ) -> torch.device:
+def init_distributed(
+    timeout_minutes: float = TIMEOUT_MINUTES,
+    stall_seconds: float = STALL_SECONDS,
+    heartbeat_seconds: float | None = HEARTBEAT_SECONDS,
+    probing: bool = False,
+) -> torch.device:
     """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
     and return this rank's device, which is set before any weight is loaded.
 
@@ -56,8 +60,9 @@ def init_distributed(timeout_minutes: float = TIMEOUT_MINUTES, stall_seconds: fl
     if not probing:
         check_gpus()
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(accelerator.device_name(local_rank))
@@ -76,7 +81,8 @@ def init_distributed(timeout_minutes: float = TIMEOUT_MINUTES, stall_seconds: fl
     backend = "gloo" if on_cpu else "nccl"
     join(backend, timeout, None if probing else device)
     deepspeed.init_distributed(  # which takes what is there
-        dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
+        dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False
+    )
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     start_watch(timeout_minutes, stall_seconds)
     if not probing:
@@ -94,12 +100,16 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
         return
     # torchrun's store lives on when it starts the ranks again (--max-restarts with a static
     # rendezvous), and in it the addresses of dead ranks. Each start has names of its own.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                          is_master=False, timeout=timeout)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        backend, store=dist.PrefixStore(f"start-{start}", store), timeout=timeout, rank=rank,
-        world_size=world_size, device_id=bound)
+        backend,
+        store=dist.PrefixStore(f"start-{start}", store),
+        timeout=timeout,
+        rank=rank,
+        world_size=world_size,
+        device_id=bound,
+    )
 
 
 def free_port() -> int:
@@ -260,8 +270,9 @@ def _first_of_cache(folder: Path) -> bool:
         except OSError:  # it cannot be written: whoever needs to will report that
             pass
     names = gather(token.name if dist.get_rank() == mine else None)
-    first = next(rank for rank, name in enumerate(names)
-                 if rank == mine or (name is not None and (folder / name).exists()))
+    first = next(
+        rank for rank, name in enumerate(names) if rank == mine or (name is not None and (folder / name).exists())
+    )
     gather(None)  # all have looked
     with suppress(OSError):  # on a disk that may only be read, also where there is none
         token.unlink()

@@ -42,8 +42,7 @@ def start_watch(timeout_minutes: float, stall_seconds: float) -> None:
         lost_ranks.note_process(_store)
     doing("starting")  # first: this module may have been imported long ago
     _over = threading.Event()
-    threading.Thread(target=_watch, args=(timeout_minutes * 60, stall_seconds, _over),
-                     daemon=True).start()
+    threading.Thread(target=_watch, args=(timeout_minutes * 60, stall_seconds, _over), daemon=True).start()
 
 
 def stop() -> None:
@@ -73,8 +72,7 @@ def doing(what: str, keys: Sequence[str] = (), explain: Callable[[], str] | None
 def report_failure(problem: str) -> None:
     """Print on stderr what this rank was doing when ``problem`` came, and what others were."""
     rank = os.environ.get("RANK", "0")
-    lines = [f"vlmds: rank {rank}: {problem}",
-             f"vlmds: rank {rank}: it was {_described()}"]
+    lines = [f"vlmds: rank {rank}: {problem}", f"vlmds: rank {rank}: it was {_described()}"]
     others: list[str] = []
     if not lost_ranks.answered(lambda: _ask(others), lost_ranks.STORE_SECONDS):
         others.append(NO_ANSWER)

@@ -36,7 +36,7 @@ from vlmds.doctor.node import (
     check_models,
     check_shared_memory,
     decode_rate,
-)  # fmt: skip
+)
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import shapes
@@ -46,16 +46,21 @@ from vlmds.planning.propose import predicted_rate
 from vlmds.runs.folder import git_commit, versions
 
 
-def examine(experiment: Experiment, output: Path, *, seconds: float, samples: int,
-            wanted: float | None) -> int:
+def examine(experiment: Experiment, output: Path, *, seconds: float, samples: int, wanted: float | None) -> int:
     """All checks, printed by rank 0. Returns 0, or 2 if one FAILED, on every rank."""
     try:
         device = init_distributed(4 * seconds / 60, probing=True)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-        _print("ranks", Finding(FAILED, f"rank {os.environ.get('RANK')} cannot join the others at "
-                                f"{os.environ.get('MASTER_ADDR')}: {_first_line(error)}",
-                                "are all nodes started, the port open, and GLOO_SOCKET_IFNAME and "
-                                "NCCL_SOCKET_IFNAME set to the network between the nodes?"))
+        _print(
+            "ranks",
+            Finding(
+                FAILED,
+                f"rank {os.environ.get('RANK')} cannot join the others at "
+                f"{os.environ.get('MASTER_ADDR')}: {_first_line(error)}",
+                "are all nodes started, the port open, and GLOO_SOCKET_IFNAME and "
+                "NCCL_SOCKET_IFNAME set to the network between the nodes?",
+            ),
+        )
         return 2
     patient = Patient(experiment, output, seconds, samples, wanted, device)
     places = gather((socket.gethostname(), int(os.environ.get("LOCAL_RANK", 0))))
@@ -65,24 +70,36 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             patient.names.append(f"{host}#{number}" if host in patient.names else host)
         patient.nodes.append(len(patient.names) - 1)
     if is_main():
-        print(f"{counted(len(places), 'rank')} on {counted(len(patient.names), 'node')}: "
-              f"{', '.join(patient.names)}", flush=True)
+        print(
+            f"{counted(len(places), 'rank')} on {counted(len(patient.names), 'node')}: {', '.join(patient.names)}",
+            flush=True,
+        )
     failed = False
     for name, check in (
-            ("accelerator", _by_each_rank(check_accelerator)), ("versions", check_versions),
-            ("limits", _by_leaders(check_limits)), ("memory", _by_leaders(check_shared_memory)),
-            ("clock", lambda p: _judge_clocks(p, check_clocks(p.nodes))),
-            ("network", check_links), ("output", _by_leaders(check_disk)),
-            ("same output", check_same_output),
-            ("models", _by_leaders(check_models)), ("dataset", _by_leaders(check_dataset)),
-            ("decoding", check_decoding)):
+        ("accelerator", _by_each_rank(check_accelerator)),
+        ("versions", check_versions),
+        ("limits", _by_leaders(check_limits)),
+        ("memory", _by_leaders(check_shared_memory)),
+        ("clock", lambda p: _judge_clocks(p, check_clocks(p.nodes))),
+        ("network", check_links),
+        ("output", _by_leaders(check_disk)),
+        ("same output", check_same_output),
+        ("models", _by_leaders(check_models)),
+        ("dataset", _by_leaders(check_dataset)),
+        ("decoding", check_decoding),
+    ):
         doing(f"checking {name}")
         try:
             findings = check(patient)
         except RuntimeError as error:  # of a collective; what a check finds is no exception
-            _print(name, Finding(FAILED, f"rank {os.environ['RANK']} has lost the others: "
-                                 f"{_first_line(error)}",
-                                 "check the node whose launcher ended first, and the link"))
+            _print(
+                name,
+                Finding(
+                    FAILED,
+                    f"rank {os.environ['RANK']} has lost the others: {_first_line(error)}",
+                    "check the node whose launcher ended first, and the link",
+                ),
+            )
             return 2
         for finding in findings:
             failed |= finding.level == FAILED
@@ -114,9 +131,12 @@ def _merge(found: list[list[Finding]], patient: Patient) -> list[Finding]:
             nodes = where.setdefault(finding, [])
             if patient.nodes[rank] not in nodes:
                 nodes.append(patient.nodes[rank])
-    return [finding if len(nodes) == len(patient.names) else
-            Finding(finding.level, f"{', '.join(patient.names[n] for n in nodes)}: {finding.text}",
-                    finding.fix) for finding, nodes in where.items()]
+    return [
+        finding
+        if len(nodes) == len(patient.names)
+        else Finding(finding.level, f"{', '.join(patient.names[n] for n in nodes)}: {finding.text}", finding.fix)
+        for finding, nodes in where.items()
+    ]
 
 
 def within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -135,8 +155,13 @@ def within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        return [Finding(FAILED, f"no answer within {seconds:g} s",
-                        "a disk or device that does not answer; look there, or give more --seconds")]
+        return [
+            Finding(
+                FAILED,
+                f"no answer within {seconds:g} s",
+                "a disk or device that does not answer; look there, or give more --seconds",
+            )
+        ]
     return result
 
 
@@ -151,10 +176,10 @@ def check_versions(patient: Patient) -> list[Finding]:
             node = patient.names[patient.nodes[rank]]
             found.setdefault(theirs.get(name, "missing"), set()).add(node)
         if len(found) > 1:
-            text = "; ".join(f"{version} on {', '.join(sorted(nodes))}"
-                             for version, nodes in sorted(found.items()))
-            findings.append(Finding(FAILED, f"{name}: {text}",
-                                    "install the same everywhere: pip install -c constraints.txt"))
+            text = "; ".join(f"{version} on {', '.join(sorted(nodes))}" for version, nodes in sorted(found.items()))
+            findings.append(
+                Finding(FAILED, f"{name}: {text}", "install the same everywhere: pip install -c constraints.txt")
+            )
     text = ", ".join(f"{name} {version}" for name, version in mine.items())
     return findings or [Finding(OK, text)]
 
@@ -165,24 +190,29 @@ def check_links(patient: Patient) -> list[Finding]:
     if not measures:
         return [Finding(OK, "one rank, nothing to connect")]
     findings = [judge_link(measure, measures) for measure in measures]
-    interfaces = {name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-                  if name in os.environ}
+    interfaces = {name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name in os.environ}
     if len(patient.names) > 1 and not interfaces:
-        findings.append(Finding(OK, "interfaces are left to the libraries (no GLOO_SOCKET_IFNAME, "
-                                "no NCCL_SOCKET_IFNAME)"))
+        findings.append(
+            Finding(OK, "interfaces are left to the libraries (no GLOO_SOCKET_IFNAME, no NCCL_SOCKET_IFNAME)")
+        )
     return findings
 
 
 def judge_link(measure: Measure, measures: list[Measure]) -> Finding:
     if measure.problem:
-        return Finding(FAILED, f"{measure.name}: {measure.problem}",
-                       "check the link, firewalls, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; "
-                       "NCCL_DEBUG=INFO prints more")
+        return Finding(
+            FAILED,
+            f"{measure.name}: {measure.problem}",
+            "check the link, firewalls, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO prints more",
+        )
     text = f"{measure.name}: {measure.gb_per_s:.2f} GB/s"
     best = max(m.gb_per_s for m in measures if m.kind == measure.kind)
     if measure.kind == "pair" and measure.gb_per_s < best / 2:
-        return Finding(WARNING, f"{text}, another pair reaches {best:.2f}",
-                       "one of the two nodes has a slow link or uses another interface")
+        return Finding(
+            WARNING,
+            f"{text}, another pair reaches {best:.2f}",
+            "one of the two nodes has a slow link or uses another interface",
+        )
     return Finding(OK, text)
 
 
@@ -192,8 +222,14 @@ def _judge_clocks(patient: Patient, offsets: list[float]) -> list[Finding]:
     worst = max(range(len(offsets)), key=lambda node: abs(offsets[node]))
     text = f"clocks differ by up to {abs(offsets[worst]):.3f} s"
     if abs(offsets[worst]) > 1:
-        return [Finding(WARNING, f"{text} ({patient.names[worst]} from {patient.names[0]}); training "
-                        "does not mind, log files and credentials do", "run chrony or ntpd")]
+        return [
+            Finding(
+                WARNING,
+                f"{text} ({patient.names[worst]} from {patient.names[0]}); training "
+                "does not mind, log files and credentials do",
+                "run chrony or ntpd",
+            )
+        ]
     return [Finding(OK, text)]
 
 
@@ -214,9 +250,13 @@ def check_same_output(patient: Patient) -> list[Finding]:
             if token.is_file() and token.read_text() == text:
                 return [Finding(OK, f"{patient.output.absolute()} is one folder")]
             time.sleep(0.1)
-        return [Finding(FAILED, f"{patient.output.absolute()} is not the folder that "
-                        f"{patient.names[0]} sees", "put --output on a file system that all nodes "
-                        "share")]
+        return [
+            Finding(
+                FAILED,
+                f"{patient.output.absolute()} is not the folder that {patient.names[0]} sees",
+                "put --output on a file system that all nodes share",
+            )
+        ]
 
     findings = _by_leaders(lambda p: look())(patient)
     if is_main():
@@ -238,15 +278,12 @@ def check_decoding(patient: Patient) -> list[Finding]:
     if problem := next((p for _, p in rates if p), None):
         return [Finding(FAILED, problem)]
     total = sum(r for r, _ in rates)
-    readers = counted(
-        min(data.num_workers, cores_of_rank()), "reader process", "reader processes")
-    text = (f"{total:,.1f} samples/s by {readers} a rank on "
-            f"{os.cpu_count()} cores a node")
+    readers = counted(min(data.num_workers, cores_of_rank()), "reader process", "reader processes")
+    text = f"{total:,.1f} samples/s by {readers} a rank on {os.cpu_count()} cores a node"
     if patient.wanted is not None or patient.device.type != "cuda":
         return [judge_decoding(total, patient.wanted, text)]
     card = device_card(torch.cuda.get_device_name(patient.device))
-    return [judge_decoding(total, card and len(rates) * step_rate(patient.experiment, card), text,
-                           guessed=True)]
+    return [judge_decoding(total, card and len(rates) * step_rate(patient.experiment, card), text, guessed=True)]
 
 
 def step_rate(experiment: Experiment, card: Card) -> float:
@@ -264,9 +301,11 @@ def judge_decoding(total: float, wanted: float | None, text: str, guessed: bool 
     text = f"{text}, {wanted:.4g} {'predicted of the GPUs' if guessed else 'wanted'}"
     if total >= 1.2 * wanted:
         return Finding(OK, text)
-    return Finding(WARNING if guessed or total >= wanted else FAILED, text,
-                   "pack with --store frames or features, or raise data.num_workers where cores "
-                   "are idle")
+    return Finding(
+        WARNING if guessed or total >= wanted else FAILED,
+        text,
+        "pack with --store frames or features, or raise data.num_workers where cores are idle",
+    )
 
 
 def _print(name: str, finding: Finding) -> None:

@@ -32,8 +32,7 @@ class Measure:
     problem: str | None = None
 
 
-def measure_links(nodes: list[int], names: list[str], device: torch.device, seconds: float
-                  ) -> list[Measure]:
+def measure_links(nodes: list[int], names: list[str], device: torch.device, seconds: float) -> list[Measure]:
     """All-reduce within each node, between the first ranks of each pair of nodes, and over all
     ranks, one after the other. All ranks call it; the same on each.
 
@@ -41,20 +40,17 @@ def measure_links(nodes: list[int], names: list[str], device: torch.device, seco
         nodes: the number of each rank's node.
     """
     members = [[r for r, n in enumerate(nodes) if n == node] for node in range(len(names))]
-    plans = [("node", f"within {names[n]}", ranks)
-             for n, ranks in enumerate(members) if len(ranks) > 1]
+    plans = [("node", f"within {names[n]}", ranks) for n, ranks in enumerate(members) if len(ranks) > 1]
     pairs = list(combinations(range(len(names)), 2))
     if len(names) > ALL_PAIRS:
         pairs = [(n, (n + 1) % len(names)) for n in range(len(names))]
-    plans += [("pair", f"{names[a]} and {names[b]}", [members[a][0], members[b][0]])
-              for a, b in pairs]
+    plans += [("pair", f"{names[a]} and {names[b]}", [members[a][0], members[b][0]]) for a, b in pairs]
     if len(nodes) > 2:
         plans.append(("all", "all ranks", list(range(len(nodes)))))
     return [_measure(kind, name, ranks, device, seconds) for kind, name, ranks in plans]
 
 
-def _measure(kind: str, name: str, ranks: list[int], device: torch.device, seconds: float
-             ) -> Measure:
+def _measure(kind: str, name: str, ranks: list[int], device: torch.device, seconds: float) -> Measure:
     doing(f"measuring {name}")  # the watchdog's timeout is that of one measurement
     mine: list[tuple[float, str | None]] = []
     groups: list[dist.ProcessGroup] = []

@@ -77,29 +77,49 @@ def check_accelerator(patient: Patient) -> list[Finding]:
     """Present, usable, computes, and nobody else's memory on it."""
     if patient.device.type == "cpu":
         if os.environ.get("DS_ACCELERATOR") == "cpu":
-            return [Finding(OK, f"CPU, as DS_ACCELERATOR asks; {os.cpu_count()} cores, "
-                            f"{torch.get_num_threads()} threads a rank")]
+            return [
+                Finding(
+                    OK, f"CPU, as DS_ACCELERATOR asks; {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"
+                )
+            ]
         if problem := unusable_gpus():
             return [Finding(FAILED, *problem)]
-        return [Finding(WARNING, "no GPU found, training would run on the CPU",
-                        "install the driver, or set DS_ACCELERATOR=cpu if that is meant")]
+        return [
+            Finding(
+                WARNING,
+                "no GPU found, training would run on the CPU",
+                "install the driver, or set DS_ACCELERATOR=cpu if that is meant",
+            )
+        ]
     properties = torch.cuda.get_device_properties(patient.device)
     ones = torch.ones(1024, 1024, device=patient.device, dtype=torch.bfloat16)
     if not bool((ones @ ones == 1024).all()):
-        return [Finding(FAILED, f"{patient.device}: a product of matrices came out wrong",
-                        "take this GPU out of service")]
+        return [
+            Finding(FAILED, f"{patient.device}: a product of matrices came out wrong", "take this GPU out of service")
+        ]
     driver = torch._C._cuda_getDriverVersion()
-    findings = [Finding(OK, f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, driver "
-                        f"{driver_version()} for CUDA {driver // 1000}.{driver % 1000 // 10}, torch "
-                        f"for {torch.version.cuda}")]
+    findings = [
+        Finding(
+            OK,
+            f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, driver "
+            f"{driver_version()} for CUDA {driver // 1000}.{driver % 1000 // 10}, torch "
+            f"for {torch.version.cuda}",
+        )
+    ]
     free, total = torch.cuda.mem_get_info(patient.device)
     others = total - free - torch.cuda.memory_reserved(patient.device)
     if others > 0.05 * total:
-        findings.append(Finding(WARNING, f"{patient.device}: {others / GIB:.1f} GiB are in use by "
-                                "others", "end the processes that nvidia-smi lists"))
+        findings.append(
+            Finding(
+                WARNING,
+                f"{patient.device}: {others / GIB:.1f} GiB are in use by others",
+                "end the processes that nvidia-smi lists",
+            )
+        )
     if patient.experiment.llm.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        findings.append(Finding(FAILED, f"{properties.name} has no bfloat16",
-                                "use a GPU of compute capability 8.0 or newer"))
+        findings.append(
+            Finding(FAILED, f"{properties.name} has no bfloat16", "use a GPU of compute capability 8.0 or newer")
+        )
     return findings
 
 
@@ -109,8 +129,13 @@ def check_limits(patient: Patient) -> list[Finding]:
         return [Finding(OK, f"{soft:,} open files")]
     # Each reader process keeps this many shards open, besides its sockets and libraries.
     level = FAILED if soft < 2 * CACHED_SHARDS else WARNING
-    return [Finding(level, f"only {soft:,} open files", "ulimit -n 65536, in the shell that starts "
-                    "the ranks or in /etc/security/limits.conf")]
+    return [
+        Finding(
+            level,
+            f"only {soft:,} open files",
+            "ulimit -n 65536, in the shell that starts the ranks or in /etc/security/limits.conf",
+        )
+    ]
 
 
 def check_shared_memory(patient: Patient) -> list[Finding]:
@@ -122,8 +147,14 @@ def check_shared_memory(patient: Patient) -> list[Finding]:
     free = shutil.disk_usage("/dev/shm").free
     text = f"{free / GIB:.2f} GiB free in /dev/shm, readers may hold {need / GIB:.2f} GiB"
     if free < need:
-        return [Finding(FAILED, text, "docker run --shm-size or --ipc=host; in Kubernetes an "
-                        "emptyDir of medium Memory on /dev/shm; or a smaller data.num_workers")]
+        return [
+            Finding(
+                FAILED,
+                text,
+                "docker run --shm-size or --ipc=host; in Kubernetes an "
+                "emptyDir of medium Memory on /dev/shm; or a smaller data.num_workers",
+            )
+        ]
     return [Finding(OK, text)]
 
 
@@ -141,8 +172,13 @@ def check_disk(patient: Patient) -> list[Finding]:
         end = time.monotonic()
     finally:
         path.unlink(missing_ok=True)
-    findings = [Finding(OK, f"{patient.output.absolute()}: {written / 1e6 / (end - begin):,.0f} MB/s "
-                        f"written, fsync of {written / 1e6:,.0f} MB took {end - flush:.2f} s")]
+    findings = [
+        Finding(
+            OK,
+            f"{patient.output.absolute()}: {written / 1e6 / (end - begin):,.0f} MB/s "
+            f"written, fsync of {written / 1e6:,.0f} MB took {end - flush:.2f} s",
+        )
+    ]
     experiment = patient.experiment
     kept = experiment.training.keep_checkpoints + 2  # the best, and the one being written
     need, captioner = 0, shapes(experiment).captioner
@@ -150,10 +186,16 @@ def check_disk(patient: Patient) -> list[Finding]:
         freeze(captioner, stage)
         need += kept * checkpoint_bytes(experiment, captioner)
     free = shutil.disk_usage(patient.output).free
-    text = (f"{free / GIB:,.1f} GiB free, {kept} checkpoints of each stage of {experiment.name} need "
-            f"at most {need / GIB:,.2f} GiB")
-    return [*findings, Finding(FAILED, text, "free some, choose another --output, or a smaller "
-                               "training.keep_checkpoints") if free < need else Finding(OK, text)]
+    text = (
+        f"{free / GIB:,.1f} GiB free, {kept} checkpoints of each stage of {experiment.name} need "
+        f"at most {need / GIB:,.2f} GiB"
+    )
+    return [
+        *findings,
+        Finding(FAILED, text, "free some, choose another --output, or a smaller training.keep_checkpoints")
+        if free < need
+        else Finding(OK, text),
+    ]
 
 
 def check_models(patient: Patient) -> list[Finding]:
@@ -188,8 +230,13 @@ def check_dataset(patient: Patient) -> list[Finding]:
         row = part.row(split, *next(reader.order.candidates(wanted)))
         read += sum(len(member) for member in part.read(row).values())
     rate = read / 1e6 / max(time.monotonic() - begin, 1e-9)
-    return [Finding(OK, f"{dataset.fingerprint[:12]}: {counted(len(reader), 'sample')} in {split}; "
-                    f"{count} read and their checksums correct, {rate:,.0f} MB/s")]
+    return [
+        Finding(
+            OK,
+            f"{dataset.fingerprint[:12]}: {counted(len(reader), 'sample')} in {split}; "
+            f"{count} read and their checksums correct, {rate:,.0f} MB/s",
+        )
+    ]
 
 
 def decode_rate(patient: Patient) -> float:
@@ -197,8 +244,7 @@ def decode_rate(patient: Patient) -> float:
     reader = _reader(patient, open_dataset(patient.experiment.data), "train")
     micro_batch = patient.experiment.training.micro_batch
     rank, ranks = place()
-    batches = [range(first, first + micro_batch)
-               for first in ((n * ranks + rank) * micro_batch for n in range(4096))]
+    batches = [range(first, first + micro_batch) for first in ((n * ranks + rank) * micro_batch for n in range(4096))]
     begin, samples = None, 0
     stop = time.monotonic() + patient.seconds / 2
     workers = patient.experiment.data.num_workers
@@ -217,8 +263,7 @@ def decode_rate(patient: Patient) -> float:
 
 def _reader(patient: Patient, dataset: Dataset, split: str) -> SampleReader:
     data = patient.experiment.data
-    return SampleReader(dataset, split, data.num_frames, _image_size(patient.experiment),
-                        window=data.shuffle_window)
+    return SampleReader(dataset, split, data.num_frames, _image_size(patient.experiment), window=data.shuffle_window)
 
 
 def _image_size(experiment: Experiment) -> int:

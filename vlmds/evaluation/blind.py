@@ -17,8 +17,10 @@ def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any
     another clip's and black frames. gap: how much worse blind is, with its paired 95% bootstrap
     interval; one that holds 0 is within noise."""
     found: dict[str, Any] = {"loss": {}, "metrics": {}, "warnings": []}
-    for blind, others in (("shuffled", [borrowed.get(t.position) for t in texts]),
-                          ("blank", [r["blank"] for r in records])):
+    for blind, others in (
+        ("shuffled", [borrowed.get(t.position) for t in texts]),
+        ("blank", [r["blank"] for r in records]),
+    ):
         kept = [i for i, other in enumerate(others) if other]
         if blind == "shuffled":
             made = [partner.get(t.position) for t in texts]
@@ -54,19 +56,25 @@ def doubts(evidence: dict[str, Any]) -> list[dict[str, str]]:
     found = []
     for blind, (english, korean) in BLIND.items():
         if blind not in evidence["loss"]:
-            found.append({"en": f"{blind}: too few clips to tell",
-                          "ko": f"{korean}: 클립이 너무 적어 판단할 수 없습니다"})
+            found.append(
+                {"en": f"{blind}: too few clips to tell", "ko": f"{korean}: 클립이 너무 적어 판단할 수 없습니다"}
+            )
             continue
         metric, gap_of_metric = next(iter(evidence["metrics"][blind].items()))
-        for name, subject, gap in (("loss", "손실이", evidence["loss"][blind]),
-                                       (metric, f"{metric}이(가)", gap_of_metric)):
+        for name, subject, gap in (
+            ("loss", "손실이", evidence["loss"][blind]),
+            (metric, f"{metric}이(가)", gap_of_metric),
+        ):
             if gap["low"] <= 0:
                 low, high = f"{gap['low']:.4g}", f"{gap['high']:.4g}"
-                found.append({
-                    "en": f"{name} with {english} is not worse beyond noise: gap "
-                          f"{gap['gap']:.4g}, 95% interval {low} to {high}",
-                    "ko": f"{korean}을 넣어도 {subject} 유의하게 나빠지지 않습니다: 차이 "
-                          f"{gap['gap']:.4g}, 95% 구간 {low} ~ {high}"})
+                found.append(
+                    {
+                        "en": f"{name} with {english} is not worse beyond noise: gap "
+                        f"{gap['gap']:.4g}, 95% interval {low} to {high}",
+                        "ko": f"{korean}을 넣어도 {subject} 유의하게 나빠지지 않습니다: 차이 "
+                        f"{gap['gap']:.4g}, 95% 구간 {low} ~ {high}",
+                    }
+                )
     return found
 
 

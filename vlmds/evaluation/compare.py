@@ -18,7 +18,7 @@ import numpy as np
 
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import doubts
-from vlmds.evaluation.metrics import aggregate, characters, interval, resampled_means, score_captions  # fmt: skip
+from vlmds.evaluation.metrics import aggregate, characters, interval, resampled_means, score_captions
 from vlmds.evaluation.runs import Group, Run, group_runs
 from vlmds.evaluation.words import words_told
 from vlmds.experiments.differences import flat_settings
@@ -28,13 +28,22 @@ PROJECTORS = ("linear", "mlp", "cabstractor", "perceiver")
 ADAPTERS = ("lora", "dora")
 EXPECTED = ("name", "owner", "priority", "projector", "peft.type", "training.seed")
 """Settings that are meant to differ between experiments."""
-SAME = ("data_fingerprint", "split", "clips", "prompt", "num_frames", "generation", "vision", "llm",
-        "llm_precision", "tokenisation")
+SAME = (
+    "data_fingerprint",
+    "split",
+    "clips",
+    "prompt",
+    "num_frames",
+    "generation",
+    "vision",
+    "llm",
+    "llm_precision",
+    "tokenisation",
+)
 """Settings of the evaluation without which scores cannot be compared."""
 
 
-def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = ()
-            ) -> dict[str, Any]:
+def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
     """Everything that the report says in numbers.
 
     Args:
@@ -50,43 +59,66 @@ def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence
     metric = metric or names[0]
     if metric not in names:
         raise InputError(f"--metric {metric}: not there; the runs share {', '.join(names)}")
-    samples = {name: _bootstrap([[s[name] for s in group] for group in scores], name,
-                                RESAMPLES if name == metric else 1000) for name in names}
-    values = {name: [float(aggregate(name, np.mean([s[name].mean(axis=0) for s in group], axis=0)
-                                     [None])[0]) for group in scores] for name in names}
+    samples = {
+        name: _bootstrap([[s[name] for s in group] for group in scores], name, RESAMPLES if name == metric else 1000)
+        for name in names
+    }
+    values = {
+        name: [
+            float(aggregate(name, np.mean([s[name].mean(axis=0) for s in group], axis=0)[None])[0]) for group in scores
+        ]
+        for name in names
+    }
     table = []
     for number, group in enumerate(groups):
-        table.append({
-            "name": group.name, "projector": group.experiment.projector.type,
-            "adapter": group.experiment.peft.type, "seeds": len(group.runs),
-            "finished": all(run.finished for run in group.runs),
-            "metrics": {n: _cell(values[n][number], samples[n][number],
-                                 [aggregate(n, s[n].mean(axis=0)[None])[0] for s in scores[number]])
-                        for n in names},
-            "looking": group.runs[0].metrics["looking"],
-            "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in group.runs[0].cost},
-        })
+        table.append(
+            {
+                "name": group.name,
+                "projector": group.experiment.projector.type,
+                "adapter": group.experiment.peft.type,
+                "seeds": len(group.runs),
+                "finished": all(run.finished for run in group.runs),
+                "metrics": {
+                    n: _cell(
+                        values[n][number],
+                        samples[n][number],
+                        [aggregate(n, s[n].mean(axis=0)[None])[0] for s in scores[number]],
+                    )
+                    for n in names
+                },
+                "looking": group.runs[0].metrics["looking"],
+                "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in group.runs[0].cost},
+            }
+        )
     pairs = _pairs(groups, values[metric], samples[metric])
     return {
-        "metric": metric, "metrics": names, "clips": len(keys), "table": table, "pairs": pairs,
-        "verdict": verdict(table, pairs, metric), "warnings": warnings(runs, keys),
+        "metric": metric,
+        "metrics": names,
+        "clips": len(keys),
+        "table": table,
+        "pairs": pairs,
+        "verdict": verdict(table, pairs, metric),
+        "warnings": warnings(runs, keys),
         "differences": differing_settings(runs),
         "factors": factors(table, samples[metric], values[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
         "words": _words(groups, keys, words),
-        "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"]
-                         for n in names},
+        "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"] for n in names},
     }
 
 
 def common_keys(runs: list[Run]) -> list[str]:
     """Keys of the clips that every run was evaluated on, with the same references."""
-    keys = [key for key, line in runs[0].predictions.items() if all(
-        key in run.predictions and run.predictions[key]["references"] == line["references"]
-        for run in runs[1:])]
+    keys = [
+        key
+        for key, line in runs[0].predictions.items()
+        if all(key in run.predictions and run.predictions[key]["references"] == line["references"] for run in runs[1:])
+    ]
     if not keys:
-        raise InputError(f"{', '.join(r.name for r in runs)}: no clip was evaluated in all of them; "
-                         "evaluate them on the same data and split")
+        raise InputError(
+            f"{', '.join(r.name for r in runs)}: no clip was evaluated in all of them; "
+            "evaluate them on the same data and split"
+        )
     return keys
 
 
@@ -102,38 +134,50 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
 
     sizes = {run.name: len(run.predictions) for run in runs}
     if set(sizes.values()) != {len(keys)}:
-        add(f"The runs were not evaluated on the same clips ({listed(sizes)}); compared are the "
+        add(
+            f"The runs were not evaluated on the same clips ({listed(sizes)}); compared are the "
             f"{len(keys)} that all have.",
-            f"평가한 클립이 서로 다릅니다 ({listed(sizes)}). 모두에 있는 {len(keys)}개만 비교합니다.")
+            f"평가한 클립이 서로 다릅니다 ({listed(sizes)}). 모두에 있는 {len(keys)}개만 비교합니다.",
+        )
     for setting in SAME:
         values = {run.name: run.metrics["settings"].get(setting) for run in runs}
         if len({json.dumps(v) for v in values.values()}) > 1:
-            add(f"Evaluations differ in {setting}: {listed(values)}",
-                f"평가 설정 {setting}이(가) 서로 다릅니다: {listed(values)}")
+            add(
+                f"Evaluations differ in {setting}: {listed(values)}",
+                f"평가 설정 {setting}이(가) 서로 다릅니다: {listed(values)}",
+            )
     records = {run.name: json.loads((run.path / "run.json").read_text()) for run in runs}
     trained = {name: str(record.get("data_fingerprint"))[:12] for name, record in records.items()}
     if len(set(trained.values())) > 1:
-        add(f"The runs were not trained on the same data: {listed(trained)}",
-            f"학습 데이터가 서로 다릅니다: {listed(trained)}")
+        add(
+            f"The runs were not trained on the same data: {listed(trained)}",
+            f"학습 데이터가 서로 다릅니다: {listed(trained)}",
+        )
     batches = {name: record.get("global_batch") for name, record in records.items()}
     if len(set(batches.values())) > 1:
-        add("The runs were trained with different global batches, so with different numbers of steps "
+        add(
+            "The runs were trained with different global batches, so with different numbers of steps "
             f"(set training.global_batch): {listed(batches)}",
             "글로벌 배치 크기가 서로 달라 학습 스텝 수도 다릅니다 (training.global_batch로 맞추세요): "
-            f"{listed(batches)}")
+            f"{listed(batches)}",
+        )
     for run in runs:
         artifact = run.metrics["settings"]["artifact"]
         if not run.finished:
-            add(f"{run.name}: training is still in progress; its evaluation is of stage {artifact}",
-                f"{run.name}: 학습이 아직 진행 중입니다. 평가한 것은 {artifact} 단계입니다.")
+            add(
+                f"{run.name}: training is still in progress; its evaluation is of stage {artifact}",
+                f"{run.name}: 학습이 아직 진행 중입니다. 평가한 것은 {artifact} 단계입니다.",
+            )
         elif artifact != run.experiment.stages[-1].name:
-            add(f"{run.name}: the evaluation is of stage {artifact}, not of the last; evaluate again",
-                f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.")
+            add(
+                f"{run.name}: the evaluation is of stage {artifact}, not of the last; evaluate again",
+                f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.",
+            )
         if found_doubts := doubts(run.metrics["looking"]):
-            english, korean = ("; ".join(doubt[language] for doubt in found_doubts)
-                               for language in ("en", "ko"))
-            add(f"{run.name} may not be looking: {english}",
-                f"{run.name}: 영상을 보지 않는 것일 수 있습니다 ({korean})")
+            english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))
+            add(
+                f"{run.name} may not be looking: {english}", f"{run.name}: 영상을 보지 않는 것일 수 있습니다 ({korean})"
+            )
     return found
 
 
@@ -154,22 +198,31 @@ def verdict(table: list[dict], pairs: list[dict], metric: str) -> dict[str, Any]
     best, itself included. cheapest: of the tied."""
     order = sorted(table, key=lambda row: -row["metrics"][metric]["value"])
     best = order[0]["name"]
-    found = {"best": best, "value": order[0]["metrics"][metric]["value"], "tied": [best],
-             "cheapest": best, "runner_up": None}
-    against = {p["other"] if p["one"] == best else p["one"]: p for p in pairs
-               if best in (p["one"], p["other"])}
+    found = {
+        "best": best,
+        "value": order[0]["metrics"][metric]["value"],
+        "tied": [best],
+        "cheapest": best,
+        "runner_up": None,
+    }
+    against = {p["other"] if p["one"] == best else p["one"]: p for p in pairs if best in (p["one"], p["other"])}
     if len(order) == 1:
         return found
     found["tied"] += [row["name"] for row in order[1:] if against[row["name"]]["p_holm"] >= 0.05]
     tied = [row for row in order if row["name"] in found["tied"]]
-    found["cheapest"] = min(
-        tied, key=lambda r: (r["cost"]["visual_tokens"], r["cost"]["trainable"]))["name"]
+    found["cheapest"] = min(tied, key=lambda r: (r["cost"]["visual_tokens"], r["cost"]["trainable"]))["name"]
     pair = against[order[1]["name"]]
     sign = 1 if pair["one"] == best else -1
     low, high = sorted((sign * pair["low"], sign * pair["high"]))
-    found["runner_up"] = {"name": order[1]["name"], "gap": sign * pair["gap"], "low": low,
-                          "high": high, "p": pair["p"], "p_holm": pair["p_holm"],
-                          "significant": pair["p_holm"] < 0.05}
+    found["runner_up"] = {
+        "name": order[1]["name"],
+        "gap": sign * pair["gap"],
+        "low": low,
+        "high": high,
+        "p": pair["p"],
+        "p_holm": pair["p_holm"],
+        "significant": pair["p_holm"] < 0.05,
+    }
     return found
 
 
@@ -209,19 +262,21 @@ def factors(table: list[dict], samples: np.ndarray, values: list[float]) -> dict
     if len(complete) > 1:
         for i, name in enumerate(complete):
             found["projector"][name] = effect(
-                own[i].mean() - own.mean(), drawn[i].mean(axis=0) - drawn.mean(axis=(0, 1)))
+                own[i].mean() - own.mean(), drawn[i].mean(axis=0) - drawn.mean(axis=(0, 1))
+            )
             found["interaction"][name] = effect(
-                difference[i] - difference.mean(),
-                drawn_difference[i] - drawn_difference.mean(axis=0))
+                difference[i] - difference.mean(), drawn_difference[i] - drawn_difference.mean(axis=0)
+            )
     return found
 
 
 def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[dict]]:
     """The metric by thirds of reference length (characters) and of clip duration (seconds)."""
     lines = [groups[0].runs[0].predictions[key] for key in keys]
-    facts = {"length": [float(np.mean([len(characters(r)) for r in p["references"]]))
-                        for p in lines],
-             "duration": [p["duration"] for p in lines]}
+    facts = {
+        "length": [float(np.mean([len(characters(r)) for r in p["references"]])) for p in lines],
+        "duration": [p["duration"] for p in lines],
+    }
     found: dict[str, list[dict]] = {}
     for name, numbers in facts.items():
         found[name] = []
@@ -232,11 +287,21 @@ def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[di
         for low, high in zip(edges[:-1], edges[1:]):
             inside = (numbers >= low) & ((numbers < high) | (high == edges[-1]))
             if inside.any():
-                found[name].append({
-                    "low": float(low), "high": float(high), "clips": int(inside.sum()),
-                    "values": [float(aggregate(metric, np.mean(
-                        [s[metric][inside].mean(axis=0) for s in group], axis=0)[None])[0])
-                        for group in scores]})
+                found[name].append(
+                    {
+                        "low": float(low),
+                        "high": float(high),
+                        "clips": int(inside.sum()),
+                        "values": [
+                            float(
+                                aggregate(
+                                    metric, np.mean([s[metric][inside].mean(axis=0) for s in group], axis=0)[None]
+                                )[0]
+                            )
+                            for group in scores
+                        ],
+                    }
+                )
     return found
 
 
@@ -253,14 +318,17 @@ def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]])
 def _scores(run: Run, keys: list[str], runs: list[Run]) -> dict[str, np.ndarray]:
     """Statistics [clips, k] by metric: those of the evaluation where all runs have the same clips,
     else computed for the common ones (CIDEr-D depends on the set)."""
-    same = all(r.predictions.keys() == runs[0].predictions.keys() and
-               r.metrics["settings"]["tokenisation"] == runs[0].metrics["settings"]["tokenisation"]
-               for r in runs) and len(keys) == len(runs[0].predictions)
+    same = all(
+        r.predictions.keys() == runs[0].predictions.keys()
+        and r.metrics["settings"]["tokenisation"] == runs[0].metrics["settings"]["tokenisation"]
+        for r in runs
+    ) and len(keys) == len(runs[0].predictions)
     lines = [run.predictions[key] for key in keys]
     if same:
-        return {name: np.array([line["statistics"].get(name) or [line["scores"][name]]
-                                for line in lines], dtype=np.float64)
-                for name in run.metrics["metrics"]}
+        return {
+            name: np.array([line["statistics"].get(name) or [line["scores"][name]] for line in lines], dtype=np.float64)
+            for name in run.metrics["metrics"]
+        }
     scored = score_captions([p["caption"] for p in lines], [p["references"] for p in lines])
     return {name: m.statistics for name, m in scored.items()}
 
@@ -286,9 +354,16 @@ def _pairs(groups: list[Group], values: list[float], samples: np.ndarray) -> lis
         gaps = samples[i] - samples[j]
         low, high = interval(gaps)
         below, above = ((gaps <= 0).sum() + 1, (gaps >= 0).sum() + 1)
-        found.append({"one": groups[i].name, "other": groups[j].name, "gap": values[i] - values[j],
-                      "low": low, "high": high,
-                      "p": float(min(1.0, 2 * min(below, above) / (len(gaps) + 1)))})
+        found.append(
+            {
+                "one": groups[i].name,
+                "other": groups[j].name,
+                "gap": values[i] - values[j],
+                "low": low,
+                "high": high,
+                "p": float(min(1.0, 2 * min(below, above) / (len(gaps) + 1))),
+            }
+        )
     for pair, corrected in zip(found, holm([p["p"] for p in found]), strict=True):
         pair["p_holm"] = corrected
     return found

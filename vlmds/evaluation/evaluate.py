@@ -48,10 +48,17 @@ THUMBNAILS = 500
 
 
 def evaluate_run(
-    run: str | Path, *, data: str | None = None, split: str | None = None,
-    output: str | Path | None = None, clips: int | None = None, batch_size: int = 8,
+    run: str | Path,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    output: str | Path | None = None,
+    clips: int | None = None,
+    batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(),
-    device: str | None = None, overrides: Sequence[str] = (), again: bool = False,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    again: bool = False,
     progress: bool = True,
 ) -> Path:
     """Evaluate a run, on all ranks that the launcher started; returns the folder of the results.
@@ -66,13 +73,19 @@ def evaluate_run(
         InputError: no finished run, no such data or split.
     """
     with silenced(not progress):
-        return _evaluate_run(Path(run), data, split, output, clips, batch_size, generation, device,
-                             overrides, again)
+        return _evaluate_run(Path(run), data, split, output, clips, batch_size, generation, device, overrides, again)
 
 
 def _evaluate_run(
-    run: Path, data: str | None, split: str | None, output: str | Path | None, clips: int | None,
-    batch_size: int, generation: GenerationOptions, device: str | None, overrides: Sequence[str],
+    run: Path,
+    data: str | None,
+    split: str | None,
+    output: str | Path | None,
+    clips: int | None,
+    batch_size: int,
+    generation: GenerationOptions,
+    device: str | None,
+    overrides: Sequence[str],
     again: bool,
 ) -> Path:
     started = time.perf_counter()
@@ -80,17 +93,24 @@ def _evaluate_run(
         device = str(ranks.init_distributed())
     artifact = final_artifact(run)
     experiment = load_experiment(
-        artifact / "experiment.yaml",
-        [*overrides, *([f"data.path={absolute(data)}"] if data else [])])
+        artifact / "experiment.yaml", [*overrides, *([f"data.path={absolute(data)}"] if data else [])]
+    )
     dataset = open_dataset(experiment.data)
     split = dataset.choose_split(split)
     output = Path(output or run / "evaluation" / _folder_name(run, dataset, split))
     settings = {
-        "run": str(run), "artifact": artifact.name, "weights_sha256": weights_sha256(artifact),
-        "data": str(dataset.root), "data_fingerprint": dataset.fingerprint, "split": split,
-        "clips": clips, "prompt": experiment.data.prompt, "num_frames": experiment.data.num_frames,
+        "run": str(run),
+        "artifact": artifact.name,
+        "weights_sha256": weights_sha256(artifact),
+        "data": str(dataset.root),
+        "data_fingerprint": dataset.fingerprint,
+        "split": split,
+        "clips": clips,
+        "prompt": experiment.data.prompt,
+        "num_frames": experiment.data.num_frames,
         "generation": asdict(generation),
-        "vision": experiment.vision.model, "llm": experiment.llm.model,
+        "vision": experiment.vision.model,
+        "llm": experiment.llm.model,
         "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
         "tokenisation": [level.name for level in tokenizers()],
     }
@@ -99,12 +119,19 @@ def _evaluate_run(
         return output
     captioner = VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
     check_tower(dataset, experiment, captioner.model.tower)
-    reader = SampleReader(dataset, split, experiment.data.num_frames, captioner.model.image_size,
-                          shuffle=False, decode_seconds=experiment.data.decode_seconds)
+    reader = SampleReader(
+        dataset,
+        split,
+        experiment.data.num_frames,
+        captioner.model.image_size,
+        shuffle=False,
+        decode_seconds=experiment.data.decode_seconds,
+    )
     positions = evaluated_positions(len(reader), clips)
     texts = _read_texts(reader, positions)
-    scorer = ClipScorer(experiment, captioner.model, texts, swap_videos(texts),
-                        batch_size=batch_size, generation=generation)
+    scorer = ClipScorer(
+        experiment, captioner.model, texts, swap_videos(texts), batch_size=batch_size, generation=generation
+    )
     # Rank 0 alone reads what is done: another rank may have begun to write by then.
     finished = ranks.on_main(lambda: [r["position"] for r in _read_parts(output)])
     todo = sorted(set(positions) - set(finished))
@@ -119,10 +146,12 @@ def _evaluate_run(
         records = _read_parts(output)
         result, predictions = summarise_records(records, texts, scorer)
         result["model"] = model_facts(captioner.model)
-        result["timing"] = {"seconds": round(time.perf_counter() - started, 1),
-                            "ranks": ranks.place()[1], "resumed": bool(finished)}
-        _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result},
-              predictions, records)
+        result["timing"] = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "ranks": ranks.place()[1],
+            "resumed": bool(finished),
+        }
+        _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result}, predictions, records)
 
     with phase("computing the metrics"):
         ranks.on_main(finish)
@@ -130,8 +159,13 @@ def _evaluate_run(
 
 
 def evaluate_subset(
-    experiment: Experiment, model: Model, reader: SampleReader, *,
-    clips: int = 64, samples: int = 4, batch_size: int = 8,
+    experiment: Experiment,
+    model: Model,
+    reader: SampleReader,
+    *,
+    clips: int = 64,
+    samples: int = 4,
+    batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(max_new_tokens=64),
 ) -> dict[str, Any]:
     """Score a model that is in memory, in training too, on a fixed subset; on all ranks together.
@@ -151,8 +185,7 @@ def evaluate_subset(
     try:
         positions = evaluated_positions(len(reader), clips)
         texts = _read_texts(reader, positions)
-        scorer = ClipScorer(experiment, model, texts, swap_videos(texts),
-                            batch_size=batch_size, generation=generation)
+        scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
         rank, world = ranks.place()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
             mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
@@ -161,13 +194,13 @@ def evaluate_subset(
     finally:
         captioner.train(was_training)
     shown = evaluated_positions(len(predictions), samples)
-    result["samples"] = [{key: predictions[i][key] for key in ("key", "references", "caption")}
-                         for i in shown]
+    result["samples"] = [{key: predictions[i][key] for key in ("key", "references", "caption")} for i in shown]
     return result
 
 
-def summarise_records(records: Sequence[dict], texts: Sequence[ClipText], scorer: ClipScorer,
-                      ) -> tuple[dict[str, Any], list[dict]]:
+def summarise_records(
+    records: Sequence[dict], texts: Sequence[ClipText], scorer: ClipScorer
+) -> tuple[dict[str, Any], list[dict]]:
     """(what metrics.json says of all clips, the lines of predictions.jsonl).
 
     Raises:
@@ -185,23 +218,34 @@ def summarise_records(records: Sequence[dict], texts: Sequence[ClipText], scorer
     blank = scorer.blank_captions([text.prompt for text in read])
     predictions = []
     for number, (text, record) in enumerate(zip(read, records_read, strict=True)):
-        predictions.append({
-            "key": text.key, "position": text.position, "references": text.captions,
-            "caption": record["caption"], "duration": text.duration,
-            "scores": {name: round(float(m.per_clip[number]), 6) for name, m in scores.items()},
-            "statistics": {name: m.statistics[number].tolist() for name, m in scores.items()
-                           if m.statistics.shape[1] > 1},
-            "caption_log_probability": record["caption_log_probability"],
-            "reference_log_probability": {
-                name: pair and pair[0] / pair[1] for name, pair in (
-                    ("real", record["real"]), ("shuffled", borrowed.get(text.position)),
-                    ("blank", record["blank"]))},
-            "blind_captions": {"shuffled": partner.get(text.position),
-                               "blank": blank[text.prompt]},
-        })
+        predictions.append(
+            {
+                "key": text.key,
+                "position": text.position,
+                "references": text.captions,
+                "caption": record["caption"],
+                "duration": text.duration,
+                "scores": {name: round(float(m.per_clip[number]), 6) for name, m in scores.items()},
+                "statistics": {
+                    name: m.statistics[number].tolist() for name, m in scores.items() if m.statistics.shape[1] > 1
+                },
+                "caption_log_probability": record["caption_log_probability"],
+                "reference_log_probability": {
+                    name: pair and pair[0] / pair[1]
+                    for name, pair in (
+                        ("real", record["real"]),
+                        ("shuffled", borrowed.get(text.position)),
+                        ("blank", record["blank"]),
+                    )
+                },
+                "blind_captions": {"shuffled": partner.get(text.position), "blank": blank[text.prompt]},
+            }
+        )
     result = {
-        "clips": len(read), "unreadable": len(records) - len(read),
-        "metrics": summarise(scores), "captions": describe_captions(captions),
+        "clips": len(read),
+        "unreadable": len(records) - len(read),
+        "metrics": summarise(scores),
+        "captions": describe_captions(captions),
         "looking": looking(read, records_read, captions, borrowed, partner, blank),
     }
     return result, predictions
@@ -211,8 +255,11 @@ def model_facts(model: Model) -> dict[str, int]:
     """Visual tokens per clip, and the parameters that training made."""
     adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
     projector = sum(p.numel() for p in model.captioner.projector.parameters())
-    return {"visual_tokens": model.captioner.projector.num_tokens,
-            "projector_parameters": projector, "adapter_parameters": adapter}
+    return {
+        "visual_tokens": model.captioner.projector.num_tokens,
+        "projector_parameters": projector,
+        "adapter_parameters": adapter,
+    }
 
 
 def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
@@ -240,16 +287,20 @@ def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
 
 def evaluation_table(metrics: dict) -> str:
     """metrics.json for a terminal."""
-    lines = [f"{counted(metrics['clips'], 'clip')}, {metrics['unreadable']:,} unreadable",
-             f"{'metric':<20}{'value':>9}{'95% interval':>20}{'shuffled':>10}{'blank':>9}"]
+    lines = [
+        f"{counted(metrics['clips'], 'clip')}, {metrics['unreadable']:,} unreadable",
+        f"{'metric':<20}{'value':>9}{'95% interval':>20}{'shuffled':>10}{'blank':>9}",
+    ]
     blind = metrics["looking"]
 
     def row(name: str, own: dict | None, gaps: dict) -> str:
-        values = [own["value"], own["low"], own["high"]] if own else [
-            next((g["own"] for g in gaps.values()), float("nan"))]
+        values = (
+            [own["value"], own["low"], own["high"]] if own else [next((g["own"] for g in gaps.values()), float("nan"))]
+        )
         span = f"{values[1]:.2f} … {values[2]:.2f}" if own else ""
-        cells = "".join(f"{gaps[b]['blind']:>{w}.2f}" if b in gaps else " " * w
-                        for b, w in (("shuffled", 10), ("blank", 9)))
+        cells = "".join(
+            f"{gaps[b]['blind']:>{w}.2f}" if b in gaps else " " * w for b, w in (("shuffled", 10), ("blank", 9))
+        )
         return f"{name:<20}{values[0]:>9.2f}{span:>20}{cells}"
 
     for name, own in metrics["metrics"].items():
@@ -259,8 +310,7 @@ def evaluation_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], output: Path,
-                 shown: set[int]) -> None:
+def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], output: Path, shown: set[int]) -> None:
     """This rank's share of the clips, written batch by batch."""
 
     def thumbnail(position: int, frames: np.ndarray) -> None:
@@ -323,10 +373,8 @@ def _read_parts(output: Path) -> list[dict]:
 
 def _save(output: Path, metrics: dict, predictions: list[dict], records: list[dict]) -> None:
     bad = [r for r in records if "unreadable" in r]
-    write(output / "ledger.jsonl",
-          "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
-    write(output / "predictions.jsonl",
-          "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    write(output / "ledger.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
+    write(output / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     write(output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(output / "parts", ignore_errors=True)  # NFS keeps what someone has open
 

@@ -69,8 +69,9 @@ def morphemes() -> Tokenizer | None:
     kiwi = kiwipiepy.Kiwi(num_workers=1)
     name = f"Kiwi {kiwipiepy.__version__}, model {kiwipiepy_model.__version__}"
     # A form may hold a space ("할 수"), which would split again where tokens are joined by spaces.
-    return Tokenizer("morpheme", name, lambda text: [
-        part for token in kiwi.tokenize(normalise(text)) for part in token.form.split()])
+    return Tokenizer(
+        "morpheme", name, lambda text: [part for token in kiwi.tokenize(normalise(text)) for part in token.form.split()]
+    )
 
 
 def tokenizers() -> list[Tokenizer]:
@@ -94,8 +95,9 @@ class Metric:
         return float(aggregate(self.name, self.statistics.mean(axis=0)[None])[0])
 
 
-def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]],
-                   levels: Sequence[Tokenizer] | None = None) -> dict[str, Metric]:
+def score_captions(
+    captions: Sequence[str], references: Sequence[Sequence[str]], levels: Sequence[Tokenizer] | None = None
+) -> dict[str, Metric]:
     """All metrics at all levels: {"cider_d@morpheme": …, …}.
 
     Args:
@@ -119,14 +121,21 @@ def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]],
             their_words = [[normalise(r) for r in rs] for rs in references]
         for name, (statistics, per_clip) in (
             ("cider_d", _cider_d(hypotheses, targets)),
-            ("bleu4", _sacre(BLEU(tokenize="none", force=True, smooth_method="none"),
-                             BLEU(tokenize="none", force=True, effective_order=True),
-                             hypotheses, targets)),
+            (
+                "bleu4",
+                _sacre(
+                    BLEU(tokenize="none", force=True, smooth_method="none"),
+                    BLEU(tokenize="none", force=True, effective_order=True),
+                    hypotheses,
+                    targets,
+                ),
+            ),
             ("rouge_l", _rouge_l(hypotheses, targets)),
             ("chrf++", _sacre(CHRF(word_order=2), CHRF(word_order=2), words, their_words)),
         ):
             scores[f"{name}@{tokenizer.level}"] = Metric(
-                f"{name}@{tokenizer.level}", tokenizer.name, statistics, per_clip)
+                f"{name}@{tokenizer.level}", tokenizer.name, statistics, per_clip
+            )
     return scores
 
 
@@ -140,8 +149,7 @@ def aggregate(name: str, means: np.ndarray) -> np.ndarray:
     return means[:, 0]
 
 
-def resampled_means(statistics: Sequence[np.ndarray], resamples: int = RESAMPLES,
-                    seed: int = 0) -> list[np.ndarray]:
+def resampled_means(statistics: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> list[np.ndarray]:
     """Means of bootstrap resamples of the clips, the same clips for every array: paired.
 
     Args:
@@ -175,8 +183,7 @@ def summarise(scores: dict[str, Metric], resamples: int = RESAMPLES) -> dict[str
     summary = {}
     for (name, metric), mean in zip(scores.items(), means, strict=True):
         low, high = interval(aggregate(name, mean))
-        summary[name] = {"value": metric.value, "low": low, "high": high,
-                         "tokenisation": metric.tokenisation}
+        summary[name] = {"value": metric.value, "low": low, "high": high, "tokenisation": metric.tokenisation}
     return summary
 
 
@@ -190,13 +197,14 @@ def describe_captions(captions: Sequence[str], level: Tokenizer | None = None) -
     level = level or tokenizers()[0]
     tokens = [level.split(c) for c in captions]
     counts = Counter(normalise(c) for c in captions)
-    repeated = [1 - len(set(grams)) / len(grams)
-                for t in tokens if (grams := list(_ngrams(t, 4)))]
+    repeated = [1 - len(set(grams)) / len(grams) for t in tokens if (grams := list(_ngrams(t, 4)))]
     return {
-        "captions": len(captions), "tokenisation": level.name,
+        "captions": len(captions),
+        "tokenisation": level.name,
         "mean_tokens": float(np.mean([len(t) for t in tokens])),
         "mean_characters": float(np.mean([len(characters(c)) for c in captions])),
-        "distinct_1": _distinct(tokens, 1), "distinct_2": _distinct(tokens, 2),
+        "distinct_1": _distinct(tokens, 1),
+        "distinct_2": _distinct(tokens, 2),
         "repetition": float(np.mean(repeated)) if repeated else 0.0,
         "empty": counts[""] / len(captions),
         "different": len(counts) / len(captions),
@@ -225,8 +233,9 @@ def _cider_d(hypotheses: list[str], references: list[list[str]]) -> tuple[np.nda
 
 def _rouge_l(hypotheses: list[str], references: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
     rouge = Rouge()
-    values = 100 * np.array([rouge.calc_score([h], r) if h else 0.0
-                             for h, r in zip(hypotheses, references, strict=True)])
+    values = 100 * np.array(
+        [rouge.calc_score([h], r) if h else 0.0 for h, r in zip(hypotheses, references, strict=True)]
+    )
     return values[:, None], values
 
 
@@ -260,6 +269,7 @@ def _chrf(means: np.ndarray, beta: float = 2.0) -> np.ndarray:
     orders = np.maximum(present.sum(axis=1), 1)
     precision, recall = precision / orders, recall / orders
     denominator = beta**2 * precision + recall
-    f = np.divide((1 + beta**2) * precision * recall, denominator,
-                  out=np.zeros_like(denominator), where=denominator > 0)
+    f = np.divide(
+        (1 + beta**2) * precision * recall, denominator, out=np.zeros_like(denominator), where=denominator > 0
+    )
     return 100 * f

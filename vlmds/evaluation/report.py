@@ -19,8 +19,7 @@ from vlmds.files import write
 
 THUMBNAILS = 300
 THUMBNAIL_BYTES = 12_000_000
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
-           "#bcbd22", "#17becf")
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 TEXT_PLACES = ("middle right", "middle left", "top right", "bottom left", "bottom right", "top left")
 COST = {  # key: (English, Korean, format)
     "visual_tokens": ("visual tokens", "시각 토큰", "{:,.0f}"),
@@ -34,17 +33,32 @@ COST = {  # key: (English, Korean, format)
 
 def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> int:
     """Write the page; returns its size in bytes. found: what :func:`compare` says."""
-    environment = Environment(loader=PackageLoader("vlmds.evaluation", "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("vlmds.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     groups = group_runs(runs)
     clips = clip_grid(groups, found["metric"], common_keys(runs))
     page = environment.get_template("report.html.j2").render(
-        found=found, cost=COST, projectors=PROJECTORS, adapters=ADAPTERS,
+        found=found,
+        cost=COST,
+        projectors=PROJECTORS,
+        adapters=ADAPTERS,
         cells={(r["projector"], r["adapter"]): r for r in reversed(found["table"])},
-        plotly=get_plotlyjs(), data=_json({
-            "groups": [g.name for g in groups], "metric": found["metric"], "clips": clips,
-            "charts": charts(runs, found)}),
-        shown=sum("image" in clip for clip in clips))
+        plotly=get_plotlyjs(),
+        data=_json(
+            {
+                "groups": [g.name for g in groups],
+                "metric": found["metric"],
+                "clips": clips,
+                "charts": charts(runs, found),
+            }
+        ),
+        shown=sum("image" in clip for clip in clips),
+    )
     data = page.encode()
     write(Path(path), data)
     return len(data)
@@ -57,9 +71,14 @@ def clip_grid(groups: list[Group], metric: str, keys: list[str]) -> list[dict]:
     for key in keys:
         lines = [group.runs[0].predictions[key] for group in groups]
         scores = [round(line["scores"].get(metric, 0.0), 1) for line in lines]
-        clip = {"key": key, "refs": lines[0]["references"], "caps": [p["caption"] for p in lines],
-                "scores": scores, "seconds": lines[0]["duration"],
-                "spread": round(max(scores) - min(scores), 1)}
+        clip = {
+            "key": key,
+            "refs": lines[0]["references"],
+            "caps": [p["caption"] for p in lines],
+            "scores": scores,
+            "seconds": lines[0]["duration"],
+            "spread": round(max(scores) - min(scores), 1),
+        }
         image = _thumbnail(groups, key) if images < THUMBNAILS else None
         if image and total + len(image) <= THUMBNAIL_BYTES:
             clip["image"] = image
@@ -77,14 +96,22 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
     for number, row in enumerate(found["table"]):
         cell = row["metrics"][metric]
         scatter.add_scatter(
-            x=[row["cost"]["visual_tokens"]], y=[cell["value"]], name=row["name"], text=[row["name"]],
-            mode="markers+text", textposition=TEXT_PLACES[number % len(TEXT_PLACES)],
+            x=[row["cost"]["visual_tokens"]],
+            y=[cell["value"]],
+            name=row["name"],
+            text=[row["name"]],
+            mode="markers+text",
+            textposition=TEXT_PLACES[number % len(TEXT_PLACES)],
             marker_size=[8 + 20 * (row["cost"]["trainable"] / largest) ** 0.5],
-            error_y=dict(type="data", symmetric=False, array=[cell["high"] - cell["value"]],
-                         arrayminus=[cell["value"] - cell["low"]]))
+            error_y=dict(
+                type="data",
+                symmetric=False,
+                array=[cell["high"] - cell["value"]],
+                arrayminus=[cell["value"] - cell["low"]],
+            ),
+        )
     scatter.update_xaxes(type="log")
-    made = {"scatter": _chart(scatter, ("visual tokens per clip (log)", metric),
-                              ("클립당 시각 토큰 (로그)", metric))}
+    made = {"scatter": _chart(scatter, ("visual tokens per clip (log)", metric), ("클립당 시각 토큰 (로그)", metric))}
     for number, stage in enumerate(runs[0].experiment.stages):
         figure = go.Figure()
         for number_of_run, run in enumerate(runs):
@@ -93,13 +120,22 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
                 if curve["stage"] == stage.name:
                     validation = curve["kind"] == "val"
                     figure.add_scatter(
-                        x=curve["step"], y=curve["loss"], name=run.name, legendgroup=run.name,
-                        showlegend=not validation, line_color=colour, mode="lines+markers" if validation else "lines",
-                        line_dash="dot" if validation else "solid")
-        made[f"loss{number}"] = _chart(figure, (f"step ({stage.name})", "loss per token"),
-                                       (f"스텝 ({stage.name})", "토큰당 손실"))
-    for name, unit in (("length", ("caption length, characters", "캡션 길이, 글자")),
-                       ("duration", ("clip duration, s", "클립 길이, 초"))):
+                        x=curve["step"],
+                        y=curve["loss"],
+                        name=run.name,
+                        legendgroup=run.name,
+                        showlegend=not validation,
+                        line_color=colour,
+                        mode="lines+markers" if validation else "lines",
+                        line_dash="dot" if validation else "solid",
+                    )
+        made[f"loss{number}"] = _chart(
+            figure, (f"step ({stage.name})", "loss per token"), (f"스텝 ({stage.name})", "토큰당 손실")
+        )
+    for name, unit in (
+        ("length", ("caption length, characters", "캡션 길이, 글자")),
+        ("duration", ("clip duration, s", "클립 길이, 초")),
+    ):
         figure = go.Figure()
         parts = found["breakdown"][name]
         labels = [f"{p['low']:.3g}–{p['high']:.3g} (n={p['clips']})" for p in parts]
@@ -114,12 +150,27 @@ def to_csv(found: dict[str, Any]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     names = found["metrics"]
-    writer.writerow(["experiment", "projector", "adapter", "seeds", *(
-        f"{n} {part}" for n in names for part in ("value", "low", "high")), *COST])
+    writer.writerow(
+        [
+            "experiment",
+            "projector",
+            "adapter",
+            "seeds",
+            *(f"{n} {part}" for n in names for part in ("value", "low", "high")),
+            *COST,
+        ]
+    )
     for row in found["table"]:
-        writer.writerow([row["name"], row["projector"], row["adapter"], row["seeds"], *(
-            f"{row['metrics'][n][part]:.4f}" for n in names for part in ("value", "low", "high")),
-            *(row["cost"][key] for key in COST)])
+        writer.writerow(
+            [
+                row["name"],
+                row["projector"],
+                row["adapter"],
+                row["seeds"],
+                *(f"{row['metrics'][n][part]:.4f}" for n in names for part in ("value", "low", "high")),
+                *(row["cost"][key] for key in COST),
+            ]
+        )
     return file.getvalue()
 
 
@@ -131,9 +182,12 @@ def to_latex(found: dict[str, Any]) -> str:
     def text(value: str) -> str:
         return "".join("\\" + c if c in "&%$#_{}" else c for c in value)
 
-    lines = [r"\begin{tabular}{lll" + "r" * len(names) + "}", r"\toprule",
-             " & ".join(["experiment", "projector", "adapter", *map(text, names)]) + r" \\",
-             r"\midrule"]
+    lines = [
+        r"\begin{tabular}{lll" + "r" * len(names) + "}",
+        r"\toprule",
+        " & ".join(["experiment", "projector", "adapter", *map(text, names)]) + r" \\",
+        r"\midrule",
+    ]
     for row in found["table"]:
         cells = []
         for name in names:
@@ -141,8 +195,7 @@ def to_latex(found: dict[str, Any]) -> str:
             number = f"{cell['value']:.1f}"
             number = rf"\textbf{{{number}}}" if cell["value"] == best[name] else number
             cells.append(rf"{number} {{\scriptsize [{cell['low']:.1f}, {cell['high']:.1f}]}}")
-        lines.append(" & ".join([text(row["name"]), text(row["projector"]), text(row["adapter"]),
-                                 *cells]) + r" \\")
+        lines.append(" & ".join([text(row["name"]), text(row["projector"]), text(row["adapter"]), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

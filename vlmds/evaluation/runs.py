@@ -63,8 +63,16 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     records = _read_metrics(path / "metrics.jsonl")
     last = experiment.stages[-1].name
     finished = (path / "artifacts" / last / "artifact.json").is_file()
-    return Run(path.name, path, experiment, metrics, {p["key"]: p for p in predictions},
-               costs(records, metrics), curves(records, experiment), finished)
+    return Run(
+        path.name,
+        path,
+        experiment,
+        metrics,
+        {p["key"]: p for p in predictions},
+        costs(records, metrics),
+        curves(records, experiment),
+        finished,
+    )
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -72,8 +80,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = flat_settings(run.experiment.model_dump())
-        identity = {k: v for k, v in settings.items()
-                    if k not in ("name", "owner", "priority", "training.seed")}
+        identity = {k: v for k, v in settings.items() if k not in ("name", "owner", "priority", "training.seed")}
         same = [r.experiment.training.seed for r in groups.get(json.dumps(identity, default=str), [])]
         key = json.dumps(identity, default=str)
         if run.experiment.training.seed in same:  # the same run twice is no new seed
@@ -101,11 +108,14 @@ def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
     memory = [r["memory_gib"] for r in records if r.get("memory_gib")]
     joules = {r["stage"]: r["joules"] for r in records if r["kind"] == "energy"}
     model = metrics["model"]
-    return {"visual_tokens": model["visual_tokens"],
-            "trainable": model["projector_parameters"] + model["adapter_parameters"],
-            "samples_per_s": speeds, "memory_gib": max(memory, default=None),
-            "hours": seconds / 3600 if seconds else None,
-            "kilowatt_hours": sum(joules.values()) / 3.6e6 if joules else None}
+    return {
+        "visual_tokens": model["visual_tokens"],
+        "trainable": model["projector_parameters"] + model["adapter_parameters"],
+        "samples_per_s": speeds,
+        "memory_gib": max(memory, default=None),
+        "hours": seconds / 3600 if seconds else None,
+        "kilowatt_hours": sum(joules.values()) / 3.6e6 if joules else None,
+    }
 
 
 def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list[dict]:
@@ -113,13 +123,19 @@ def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list
     found = []
     for stage in experiment.stages:
         for kind in ("train", "val"):
-            points = [(r["step"], r["loss"]) for r in records
-                      if r.get("stage") == stage.name and r["kind"] == kind
-                      and isinstance(r.get("loss"), float) and math.isfinite(r["loss"])]
+            points = [
+                (r["step"], r["loss"])
+                for r in records
+                if r.get("stage") == stage.name
+                and r["kind"] == kind
+                and isinstance(r.get("loss"), float)
+                and math.isfinite(r["loss"])
+            ]
             points = points[:: max(1, math.ceil(len(points) / most))]
             if points:
-                found.append({"stage": stage.name, "kind": kind, "step": [p[0] for p in points],
-                              "loss": [p[1] for p in points]})
+                found.append(
+                    {"stage": stage.name, "kind": kind, "step": [p[0] for p in points], "loss": [p[1] for p in points]}
+                )
     return found
 
 

@@ -80,10 +80,14 @@ def swap_videos(texts: Sequence[ClipText], seed: int = 0) -> dict[int, int]:
         order = np.random.RandomState(seed).permutation(len(group))
         shuffled = [group[i] for i in order]
         for number, text in enumerate(shuffled):
-            partner = next((
-                other for step in range(1, len(shuffled))
-                if not set((other := shuffled[(number + step) % len(shuffled)]).captions)
-                & set(text.captions)), None)
+            partner = next(
+                (
+                    other
+                    for step in range(1, len(shuffled))
+                    if not set((other := shuffled[(number + step) % len(shuffled)]).captions) & set(text.captions)
+                ),
+                None,
+            )
             if partner:
                 swapped[text.position] = partner.position
     return swapped
@@ -119,40 +123,51 @@ class ClipScorer:
         generation: how captions are written.
     """
 
-    def __init__(self, experiment: Experiment, model: Model, texts: Sequence[ClipText],
-                 swapped: dict[int, int], *, batch_size: int = 8,
-                 generation: GenerationOptions = GenerationOptions()):
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: Model,
+        texts: Sequence[ClipText],
+        swapped: dict[int, int],
+        *,
+        batch_size: int = 8,
+        generation: GenerationOptions = GenerationOptions(),
+    ):
         self.model, self.batch_size = model, batch_size
         self.generation = generation
         self.num_frames = experiment.data.num_frames
         self.num_workers = experiment.data.num_workers
         self.builder = SequenceBuilder(
-            model.tokenizer, experiment.data.prompt, model.captioner.projector.num_tokens,
-            experiment.data.max_caption_tokens)
+            model.tokenizer,
+            experiment.data.prompt,
+            model.captioner.projector.num_tokens,
+            experiment.data.max_caption_tokens,
+        )
         self.texts = {text.position: text for text in texts}
         self.lent: dict[int, list[int]] = {}
         for position, partner in swapped.items():
             self.lent.setdefault(partner, []).append(position)
 
-    def batches(self, reader: SampleReader, positions: Sequence[int],
-                thumbnail: Callable[[int, np.ndarray], None] | None = None,
-                ) -> Iterator[list[dict[str, Any]]]:
+    def batches(
+        self, reader: SampleReader, positions: Sequence[int], thumbnail: Callable[[int, np.ndarray], None] | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
         """A list of records for each batch of the positions, in order; JSON can hold them.
 
         Args:
             thumbnail: called with each clip's position and frames, uint8 [F, 3, S, S].
         """
-        chunks = [positions[i : i + self.batch_size]
-                  for i in range(0, len(positions), self.batch_size)]
+        chunks = [positions[i : i + self.batch_size] for i in range(0, len(positions), self.batch_size)]
         for items in Batches(ClipReader(reader), chunks, list, self.num_workers):
             if isinstance(items, dict):
                 raise InputError(items["failure"])
-            records = [{"position": item.position, "key": item.key, "unreadable": item.reason}
-                       for item in items if isinstance(item, Unreadable)]
+            records = [
+                {"position": item.position, "key": item.key, "unreadable": item.reason}
+                for item in items
+                if isinstance(item, Unreadable)
+            ]
             samples = [item for item in items if not isinstance(item, Unreadable)]
             if samples:
-                records += self.score(
-                    [self.texts[s.position] for s in samples], visual_inputs(samples))
+                records += self.score([self.texts[s.position] for s in samples], visual_inputs(samples))
             for sample in samples:
                 if thumbnail and sample.frames is not None:  # a features store has none
                     thumbnail(sample.position, sample.frames)
@@ -165,9 +180,18 @@ class ClipScorer:
         tokens]."""
         features = self.model.features(inputs)
         captions = self._generate(features, [text.prompt for text in texts])
-        records = [{"position": text.position, "key": text.key, "caption": caption,
-                    "caption_log_probability": None, "real": [0.0, 0], "blank": [0.0, 0],
-                    "lent": {}} for text, caption in zip(texts, captions, strict=True)]
+        records = [
+            {
+                "position": text.position,
+                "key": text.key,
+                "caption": caption,
+                "caption_log_probability": None,
+                "real": [0.0, 0],
+                "blank": [0.0, 0],
+                "lent": {},
+            }
+            for text, caption in zip(texts, captions, strict=True)
+        ]
         jobs = []  # (row of the features, caption, prompt, where the result goes)
         blank_row = len(texts)
         for row, (text, record) in enumerate(zip(texts, records, strict=True)):
@@ -179,13 +203,15 @@ class ClipScorer:
             for position in self.lent.get(text.position, ()):
                 borrower = self.texts[position]
                 record["lent"][str(position)] = [0.0, 0]
-                jobs += [(row, caption, borrower.prompt, (record["lent"], str(position)))
-                         for caption in borrower.captions]
+                jobs += [
+                    (row, caption, borrower.prompt, (record["lent"], str(position))) for caption in borrower.captions
+                ]
         features = torch.cat([features, self._blank_features])
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
             values = self._log_probabilities(
-                features[[job[0] for job in part]], [j[1] for j in part], [j[2] for j in part])
+                features[[job[0] for job in part]], [j[1] for j in part], [j[2] for j in part]
+            )
             for (*_, (target, name)), (total, tokens) in zip(part, values, strict=True):
                 if name == "caption":
                     target["caption_log_probability"] = total / tokens
@@ -197,8 +223,7 @@ class ClipScorer:
     @torch.no_grad()
     def blank_captions(self, prompts: Sequence[str | None]) -> dict[str | None, str]:
         """What the model says to each prompt when all frames are black."""
-        return {prompt: self._generate(self._blank_features, [prompt])[0]
-                for prompt in dict.fromkeys(prompts)}
+        return {prompt: self._generate(self._blank_features, [prompt])[0] for prompt in dict.fromkeys(prompts)}
 
     def _generate(self, features: Tensor, prompts: Sequence[str | None]) -> list[str]:
         return generate_captions(self.model, self.builder, features, prompts, self.generation)
@@ -207,16 +232,16 @@ class ClipScorer:
     def _blank_features(self) -> Tensor:
         """Of black frames, [1, N, vision_dim]: the same for all batches, as CLIP is frozen."""
         side = self.model.image_size
-        return self.model.features({"frames": torch.zeros(
-            1, self.num_frames, 3, side, side, dtype=torch.uint8)})
+        return self.model.features({"frames": torch.zeros(1, self.num_frames, 3, side, side, dtype=torch.uint8)})
 
-    def _log_probabilities(self, features: Tensor, captions: Sequence[str],
-                           prompts: Sequence[str | None]) -> list[tuple[float, int]]:
+    def _log_probabilities(
+        self, features: Tensor, captions: Sequence[str], prompts: Sequence[str | None]
+    ) -> list[tuple[float, int]]:
         """(sum, tokens) of each caption and its end of turn, given features [B, N, vision_dim]."""
         batch = self.builder.collate_training(
-            [self.builder.training(c, p) for c, p in zip(captions, prompts, strict=True)])
-        losses, rows = self.model.captioner.token_losses(
-            features, batch["input_ids"], batch["labels"])
+            [self.builder.training(c, p) for c, p in zip(captions, prompts, strict=True)]
+        )
+        losses, rows = self.model.captioner.token_losses(features, batch["input_ids"], batch["labels"])
         losses, rows = losses.double().cpu(), rows.cpu()
         sums = torch.zeros(len(captions), dtype=torch.float64).index_add_(0, rows, -losses)
         return list(zip(sums.tolist(), torch.bincount(rows, minlength=len(captions)).tolist()))
@@ -225,6 +250,8 @@ class ClipScorer:
 def thumbnail_jpeg(frames: np.ndarray) -> bytes:
     """A strip of some frames, uint8 [F, 3, S, S], as a small JPEG."""
     chosen = np.linspace(0, len(frames) - 1, min(THUMBNAIL_FRAMES, len(frames))).round().astype(int)
-    small = [np.asarray(Image.fromarray(frames[number].transpose(1, 2, 0)).resize(
-        (THUMBNAIL_SIDE, THUMBNAIL_SIDE))) for number in chosen]
+    small = [
+        np.asarray(Image.fromarray(frames[number].transpose(1, 2, 0)).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE)))
+        for number in chosen
+    ]
     return encode_jpeg(np.concatenate(small, axis=1).transpose(2, 0, 1), SHOWN_QUALITY)

@@ -11,8 +11,9 @@ import numpy as np
 from vlmds.evaluation.metrics import interval, normalise, resampled_means
 
 
-def words_told(captions: Sequence[Sequence[str]], references: Sequence[Sequence[str]],
-               words: Sequence[str]) -> dict | None:
+def words_told(
+    captions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], words: Sequence[str]
+) -> dict | None:
     """How often a caption has exactly those of the words that a reference of its clip has.
 
     A word is there if a part of the text at whitespace begins with it: Korean particles follow
@@ -31,14 +32,17 @@ def words_told(captions: Sequence[Sequence[str]], references: Sequence[Sequence[
     if not kept:
         return None
     frequent = Counter(answer for i in kept for answer in answers[i]).most_common(1)[0][0]
-    right = [np.array([[100.0 * (_found(texts[i], words) in answers[i])] for i in kept])
-             for texts in captions]
+    right = [np.array([[100.0 * (_found(texts[i], words) in answers[i])] for i in kept]) for texts in captions]
     values = []
     for own, means in zip(right, resampled_means(right), strict=True):
         low, high = interval(means[:, 0])
         values.append({"value": float(own.mean()), "low": low, "high": high})
-    return {"words": list(words), "clips": len(kept), "values": values,
-            "chance": 100 * float(np.mean([frequent in answers[i] for i in kept]))}
+    return {
+        "words": list(words),
+        "clips": len(kept),
+        "values": values,
+        "chance": 100 * float(np.mean([frequent in answers[i] for i in kept])),
+    }
 
 
 def _found(text: str, words: Sequence[str]) -> frozenset[str]:

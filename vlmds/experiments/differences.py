@@ -5,17 +5,21 @@ from __future__ import annotations
 from vlmds.experiments.schema import Experiment
 
 
-def differing_keys(old: Experiment, new: Experiment, *, only: tuple[str, ...] = ("",),
-                   but: tuple[str, ...] = ()) -> list[str]:
-    """"key old -> new" for each key that differs, under one of ``only`` and under none of ``but``;
+def differing_keys(
+    old: Experiment, new: Experiment, *, only: tuple[str, ...] = ("",), but: tuple[str, ...] = ()
+) -> list[str]:
+    """ "key old -> new" for each key that differs, under one of ``only`` and under none of ``but``;
     a name stands for all keys below it."""
     a, b = flat_settings(old.model_dump()), flat_settings(new.model_dump())
 
     def under(key: str, names: tuple[str, ...]) -> bool:
         return any(name in ("", key) or key.startswith(f"{name}.") for name in names)
 
-    return [f"{key} {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys())
-            if a.get(key) != b.get(key) and under(key, only) and not under(key, but)]
+    return [
+        f"{key} {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and under(key, only) and not under(key, but)
+    ]
 
 
 def flat_settings(tree, prefix: str = "") -> dict:

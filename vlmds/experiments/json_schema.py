@@ -18,8 +18,7 @@ from vlmds.experiments.schema import Experiment
 
 SCHEMA_FILE = PACKAGED / "schema.json"
 _WHOLE = ("StageConfig", "BlendPart")  # items of lists, which replace lists: never given in part
-_LIMITS = {"exclusiveMinimum": "> {:g}", "minimum": "≥ {:g}", "exclusiveMaximum": "< {:g}",
-           "maximum": "≤ {:g}"}
+_LIMITS = {"exclusiveMinimum": "> {:g}", "minimum": "≥ {:g}", "exclusiveMaximum": "< {:g}", "maximum": "≤ {:g}"}
 
 Schema = dict[str, Any]
 
@@ -29,17 +28,20 @@ def experiment_schema() -> Schema:
     have every key; whether all are there is checked when it is read."""
     schema = Experiment.model_json_schema()
     schema["properties"] = {
-        "extends": {"type": "string", "description": "Another experiment file, or the name of a "
-                    "packaged one. This file's keys are merged over its keys."},
-        **schema["properties"]}
+        "extends": {
+            "type": "string",
+            "description": "Another experiment file, or the name of a "
+            "packaged one. This file's keys are merged over its keys.",
+        },
+        **schema["properties"],
+    }
     for name, section in [("Experiment", schema), *schema["$defs"].items()]:
         if name not in _WHOLE:
             section.pop("required", None)
     projector = schema["properties"]["projector"]
     projector.pop("discriminator")
     projector["anyOf"] = projector.pop("oneOf")  # without its type, a projector may fit several
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema,
-            "title": "vlmds experiment"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vlmds experiment"}
 
 
 def schema_text() -> str:
@@ -53,8 +55,10 @@ def configuration_page() -> str:
     base = yaml.safe_load((PACKAGED / "base.yaml").read_text(encoding="utf-8"))
     parts = [_INTRODUCTION]
     for title, text, section, defaults in _sections(schema, base):
-        parts.append(f"## {title}\n\n{text}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
-                     + "\n".join(_rows(section, schema, defaults)))
+        parts.append(
+            f"## {title}\n\n{text}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+            + "\n".join(_rows(section, schema, defaults))
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,8 +111,7 @@ def _type(field: Schema, schema: Schema) -> str:
         return " or ".join(dict.fromkeys(_type(choice, schema) for choice in field["anyOf"]))
     if field["type"] == "array":
         size = f"{field['maxItems']} " if "maxItems" in field else ""
-        return f"list of {size}" + re.sub(r"(string|number|section)\b", r"\1s",
-                                          _type(field["items"], schema), count=1)
+        return f"list of {size}" + re.sub(r"(string|number|section)\b", r"\1s", _type(field["items"], schema), count=1)
     limits = [text.format(field[limit]) for limit, text in _LIMITS.items() if limit in field]
     return " ".join([field["type"], ", ".join(limits)]).strip()
 

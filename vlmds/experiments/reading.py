@@ -194,8 +194,7 @@ def _check_keys(tree: Any, model: type[BaseModel], prefix: str, fail) -> None:
             if kind not in PROJECTORS:
                 near = difflib.get_close_matches(str(kind), list(PROJECTORS), n=1)
                 hint = f"did you mean '{near[0]}'? " if near else ""
-                fail(f"{dotted}.type", f"unknown projector {kind!r}; {hint}valid: "
-                     + ", ".join(PROJECTORS))
+                fail(f"{dotted}.type", f"unknown projector {kind!r}; {hint}valid: " + ", ".join(PROJECTORS))
             _check_keys(value, PROJECTORS[kind], f"{dotted}.", fail)
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             _check_keys(value, field.annotation, f"{dotted}.", fail)

@@ -35,8 +35,10 @@ def describe_batch(experiment: Experiment, world_size: int, global_batch: int | 
     accumulation = accumulation_steps(experiment, world_size, global_batch)
     micro_batch = experiment.training.micro_batch
     batch = micro_batch * accumulation * world_size
-    text = (f"global batch {batch} = micro_batch {micro_batch} × accumulation {accumulation} × "
-            f"{counted(world_size, 'rank')}")
+    text = (
+        f"global batch {batch} = micro_batch {micro_batch} × accumulation {accumulation} × "
+        f"{counted(world_size, 'rank')}"
+    )
     if experiment.training.global_batch is None:
         text += f"; set training.global_batch={batch} to have it with any number of GPUs"
     return text

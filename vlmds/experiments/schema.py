@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -29,8 +29,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 class Section(BaseModel):
     """A mapping of the experiment file: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class VisionConfig(Section):
@@ -97,13 +96,9 @@ class PerceiverProjector(_Resampler):
 
 
 ProjectorConfig = Annotated[
-    Union[LinearProjector, MLPProjector, CAbstractorProjector, PerceiverProjector],
-    Field(discriminator="type"),
+    LinearProjector | MLPProjector | CAbstractorProjector | PerceiverProjector, Field(discriminator="type")
 ]
-PROJECTORS = {
-    get_args(cls.model_fields["type"].annotation)[0]: cls
-    for cls in get_args(get_args(ProjectorConfig)[0])
-}
+PROJECTORS = {get_args(cls.model_fields["type"].annotation)[0]: cls for cls in get_args(get_args(ProjectorConfig)[0])}
 
 
 class LanguageConfig(Section):
@@ -210,8 +205,7 @@ class TrainingConfig(Section):
     """Of AdamW; see ``weight_decay_factors`` of a stage."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Of AdamW."""
-    activation_checkpointing: Annotated[
-        Literal["auto"] | bool | int, BeforeValidator(_checkpointing)] = "auto"
+    activation_checkpointing: Annotated[Literal["auto"] | bool | int, BeforeValidator(_checkpointing)] = "auto"
     """Which layers of the LLM recompute their activations in the backward pass instead of keeping
     them: all (true), none (false), every n-th (n); auto takes the fewest with which the stage fits
     the GPU's memory, and none on a CPU. Results are the same."""
@@ -348,5 +342,3 @@ class Experiment(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
         return self
-
-

@@ -50,8 +50,15 @@ PEFT_CARD = ("README.md",)  # an empty form
 HOW_TO_LOAD = Path(__file__).parent / "bundle" / "example.py"
 
 
-def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = False,
-               device: str | None = None, overrides: Sequence[str] = ()) -> Parity | None:
+def export_run(
+    run: Path,
+    output: Path,
+    *,
+    format: str = "vlmds",
+    merge: bool = False,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Parity | None:
     """Write ``output``, whole or not at all; returns the parity of a folder with folded weights.
 
     Args:
@@ -71,9 +78,11 @@ def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = 
     check_request(artifact, meta, output, format, merge)
     places = (run, artifact.parent.parent)
     run_folder = next((place for place in places if (place / "run.json").is_file()), None)
-    published = experiment.model_copy(update={  # where the data lies is nobody else's business
-        "data": experiment.data.model_copy(
-            update={"path": None, "blend": None, "cache_dir": None})})
+    published = experiment.model_copy(
+        update={  # where the data lies is nobody else's business
+            "data": experiment.data.model_copy(update={"path": None, "blend": None, "cache_dir": None})
+        }
+    )
 
     def facts(kind: str, **more) -> Facts:
         return Facts(kind, meta, published, artifact, run_folder, **more)
@@ -92,8 +101,7 @@ def export_run(run: Path, output: Path, *, format: str = "vlmds", merge: bool = 
             shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
             _write_json(new / "lineage.json", meta["lineage"])
         (new / "experiment.yaml").write_text(to_yaml(published), encoding="utf-8")
-        (new / "README.md").write_text(
-            model_card(facts(format, template=_template(experiment))), encoding="utf-8")
+        (new / "README.md").write_text(model_card(facts(format, template=_template(experiment))), encoding="utf-8")
     return None
 
 
@@ -107,8 +115,10 @@ def finished_artifact(run: Path) -> Path:
     if not is_artifact(run):
         last = load_experiment(run / "experiment.yaml").stages[-1].name
         if artifact.name != last:
-            raise InputError(f"--run {run}: its last stage, {last}, is not finished; finish it, or "
-                             f"export what there is with --run {artifact}")
+            raise InputError(
+                f"--run {run}: its last stage, {last}, is not finished; finish it, or "
+                f"export what there is with --run {artifact}"
+            )
     return artifact
 
 
@@ -122,16 +132,20 @@ def check_request(artifact: Path, meta: dict, output: Path, format: str, merge: 
     if format == "peft" and merge:
         raise InputError("--merge: --format peft is the adapter itself; leave one of them out")
     if meta.get("llm") and (format != "vlmds" or merge):
-        raise InputError(f"--run {artifact}: its adapter is folded in already; export the run that "
-                         "it came from")
+        raise InputError(f"--run {artifact}: its adapter is folded in already; export the run that it came from")
     if not meta["adapter"] and (merge or format == "peft"):
-        raise InputError(f"--run {artifact}: stage {meta['stage']} has no adapter; export a stage "
-                         "that trains peft")
+        raise InputError(f"--run {artifact}: stage {meta['stage']} has no adapter; export a stage that trains peft")
 
 
-def _write_folded(artifact: Path, output: Path, format: str, experiment: Experiment,
-                  published: Experiment, device: torch.device,
-                  facts: Callable[..., Facts]) -> Parity:
+def _write_folded(
+    artifact: Path,
+    output: Path,
+    format: str,
+    experiment: Experiment,
+    published: Experiment,
+    device: torch.device,
+    facts: Callable[..., Facts],
+) -> Parity:
     model = load_unmerged(artifact, experiment, device)
     template, tokens = model.tokenizer.chat_template, model.captioner.projector.num_tokens
     builder = SequenceBuilder(model.tokenizer, experiment.data.prompt, tokens)
@@ -162,9 +176,12 @@ def _write_folded(artifact: Path, output: Path, format: str, experiment: Experim
             write_example(new, published, remote=kind == REMOTE)
             after = _exported_logits(new, probes, builder, device, remote=kind == REMOTE)
         parity = compare_logits(before, after, source)
-        (new / "README.md").write_text(model_card(facts(
-            kind, template=template, visual_tokens=tokens, parity=parity,
-            vllm=activation != "linear")), encoding="utf-8")
+        (new / "README.md").write_text(
+            model_card(
+                facts(kind, template=template, visual_tokens=tokens, parity=parity, vllm=activation != "linear")
+            ),
+            encoding="utf-8",
+        )
     return parity
 
 
@@ -176,17 +193,27 @@ def _write_merged(new: Path, artifact: Path, model: Model, published: Experiment
     shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
     (new / "experiment.yaml").write_text(to_yaml(unquantised(published)), encoding="utf-8")
     files = [new / "projector.safetensors", *sorted((new / LLM).glob("*.safetensors"))]
-    _write_json(new / "artifact.json", meta | {
-        "version": VERSION, "adapter": False, "merged_adapter": published.peft.type, "llm": LLM,
-        "files": {path.relative_to(new).as_posix(): sha256_of(path) for path in files}})
+    _write_json(
+        new / "artifact.json",
+        meta
+        | {
+            "version": VERSION,
+            "adapter": False,
+            "merged_adapter": published.peft.type,
+            "llm": LLM,
+            "files": {path.relative_to(new).as_posix(): sha256_of(path) for path in files},
+        },
+    )
 
 
 def write_example(folder: Path, experiment: Experiment, remote: bool) -> None:
     """example.py, for this experiment's frames and prompt."""
     source = HOW_TO_LOAD.read_text(encoding="utf-8")
-    for name, value in (("NUM_FRAMES", experiment.data.num_frames),
-                        ("PROMPT", experiment.data.prompt),
-                        ("OPTIONS", {"trust_remote_code": True} if remote else {})):
+    for name, value in (
+        ("NUM_FRAMES", experiment.data.num_frames),
+        ("PROMPT", experiment.data.prompt),
+        ("OPTIONS", {"trust_remote_code": True} if remote else {}),
+    ):
         lines = source.splitlines()
         (number,) = (i for i, line in enumerate(lines) if line.startswith(f"{name} = "))
         lines[number] = f"{name} = {value!r}"
@@ -194,8 +221,9 @@ def write_example(folder: Path, experiment: Experiment, remote: bool) -> None:
     (folder / "example.py").write_text(source, encoding="utf-8")
 
 
-def _exported_logits(folder: Path, probes: list[Probe], builder: SequenceBuilder,
-                     device: torch.device, remote: bool) -> Callable[[int], Tensor]:
+def _exported_logits(
+    folder: Path, probes: list[Probe], builder: SequenceBuilder, device: torch.device, remote: bool
+) -> Callable[[int], Tensor]:
     """Gives each probe's logits by the folder's own model and processor, as loaded anew."""
     options = {"trust_remote_code": True} if remote else {}
     processor = AutoProcessor.from_pretrained(folder, **options)
@@ -205,17 +233,27 @@ def _exported_logits(folder: Path, probes: list[Probe], builder: SequenceBuilder
     def logits(number: int) -> Tensor:
         probe = probes[number]
         text = processor.apply_chat_template(
-            user_message(probe.prompt or builder.prompt, len(probe.frames)),
-            add_generation_prompt=True)
+            user_message(probe.prompt or builder.prompt, len(probe.frames)), add_generation_prompt=True
+        )
         images = [Image.fromarray(np.ascontiguousarray(f.transpose(1, 2, 0))) for f in probe.frames]
         inputs = processor(images=images, text=text, return_tensors="pt").to(device)
         caption = [i for i in probe.sequence.labels if i != IGNORE]
         ids = torch.cat([inputs["input_ids"], torch.tensor([caption], device=device)], dim=1)
         if ids.shape[1] != len(probe.sequence.input_ids):
-            raise InputError(f"the prompt {probe.prompt!r} of a clip holds "
-                             f"{processor.image_token}, which stands for a visual token; take it out of the data")
-        return model(input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False,
-                     logits_to_keep=supervised(probe.sequence).to(device)).logits.float().cpu()
+            raise InputError(
+                f"the prompt {probe.prompt!r} of a clip holds "
+                f"{processor.image_token}, which stands for a visual token; take it out of the data"
+            )
+        return (
+            model(
+                input_ids=ids,
+                pixel_values=inputs["pixel_values"],
+                use_cache=False,
+                logits_to_keep=supervised(probe.sequence).to(device),
+            )
+            .logits.float()
+            .cpu()
+        )
 
     return logits
 

@@ -20,10 +20,11 @@ def push_to_hub(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True, private=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder,
-                                     commit_message="Exported by vlmds"))
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by vlmds"))
     except (OSError, ValueError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"--push-to-hub {repository}: {reason}; the folder is complete: {folder}, "
-                         "so log in (hf auth login) and run: "
-                         f"hf upload {repository} {folder}") from None
+        raise InputError(
+            f"--push-to-hub {repository}: {reason}; the folder is complete: {folder}, "
+            "so log in (hf auth login) and run: "
+            f"hf upload {repository} {folder}"
+        ) from None

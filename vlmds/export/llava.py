@@ -34,8 +34,7 @@ def fits_llava(projector: Projector, tower: VisionTower) -> bool:
     return isinstance(projector, (Linear, MLP)) and tower.pool == 1
 
 
-def write_llava(folder: Path, model: Model, experiment: Experiment, builder: SequenceBuilder
-                ) -> str:
+def write_llava(folder: Path, model: Model, experiment: Experiment, builder: SequenceBuilder) -> str:
     """Write model (adapter folded in, projector linear or MLP) and processor into ``folder``;
     returns the activation of LLaVA's projector.
 
@@ -44,24 +43,35 @@ def write_llava(folder: Path, model: Model, experiment: Experiment, builder: Seq
     """
     tower, llm, projector = model.tower, model.captioner.llm, model.captioner.projector
     tokenizer, token = exported_tokenizer(
-        model.tokenizer, llm.get_input_embeddings().num_embeddings, experiment.llm.model)
+        model.tokenizer, llm.get_input_embeddings().num_embeddings, experiment.llm.model
+    )
     act, first, second = projector_as_llava(projector)
     config = LlavaConfig(
-        vision_config=nameless(tower.clip.config), text_config=nameless(llm.config),
-        image_token_index=tokenizer.convert_tokens_to_ids(token), image_seq_length=tower.patches,
-        projector_hidden_act=act, vision_feature_select_strategy="default",
+        vision_config=nameless(tower.clip.config),
+        text_config=nameless(llm.config),
+        image_token_index=tokenizer.convert_tokens_to_ids(token),
+        image_seq_length=tower.patches,
+        projector_hidden_act=act,
+        vision_feature_select_strategy="default",
         vision_feature_layer=tower.feature_layer,
-        tie_word_embeddings=llm.config.tie_word_embeddings, dtype=llm.dtype,
-        architectures=["LlavaForConditionalGeneration"])
+        tie_word_embeddings=llm.config.tie_word_embeddings,
+        dtype=llm.dtype,
+        architectures=["LlavaForConditionalGeneration"],
+    )
     # The names that the hub's LLaVA checkpoints have; vLLM reads no others.
     weights = named("vision_tower.vision_model", tower.clip) | named("language_model", llm)
     weights |= named("multi_modal_projector.linear_1", first)
     weights |= named("multi_modal_projector.linear_2", second)
     write_model(folder, config, weights, builder)
     processor = LlavaProcessor(
-        image_processor(tower), tokenizer, patch_size=tower.clip.config.patch_size,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,  # the class token
-        image_token=token, chat_template=tokenizer.chat_template)
+        image_processor(tower),
+        tokenizer,
+        patch_size=tower.clip.config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token
+        image_token=token,
+        chat_template=tokenizer.chat_template,
+    )
     check_sequence(processor, builder, projector.num_frames, tower.image_size)
     processor.save_pretrained(folder)
     return act

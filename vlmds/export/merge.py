@@ -73,7 +73,8 @@ def merge_adapter(llm: PeftModel) -> PreTrainedModel:
             try:
                 module.merge(safe_merge=True)
             except ValueError:
-                raise InputError(f"{name}: folding the adapter in gives no finite weights; the "
-                                 "adapter is damaged or has diverged") from None
+                raise InputError(
+                    f"{name}: folding the adapter in gives no finite weights; the adapter is damaged or has diverged"
+                ) from None
             module.to(dtype)
     return llm.base_model.unload()

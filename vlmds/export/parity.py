@@ -49,29 +49,36 @@ class Parity:
     kl: float
 
     def __str__(self) -> str:
-        return (f"max |logit difference| {self.max_diff:.3g}, same top-1 token {self.top1:.2%}, "
-                f"KL {self.kl:.3g} nats ({counted(self.tokens, 'caption token')} of "
-                f"{counted(self.clips, 'clip')}, {self.source})")
+        return (
+            f"max |logit difference| {self.max_diff:.3g}, same top-1 token {self.top1:.2%}, "
+            f"KL {self.kl:.3g} nats ({counted(self.tokens, 'caption token')} of "
+            f"{counted(self.clips, 'clip')}, {self.source})"
+        )
 
 
-def make_probes(experiment: Experiment, model: Model) -> tuple[
-        list[Probe], str]:
+def make_probes(experiment: Experiment, model: Model) -> tuple[list[Probe], str]:
     """(probes, where they are from): clips of the run's validation split with their captions where
     they can be read, else random frames with what the model says to them. The card tells where, so
     no paths stand in it."""
-    builder = SequenceBuilder(model.tokenizer, experiment.data.prompt,
-                              model.captioner.projector.num_tokens,
-                              experiment.data.max_caption_tokens)
+    builder = SequenceBuilder(
+        model.tokenizer,
+        experiment.data.prompt,
+        model.captioner.projector.num_tokens,
+        experiment.data.max_caption_tokens,
+    )
     try:
         samples, split = _dataset_samples(experiment, model.image_size)
     except (InputError, SampleError, OSError) as error:
         with phase("captions of random frames"):
-            probes = [Probe(frames, None, builder.training(caption or "?"))
-                      for frames, caption in _random_clips(experiment, model, builder)]
+            probes = [
+                Probe(frames, None, builder.training(caption or "?"))
+                for frames, caption in _random_clips(experiment, model, builder)
+            ]
         print(f"vlmds: the logits are compared on random frames: {error}", file=sys.stderr)
         return probes, "random frames, for want of the run's data"
-    return [Probe(s.frames, s.prompt, builder.training(s.caption, s.prompt))
-            for s in samples], f"split {split} of the run's data"
+    return [
+        Probe(s.frames, s.prompt, builder.training(s.caption, s.prompt)) for s in samples
+    ], f"split {split} of the run's data"
 
 
 def _dataset_samples(experiment: Experiment, image_size: int):
@@ -79,8 +86,14 @@ def _dataset_samples(experiment: Experiment, image_size: int):
     if dataset.store == "features":
         raise InputError(f"{dataset.root} holds features, not frames")
     split = "val" if "val" in dataset.splits else dataset.splits[0]
-    reader = SampleReader(dataset, split, experiment.data.num_frames, image_size, shuffle=False,
-                          decode_seconds=experiment.data.decode_seconds)
+    reader = SampleReader(
+        dataset,
+        split,
+        experiment.data.num_frames,
+        image_size,
+        shuffle=False,
+        decode_seconds=experiment.data.decode_seconds,
+    )
     return [reader.load(p) for p in evaluated_positions(len(reader), CLIPS)], split
 
 
@@ -99,9 +112,15 @@ def captioner_logits(model: Model, probe: Probe, device: torch.device) -> Tensor
     """Logits at the caption tokens, float32 [tokens, vocabulary] on the CPU."""
     ids = torch.tensor([probe.sequence.input_ids], device=device)
     features = model.features({"frames": torch.from_numpy(probe.frames[None])})
-    return model.captioner.llm(
-        inputs_embeds=model.captioner.embed(features, ids), use_cache=False,
-        logits_to_keep=supervised(probe.sequence).to(device)).logits.float().cpu()
+    return (
+        model.captioner.llm(
+            inputs_embeds=model.captioner.embed(features, ids),
+            use_cache=False,
+            logits_to_keep=supervised(probe.sequence).to(device),
+        )
+        .logits.float()
+        .cpu()
+    )
 
 
 def supervised(sequence: TokenSequence) -> Tensor:
@@ -122,5 +141,6 @@ def compare_logits(before: Sequence[Tensor], after: Callable[[int], Tensor], sou
             a, b = (F.log_softmax(x.double(), dim=-1) for x in (ours, theirs))
             kl += float((a.exp() * (a - b)).sum())
             tokens += len(ours)
-    return Parity(source, len(before), tokens, difference, same / tokens,
-                  max(kl / tokens, 0.0))  # rounding can take it below
+    return Parity(
+        source, len(before), tokens, difference, same / tokens, max(kl / tokens, 0.0)
+    )  # rounding can take it below

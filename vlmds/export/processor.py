@@ -38,8 +38,9 @@ PREAMBLE = """\
 """
 
 
-def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, model: str) -> tuple[
-        PreTrainedTokenizerBase, str]:
+def exported_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, rows: int, model: str
+) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer, changed to take images in chats and to pad on the left; and its image token.
 
     Args:
@@ -53,13 +54,13 @@ def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, model: str
     token = next((t for t in IMAGE_TOKENS if t in vocabulary), None)
     if token is None:
         if len(tokenizer) >= rows:
-            raise InputError(f"llm.model: {model}: its vocabulary has neither of "
-                             f"{', '.join(IMAGE_TOKENS)}, and the model has no row to spare")
+            raise InputError(
+                f"llm.model: {model}: its vocabulary has neither of "
+                f"{', '.join(IMAGE_TOKENS)}, and the model has no row to spare"
+            )
         token = IMAGE_TOKENS[-1]
-        tokenizer.add_special_tokens({"additional_special_tokens": [token]},
-                                     replace_extra_special_tokens=False)
-    tokenizer.chat_template = (
-        PREAMBLE.replace("IMAGE_TOKEN", token) + tokenizer.chat_template)
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = PREAMBLE.replace("IMAGE_TOKEN", token) + tokenizer.chat_template
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -70,25 +71,27 @@ def image_processor(tower: VisionTower) -> CLIPImageProcessorPil:
     """Resizes as :func:`vlmds.video.fit.resize_frames` does, bit for bit, then normalises."""
     size = tower.image_size
     return CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-        image_mean=tower.mean.flatten().tolist(), image_std=tower.std.flatten().tolist())
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=tower.mean.flatten().tolist(),
+        image_std=tower.std.flatten().tolist(),
+    )
 
 
 def user_message(prompt: str, num_frames: int) -> list[dict]:
     """The chat of one clip, for ``apply_chat_template``."""
-    return [{"role": "user", "content": [{"type": "image"}] * num_frames
-             + [{"type": "text", "text": prompt}]}]
+    return [{"role": "user", "content": [{"type": "image"}] * num_frames + [{"type": "text", "text": prompt}]}]
 
 
 def check_sequence(processor, builder: SequenceBuilder, num_frames: int, image_size: int) -> None:
     """Raise :class:`InputError` unless the exported processor gives the builder's token ids."""
     from PIL import Image
 
-    text = processor.apply_chat_template(
-        user_message(builder.prompt, num_frames), add_generation_prompt=True)
+    text = processor.apply_chat_template(user_message(builder.prompt, num_frames), add_generation_prompt=True)
     frames = [Image.new("RGB", (image_size, image_size))] * num_frames
     ids = processor(images=frames, text=text)["input_ids"][0]
     image = processor.image_token_id
     if list(ids) != [image if i == VISUAL else i for i in builder.prompt_ids()]:
-        raise InputError("llm.model: its chat template cannot be carried over: with images in the "
-                         "message it renders another text")
+        raise InputError(
+            "llm.model: its chat template cannot be carried over: with images in the message it renders another text"
+        )

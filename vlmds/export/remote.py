@@ -18,13 +18,14 @@ from vlmds.models.sequences import SequenceBuilder
 
 CODE = ("configuration_vlmds", "modeling_vlmds", "processing_vlmds")
 # What the copy of projectors.py must do without.
-REPLACED = {"from vlmds.experiments.schema import ProjectorConfig\n": "",
-            "from vlmds.errors import InputError\n": "",
-            "raise InputError(": "raise ValueError("}
+REPLACED = {
+    "from vlmds.experiments.schema import ProjectorConfig\n": "",
+    "from vlmds.errors import InputError\n": "",
+    "raise InputError(": "raise ValueError(",
+}
 
 
-def write_remote(folder: Path, model: Model, experiment: Experiment, builder: SequenceBuilder
-                 ) -> None:
+def write_remote(folder: Path, model: Model, experiment: Experiment, builder: SequenceBuilder) -> None:
     """Write model (adapter folded in), processor and their code into ``folder``.
 
     Raises:
@@ -32,24 +33,34 @@ def write_remote(folder: Path, model: Model, experiment: Experiment, builder: Se
     """
     tower, llm, projector = model.tower, model.captioner.llm, model.captioner.projector
     tokenizer, token = exported_tokenizer(
-        model.tokenizer, llm.get_input_embeddings().num_embeddings, experiment.llm.model)
+        model.tokenizer, llm.get_input_embeddings().num_embeddings, experiment.llm.model
+    )
     config = VlmdsConfig(
-        vision_config=nameless(tower.clip.config), text_config=nameless(llm.config),
-        projector=experiment.projector.model_dump(), num_frames=projector.num_frames,
-        feature_layer=tower.feature_layer, pool=tower.pool,
-        image_token_id=tokenizer.convert_tokens_to_ids(token), dtype=llm.dtype,
-        architectures=["VlmdsForConditionalGeneration"])
-    config.auto_map = {"AutoConfig": "configuration_vlmds.VlmdsConfig", **dict.fromkeys(
-        ("AutoModel", "AutoModelForImageTextToText"),
-        "modeling_vlmds.VlmdsForConditionalGeneration")}
-    weights = (named("vision_tower", tower.clip) | named("projector", projector)
-               | named("language_model", llm))
+        vision_config=nameless(tower.clip.config),
+        text_config=nameless(llm.config),
+        projector=experiment.projector.model_dump(),
+        num_frames=projector.num_frames,
+        feature_layer=tower.feature_layer,
+        pool=tower.pool,
+        image_token_id=tokenizer.convert_tokens_to_ids(token),
+        dtype=llm.dtype,
+        architectures=["VlmdsForConditionalGeneration"],
+    )
+    config.auto_map = {
+        "AutoConfig": "configuration_vlmds.VlmdsConfig",
+        **dict.fromkeys(("AutoModel", "AutoModelForImageTextToText"), "modeling_vlmds.VlmdsForConditionalGeneration"),
+    }
+    weights = named("vision_tower", tower.clip) | named("projector", projector) | named("language_model", llm)
     write_model(folder, config, weights, builder)
     VlmdsProcessor.register_for_auto_class()  # which makes save_pretrained name its code
     processor = VlmdsProcessor(
-        image_processor(tower), tokenizer, num_frames=projector.num_frames,
-        num_visual_tokens=projector.num_tokens, image_token=token,
-        chat_template=tokenizer.chat_template)
+        image_processor(tower),
+        tokenizer,
+        num_frames=projector.num_frames,
+        num_visual_tokens=projector.num_tokens,
+        image_token=token,
+        chat_template=tokenizer.chat_template,
+    )
     check_sequence(processor, builder, projector.num_frames, tower.image_size)
     processor.save_pretrained(folder)
     for name in CODE:

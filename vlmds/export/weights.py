@@ -24,14 +24,13 @@ def nameless(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, Tensor],
-                builder: SequenceBuilder) -> None:
+def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, Tensor], builder: SequenceBuilder) -> None:
     """Write config.json, generation_config.json (as `vlmds caption` generates by default) and
     model*.safetensors, in shards of 5 GB."""
     config.save_pretrained(folder)
     GenerationConfig(
-        do_sample=False, max_new_tokens=128, eos_token_id=builder.eos_token_id,
-        pad_token_id=builder.pad_token_id).save_pretrained(folder)
+        do_sample=False, max_new_tokens=128, eos_token_id=builder.eos_token_id, pad_token_id=builder.pad_token_id
+    ).save_pretrained(folder)
     if config.tie_word_embeddings:  # the input embedding stands for both
         weights.pop("language_model.lm_head.weight")
     save_torch_state_dict(weights, folder, max_shard_size="5GB", metadata={"format": "pt"})

@@ -57,17 +57,24 @@ class GenerationOptions:
             if not good:
                 raise InputError(f"{name} {getattr(self, name)}: must be {what}")
         if self.num_beams > 1 and self.temperature:
-            raise InputError(f"num_beams {self.num_beams} with temperature {self.temperature:g}: "
-                             "beam search does not sample; leave one of them out")
+            raise InputError(
+                f"num_beams {self.num_beams} with temperature {self.temperature:g}: "
+                "beam search does not sample; leave one of them out"
+            )
         if self.top_p < 1 and not self.temperature:
             raise InputError(f"top_p {self.top_p:g}: is of sampling; set temperature, too")
 
     def config(self, eos_token_id: int, pad_token_id: int) -> GenerationConfig:
         # Sampling is a search for the largest of noisy logits: see GumbelNoise.
         return GenerationConfig(
-            do_sample=False, num_beams=self.num_beams, max_new_tokens=self.max_new_tokens,
-            repetition_penalty=self.repetition_penalty, eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id, use_cache=True)
+            do_sample=False,
+            num_beams=self.num_beams,
+            max_new_tokens=self.max_new_tokens,
+            repetition_penalty=self.repetition_penalty,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            use_cache=True,
+        )
 
     def processors(self) -> LogitsProcessorList:
         """New ones for each call of ``generate``."""
@@ -103,8 +110,12 @@ class GumbelNoise(LogitsProcessor):
 
 @torch.no_grad()
 def generate_captions(
-    model: Model, builder: SequenceBuilder, features: Tensor, prompts: Sequence[str | None],
-    options: GenerationOptions, **more,
+    model: Model,
+    builder: SequenceBuilder,
+    features: Tensor,
+    prompts: Sequence[str | None],
+    options: GenerationOptions,
+    **more,
 ) -> list[str]:
     """Captions of one batch.
 
@@ -115,7 +126,11 @@ def generate_captions(
     """
     batch = builder.collate_generation(prompts)
     ids = model.captioner.generate(
-        features, batch["input_ids"], batch["attention_mask"].to(features.device),
+        features,
+        batch["input_ids"],
+        batch["attention_mask"].to(features.device),
         options.config(builder.eos_token_id, builder.pad_token_id),
-        logits_processor=options.processors(), **more)
+        logits_processor=options.processors(),
+        **more,
+    )
     return builder.decode(ids)

@@ -34,8 +34,7 @@ class VideoCaptioner:
     def __init__(self, experiment: Experiment, model: Model, device: torch.device):
         self.experiment, self.model, self.device = experiment, model, device
         model.captioner.eval().requires_grad_(False)
-        self.builder = SequenceBuilder(
-            model.tokenizer, experiment.data.prompt, model.captioner.projector.num_tokens)
+        self.builder = SequenceBuilder(model.tokenizer, experiment.data.prompt, model.captioner.projector.num_tokens)
 
     @classmethod
     def from_pretrained(
@@ -62,8 +61,13 @@ class VideoCaptioner:
         return cls(experiment, model, target)
 
     def caption(
-        self, videos: Iterable[str | Clip], options: GenerationOptions | None = None, *,
-        prompt: str | None = None, batch_size: int = 4, workers: int | None = None,
+        self,
+        videos: Iterable[str | Clip],
+        options: GenerationOptions | None = None,
+        *,
+        prompt: str | None = None,
+        batch_size: int = 4,
+        workers: int | None = None,
     ) -> Iterator[str | SampleError]:
         """For each video (path, URL or :class:`Clip`), in order, its caption, or why there is none.
 
@@ -75,8 +79,7 @@ class VideoCaptioner:
         """
         for batch in batched(self.frames(videos, workers), batch_size):
             frames = [item for item in batch if not isinstance(item, SampleError)]
-            captions = iter(self.caption_frames(
-                np.stack(frames), [prompt] * len(frames), options) if frames else [])
+            captions = iter(self.caption_frames(np.stack(frames), [prompt] * len(frames), options) if frames else [])
             for item in batch:
                 yield item if isinstance(item, SampleError) else next(captions)
 
@@ -86,22 +89,25 @@ class VideoCaptioner:
         """For each video, in order, the frames that the model sees, uint8 [F, 3, S, S], or why
         there are none. deadline: seconds that decoding one may take."""
         return decode_videos(
-            videos, self.experiment.data.num_frames, self.model.image_size,
-            workers=workers or cores_of_rank(), deadline=deadline)
+            videos,
+            self.experiment.data.num_frames,
+            self.model.image_size,
+            workers=workers or cores_of_rank(),
+            deadline=deadline,
+        )
 
     @torch.no_grad()
     def caption_frames(
-        self, frames: np.ndarray, prompts: Sequence[str | None] | None = None,
-        options: GenerationOptions | None = None,
+        self, frames: np.ndarray, prompts: Sequence[str | None] | None = None, options: GenerationOptions | None = None
     ) -> list[str]:
         """Captions of one batch: frames uint8 [B, F, 3, S, S], a prompt (or None) for each."""
         features = self.model.features({"frames": torch.from_numpy(frames)})
-        return generate_captions(self.model, self.builder, features, prompts or [None] * len(frames),
-                                 options or GenerationOptions())
+        return generate_captions(
+            self.model, self.builder, features, prompts or [None] * len(frames), options or GenerationOptions()
+        )
 
     def stream(
-        self, frames: np.ndarray, prompt: str | None = None,
-        options: GenerationOptions | None = None,
+        self, frames: np.ndarray, prompt: str | None = None, options: GenerationOptions | None = None
     ) -> Generator[str, None, str]:
         """The caption of one video in pieces, as they are written; together they are what
         ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
@@ -120,10 +126,8 @@ class VideoCaptioner:
             raise InputError("num_beams: beam search cannot be streamed; use 1")
         return self._stream(frames, prompt, options)
 
-    def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions,
-                ) -> Generator[str, None, str]:
-        streamer = _Streamer(
-            self.builder.tokenizer, skip_prompt=True, timeout=1.0, skip_special_tokens=True)
+    def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions) -> Generator[str, None, str]:
+        streamer = _Streamer(self.builder.tokenizer, skip_prompt=True, timeout=1.0, skip_special_tokens=True)
         left, failures = threading.Event(), queue.SimpleQueue()
 
         def write() -> None:
@@ -131,8 +135,14 @@ class VideoCaptioner:
                 with torch.no_grad():
                     features = self.model.features({"frames": torch.from_numpy(frames[None])})
                 generate_captions(
-                    self.model, self.builder, features, [prompt], options, streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Left(left)]))
+                    self.model,
+                    self.builder,
+                    features,
+                    [prompt],
+                    options,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Left(left)]),
+                )
             except BaseException as error:  # it belongs to the reader
                 failures.put(error)
                 streamer.end()

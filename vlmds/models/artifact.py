@@ -44,8 +44,7 @@ LLM = "llm"
 
 
 @phase("saving the artifact")
-def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str,
-                  lineage: dict) -> None:
+def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str, lineage: dict) -> None:
     """Write the artifact; it appears whole or not at all.
 
     Args:
@@ -53,15 +52,18 @@ def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, st
     """
     adapter = isinstance(captioner.llm, PeftModel)
     meta = {
-        "format": FORMAT, "version": VERSION, "stage": stage, "adapter": adapter,
-        "vision_width": captioner.projector.vision_dim, "llm_width": captioner.projector.llm_dim,
+        "format": FORMAT,
+        "version": VERSION,
+        "stage": stage,
+        "adapter": adapter,
+        "vision_width": captioner.projector.vision_dim,
+        "llm_width": captioner.projector.llm_dim,
     }
     with new_folder(folder) as new:
         (new / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
         state = captioner.projector.state_dict()
         # Clones: under an engine the parameters are views of one flat buffer.
-        save_file({k: v.detach().cpu().clone() for k, v in state.items()},
-                  new / "projector.safetensors")
+        save_file({k: v.detach().cpu().clone() for k, v in state.items()}, new / "projector.safetensors")
         if adapter:
             captioner.llm.save_pretrained(new / "adapter", save_embedding_layers=False)
         files = ["projector.safetensors", *([ADAPTER] if adapter else [])]
@@ -86,14 +88,18 @@ def resolve_artifact(name: str | Path) -> Path:
         raise InputError(f"{name}: no such folder; give an artifact, or owner/name of the hub")
     repository, _, revision = str(name).partition("@")
     try:
-        return Path(snapshot_download(
-            repository, revision=revision or None,
-            allow_patterns=["experiment.yaml", "artifact.json", "*.safetensors", "adapter/*",
-                            f"{LLM}/*"]))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=["experiment.yaml", "artifact.json", "*.safetensors", "adapter/*", f"{LLM}/*"],
+            )
+        )
     except (OSError, HFValidationError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name}: neither a folder here nor a repository that can be had from the "
-                         f"hub: {reason}") from None
+        raise InputError(
+            f"{name}: neither a folder here nor a repository that can be had from the hub: {reason}"
+        ) from None
 
 
 def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -109,8 +115,9 @@ def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experime
     if own is None:
         return load_experiment(folder / "experiment.yaml", overrides)
     if any(override.startswith("llm.model=") for override in overrides):
-        raise InputError(f"--set llm.model: {folder} holds its own language model, into which its "
-                         "adapter is folded; leave it out")
+        raise InputError(
+            f"--set llm.model: {folder} holds its own language model, into which its adapter is folded; leave it out"
+        )
     overrides = [text for text in overrides if not text.startswith("llm.revision=")]
     return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])
 
@@ -121,8 +128,12 @@ def _revisions(meta: dict, trained: Experiment, overrides: Sequence[str]) -> lis
     found = []
     for part, commit in (meta["lineage"].get("revisions") or {}).items():
         section = getattr(trained, part)
-        if (commit and section.revision is None and not looks_local(section.model)
-                and not any(text.startswith(f"{part}.model=") for text in overrides)):
+        if (
+            commit
+            and section.revision is None
+            and not looks_local(section.model)
+            and not any(text.startswith(f"{part}.model=") for text in overrides)
+        ):
             found.append(f"{part}.revision={commit}")
     return found
 
@@ -138,11 +149,12 @@ def read_artifact(folder: Path) -> tuple[dict, Experiment]:
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise InputError(f"{folder}: not an artifact of vlmds (no readable artifact.json)"
-                         ) from None
+        raise InputError(f"{folder}: not an artifact of vlmds (no readable artifact.json)") from None
     if meta.get("format") != FORMAT or meta.get("version") not in READABLE:
-        raise InputError(f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
-                         f"vlmds reads {FORMAT} versions {' and '.join(map(str, READABLE))}")
+        raise InputError(
+            f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
+            f"vlmds reads {FORMAT} versions {' and '.join(map(str, READABLE))}"
+        )
     return meta, load_experiment(folder / "experiment.yaml")
 
 
@@ -155,7 +167,8 @@ def check_tower(folder: Path, experiment: Experiment, tower: VisionTower) -> Non
         raise InputError(
             f"{folder}: was trained on features of vision.model {trained.vision.model} "
             f"({recorded[:12]}), but {experiment.vision.model} is another tower "
-            f"({tower.fingerprint()[:12]})")
+            f"({tower.fingerprint()[:12]})"
+        )
 
 
 @phase("loading the artifact")
@@ -167,8 +180,7 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
     """
     meta, experiment = read_artifact(folder)
     projector = captioner.projector
-    for name, key, width in (("vision", "vision.model", projector.vision_dim),
-                             ("llm", "llm.model", projector.llm_dim)):
+    for name, key, width in (("vision", "vision.model", projector.vision_dim), ("llm", "llm.model", projector.llm_dim)):
         if meta[f"{name}_width"] != width:
             raise InputError(
                 f"{folder}: its projector was trained for {key} of width {meta[f'{name}_width']}, "
@@ -212,18 +224,17 @@ def _check_file(path: Path, meta: dict) -> None:
     """Raise :class:`InputError` unless it is the file that artifact.json was written with."""
     (expected,) = (sha256 for name, sha256 in meta["files"].items() if path.match(name))
     if sha256_of(path) != expected:
-        raise InputError(f"{path}: its sha256 is not the one in artifact.json; restore the file, or "
-                         "train again")
+        raise InputError(f"{path}: its sha256 is not the one in artifact.json; restore the file, or train again")
 
 
 def _check_same(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise :class:`InputError` unless both have the same names and shapes."""
-    for problem, names in (("missing", expected.keys() - found.keys()),
-                           ("unexpected", found.keys() - expected.keys())):
+    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{path}: {problem} tensor {min(names)}{more}")
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
-            raise InputError(f"{path}: {name} has shape {list(tensor.shape)}, but the model needs "
-                             f"{list(expected[name].shape)}")
+            raise InputError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but the model needs {list(expected[name].shape)}"
+            )

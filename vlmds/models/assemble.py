@@ -43,9 +43,7 @@ class Model:
         return self.stored_tower or self.tower.fingerprint()
 
 
-def load_model(
-    experiment: Experiment, device: torch.device, stored_tower: str | None = None
-) -> Model:
+def load_model(experiment: Experiment, device: torch.device, stored_tower: str | None = None) -> Model:
     """The pretrained parts of the experiment and a fresh projector, without an adapter. All ranks of
     a job call it alike; what is missing on this machine is downloaded.
 
@@ -65,16 +63,16 @@ def load_model(
     check_vocabulary(llm, tokenizer, experiment.llm.model)
     torch.manual_seed(experiment.training.seed)  # every rank draws the same projector
     projector = experiment_projector(experiment, vision, llm.config)
-    return Model(tower, Captioner(projector.to(device, dtype), llm), tokenizer, vision.image_size,
-                 stored_tower)
+    return Model(tower, Captioner(projector.to(device, dtype), llm), tokenizer, vision.image_size, stored_tower)
 
 
-def experiment_projector(
-    experiment: Experiment, vision: PretrainedConfig, llm: PretrainedConfig
-) -> Projector:
+def experiment_projector(experiment: Experiment, vision: PretrainedConfig, llm: PretrainedConfig) -> Projector:
     """A fresh projector between these two models."""
     return build_projector(
-        experiment.projector, vision.hidden_size, llm.hidden_size, experiment.data.num_frames,
+        experiment.projector,
+        vision.hidden_size,
+        llm.hidden_size,
+        experiment.data.num_frames,
         patches_per_frame(vision, experiment.vision.pool),
     )
 

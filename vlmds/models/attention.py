@@ -18,20 +18,19 @@ FLASH = {  # name: (package, major compute capabilities that its kernels are mad
 
 def installed_flash() -> set[str]:
     """Those of FLASH that are installed here and that transformers can use."""
-    available = {"flash_attention_2": is_flash_attn_2_available(),
-                 "flash_attention_3": is_flash_attn_3_available()}
+    available = {"flash_attention_2": is_flash_attn_2_available(), "flash_attention_3": is_flash_attn_3_available()}
     return {name for name, there in available.items() if there}
 
 
-def attention_for(llm: LanguageConfig, micro_batch: int | None, device: torch.device
-                  ) -> tuple[str, str]:
+def attention_for(llm: LanguageConfig, micro_batch: int | None, device: torch.device) -> tuple[str, str]:
     """:func:`choose_attention` for this device."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     return choose_attention(llm.attention, llm.dtype, micro_batch, major, installed_flash())
 
 
-def choose_attention(wanted: str, dtype: str, micro_batch: int | None, major: int | None,
-                     installed: set[str]) -> tuple[str, str]:
+def choose_attention(
+    wanted: str, dtype: str, micro_batch: int | None, major: int | None, installed: set[str]
+) -> tuple[str, str]:
     """``auto``: the newest FlashAttention that is installed and made for the card, else SDPA; SDPA
     also for micro-batches of 1, before which transformers' FlashAttention looks at the positions,
     in every layer, whether they are of several sequences in one row.
@@ -58,9 +57,11 @@ def choose_attention(wanted: str, dtype: str, micro_batch: int | None, major: in
     if problem := problems.get(wanted):
         raise InputError(f"llm.attention: {wanted} {problem}, or set llm.attention to auto")
     if wanted in FLASH and micro_batch == 1:
-        return wanted, (f"WARNING: {wanted} waits for the GPU in every layer if "
-                        "training.micro_batch is 1; set llm.attention to auto, or "
-                        "training.micro_batch to 2 or more")
+        return wanted, (
+            f"WARNING: {wanted} waits for the GPU in every layer if "
+            "training.micro_batch is 1; set llm.attention to auto, or "
+            "training.micro_batch to 2 or more"
+        )
     return wanted, ""
 
 

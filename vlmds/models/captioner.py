@@ -50,8 +50,11 @@ class Captioner(nn.Module):
         text = self.llm.get_input_embeddings()(ids)  # [B, L, llm_dim]
         # Slices, whose places the host knows, and not a mask: its backward pass would wait for the
         # GPU to count how much is in it.
-        pieces = [piece for row, tokens, start in zip(text, visual.to(text.dtype), starts, strict=True)
-                  for piece in (row[:start], tokens, row[start + len(tokens):])]
+        pieces = [
+            piece
+            for row, tokens, start in zip(text, visual.to(text.dtype), starts, strict=True)
+            for piece in (row[:start], tokens, row[start + len(tokens) :])
+        ]
         return torch.cat(pieces).unflatten(0, ids.shape)
 
     def forward(self, features: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -63,9 +66,7 @@ class Captioner(nn.Module):
         """
         return self.token_losses(features, input_ids, labels)[0].sum()
 
-    def token_losses(
-        self, features: Tensor, input_ids: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def token_losses(self, features: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each of the K supervised tokens, fp32 [K], and the row it is in, int64 [K].
 
         Rows are right-padded and no attention mask is passed: under causal attention padding
@@ -93,8 +94,7 @@ class Captioner(nn.Module):
     @torch.no_grad()
     @norms_kept()
     def generate(
-        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor,
-        config: GenerationConfig, **more,
+        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig, **more
     ) -> Tensor:
         """Captions with a KV cache.
 
@@ -107,8 +107,11 @@ class Captioner(nn.Module):
             New token ids, int64 [B, at most config.max_new_tokens], padded with its pad token.
         """
         return self.llm.generate(
-            inputs_embeds=self.embed(features, input_ids), attention_mask=attention_mask,
-            generation_config=config, **more)
+            inputs_embeds=self.embed(features, input_ids),
+            attention_mask=attention_mask,
+            generation_config=config,
+            **more,
+        )
 
 
 def visual_starts(input_ids: Tensor, count: int) -> list[int]:
@@ -124,8 +127,9 @@ def visual_starts(input_ids: Tensor, count: int) -> list[int]:
     starts = places.int().argmax(1, keepdim=True)  # [B, 1], the first of each row
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     if not torch.equal(places, (columns >= starts) & (columns < starts + count)):
-        raise ValueError(f"input_ids: rows have {places.sum(1).tolist()} placeholders; each must "
-                         f"have {count}, one after another")
+        raise ValueError(
+            f"input_ids: rows have {places.sum(1).tolist()} placeholders; each must have {count}, one after another"
+        )
     return starts.flatten().tolist()
 
 
@@ -140,6 +144,5 @@ def without_wait(tensor: Tensor, device: torch.device) -> Tensor:
 def without_mask(config: PreTrainedConfig) -> dict[str, dict]:
     """Arguments that tell Qwen3 that its causal attention wants no mask, as it would find by
     itself, but by looking at positions on the GPU, for which the host waits. Others find it."""
-    plain = (config.model_type == "qwen3" and config._attn_implementation != "eager"
-             and not config.use_sliding_window)
+    plain = config.model_type == "qwen3" and config._attn_implementation != "eager" and not config.use_sliding_window
     return {"attention_mask": {"full_attention": None}} if plain else {}

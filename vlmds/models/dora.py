@@ -52,11 +52,9 @@ class Dora(DoraLinearVariant):
     def __init__(self):
         self._norm: tuple[object, Tensor] | None = None  # of which weights; [out]
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor,
-                **kwargs) -> Tensor:
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         """x [..., in], result = W x + bias [..., out] -> the layer's output [..., out]."""
-        lora = module.lora_B[active_adapter](
-            module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
+        lora = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         scale = magnitude / self._weight_norm(module, active_adapter, x.dtype)
         bias = module.get_base_layer().bias

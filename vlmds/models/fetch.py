@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,8 +81,10 @@ def config_folder(section: Section) -> Path:
     if folder is None:
         found = ask_hub(section)
         if "config.json" not in found.sizes:
-            raise InputError(f"{key_of(section)}: {section.model} has no config.json on the hub; name "
-                             "the repository of the whole model")
+            raise InputError(
+                f"{key_of(section)}: {section.model} has no config.json on the hub; name "
+                "the repository of the whole model"
+            )
         _bring(section, found, ["config.json"], lambda text: None)
         folder = snapshot(section.model, found.commit)
     return folder
@@ -96,8 +99,7 @@ def model_folder(section: Section) -> Path:
     return cached_folder(section) or download(section)
 
 
-def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None = None
-               ) -> Experiment:
+def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None = None) -> Experiment:
     """The experiment with a commit as the ``revision`` of each model that is of the hub: the one it
     pins itself, or that is recorded; else the one that the cache has; else the newest. All ranks of a
     job call it alike, and get the same.
@@ -108,7 +110,8 @@ def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None
     Raises:
         InputError: on every rank; the hub has to be asked, and cannot be, or has no such model.
     """
-    for part, commit in on_main(lambda: _commits(experiment, recorded or {})).items():
+    commits = on_main(partial(_commits, experiment, recorded or {}))
+    for part, commit in commits.items():
         if not looks_local(getattr(experiment, part).model):
             experiment = _pinned(experiment, part, commit)
     return experiment
@@ -162,7 +165,7 @@ def _pinned(experiment: Experiment, part: str, commit: str | None) -> Experiment
 
 
 def _commits(experiment: Experiment, recorded: Mapping[str, str | None]) -> dict[str, str]:
-    """"vision" and "llm" -> the commit to use of each that is of the hub."""
+    """ "vision" and "llm" -> the commit to use of each that is of the hub."""
     commits = {}
     for part in ("vision", "llm"):
         section = getattr(experiment, part)
@@ -193,8 +196,10 @@ def _wait_until_visible(sections: Iterable[Section]) -> None:
     for section in sections:
         while cached_folder(section) is None:
             if time.monotonic() > deadline:
-                raise InputError(f"{key_of(section)}: another process has downloaded {section.model}, "
-                                 f"but it does not show in {hub_cache()} here; start again")
+                raise InputError(
+                    f"{key_of(section)}: another process has downloaded {section.model}, "
+                    f"but it does not show in {hub_cache()} here; start again"
+                )
             look_again(snapshot(section.model, section.revision or "main"))
             time.sleep(0.5)
 
@@ -210,11 +215,13 @@ class Repository:
         """About how many bytes are missing here; an index of weights is not read for it, but every
         file of its kind counted."""
         folder = snapshot(section.model, self.commit)
-        found = weight_names(section, {name for name in self.sizes if not name.endswith(".index.json")},
-                             lambda name: folder / name)
+        found = weight_names(
+            section, {name for name in self.sizes if not name.endswith(".index.json")}, lambda name: folder / name
+        )
         if not found:
-            end = next((end for end in (".safetensors", ".bin")
-                        if any(name.endswith(end) for name in self.sizes)), None)
+            end = next(
+                (end for end in (".safetensors", ".bin") if any(name.endswith(end) for name in self.sizes)), None
+            )
             found = [name for name in self.sizes if end and name.endswith(end)]
         wanted = {name for name in self.sizes if name.endswith(SMALL)} | set(found)
         return sum(self.sizes[name] for name in wanted if not (folder / name).is_file())
@@ -231,15 +238,22 @@ def ask_hub(section: Section, timeout: float = ASK_SECONDS) -> Repository:
             if constants.is_offline_mode():
                 raise OfflineModeIsEnabled
             with phase(f"asking {constants.ENDPOINT} for {section.model}"):
-                info = _within(timeout, lambda: HfApi().model_info(
-                    section.model, revision=section.revision, files_metadata=True, timeout=timeout))
+                info = _within(
+                    timeout,
+                    lambda: HfApi().model_info(
+                        section.model, revision=section.revision, files_metadata=True, timeout=timeout
+                    ),
+                )
     except _Interrupted as error:
         raise InputError(str(error)) from None
     if not info.sha:
-        raise InputError(f"{key_of(section)}: {constants.ENDPOINT} does not say which commit of "
-                         f"{section.model} it has; set HF_ENDPOINT to a complete mirror of the hub")
-    return Repository(info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()
-                                 if "/" not in file.rfilename})
+        raise InputError(
+            f"{key_of(section)}: {constants.ENDPOINT} does not say which commit of "
+            f"{section.model} it has; set HF_ENDPOINT to a complete mirror of the hub"
+        )
+    return Repository(
+        info.sha, {file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename}
+    )
 
 
 @dataclass(frozen=True)
@@ -258,16 +272,18 @@ def presence(section: Section, timeout: float = 5.0) -> Presence:
     folder = cached_folder(section)
     if folder is not None:
         commit = commit_of(folder)
-        return Presence(True, 0, f"in {folder}" if commit is None else
-                        f"commit {commit[:12]} is in {hub_cache()}")
+        return Presence(True, 0, f"in {folder}" if commit is None else f"commit {commit[:12]} is in {hub_cache()}")
     try:
         missing = ask_hub(section, timeout).to_download(section)
     except InputError as error:
-        reason = str(error).partition(": ")[2].removeprefix(
-            f"{section.model} is not complete in {hub_cache()}, and ")
+        reason = str(error).partition(": ")[2].removeprefix(f"{section.model} is not complete in {hub_cache()}, and ")
         return Presence(False, None, f"not in {hub_cache()}, and {reason}")
-    return Presence(False, missing, f"{size_text(missing)} are to be downloaded to {hub_cache()} "
-                    f"({size_text(_free_bytes())} free): a start does it, or ahead of it vlmds fetch")
+    return Presence(
+        False,
+        missing,
+        f"{size_text(missing)} are to be downloaded to {hub_cache()} "
+        f"({size_text(_free_bytes())} free): a start does it, or ahead of it vlmds fetch",
+    )
 
 
 def download(section: Section, report: Callable[[str], None] = lambda text: None) -> Path:
@@ -287,19 +303,22 @@ def download(section: Section, report: Callable[[str], None] = lambda text: None
     weights = weight_names(section, found.sizes, lambda index: folder / index)
     absent = next((file for file in weights if file not in found.sizes), None)
     if not weights or absent:
-        raise InputError(f"{key_of(section)}: {name} has no weights on the hub ("
-                         + (absent or "model.safetensors or pytorch_model.bin") + "); name the "
-                         "repository of the whole model")
+        raise InputError(
+            f"{key_of(section)}: {name} has no weights on the hub ("
+            + (absent or "model.safetensors or pytorch_model.bin")
+            + "); name the "
+            "repository of the whole model"
+        )
     _bring(section, found, weights, report)
     if absent := missing_file(folder, section):
-        raise InputError(f"{key_of(section)}: {name} has no {absent} on the hub; name the repository "
-                         "of the whole model")
+        raise InputError(
+            f"{key_of(section)}: {name} has no {absent} on the hub; name the repository of the whole model"
+        )
     _note(section, found.commit)
     return folder
 
 
-def _bring(section: Section, found: Repository, files: Iterable[str],
-           report: Callable[[str], None]) -> None:
+def _bring(section: Section, found: Repository, files: Iterable[str], report: Callable[[str], None]) -> None:
     """Download those of the files that are not in the cache, also over a connection that breaks."""
     folder = snapshot(section.model, found.commit)
     missing = [file for file in files if not (folder / file).is_file()]
@@ -308,6 +327,7 @@ def _bring(section: Section, found: Repository, files: Iterable[str],
     total = sum(found.sizes[file] for file in missing)
     _check_room(section, total)
     with phase(f"downloading {section.model}", total, "bytes", each_node=True) as shown:
+
         def advance(count: float) -> None:
             shown.advance(count)
             report(shown.under_way())
@@ -320,11 +340,14 @@ def _bring(section: Section, found: Repository, files: Iterable[str],
             shown.done = total - sum(found.sizes[file] for file in left)
             try:
                 with _translated(section), quietly():
-                    snapshot_download(section.model, revision=found.commit, allow_patterns=left,
-                                      tqdm_class=_byte_counter(advance))
+                    snapshot_download(
+                        section.model, revision=found.commit, allow_patterns=left, tqdm_class=_byte_counter(advance)
+                    )
                 if absent():  # without a listing of the repository that is no error there
-                    raise _Interrupted(f"{key_of(section)}: {section.model}: {constants.ENDPOINT} gave "
-                                       f"no list of its files; try again later")
+                    raise _Interrupted(
+                        f"{key_of(section)}: {section.model}: {constants.ENDPOINT} gave "
+                        f"no list of its files; try again later"
+                    )
             except _Interrupted as error:
                 # Whole files count: a part of one is not kept when its download breaks off.
                 failures = 1 if len(absent()) < len(left) else failures + 1
@@ -338,9 +361,11 @@ def _bring(section: Section, found: Repository, files: Iterable[str],
 def _check_room(section: Section, wanted: int) -> None:
     """Raise InputError if the cache's disk has no room for so many bytes."""
     if (free := _free_bytes()) < wanted:
-        raise InputError(f"{key_of(section)}: {section.model} needs {size_text(wanted)} in "
-                         f"{hub_cache()}, but only {size_text(free)} are free; free some, or set "
-                         "HF_HOME to a folder on another disk")
+        raise InputError(
+            f"{key_of(section)}: {section.model} needs {size_text(wanted)} in "
+            f"{hub_cache()}, but only {size_text(free)} are free; free some, or set "
+            "HF_HOME to a folder on another disk"
+        )
 
 
 def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
@@ -408,28 +433,30 @@ def _translated(section: Section) -> Iterator[None]:
     """
     key, name = key_of(section), section.model
     log_in = "log in (hf auth login, or HF_TOKEN) with an account that may read it"
-    full = (f"{key}: {name}: the disk of {hub_cache()} is full; free some, or set HF_HOME to a folder on "
-            "another disk")
-    ahead = (f"run vlmds fetch where there is a network and copy or share HF_HOME, or name a folder: "
-             f"--set {key}=DIR")
+    full = f"{key}: {name}: the disk of {hub_cache()} is full; free some, or set HF_HOME to a folder on another disk"
+    ahead = f"run vlmds fetch where there is a network and copy or share HF_HOME, or name a folder: --set {key}=DIR"
     try:
         yield
     except OfflineModeIsEnabled:
-        raise InputError(f"{key}: {name} is not complete in {hub_cache()}, and HF_HUB_OFFLINE forbids "
-                         f"downloads; unset it, or {ahead}") from None
+        raise InputError(
+            f"{key}: {name} is not complete in {hub_cache()}, and HF_HUB_OFFLINE forbids "
+            f"downloads; unset it, or {ahead}"
+        ) from None
     except GatedRepoError:
-        raise InputError(f"{key}: {name} is gated: ask for access at {constants.ENDPOINT}/{name}, then "
-                         f"{log_in}") from None
+        raise InputError(
+            f"{key}: {name} is gated: ask for access at {constants.ENDPOINT}/{name}, then {log_in}"
+        ) from None
     except RevisionNotFoundError:
-        raise InputError(f"{key.replace('.model', '.revision')}: {name} has no revision "
-                         f"{section.revision}; take one that {constants.ENDPOINT}/{name}/commits lists"
-                         ) from None
+        raise InputError(
+            f"{key.replace('.model', '.revision')}: {name} has no revision "
+            f"{section.revision}; take one that {constants.ENDPOINT}/{name}/commits lists"
+        ) from None
     except RepositoryNotFoundError:
-        raise InputError(f"{key}: {constants.ENDPOINT} has no repository {name}, or it is private; "
-                         f"correct the name, or {log_in}") from None
+        raise InputError(
+            f"{key}: {constants.ENDPOINT} has no repository {name}, or it is private; correct the name, or {log_in}"
+        ) from None
     except HFValidationError:
-        raise InputError(f"{key}: {name} is neither a folder here nor a name of the hub (owner/name)"
-                         ) from None
+        raise InputError(f"{key}: {name} is neither a folder here nor a name of the hub (owner/name)") from None
     except HfHubHTTPError as error:
         status = _status(error)
         line = f"{key}: {name}: {constants.ENDPOINT} answers {status}: {_one_line(error)}"
@@ -441,17 +468,20 @@ def _translated(section: Section) -> Iterator[None]:
         if isinstance(error, RuntimeError) and re.search("os error 28|No space left", str(error)):
             raise InputError(full) from None
         if _status(error.__cause__) in (401, 403):
-            raise InputError(f"{key}: {constants.ENDPOINT} refuses {name} to this account; "
-                             f"{log_in}") from None
-        raise _Interrupted(f"{key}: {name} is not complete in {hub_cache()}, and {constants.ENDPOINT} "
-                           f"cannot be reached ({_one_line(error)}); {ahead}") from None
+            raise InputError(f"{key}: {constants.ENDPOINT} refuses {name} to this account; {log_in}") from None
+        raise _Interrupted(
+            f"{key}: {name} is not complete in {hub_cache()}, and {constants.ENDPOINT} "
+            f"cannot be reached ({_one_line(error)}); {ahead}"
+        ) from None
     except OSError as error:
         if error.errno in FULL:
             raise InputError(full) from None
         if error.errno is None:  # a file of another size than was promised
             raise _Interrupted(f"{key}: {name}: {_one_line(error)}") from None
-        raise InputError(f"{key}: {name}: {error.filename or hub_cache()}: {error.strerror}; set HF_HOME to "
-                         "a folder that you may write") from None
+        raise InputError(
+            f"{key}: {name}: {error.filename or hub_cache()}: {error.strerror}; set HF_HOME to "
+            "a folder that you may write"
+        ) from None
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -40,8 +40,9 @@ def weights_sha256(files: Mapping[str, Path]) -> dict[str, str]:
             for name, path in files.items():
                 found[name] = weight_sha256(path, shown.advance)
     except OSError as error:
-        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}; make it "
-                         "readable, or download the model again") from None
+        raise InputError(
+            f"{error.filename or path}: cannot be read: {error.strerror}; make it readable, or download the model again"
+        ) from None
     return found
 
 
@@ -62,8 +63,7 @@ def weight_sha256(path: Path, advance: Callable[[int], object] = lambda size: No
     settled = now - max(before[1], before[2]) / 1e9 >= RACY_SECONDS
     if size > SMALL and settled and _state(path) == before:
         try:
-            write(memo, json.dumps(
-                {"path": str(path.resolve()), "state": before, "sha256": sha256}))
+            write(memo, json.dumps({"path": str(path.resolve()), "state": before, "sha256": sha256}))
         except OSError:  # no home, or a full one: it is computed again the next time
             pass
     return sha256

@@ -22,8 +22,7 @@ from vlmds.files import denied
 
 Section = VisionConfig | LanguageConfig
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
-           "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where transformers looks for a model's weights; the first of them that is there counts."""
 SMALL = (".json", ".txt", ".model", ".jinja")
 """How the names of configurations, tokenizers, chat templates and image processors end."""
@@ -68,8 +67,10 @@ def cached_folder(section: Section) -> Path | None:
     name, key = section.model, key_of(section)
     if looks_local(name):
         if section.revision is not None:
-            raise InputError(f"{key.replace('.model', '.revision')}: {section.revision} names a commit of "
-                             f"the hub, but {key} {name} is a folder; leave the revision out")
+            raise InputError(
+                f"{key.replace('.model', '.revision')}: {section.revision} names a commit of "
+                f"the hub, but {key} {name} is a folder; leave the revision out"
+            )
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise InputError(f"{key}: {name} is not a model folder (no config.json in it)")
@@ -99,8 +100,7 @@ def missing_file(folder: Path, section: Section) -> str | None:
     return next((name for name in weights if name not in names), None) if weights else WEIGHTS[0]
 
 
-def weight_names(section: Section, names: Collection[str], path_of: Callable[[str], Path]
-                 ) -> list[str]:
+def weight_names(section: Section, names: Collection[str], path_of: Callable[[str], Path]) -> list[str]:
     """The files that transformers takes the weights from, sorted; empty if it finds none.
 
     Args:
@@ -119,10 +119,13 @@ def weight_names(section: Section, names: Collection[str], path_of: Callable[[st
         if inside is None:
             return sorted(parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{key_of(section)}: {section.model}: {found}, the index of its weights, is "
-                         "damaged; download it again") from None
-    raise InputError(f"{key_of(section)}: {section.model}: {found} names {inside}, but weights must lie "
-                     "beside it; save the model again with save_pretrained")
+        raise InputError(
+            f"{key_of(section)}: {section.model}: {found}, the index of its weights, is damaged; download it again"
+        ) from None
+    raise InputError(
+        f"{key_of(section)}: {section.model}: {found} names {inside}, but weights must lie "
+        "beside it; save the model again with save_pretrained"
+    )
 
 
 def weight_files(section: Section, folder: Path) -> list[Path]:

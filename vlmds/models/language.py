@@ -33,15 +33,17 @@ def load_tokenizer(llm: LanguageConfig, local_files_only: bool = False) -> PreTr
     if folder is None and not local_files_only:
         folder = model_folder(llm)
     with loading("llm.model", llm.model):
-        tokenizer = AutoTokenizer.from_pretrained(folder) if folder else (
-            AutoTokenizer.from_pretrained(llm.model, revision=llm.revision, local_files_only=True))
+        tokenizer = (
+            AutoTokenizer.from_pretrained(folder)
+            if folder
+            else (AutoTokenizer.from_pretrained(llm.model, revision=llm.revision, local_files_only=True))
+        )
     if not tokenizer.chat_template:
         raise InputError(f"llm.model: the tokenizer of {llm.model} has no chat template")
     return tokenizer
 
 
-def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: int | None = None
-                        ) -> PreTrainedModel:
+def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: int | None = None) -> PreTrainedModel:
     """Load the LLM frozen onto ``device``, quantised to NF4 when ``llm.load_in_4bit``.
 
     Args:
@@ -58,14 +60,16 @@ def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: 
     if llm.load_in_4bit:
         # bnb_4bit_quant_storage stays uint8: the engine's cast to bf16 would corrupt a float one.
         quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     model = load_weights(
-        AutoModelForCausalLM, llm, folder, config=config, dtype=dtype,
-        quantization_config=quantisation, device_map={"": device},
+        AutoModelForCausalLM,
+        llm,
+        folder,
+        config=config,
+        dtype=dtype,
+        quantization_config=quantisation,
+        device_map={"": device},
         attn_implementation=attention_for(llm, micro_batch, device)[0],
     )
     model.requires_grad_(False)
@@ -79,8 +83,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise InputError(
-            f"llm.model: {name}: the tokenizer has {len(tokenizer)} tokens, "
-            f"but the model's embedding has {rows} rows"
+            f"llm.model: {name}: the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows"
         )
 
 

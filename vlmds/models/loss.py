@@ -26,8 +26,12 @@ def token_losses(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
 def can_split(head: nn.Module, model_type: str) -> bool:
     """Whether :func:`token_losses` stands for this output layer: a plain frozen Linear, of a model
     whose logits are its product and nothing more (others scale or cap them)."""
-    return (model_type in ("qwen3", "qwen2", "llama") and type(head) is nn.Linear
-            and head.bias is None and not head.weight.requires_grad)
+    return (
+        model_type in ("qwen3", "qwen2", "llama")
+        and type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+    )
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -18,13 +18,25 @@ from vlmds.models.hub import Section, key_of
 # config.json. `vlmds plan` and the full-size tests use them where the hub cannot be reached.
 PUBLISHED_SHAPES: dict[str, PretrainedConfig] = {
     "openai/clip-vit-large-patch14-336": CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        image_size=336, patch_size=14, projection_dim=768,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
     ),
     "Qwen/Qwen3-8B": Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        max_position_embeddings=40960, tie_word_embeddings=False, rope_theta=1000000.0,
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+        rope_theta=1000000.0,
     ),
 }
 
@@ -54,16 +66,21 @@ def load_weights(model_class, section: Section, folder: Path, **options):
     quantised = "" if options.get("quantization_config") is None else " and quantising"
     with loading(key, name), counted_phase(f"loading{quantised} {key} {name}", "tensors"):
         model, report = model_class.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     # What is saved of the model names the repository, not where its snapshot lies here.
     model.name_or_path = model.config._name_or_path = name
     for weight, found, expected in sorted(report["mismatched_keys"]):
-        raise InputError(f"{key}: {name}: {weight} has shape {list(found)} in the weights, but "
-                         f"{list(expected)} by its config.json; the two are of different models")
+        raise InputError(
+            f"{key}: {name}: {weight} has shape {list(found)} in the weights, but "
+            f"{list(expected)} by its config.json; the two are of different models"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise InputError(f"{key}: {name}: its weights lack {missing[0]}"
-                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+        raise InputError(
+            f"{key}: {name}: its weights lack {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
     return model
 
 
@@ -71,6 +88,7 @@ def load_weights(model_class, section: Section, folder: Path, **options):
 def counted_phase(what: str, unit: str):
     """A :func:`phase` in which transformers' progress bars count, instead of on the screen."""
     with phase(what, unit=unit) as shown:
+
         def bar(factory, args, kwargs):
             if len(args) == 1 and hasattr(args[0], "__len__"):
                 return transformers_logging.EmptyTqdm(shown.counting(args[0]))

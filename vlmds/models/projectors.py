@@ -64,9 +64,7 @@ class MLP(Projector):
 
     def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
-        self.net = nn.Sequential(
-            nn.Linear(vision_dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim)
-        )
+        self.net = nn.Sequential(nn.Linear(vision_dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim))
 
     def project(self, features):
         return self.net(features)
@@ -92,9 +90,7 @@ class Resampler(Projector):
         # queries attend alike at first, and frames look alike.
         self.queries = nn.Parameter(torch.randn(config.num_queries, width))
         self.vision_proj = nn.Linear(vision_dim, width)
-        self.frame_time = (
-            nn.Parameter(sinusoidal(num_frames, width)) if config.temporal_embedding else None
-        )
+        self.frame_time = nn.Parameter(sinusoidal(num_frames, width)) if config.temporal_embedding else None
         self.output_proj = nn.Linear(width, llm_dim) if config.width else nn.Identity()
 
     @property
@@ -145,11 +141,13 @@ class Perceiver(Resampler):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         width = self.queries.shape[-1]
         self.layers = nn.ModuleList(
-            nn.ModuleDict({
-                "cross": _Attention(width, config.num_heads),
-                "self": _Attention(width, config.num_heads),
-                "ffn": _FeedForward(width),
-            })
+            nn.ModuleDict(
+                {
+                    "cross": _Attention(width, config.num_heads),
+                    "self": _Attention(width, config.num_heads),
+                    "ffn": _FeedForward(width),
+                }
+            )
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width)
@@ -180,9 +178,7 @@ class _FeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x):
@@ -197,8 +193,6 @@ PROJECTORS: dict[str, type[Projector]] = {
 }
 
 
-def build_projector(
-    config: ProjectorConfig, vision_dim: int, llm_dim: int, num_frames: int, patches: int
-) -> Projector:
+def build_projector(config: ProjectorConfig, vision_dim: int, llm_dim: int, num_frames: int, patches: int) -> Projector:
     """A freshly initialised projector for ``config.type``; arguments as :class:`Projector`."""
     return PROJECTORS[config.type](config, vision_dim, llm_dim, num_frames, patches)

@@ -42,16 +42,15 @@ class SequenceBuilder:
             with something other than the eos token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, num_visual_tokens: int,
-                 max_caption_tokens: int = 256):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: str, num_visual_tokens: int, max_caption_tokens: int = 256
+    ):
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.num_visual_tokens = num_visual_tokens
         self.max_caption_tokens = max_caption_tokens
         self.eos_token_id = tokenizer.eos_token_id
-        self.pad_token_id = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._check_end_of_turn()
 
     def render(self, prompt: str | None = None) -> tuple[str, str]:
@@ -93,9 +92,7 @@ class SequenceBuilder:
             "input_ids": torch.tensor(
                 [s.input_ids + [self.pad_token_id] * (length - len(s.input_ids)) for s in sequences]
             ),
-            "labels": torch.tensor(
-                [s.labels + [IGNORE] * (length - len(s.labels)) for s in sequences]
-            ),
+            "labels": torch.tensor([s.labels + [IGNORE] * (length - len(s.labels)) for s in sequences]),
         }
 
     def collate_generation(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
@@ -103,12 +100,8 @@ class SequenceBuilder:
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         length = max(map(len, rows))
         return {
-            "input_ids": torch.tensor(
-                [[self.pad_token_id] * (length - len(row)) + row for row in rows]
-            ),
-            "attention_mask": torch.tensor(
-                [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-            ),
+            "input_ids": torch.tensor([[self.pad_token_id] * (length - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         }
 
     def decode(self, token_ids: Tensor) -> list[str]:

@@ -15,9 +15,7 @@ KINDS = {  # kind of trainable parameter: what its name contains; keys of KindFa
 }
 
 
-def parameter_groups(
-    captioner: Captioner, stage: StageConfig, training: TrainingConfig
-) -> list[dict]:
+def parameter_groups(captioner: Captioner, stage: StageConfig, training: TrainingConfig) -> list[dict]:
     """The trainable parameters, one group for each kind there is, always in the same order.
 
     A group's ``factor`` is what the stage's learning rate is multiplied with. Matrices decay;
@@ -31,10 +29,15 @@ def parameter_groups(
         decay = training.weight_decay * getattr(stage.weight_decay_factors, kind)
         parts = [(kind, params, decay)]
         if kind == "projector" and decay:
-            parts = [(kind, [p for p in params if p.ndim > 1], decay),
-                     (f"{kind}_vectors", [p for p in params if p.ndim <= 1], 0.0)]
-        groups += [{"name": name, "params": members, "weight_decay": weight, "factor": factor,
-                    "lr": stage.lr * factor} for name, members, weight in parts if members]
+            parts = [
+                (kind, [p for p in params if p.ndim > 1], decay),
+                (f"{kind}_vectors", [p for p in params if p.ndim <= 1], 0.0),
+            ]
+        groups += [
+            {"name": name, "params": members, "weight_decay": weight, "factor": factor, "lr": stage.lr * factor}
+            for name, members, weight in parts
+            if members
+        ]
     return groups
 
 

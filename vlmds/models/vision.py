@@ -32,8 +32,7 @@ class VisionTower(nn.Module):
         InputError: ``pool`` does not divide the patches of a side.
     """
 
-    def __init__(self, clip: CLIPVisionModel, mean, std, feature_layer=-1, frames_per_call=64,
-                 pool=1):
+    def __init__(self, clip: CLIPVisionModel, mean, std, feature_layer=-1, frames_per_call=64, pool=1):
         super().__init__()
         self.patches = patches_per_frame(clip.config, pool)
         """Feature vectors per frame, P."""
@@ -62,10 +61,18 @@ class VisionTower(nn.Module):
         if self._fingerprint is None:
             config = self.clip.config
             described = {
-                "shape": [config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                          config.num_attention_heads, config.image_size, config.patch_size],
-                "activation": config.hidden_act, "epsilon": config.layer_norm_eps,
-                "feature_layer": self.feature_layer, "pool": self.pool,
+                "shape": [
+                    config.hidden_size,
+                    config.intermediate_size,
+                    config.num_hidden_layers,
+                    config.num_attention_heads,
+                    config.image_size,
+                    config.patch_size,
+                ],
+                "activation": config.hidden_act,
+                "epsilon": config.layer_norm_eps,
+                "feature_layer": self.feature_layer,
+                "pool": self.pool,
                 "mean": [round(x, 6) for x in self.mean.flatten().tolist()],
                 "std": [round(x, 6) for x in self.std.flatten().tolist()],
             }
@@ -112,8 +119,10 @@ def patches_per_frame(config: CLIPVisionConfig, pool: int = 1) -> int:
     """
     side = config.image_size // config.patch_size
     if side % pool:
-        raise InputError(f"vision.pool: {pool} does not divide {side}, the patches of a side; "
-                         f"use one of {', '.join(str(n) for n in range(1, side + 1) if side % n == 0)}")
+        raise InputError(
+            f"vision.pool: {pool} does not divide {side}, the patches of a side; "
+            f"use one of {', '.join(str(n) for n in range(1, side + 1) if side % n == 0)}"
+        )
     return (side // pool) ** 2
 
 
@@ -148,6 +157,10 @@ def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device) -> Visio
             f"but the model takes {config.image_size}"
         )
     return VisionTower(
-        clip.to(device), processor.image_mean, processor.image_std, vision.feature_layer,
-        vision.frames_per_call, vision.pool,
+        clip.to(device),
+        processor.image_mean,
+        processor.image_std,
+        vision.feature_layer,
+        vision.frames_per_call,
+        vision.pool,
     )

@@ -106,14 +106,15 @@ def convert(
     if not hasattr(out, "fs"):
         check_writable(out, "OUT")
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
-    sources = [_Source(position, info) for split in index.splits
-               for position, info in enumerate(index.shards(split))]
+    sources = [_Source(position, info) for split in index.splits for position, info in enumerate(index.shards(split))]
     shards = [_shard(source.info, target) for source in sources]
     todo = {shard.name for shard in unfinished(out, shards, {})}
     if merge and todo:
-        raise InputError(f"--merge: {out}: not converted yet: {len(todo)} of "
-                         f"{counted(len(shards), 'shard')}, {min(todo)} among them; run the tasks "
-                         "that make them")
+        raise InputError(
+            f"--merge: {out}: not converted yet: {len(todo)} of "
+            f"{counted(len(shards), 'shard')}, {min(todo)} among them; run the tasks "
+            "that make them"
+        )
     pending = [pair for pair in list(zip(shards, sources))[_part(task)] if pair[0].name in todo]
     total = sum(source.info.count for _, source in pending)
     workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
@@ -132,14 +133,14 @@ def convert(
     seconds = time.monotonic() - begin
     if task is not None:
         mine = shards[_part(task)]
-        return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0, seconds,
-                           finished=False)
+        return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0, seconds, finished=False)
     before = _ledger(index.root)
     with silenced(not progress), phase("writing the index"):
         done = finish(out, shards, before, _described(index, target))
     new = Counter(r.reason.split(":")[0] for r in set(done.rejects) - set(before))
-    return PackSummary(done.counts, dict(new.most_common()), [], len(shards),
-                       len(shards) - len(todo), done.bytes, seconds)
+    return PackSummary(
+        done.counts, dict(new.most_common()), [], len(shards), len(shards) - len(todo), done.bytes, seconds
+    )
 
 
 def _part(task: tuple[int, int] | None) -> slice:
@@ -148,8 +149,14 @@ def _part(task: tuple[int, int] | None) -> slice:
 
 
 def convert_from_options(
-    source: str | Path, out: str | Path, store: str, *, vision: str | None, feature_layer: int,
-    pool: int, **options: Any,
+    source: str | Path,
+    out: str | Path,
+    store: str,
+    *,
+    vision: str | None,
+    feature_layer: int,
+    pool: int,
+    **options: Any,
 ) -> PackSummary:
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
@@ -158,8 +165,7 @@ def convert_from_options(
     from vlmds.models.vision import load_vision_tower
 
     if store != "features":
-        for name, value, default in (("vision", vision, None), ("pool", pool, 1),
-                                     ("feature-layer", feature_layer, -1)):
+        for name, value, default in (("vision", vision, None), ("pool", pool, 1), ("feature-layer", feature_layer, -1)):
             if value != default:
                 raise InputError(f"--{name}: only --store features has a vision model")
         return convert(source, out, store=store, **options)
@@ -168,36 +174,42 @@ def convert_from_options(
         if pool < 1:
             raise InputError(f"--pool: {pool} is less than 1")
         name, _, revision = (vision, "", "") if looks_local(vision) else vision.partition("@")
-        config = VisionConfig(model=name, revision=revision or None, feature_layer=feature_layer,
-                              pool=pool)
+        config = VisionConfig(model=name, revision=revision or None, feature_layer=feature_layer, pool=pool)
         cuda = torch.cuda.is_available()
         tower = load_vision_tower(
-            config, torch.bfloat16 if cuda else torch.float32,
-            torch.device("cuda:0" if cuda else "cpu"))
+            config, torch.bfloat16 if cuda else torch.float32, torch.device("cuda:0" if cuda else "cpu")
+        )
     return convert(source, out, store=store, tower=tower, tower_name=vision, **options)
 
 
 def _target(
-    index: ShardIndex, store: str, num_frames: int | None, image_size: int | None, quality: int,
-    tower: VisionTower | None, tower_name: str | None,
+    index: ShardIndex,
+    store: str,
+    num_frames: int | None,
+    image_size: int | None,
+    quality: int,
+    tower: VisionTower | None,
+    tower_name: str | None,
 ) -> Target:
     """Raises InputError if the source cannot become this."""
     if (index.store, store) not in CONVERSIONS:
-        why = {"features": "features cannot be turned back; convert the store they came from",
-               store: "it is one already"}.get(
-                   index.store, "pack the manifest with --store video")
+        why = {
+            "features": "features cannot be turned back; convert the store they came from",
+            store: "it is one already",
+        }.get(index.store, "pack the manifest with --store video")
         raise InputError(f"{index.root}: a {index.store} store cannot become a {store} store; {why}")
     if store == "features" and tower is None:
         raise InputError("--vision: --store features needs the model that makes them")
     if store == "features" and image_size not in (None, tower.image_size):
         raise InputError(f"--image-size: {image_size}, but {tower_name} takes {tower.image_size}")
-    wanted = {"num_frames": num_frames,
-              "image_size": tower.image_size if store == "features" else image_size}
+    wanted = {"num_frames": num_frames, "image_size": tower.image_size if store == "features" else image_size}
     if index.store == "frames":
         for name, value in wanted.items():
             if value not in (None, index.meta[name]):
-                raise InputError(f"{index.root}: packed with {name} {index.meta[name]}, not {value}; "
-                                 "convert the video store, or leave the frames as they are")
+                raise InputError(
+                    f"{index.root}: packed with {name} {index.meta[name]}, not {value}; "
+                    "convert the video store, or leave the frames as they are"
+                )
             wanted[name] = index.meta[name]
     else:
         wanted = {"num_frames": num_frames or 8, "image_size": wanted["image_size"] or 336}
@@ -215,15 +227,16 @@ def _shard(info: ShardInfo, target: Target) -> Shard:
     described = asdict(target)
     if target.vision is not None:
         described["vision"] = {k: v for k, v in target.vision.items() if k != "model"}
-    digest = hashlib.sha256(json_line({
-        "version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "target": described,
-        "source": info.sha256})).hexdigest()
+    digest = hashlib.sha256(
+        json_line(
+            {"version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "target": described, "source": info.sha256}
+        )
+    ).hexdigest()
     return Shard(info.split, info.shard, [], digest)
 
 
 def _made(
-    index: ShardIndex, sources: list[_Source], target: Target, tower: VisionTower | None,
-    pool: DecodePool, workers: int,
+    index: ShardIndex, sources: list[_Source], target: Target, tower: VisionTower | None, pool: DecodePool, workers: int
 ) -> Iterator[Reply]:
     """The new members of all samples of these shards, in order, read and decoded ahead."""
 
@@ -233,29 +246,26 @@ def _made(
 
     options = {"num_frames": target.num_frames, "image_size": target.image_size}
     if target.store == "frames":
-        yield from decode_stored(
-            index, rows(), pool, store="frames", quality=target.quality, **options)
+        yield from decode_stored(index, rows(), pool, store="frames", quality=target.quality, **options)
         return
     if index.store == "frames":
         frames = _read_jpegs(index, rows(), workers)
     else:
-        frames = (pixels_of(reply, target.image_size)
-                  for reply in decode_stored(index, rows(), pool, store="pixels", **options))
+        frames = (
+            pixels_of(reply, target.image_size)
+            for reply in decode_stored(index, rows(), pool, store="pixels", **options)
+        )
     for source in sources:
-        yield from _encoded(
-            tower, islice(frames, source.info.count), source.rows(index), target)
+        yield from _encoded(tower, islice(frames, source.info.count), source.rows(index), target)
 
 
-def _read_jpegs(
-    index: ShardIndex, rows: Iterable[SampleRow], threads: int
-) -> Iterator[np.ndarray | SampleError]:
+def _read_jpegs(index: ShardIndex, rows: Iterable[SampleRow], threads: int) -> Iterator[np.ndarray | SampleError]:
     """For each sample of a frames store, in order, its frames, uint8 [F, 3, S, S], or why they
     cannot be read. Pillow decodes outside the interpreter lock, so threads do."""
 
     def load(members: dict[str, bytes] | SampleError) -> np.ndarray | SampleError:
         try:
-            return (members if isinstance(members, SampleError)
-                    else read_jpegs(members, index.meta))
+            return members if isinstance(members, SampleError) else read_jpegs(members, index.meta)
         except SampleError as error:
             return error
 
@@ -274,8 +284,7 @@ def _read_jpegs(
 
 
 def _encoded(
-    tower: VisionTower, frames: Iterator[np.ndarray | SampleError], rows: Iterator[SampleRow],
-    target: Target,
+    tower: VisionTower, frames: Iterator[np.ndarray | SampleError], rows: Iterator[SampleRow], target: Target
 ) -> Iterator[Reply]:
     """One shard's samples through the tower. A batch never reaches into the next shard, so that a
     shard's features do not depend on which others are made in the same process."""
@@ -289,8 +298,9 @@ def _encoded(
             if isinstance(item, SampleError):
                 yield Reply(str(item))
             else:
-                yield Reply(None, {name: getattr(row, name) for name in FACTS},
-                            {EXTENSION: encode_features(next(features))})
+                yield Reply(
+                    None, {name: getattr(row, name) for name in FACTS}, {EXTENSION: encode_features(next(features))}
+                )
 
 
 def _description(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
@@ -301,8 +311,9 @@ def _description(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
 
 def _manifest_row(row: SampleRow, told: dict[str, Any]) -> ManifestRow:
     """The manifest's row as far as the sample's description keeps it."""
-    return ManifestRow(0, row.key, told["id"], "", told["source"], told["captions"], row.start,
-                       row.end, row.split, told.get("prompt"))
+    return ManifestRow(
+        0, row.key, told["id"], "", told["source"], told["captions"], row.start, row.end, row.split, told.get("prompt")
+    )
 
 
 def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterator[Reply]:
@@ -315,8 +326,14 @@ def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterato
 
 def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
     """What dataset.json says of the new store."""
-    described = {**asdict(target), "sampler": SAMPLER, "resizer": RESIZER, "verify": None,
-                 "shard_size": index.meta["shard_size"], "shard_bytes": index.meta["shard_bytes"]}
+    described = {
+        **asdict(target),
+        "sampler": SAMPLER,
+        "resizer": RESIZER,
+        "verify": None,
+        "shard_size": index.meta["shard_size"],
+        "shard_bytes": index.meta["shard_bytes"],
+    }
     if index.store == "frames":  # an older vlmds may have chosen them otherwise
         described |= {name: index.meta[name] for name in ("sampler", "resizer")}
     if target.vision is None:

@@ -55,8 +55,7 @@ class Base:
             raise InputError(f"{path}: not there; --append goes on from a finished packing") from None
         with (out / "ledger.jsonl").open(encoding="utf-8") as file:
             rejects = [Reject(**json.loads(line)) for line in file]
-        base = cls(meta["planned"], Known(), set(), set(), [r for r in rejects if r.shard is None],
-                   {}, meta)
+        base = cls(meta["planned"], Known(), set(), set(), [r for r in rejects if r.shard is None], {}, meta)
         for shard in base.shards(out):
             marker = read_marker(out / f"{shard.name}.json")
             base._learn(marker)
@@ -86,22 +85,26 @@ class Base:
 
     def has(self, row: ManifestRow) -> bool:
         """Whether the row is packed, or was rejected when that was tried, or left out as a copy."""
-        return (self.known.has(row) or row.key in self.keys or row.id in self.ids
-                or (row.id, row.source) in self.left_out)
+        return (
+            self.known.has(row) or row.key in self.keys or row.id in self.ids or (row.id, row.source) in self.left_out
+        )
 
     def still_unusable(self, manifest: Manifest) -> list[Reject]:
         """The rows in no shard that this manifest does not decide anew: copies that were left out,
         and what it no longer has."""
-        names = {row.source for row in manifest.rows} | {row.id for row in manifest.rows} | {
-            reject.video or reject.id for reject in manifest.rejects}
-        return [reject for reject in self.unusable
-                if reject.split is not None or (reject.video or reject.id) not in names]
+        names = (
+            {row.source for row in manifest.rows}
+            | {row.id for row in manifest.rows}
+            | {reject.video or reject.id for reject in manifest.rejects}
+        )
+        return [
+            reject for reject in self.unusable if reject.split is not None or (reject.video or reject.id) not in names
+        ]
 
     def shards(self, out: Path) -> list[Shard]:
         """Its shards, by name only."""
         names = sorted((path.parent.name, int(path.stem)) for path in out.glob(MARKERS))
-        return [Shard(split, number, [], "") for split, number in names
-                if number < self.planned.get(split, 0)]
+        return [Shard(split, number, [], "") for split, number in names if number < self.planned.get(split, 0)]
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,7 @@ class Finished:
     duplicates: list[list[str]]
 
 
-def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]
-           ) -> Finished:
+def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]) -> Finished:
     """Write ledger, index, duplicates.jsonl and dataset.json from the shards' markers.
 
     shards: all of the dataset, each finished. unusable: rejects of rows that are in no shard.
@@ -135,9 +137,16 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
             rejects.extend(Reject(**reject) for reject in marker["rejects"])
             if not marker["count"]:
                 continue
-            entries.append({
-                "split": shard.split, "shard": shard.number, "path": f"{shard.name}.tar",
-                "count": marker["count"], "bytes": marker["bytes"], "sha256": marker["sha256"]})
+            entries.append(
+                {
+                    "split": shard.split,
+                    "shard": shard.number,
+                    "path": f"{shard.name}.tar",
+                    "count": marker["count"],
+                    "bytes": marker["bytes"],
+                    "sha256": marker["sha256"],
+                }
+            )
             for row in marker["rows"]:
                 if row.get("content"):
                     content[tuple(row["content"])].append(row["key"])
@@ -152,8 +161,12 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
         made = Path(file.name)
         if not entries:
             raise _nothing_packed(out, shards, rejects)
-        described = {**described, "planned": dict(planned), "index_sha256": sha256_of(made),
-                     "index_footer_sha256": footer_sha256(made)}
+        described = {
+            **described,
+            "planned": dict(planned),
+            "index_sha256": sha256_of(made),
+            "index_footer_sha256": footer_sha256(made),
+        }
         rejects.sort(key=lambda r: (r.row, r.video or "", r.reason))
         write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
         duplicates = [keys for keys in content.values() if len(keys) > 1]
@@ -161,9 +174,19 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry["split"]] += entry["count"]
-    write(out / "dataset.json", json_line({
-        "format": FORMAT, "version": VERSION, **described, "counts": dict(counts),
-        "rejected": len(rejects), "shards": entries}))
+    write(
+        out / "dataset.json",
+        json_line(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                **described,
+                "counts": dict(counts),
+                "rejected": len(rejects),
+                "shards": entries,
+            }
+        ),
+    )
     remove_leftovers(out)
     return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates)
 
@@ -176,8 +199,7 @@ def remove_leftovers(out: Path) -> None:
     for path in out.rglob(".*.tmp"):
         ours, pid = temporary_owner(path)
         try:
-            dead = (not Path(f"/proc/{pid}").exists() if ours
-                    else time.time() - path.stat().st_mtime > DAY)
+            dead = not Path(f"/proc/{pid}").exists() if ours else time.time() - path.stat().st_mtime > DAY
             if dead:
                 os.unlink(path)
         except FileNotFoundError:
@@ -200,7 +222,6 @@ def _nothing_packed(out: Path, shards: list[Shard], rejects: list[Reject]) -> In
 def _write_index(file: BinaryIO, shards: Iterable[list[dict[str, Any]]]) -> None:
     """Write one row group per shard."""
     # Nothing searches by value, and statistics would swell a footer that every start reads.
-    with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False,
-                          write_page_checksum=True) as writer:
+    with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=False, write_page_checksum=True) as writer:
         for rows in shards:
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA), len(rows))

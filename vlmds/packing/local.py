@@ -11,17 +11,12 @@ from vlmds.video.decode_work import Reply, Request
 from vlmds.video.pool import DecodePool
 
 
-def pack_here(
-    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float
-) -> None:
+def pack_here(out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float) -> None:
     """Pack these shards with decoding processes of this machine."""
     rows = sum(len(shard.rows) for shard in shards)
     lanes = min(workers or len(os.sched_getaffinity(0)), max(rows, 1))
     requests = (request(row, options) for shard in shards for row in shard.rows)
-    with (
-        DecodePool(lanes, deadline) as pool,
-        phase("packing", rows, "videos", left=True) as shown,
-    ):
+    with DecodePool(lanes, deadline) as pool, phase("packing", rows, "videos", left=True) as shown:
         replies = counting(pool.map(requests), shown)
         for shard in shards:
             write_shard(out, shard, replies)
@@ -29,8 +24,16 @@ def pack_here(
 
 def request(row: ManifestRow, options: PackOptions) -> Request:
     """What a decoding process is to make of a manifest row."""
-    return Request(row.video, row.start, row.end, options.store, options.num_frames,
-                   options.image_size, options.quality, options.verify)
+    return Request(
+        row.video,
+        row.start,
+        row.end,
+        options.store,
+        options.num_frames,
+        options.image_size,
+        options.quality,
+        options.verify,
+    )
 
 
 def counting(replies: Iterable[Reply], shown: Phase) -> Iterator[Reply]:

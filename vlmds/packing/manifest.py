@@ -78,8 +78,7 @@ class _BadRow(Exception):
 
 
 def read_manifest(
-    path: str | Path, val_fraction: float = 0.0, *, captions: bool = True,
-    known: Known | None = None,
+    path: str | Path, val_fraction: float = 0.0, *, captions: bool = True, known: Known | None = None
 ) -> Manifest:
     """Read a CSV, TSV, JSONL or Parquet manifest (UTF-8, told apart by extension).
 
@@ -111,8 +110,7 @@ def read_manifest(
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Column names in file order, and one dict per row."""
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl,
-               ".parquet": _read_parquet}
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: unknown extension; use {', '.join(readers)}")
@@ -166,8 +164,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def _row(
-    number: int, record: dict[str, Any], folder: Path, ids: "_Ids", val_fraction: float,
-    captioned: bool,
+    number: int, record: dict[str, Any], folder: Path, ids: "_Ids", val_fraction: float, captioned: bool
 ) -> ManifestRow:
     if None in record:  # where csv.DictReader puts the cells that have no column
         raise _BadRow("too many cells: quote a caption that contains the delimiter")
@@ -212,14 +209,13 @@ class _Ids:
             if span in self._spans:
                 raise _BadRow(self._duplicate(*self._spans[span]))
             sample_id = next((i for i in former if i not in self._explicit), None) or next(
-                i for i in self._defaults(source)
-                if not (i in self._rows or i in self._explicit or i in self._former))
+                i for i in self._defaults(source) if not (i in self._rows or i in self._explicit or i in self._former)
+            )
             self._spans[span] = (sample_id, row)
         elif explicit in self._rows:
             raise _BadRow(self._duplicate(explicit, self._rows[explicit]))
         elif explicit in self._known.ids and explicit not in former:
-            raise _BadRow(f"duplicate id: {explicit!r} is packed, with another video, start or end; "
-                          "give another id")
+            raise _BadRow(f"duplicate id: {explicit!r} is packed, with another video, start or end; give another id")
         else:
             sample_id = explicit
         self._rows[sample_id] = row
@@ -233,7 +229,7 @@ class _Ids:
             safe = key
             # Ids in Korean differ by their hash alone, and 32 bits collide at some 100,000 rows.
             for length in range(8, len(digest) + 1, 8):
-                key = f"{safe[:MAX_KEY - 1 - length]}-{digest[:length]}"
+                key = f"{safe[: MAX_KEY - 1 - length]}-{digest[:length]}"
                 if key not in self._keys:
                     break
         self._keys.add(key)
@@ -250,8 +246,7 @@ class _Ids:
 
     @staticmethod
     def _duplicate(sample_id: str, row: int) -> str:
-        return (f"duplicate id: {sample_id!r} is row {row}'s; "
-                "list several captions in one row, or give ids")
+        return f"duplicate id: {sample_id!r} is row {row}'s; list several captions in one row, or give ids"
 
 
 def _is_missing(value: Any) -> bool:

@@ -17,9 +17,7 @@ IN_FLIGHT = 2  # tasks per CPU of the cluster that are handed out at once
 RETRIES = 5  # of a task whose worker or machine is lost
 
 
-def pack_on_ray(
-    out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float
-) -> None:
+def pack_on_ray(out: Path, shards: list[Shard], options: PackOptions, workers: int | None, deadline: float) -> None:
     """Pack these shards on the cluster that RAY_ADDRESS names, or on a local one.
 
     workers: tasks at once (default: twice the cluster's CPUs). Raises InputError if Ray is not
@@ -66,6 +64,8 @@ def _collect(ray, pending: dict, shown: Phase) -> None:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise InputError(f"--engine ray: shard {shard.name} could not be packed: "
-                         f"{' '.join(str(error).split())[-300:]}; start again to go on") from error
+        raise InputError(
+            f"--engine ray: shard {shard.name} could not be packed: "
+            f"{' '.join(str(error).split())[-300:]}; start again to go on"
+        ) from error
     shown.advance(len(shard.rows))

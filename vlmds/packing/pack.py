@@ -92,13 +92,34 @@ def pack(
     manifest cannot be read, or if `out` holds a dataset of another manifest or other options.
     """
     with silenced(not progress):
-        return _pack(as_path(manifest), as_path(out), PackOptions(**options), val_fraction, dedup,
-                     append, merge, retry, task, engine, workers, deadline)
+        return _pack(
+            as_path(manifest),
+            as_path(out),
+            PackOptions(**options),
+            val_fraction,
+            dedup,
+            append,
+            merge,
+            retry,
+            task,
+            engine,
+            workers,
+            deadline,
+        )
 
 
 def _pack(
-    manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool,
-    merge: bool, retry: bool, task: tuple[int, int] | None, engine: str, workers: int | None,
+    manifest: Path,
+    out: Path,
+    options: PackOptions,
+    val_fraction: float,
+    dedup: bool,
+    append: bool,
+    merge: bool,
+    retry: bool,
+    task: tuple[int, int] | None,
+    engine: str,
+    workers: int | None,
     deadline: float,
 ) -> PackSummary:
     begin = time.monotonic()
@@ -109,9 +130,11 @@ def _pack(
     if merge and work.todo:
         names = ", ".join(shard.name for shard in work.todo[:3])
         more = " …" if len(work.todo) > 3 else ""
-        raise InputError(f"{out}: not packed yet: {len(work.todo)} of "
-                         f"{counted(len(work.shards), 'shard')} ({names}{more}); run the tasks "
-                         "that make them, or vlmds pack without --merge")
+        raise InputError(
+            f"{out}: not packed yet: {len(work.todo)} of "
+            f"{counted(len(work.shards), 'shard')} ({names}{more}); run the tasks "
+            "that make them, or vlmds pack without --merge"
+        )
     todo = work.todo
     if task is not None:
         index, tasks = task
@@ -120,20 +143,27 @@ def _pack(
     packers = {"local": pack_here, "ray": pack_on_ray}
     packers[engine](out, todo, options, workers, deadline)
     if task is not None:
-        return PackSummary({}, {}, work.ignored_columns, len(mine), len(mine) - len(todo), 0,
-                           time.monotonic() - begin, finished=False)
+        return PackSummary(
+            {}, {}, work.ignored_columns, len(mine), len(mine) - len(todo), 0, time.monotonic() - begin, finished=False
+        )
     with phase("writing the index"):
         done = _finish(out, work, options)
     reasons = Counter(reject.reason.split(":")[0] for reject in done.rejects)
     return PackSummary(
-        done.counts, dict(reasons.most_common()), work.ignored_columns, len(work.shards),
-        len(work.shards) - len(todo), done.bytes, time.monotonic() - begin, len(done.duplicates),
-        work.known)
+        done.counts,
+        dict(reasons.most_common()),
+        work.ignored_columns,
+        len(work.shards),
+        len(work.shards) - len(todo),
+        done.bytes,
+        time.monotonic() - begin,
+        len(done.duplicates),
+        work.known,
+    )
 
 
 def _plan(
-    manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool,
-    retry: bool,
+    manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool, retry: bool
 ) -> Work:
     base = Base.read(out) if append else None
     if base is not None:
@@ -158,8 +188,7 @@ def _plan(
 def _check_drivers(rows: list[ManifestRow]) -> None:
     """Raise InputError if a driver for the rows' URLs is not installed: no row is to be rejected
     for that. (A protocol that nobody knows is a mistake in the row.)"""
-    for url in {row.video.partition("://")[0]: row.video for row in rows if "://" in row.video
-                }.values():
+    for url in {row.video.partition("://")[0]: row.video for row in rows if "://" in row.video}.values():
         if advice := driver_advice(url):
             raise InputError(f"{url}: {advice}")
 
@@ -172,5 +201,7 @@ def _finish(out: Path, work: Work, options: PackOptions) -> Finished:
 def _check_same_options(out: Path, base: Base, options: PackOptions) -> None:
     for name, value in options.described().items():
         if base.described.get(name) != value:
-            raise InputError(f"{out}: was packed with {name} {base.described.get(name)!r}, not "
-                             f"{value!r}; append with the same options, or pack into another folder")
+            raise InputError(
+                f"{out}: was packed with {name} {base.described.get(name)!r}, not "
+                f"{value!r}; append with the same options, or pack into another folder"
+            )

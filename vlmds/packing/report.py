@@ -79,9 +79,9 @@ def write_report(out: Path) -> Path:
     """
     index = ShardIndex.open(out)
     with (out / "index.parquet").open("rb") as file:
-        table = pq.read_table(file, columns=[
-            "num_captions", "duration", "start", "end", "fps", "width", "height", "codec",
-            "decoder"])
+        table = pq.read_table(
+            file, columns=["num_captions", "duration", "start", "end", "fps", "width", "height", "codec", "decoder"]
+        )
     seconds = span_seconds(table)
     reasons = _reject_reasons(out / "ledger.jsonl")
     lengths, caption_rows = _caption_lengths(index)
@@ -90,18 +90,33 @@ def write_report(out: Path) -> Path:
     charts = [
         histogram("Duration, seconds", seconds),
         histogram("Frames per second", table["fps"].to_numpy()),
-        histogram("Caption length, characters", np.array(lengths, np.float64), whole=True,
-                  note=of_all if caption_rows < total else ""),
+        histogram(
+            "Caption length, characters",
+            np.array(lengths, np.float64),
+            whole=True,
+            note=of_all if caption_rows < total else "",
+        ),
         categories("Codec", Counter(_counts(table["codec"]))),
         categories("Resolution", Counter(_resolutions(table))),
     ]
-    environment = Environment(loader=PackageLoader("vlmds.packing", "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("vlmds.packing", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page = environment.get_template("report.html.j2").render(
-        facts=_facts(index, table, float(np.nansum(seconds))), splits=_splits(index), charts=charts,
+        facts=_facts(index, table, float(np.nansum(seconds))),
+        splits=_splits(index),
+        charts=charts,
         rejects=categories("", reasons, most=len(reasons) or 1).bars,
-        rejected=index.meta["rejected"], unseen=coverage_lines([index]),
-        clips=_contact_sheet(index), total=total, fingerprint=index.fingerprint)
+        rejected=index.meta["rejected"],
+        unseen=coverage_lines([index]),
+        clips=_contact_sheet(index),
+        total=total,
+        fingerprint=index.fingerprint,
+    )
     write(out / NAME, page)
     return out / NAME
 
@@ -134,8 +149,10 @@ def histogram(title: str, values: np.ndarray, whole: bool = False, note: str = "
         labels = [f"{first + i:g}" for i in range(bins)]
     if place.max() >= bins:
         labels[-1] = f"{(first + bins - 1) * step:g} and more"
-    summary = (f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}; "
-               f"the highest column is {counts.max():,}")
+    summary = (
+        f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}; "
+        f"the highest column is {counts.max():,}"
+    )
     return Chart(title, True, _bars(zip(labels, counts.tolist())), summary, note)
 
 
@@ -161,8 +178,7 @@ def _round_step(least: float, whole: bool) -> float:
     if least <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(least))
-    return next(step for step in (power, 2 * power, 5 * power, 10 * power)
-                if step >= least * (1 - 1e-9))
+    return next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= least * (1 - 1e-9))
 
 
 def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[str, str]]:
@@ -185,15 +201,21 @@ def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[str
         facts.append(("frame side", f"{index.meta['image_size']} px"))
     if index.store == "video":
         decoders = _counts(table["decoder"])
-        facts.append(("decoded by", ", ".join(
-            f"{name} {count:,}" for name, count in sorted(decoders.items()))))
+        facts.append(("decoded by", ", ".join(f"{name} {count:,}" for name, count in sorted(decoders.items()))))
     return facts
 
 
 def _splits(index: ShardIndex) -> list[tuple[str, int, int, str]]:
     """(name, samples, shards, bytes) of each split."""
-    return [(split, index.count(split), len(index.shards(split)),
-             size_text(sum(shard.bytes for shard in index.shards(split)))) for split in index.splits]
+    return [
+        (
+            split,
+            index.count(split),
+            len(index.shards(split)),
+            size_text(sum(shard.bytes for shard in index.shards(split))),
+        )
+        for split in index.splits
+    ]
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
@@ -216,8 +238,9 @@ def _reject_reasons(ledger: Path) -> Counter[str]:
 
 def spread(index: ShardIndex, most: int) -> list[SampleRow]:
     """At most `most` samples, evenly spread over all splits and shards."""
-    places = [(split, position, shard.count) for split in index.splits
-              for position, shard in enumerate(index.shards(split))]
+    places = [
+        (split, position, shard.count) for split in index.splits for position, shard in enumerate(index.shards(split))
+    ]
     ends = np.cumsum([count for _, _, count in places])
     total = int(ends[-1])
     chosen = np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(np.int64))
@@ -275,8 +298,7 @@ def _stored_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[
         wanted = tuple(member for member in row.members if member.ext in names)
         try:
             data = index.read(replace(row, members=wanted))
-            results.append([data_uri(_small(read_jpeg(data, i, index.meta["image_size"])))
-                            for i in numbers])
+            results.append([data_uri(_small(read_jpeg(data, i, index.meta["image_size"]))) for i in numbers])
         except SampleError as error:
             results.append(error)
     return results
@@ -286,8 +308,7 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
     """A few frames of each video, decoded by child processes with a deadline."""
     results: list[list[str] | SampleError] = []
     with DecodePool(min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
-        for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES,
-                                   image_size=SHEET_SIDE):
+        for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES, image_size=SHEET_SIDE):
             frames = pixels_of(reply, SHEET_SIDE)
             if not isinstance(frames, SampleError):
                 frames = [data_uri(_small(frame)) for frame in frames]

@@ -30,9 +30,7 @@ Value = TypeVar("Value")
 Facts = dict[int, tuple[int, str | None]]  # by ManifestRow.row: bytes of the video, sha256
 
 
-def facts_of(
-    out: Path, rows: list[ManifestRow], options: PackOptions, dedup: bool, packed: dict[tuple, str]
-) -> Facts:
+def facts_of(out: Path, rows: list[ManifestRow], options: PackOptions, dedup: bool, packed: dict[tuple, str]) -> Facts:
     """What the layout asks of the videos: their bytes (0 where there is no such file) and, for
     `dedup`, the sha256 of those that may have a double (of the others None).
 
@@ -41,8 +39,7 @@ def facts_of(
     """
     if not rows or not (dedup or options.shard_bytes):
         return {}
-    key = hashlib.sha256(json_line([
-        dedup, bool(dedup and packed), [[row.source, row.start, row.end] for row in rows]]))
+    key = hashlib.sha256(json_line([dedup, bool(dedup and packed), [[row.source, row.start, row.end] for row in rows]]))
     path = out / f"plan-{key.hexdigest()[:16]}.jsonl"
     if not path.exists():
         # What stands there then may be another task's, whose answers are as good.
@@ -61,9 +58,13 @@ def _look_up(rows: list[ManifestRow], dedup: bool, packed: bool) -> list[tuple[i
     videos = list(dict.fromkeys(row.video for row in rows))
     sizes = _each(_size, videos, "reading the videos' sizes")
     alike = Counter((sizes[row.video], row.start, row.end) for row in rows)
-    doubtful = list(dict.fromkeys(
-        row.video for row in rows if dedup and sizes[row.video]
-        and (packed or alike[sizes[row.video], row.start, row.end] > 1)))
+    doubtful = list(
+        dict.fromkeys(
+            row.video
+            for row in rows
+            if dedup and sizes[row.video] and (packed or alike[sizes[row.video], row.start, row.end] > 1)
+        )
+    )
     digests = _each(_digest, doubtful, "comparing videos of one size")
     return [(sizes[row.video], digests.get(row.video)) for row in rows]
 
@@ -72,12 +73,9 @@ def _each(look: Callable[[str], Value], videos: list[str], what: str) -> dict[st
     """What `look` says of each video; in batches, as each call waiting costs memory. what: it does,
     for the phase."""
     found = {}
-    with (
-        phase(what, len(videos), "videos", left=True) as shown,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
+    with phase(what, len(videos), "videos", left=True) as shown, ThreadPoolExecutor(THREADS) as pool:
         for at in range(0, len(videos), BATCH):
-            batch = videos[at:at + BATCH]
+            batch = videos[at : at + BATCH]
             for video, answer in zip(batch, pool.map(look, batch)):
                 found[video] = answer
                 shown.advance()
@@ -92,9 +90,7 @@ def _digest(video: str) -> str | None:
     return _ask(video, None, lambda: sha256_of(as_path(video)))
 
 
-def shards_of(
-    rows: list[ManifestRow], options: PackOptions, facts: Facts, taken: dict[str, int]
-) -> list[Shard]:
+def shards_of(rows: list[ManifestRow], options: PackOptions, facts: Facts, taken: dict[str, int]) -> list[Shard]:
     """All shards in order of (split, number); which rows a shard has never depends on rejects.
 
     taken: for each split, how many numbers belong to shards that are there already.
@@ -111,9 +107,7 @@ def shards_of(
     return shards
 
 
-def _cut(
-    rows: list[ManifestRow], options: PackOptions, facts: Facts
-) -> Iterator[list[ManifestRow]]:
+def _cut(rows: list[ManifestRow], options: PackOptions, facts: Facts) -> Iterator[list[ManifestRow]]:
     """The rows of a split in parts of at most shard_size rows and shard_bytes bytes of videos (but
     at least one row)."""
     part: list[ManifestRow] = []
@@ -121,7 +115,8 @@ def _cut(
     for row in rows:
         size = facts[row.row][0] if options.shard_bytes else 0
         full = len(part) == options.shard_size or (
-            options.shard_bytes is not None and total + size > options.shard_bytes)
+            options.shard_bytes is not None and total + size > options.shard_bytes
+        )
         if part and full:
             yield part
             part, total = [], 0
@@ -145,8 +140,9 @@ def without_duplicates(
         digest = facts[row.row][1]
         content = (digest, row.start, row.end)
         if digest is not None and content in first:
-            dropped.append(Reject(row.row, row.id, row.source, "duplicate content: the same as "
-                                  f"{first[content]!r}", row.split))
+            dropped.append(
+                Reject(row.row, row.id, row.source, f"duplicate content: the same as {first[content]!r}", row.split)
+            )
         else:
             kept.append(row)
             if digest is not None:
@@ -166,12 +162,20 @@ def _ask(video: str, default, make: Callable):
     for attempt in range(ATTEMPTS):
         try:
             return make()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
-                ValueError, ImportError):  # the last two: a protocol that nobody knows
+        except (
+            FileNotFoundError,
+            PermissionError,
+            IsADirectoryError,
+            NotADirectoryError,
+            ValueError,
+            ImportError,
+        ):  # the last two: a protocol that nobody knows
             return default
         except Exception as error:  # each protocol's driver has its own
             if attempt + 1 == ATTEMPTS:
-                raise InputError(f"{video}: cannot be read to plan the shards: "
-                                 f"{type(error).__name__}: {error}; repair that and start again "
-                                 "(nothing is lost)") from error
+                raise InputError(
+                    f"{video}: cannot be read to plan the shards: "
+                    f"{type(error).__name__}: {error}; repair that and start again "
+                    "(nothing is lost)"
+                ) from error
             time.sleep(2.0**attempt)

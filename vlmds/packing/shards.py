@@ -56,12 +56,16 @@ class PackOptions:
         """What dataset.json says of the store."""
         frames = self.store == "frames"
         return {
-            "store": self.store, "sampler": SAMPLER, "resizer": RESIZER,
+            "store": self.store,
+            "sampler": SAMPLER,
+            "resizer": RESIZER,
             "num_frames": self.num_frames if frames else None,
             "image_size": self.image_size if frames else None,
             "quality": self.quality if frames else None,
             "verify": None if frames else self.verify,
-            "shard_size": self.shard_size, "shard_bytes": self.shard_bytes}
+            "shard_size": self.shard_size,
+            "shard_bytes": self.shard_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,12 @@ def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
     del effective["shard_size"], effective["shard_bytes"]  # the rows say it
     for name in ("image_size", "quality") if options.store == "video" else ("verify",):
         del effective[name]
-    return hashlib.sha256(json_line({
-        "version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "options": effective,
-        "rows": described})).hexdigest()
+    return hashlib.sha256(
+        json_line({"version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "options": effective, "rows": described})
+    ).hexdigest()
 
 
-def unfinished(
-    out: Path, shards: Iterable[Shard], base: dict[str, int], retry: bool = False
-) -> list[Shard]:
+def unfinished(out: Path, shards: Iterable[Shard], base: dict[str, int], retry: bool = False) -> list[Shard]:
     """The shards without a valid marker.
 
     base: for each split, how many shards at its start belong to an earlier packing. retry: those
@@ -108,15 +110,15 @@ def unfinished(
         if marker is None or marker["options_hash"] == shard.options_hash:
             known.add(shard.name)
         tar = out / f"{shard.name}.tar"
-        if (not marker or marker["count"] and not _has_size(tar, marker["bytes"])
-                or retry and marker["rejects"]):
+        if not marker or marker["count"] and not _has_size(tar, marker["bytes"]) or retry and marker["rejects"]:
             todo.append(shard)
     for name in sorted(found.keys() - known):
         split, number = name.split("/")
         if int(number) >= base.get(split, 0):
             raise InputError(
                 f"{out}: {name} was packed from another manifest or with other options; choose "
-                "another folder, delete this one, or pack new rows with --append")
+                "another folder, delete this one, or pack new rows with --append"
+            )
     return todo
 
 
@@ -143,14 +145,19 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
             if reply.reason is None:
                 index_rows.append(_write_sample(writer, shard, row, reply))
             else:
-                rejects.append(asdict(Reject(
-                    row.row, row.id, row.source, reply.reason, shard.split, shard.number)))
+                rejects.append(asdict(Reject(row.row, row.id, row.source, reply.reason, shard.split, shard.number)))
         writer.close()
-        told = json_line({
-            "count": len(index_rows), "bytes": writer.offset if index_rows else 0,
-            "sha256": writer.sha256.hexdigest() if index_rows else None,
-            "options_hash": shard.options_hash, "rejects": rejects, "rows": index_rows,
-            "inputs": inputs})
+        told = json_line(
+            {
+                "count": len(index_rows),
+                "bytes": writer.offset if index_rows else 0,
+                "sha256": writer.sha256.hexdigest() if index_rows else None,
+                "options_hash": shard.options_hash,
+                "rejects": rejects,
+                "rows": index_rows,
+                "inputs": inputs,
+            }
+        )
         # A marker of other bytes must not outlive the tar that it is of, wherever we are killed. One
         # of these bytes is another process's, which is done with the same shard.
         if marker.exists() and marker.read_bytes() != told:
@@ -194,9 +201,7 @@ class TarWriter:
         self.offset += len(data)
 
 
-def _write_sample(
-    writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Reply
-) -> dict[str, Any]:
+def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Reply) -> dict[str, Any]:
     """Append a sample's members and return its row of the index."""
     facts = dict(reply.facts)
     content = facts.pop("content", None)
@@ -204,16 +209,29 @@ def _write_sample(
     timestamps, timing = facts.pop("timestamps", None), facts.pop("timing", None)
     # A file that was cut has a span of its own.
     start, end = facts.pop("start", row.start), facts.pop("end", row.end)
-    optional = {"prompt": row.prompt, "start": start, "end": end, "timestamps": timestamps,
-                "timing": timing}
-    described = {"id": row.id, "captions": row.captions, "source": row.source, **facts,
-                 **{name: value for name, value in optional.items() if value is not None}}
+    optional = {"prompt": row.prompt, "start": start, "end": end, "timestamps": timestamps, "timing": timing}
+    described = {
+        "id": row.id,
+        "captions": row.captions,
+        "source": row.source,
+        **facts,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
     contents = {**reply.members, "json": json_line(described)}
     members = [writer.add(f"{row.key}.{ext}", ext, contents[ext]) for ext in sorted(contents)]
-    return {"split": shard.split, "shard": shard.number, "key": row.key, "members": members,
-            "num_captions": len(row.captions), **facts, "decoder": decoder,
-            "start": start, "end": end, "status": "ok",
-            "content": content and [content, row.start, row.end]}
+    return {
+        "split": shard.split,
+        "shard": shard.number,
+        "key": row.key,
+        "members": members,
+        "num_captions": len(row.captions),
+        **facts,
+        "decoder": decoder,
+        "start": start,
+        "end": end,
+        "status": "ok",
+        "content": content and [content, row.start, row.end],
+    }
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -20,23 +20,26 @@ class Card:
     device: str
 
 
-CARDS = {card.name: card for card in (
-    Card("b200", 180e9, 2250e12, 8.0e12, "B200"),
-    Card("h200-sxm", 141e9, 989e12, 4.8e12, "H200"),
-    Card("h200-nvl", 141e9, 835e12, 4.8e12, "H200 NVL"),
-    Card("h100-sxm", 80e9, 989e12, 3.35e12, "H100 80GB HBM3"),
-    Card("h100-nvl", 94e9, 835e12, 3.9e12, "H100 NVL"),
-    Card("h100-pcie", 80e9, 756e12, 2.0e12, "H100 PCIe"),
-    Card("a100-80-sxm", 80e9, 312e12, 2.04e12, "A100-SXM4-80GB"),
-    Card("a100-80-pcie", 80e9, 312e12, 1.94e12, "A100 80GB PCIe"),
-    Card("a100-40-sxm", 40e9, 312e12, 1.56e12, "A100-SXM4-40GB"),
-    Card("a100-40-pcie", 40e9, 312e12, 1.56e12, "A100-PCIE-40GB"),
-    Card("l40s", 48e9, 362e12, 0.86e12, "L40S"),
-    Card("a6000", 48e9, 155e12, 0.77e12, "RTX A6000"),
-    Card("rtx5090", 32e9, 209e12, 1.79e12, "GeForce RTX 5090"),
-    Card("rtx4090", 24e9, 165e12, 1.01e12, "GeForce RTX 4090"),
-    Card("rtx3090", 24e9, 71e12, 0.94e12, "GeForce RTX 3090"),
-)}
+CARDS = {
+    card.name: card
+    for card in (
+        Card("b200", 180e9, 2250e12, 8.0e12, "B200"),
+        Card("h200-sxm", 141e9, 989e12, 4.8e12, "H200"),
+        Card("h200-nvl", 141e9, 835e12, 4.8e12, "H200 NVL"),
+        Card("h100-sxm", 80e9, 989e12, 3.35e12, "H100 80GB HBM3"),
+        Card("h100-nvl", 94e9, 835e12, 3.9e12, "H100 NVL"),
+        Card("h100-pcie", 80e9, 756e12, 2.0e12, "H100 PCIe"),
+        Card("a100-80-sxm", 80e9, 312e12, 2.04e12, "A100-SXM4-80GB"),
+        Card("a100-80-pcie", 80e9, 312e12, 1.94e12, "A100 80GB PCIe"),
+        Card("a100-40-sxm", 40e9, 312e12, 1.56e12, "A100-SXM4-40GB"),
+        Card("a100-40-pcie", 40e9, 312e12, 1.56e12, "A100-PCIE-40GB"),
+        Card("l40s", 48e9, 362e12, 0.86e12, "L40S"),
+        Card("a6000", 48e9, 155e12, 0.77e12, "RTX A6000"),
+        Card("rtx5090", 32e9, 209e12, 1.79e12, "GeForce RTX 5090"),
+        Card("rtx4090", 24e9, 165e12, 1.01e12, "GeForce RTX 4090"),
+        Card("rtx3090", 24e9, 71e12, 0.94e12, "GeForce RTX 3090"),
+    )
+}
 SHORT = {"h200": "h200-sxm", "h100": "h100-sxm", "a100-80": "a100-80-sxm", "a100-40": "a100-40-sxm"}
 """Names that may stand for the SXM form."""
 _DEVICES = {card.device.lower(): card for card in CARDS.values()}

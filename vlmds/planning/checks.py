@@ -22,9 +22,7 @@ from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze, parameter_groups
 
 
-def check_experiment(
-    experiment: Experiment, model: Shapes, dataset: Dataset | None, ranks: int
-) -> None:
+def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | None, ranks: int) -> None:
     """Everything that shows without weights, a tokenizer or other ranks: the global batch, what
     each stage trains, how the charts are kept, and whether the data is what the experiment needs.
 
@@ -42,8 +40,9 @@ def check_experiment(
         if not parameter_groups(model.captioner, stage, experiment.training):
             raise InputError(f"stages: {stage.name}: nothing is trainable")
     if experiment.logging.wandb_project and find_spec("wandb") is None:
-        raise InputError(f"logging.wandb_project: wandb is not installed; {install_hint('track')}, "
-                         "or leave the key out")
+        raise InputError(
+            f"logging.wandb_project: wandb is not installed; {install_hint('track')}, or leave the key out"
+        )
     if dataset is not None:
         check_data(experiment, model, dataset)
 
@@ -62,15 +61,22 @@ def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
             raise InputError(
                 f"{dataset.root}: its features of {recorded['model']} are {theirs[0]} x {theirs[1]} "
                 f"a frame, but vision.model {experiment.vision.model} makes {ours[0]} x {ours[1]}; "
-                "make them again with it, or give that tower")
+                "make them again with it, or give that tower"
+            )
     check_validation(experiment, "val" in dataset.splits, dataset.root)
 
 
 def training_reader(experiment: Experiment, model: Shapes, dataset: Dataset) -> SampleReader:
     """What the first stage reads. Raises InputError as :class:`SampleReader`."""
     data = experiment.data
-    return SampleReader(dataset, "train", data.num_frames, model.tower.config.image_size,
-                        seed=experiment.training.seed, window=data.shuffle_window)
+    return SampleReader(
+        dataset,
+        "train",
+        data.num_frames,
+        model.tower.config.image_size,
+        seed=experiment.training.seed,
+        window=data.shuffle_window,
+    )
 
 
 def sequence_builder(
@@ -87,8 +93,7 @@ def sequence_builder(
     """
     data, name = experiment.data, experiment.llm.model
     check_vocabulary(captioner.llm, tokenizer, name)
-    builder = SequenceBuilder(
-        tokenizer, data.prompt, captioner.projector.num_tokens, data.max_caption_tokens)
+    builder = SequenceBuilder(tokenizer, data.prompt, captioner.projector.num_tokens, data.max_caption_tokens)
     longest = len(builder.prompt_ids()) + data.max_caption_tokens
     most = getattr(captioner.llm.config, "max_position_embeddings", None)
     if most is not None and longest > most:
@@ -96,7 +101,8 @@ def sequence_builder(
             f"data.num_frames: {captioner.projector.num_tokens:,} visual tokens, the prompt and "
             f"data.max_caption_tokens {data.max_caption_tokens} make {longest:,} positions, but "
             f"llm.model {name} takes {most:,}; use fewer frames, vision.pool, or a projector with "
-            "queries")
+            "queries"
+        )
     return builder
 
 
@@ -104,16 +110,26 @@ def check_validation(experiment: Experiment, has_val: bool, data: Path | str) ->
     """Raise InputError, naming the key, if the settings want what this data or this installation
     cannot give."""
     settings = experiment.training
-    wanted = [name for name, value in (
-        ("evaluate_every", settings.evaluate_every), ("early_stopping", settings.early_stopping),
-        ("keep", settings.keep == "best")) if value]
+    wanted = [
+        name
+        for name, value in (
+            ("evaluate_every", settings.evaluate_every),
+            ("early_stopping", settings.early_stopping),
+            ("keep", settings.keep == "best"),
+        )
+        if value
+    ]
     if wanted and not has_val:
-        raise InputError(f"training.{wanted[0]}: needs split val, which {data} does not have; pack "
-                         "with --val-fraction, or leave the key out")
+        raise InputError(
+            f"training.{wanted[0]}: needs split val, which {data} does not have; pack "
+            "with --val-fraction, or leave the key out"
+        )
     if settings.best_metric == "loss":
         return
     levels = [tokenizer.level for tokenizer in tokenizers()]
     known = ["loss", *(f"{metric}@{level}" for level in levels for metric in METRICS)]
     if settings.best_metric not in known:
-        raise InputError(f"training.best_metric: {settings.best_metric!r} is not there; there are "
-                         f"{', '.join(known)} (those @morpheme need the extra korean)")
+        raise InputError(
+            f"training.best_metric: {settings.best_metric!r} is not there; there are "
+            f"{', '.join(known)} (those @morpheme need the extra korean)"
+        )

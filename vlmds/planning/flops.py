@@ -36,8 +36,7 @@ class StepFlops:
         return self.clip + self.projector + self.llm + self.head
 
 
-def sample_flops(model: Shapes, positions: float, supervised: float, *,
-                 stored_features: bool = False) -> StepFlops:
+def sample_flops(model: Shapes, positions: float, supervised: float, *, stored_features: bool = False) -> StepFlops:
     """Operations of one sample in a step.
 
     Args:
@@ -60,8 +59,11 @@ def sample_flops(model: Shapes, positions: float, supervised: float, *,
     head = 2 * config.hidden_size * config.vocab_size * supervised
     return StepFlops(
         clip=0.0 if stored_features else clip_flops(model),
-        projector=projector_flops(model), llm=forward + backward, head=2 * head,
-        recomputed=forward)
+        projector=projector_flops(model),
+        llm=forward + backward,
+        head=2 * head,
+        recomputed=forward,
+    )
 
 
 def clip_flops(model: Shapes) -> float:
@@ -79,8 +81,9 @@ def projector_flops(model: Shapes) -> float:
     running it on the meta device. CLIP's features need no gradient, which is not subtracted."""
     projector = model.captioner.projector
     dtype = next(projector.parameters()).dtype
-    features = torch.empty(1, projector.num_frames * projector.patches, projector.vision_dim,
-                           dtype=dtype, device="meta")
+    features = torch.empty(
+        1, projector.num_frames * projector.patches, projector.vision_dim, dtype=dtype, device="meta"
+    )
     with FlopCounterMode(display=False) as counter:
         projector(features)
     trains = any(p.requires_grad for p in projector.parameters())

@@ -43,8 +43,7 @@ _NF4_BLOCK, _NF4_BLOCKS_PER_SCALE = 64, 256
 
 
 def stage_memory(
-    experiment: Experiment, stage: StageConfig, captioner: Captioner, tower: nn.Module | None,
-    world_size: int,
+    experiment: Experiment, stage: StageConfig, captioner: Captioner, tower: nn.Module | None, world_size: int
 ) -> dict[str, int]:
     """Bytes on one GPU at the peak of a stage, by part, with the longest captions that
     ``data.max_caption_tokens`` allows. ``training.activation_checkpointing: auto`` counts as true.
@@ -75,8 +74,12 @@ def fewest_recomputed(memories: dict[int, dict[str, int]], free: float) -> int |
 
 
 def stage_memories(
-    experiment: Experiment, stage: StageConfig, captioner: Captioner, tower: nn.Module | None,
-    world_size: int, choices: Iterable[int] = EVERY,
+    experiment: Experiment,
+    stage: StageConfig,
+    captioner: Captioner,
+    tower: nn.Module | None,
+    world_size: int,
+    choices: Iterable[int] = EVERY,
 ) -> dict[int, dict[str, int]]:
     """As :func:`stage_memory`, for several settings of activation checkpointing: of no layer (0),
     or of every n-th."""
@@ -85,8 +88,7 @@ def stage_memories(
     partitions = partition_sizes(experiment, stage, captioner, world_size)
     trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
     # The adapter is on `captioner` in every stage here; one that does not train it has none.
-    frozen_projector = sum(
-        p.numel() for p in captioner.projector.parameters() if not p.requires_grad)
+    frozen_projector = sum(p.numel() for p in captioner.projector.parameters() if not p.requires_grad)
     layer, layers = layer_activations(experiment, stage, captioner), _layers(captioner)
     positions = training.micro_batch * longest(experiment, captioner)
     hidden = positions * captioner.projector.llm_dim * size
@@ -113,23 +115,22 @@ def stage_memories(
     if experiment.peft.type == "dora" and "peft" in stage.train:
         # In a step's first forward pass, when there are no logits and nothing else is unpacked.
         norm = dora_norm_bytes(experiment, captioner.llm)
-        parts["first DoRA norm"] = max(
-            0, norm - parts["logits"] - parts.get("one unpacked weight", 0))
+        parts["first DoRA norm"] = max(0, norm - parts["logits"] - parts.get("one unpacked weight", 0))
     # The reduction comes after the backward pass, where its tensors were (those of its stream): a
     # bucket with all gradients in the model's dtype; then, instead of those in fp32, a copy of what
     # goes out at once and this rank's part in fp32.
-    reduction = size * trained + max(
-        0, size * trained // world_size + 4 * sum(partitions) - parts["gradients"])
-    passing = sum(parts.get(part, 0) for part in (
-        "activations", "logits", "one unpacked weight", "first DoRA norm"))
+    reduction = size * trained + max(0, size * trained // world_size + 4 * sum(partitions) - parts["gradients"])
+    passing = sum(parts.get(part, 0) for part in ("activations", "logits", "one unpacked weight", "first DoRA norm"))
     memories = {}
     for every in choices:
         recomputed = math.ceil(layers / every) if every else 0
         # A checkpointed layer keeps its input; the one that is being recomputed, everything.
         kept = (layers - recomputed) * layer + recomputed * hidden + (layer if recomputed else 0)
         memories[every] = {
-            **parts, "activations": parts["activations"] + kept,
-            "gradient buckets": max(0, reduction - passing - kept)}
+            **parts,
+            "activations": parts["activations"] + kept,
+            "gradient buckets": max(0, reduction - passing - kept),
+        }
     return memories
 
 
@@ -139,9 +140,7 @@ def longest(experiment: Experiment, captioner: Captioner) -> int:
     return captioner.projector.num_tokens + text + experiment.data.max_caption_tokens
 
 
-def partition_sizes(
-    experiment: Experiment, stage: StageConfig, captioner: Captioner, world_size: int
-) -> list[int]:
+def partition_sizes(experiment: Experiment, stage: StageConfig, captioner: Captioner, world_size: int) -> list[int]:
     """Elements of each parameter group that one rank holds: ZeRO-2 pads a group so that every
     rank's part has the same, even number."""
     groups = parameter_groups(captioner, stage, experiment.training)
@@ -211,8 +210,7 @@ def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Cap
     """What one layer of the language model keeps for one micro-batch."""
     decoder = captioner.llm.get_base_model().model
     dtype = getattr(torch, experiment.llm.dtype)
-    shape = (experiment.training.micro_batch, longest(experiment, captioner),
-             captioner.projector.llm_dim)
+    shape = (experiment.training.micro_batch, longest(experiment, captioner), captioner.projector.llm_dim)
     hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
     positions = torch.arange(shape[1], device="meta")[None]
     rotation = tuple(t.to(dtype) for t in decoder.rotary_emb(hidden, positions))
@@ -223,9 +221,9 @@ def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Cap
     try:
         with adapter:
             return saved_bytes(
-                lambda: decoder.layers[0](
-                    hidden, attention_mask=None, position_embeddings=rotation),
-                own=[*decoder.layers[0].parameters(), *rotation])
+                lambda: decoder.layers[0](hidden, attention_mask=None, position_embeddings=rotation),
+                own=[*decoder.layers[0].parameters(), *rotation],
+            )
     finally:
         config._attn_implementation = before
         for parameter, flag in trained:  # PEFT makes an adapter that it enables trainable
@@ -238,24 +236,23 @@ def dora_norm_bytes(experiment: Experiment, llm: nn.Module) -> int:
     it is unpacked for this."""
     size, rank = getattr(torch, experiment.llm.dtype).itemsize, experiment.peft.r
     copies = 4 if experiment.llm.load_in_4bit else 3
-    shapes = [module.get_base_layer().weight.shape for module in llm.modules()
-              if isinstance(module, LoraLayer)]
-    return size * max(max(inputs * (inputs + rank + outputs), copies * outputs * inputs)
-                      for outputs, inputs in shapes)
+    shapes = [module.get_base_layer().weight.shape for module in llm.modules() if isinstance(module, LoraLayer)]
+    return size * max(max(inputs * (inputs + rank + outputs), copies * outputs * inputs) for outputs, inputs in shapes)
 
 
 def _features(experiment: Experiment, captioner: Captioner) -> Tensor:
     """CLIP's, of a micro-batch: [B, F·P, vision width] on the meta device."""
     projector = captioner.projector
     return torch.empty(
-        (experiment.training.micro_batch, projector.num_frames * projector.patches,
-         projector.vision_dim), dtype=next(projector.parameters()).dtype, device="meta")
+        (experiment.training.micro_batch, projector.num_frames * projector.patches, projector.vision_dim),
+        dtype=next(projector.parameters()).dtype,
+        device="meta",
+    )
 
 
 def _projector_activations(experiment: Experiment, captioner: Captioner) -> int:
     projector, features = captioner.projector, _features(experiment, captioner)
-    return features.nbytes + saved_bytes(
-        lambda: projector(features), own=[*projector.parameters(), features])
+    return features.nbytes + saved_bytes(lambda: projector(features), own=[*projector.parameters(), features])
 
 
 def _logits(experiment: Experiment, captioner: Captioner) -> int:
@@ -265,8 +262,9 @@ def _logits(experiment: Experiment, captioner: Captioner) -> int:
     tokens = experiment.training.micro_batch * (experiment.data.max_caption_tokens + 1)
     vocabulary = captioner.llm.get_base_model().config.vocab_size
     size = getattr(torch, experiment.llm.dtype).itemsize
-    return (min(tokens, TOKENS) * vocabulary * (4 + (size if size < 4 else 0))
-            + tokens * captioner.projector.llm_dim * size)
+    return (
+        min(tokens, TOKENS) * vocabulary * (4 + (size if size < 4 else 0)) + tokens * captioner.projector.llm_dim * size
+    )
 
 
 def _tower_activations(experiment: Experiment, tower: nn.Module) -> int:
@@ -274,8 +272,7 @@ def _tower_activations(experiment: Experiment, tower: nn.Module) -> int:
     of frames, the residual, queries, keys, values and their product, or the residual and the two
     wide tensors around the activation; and the pixels in fp32, twice."""
     config = tower.config
-    frames = min(experiment.vision.frames_per_call,
-                 experiment.training.micro_batch * experiment.data.num_frames)
+    frames = min(experiment.vision.frames_per_call, experiment.training.micro_batch * experiment.data.num_frames)
     size = getattr(torch, experiment.llm.dtype).itemsize
     positions = frames * ((config.image_size // config.patch_size) ** 2 + 1)
     widest = max(5 * config.hidden_size, config.hidden_size + 2 * config.intermediate_size)
@@ -284,8 +281,11 @@ def _tower_activations(experiment: Experiment, tower: nn.Module) -> int:
 
 def quantised(llm: nn.Module) -> list[nn.Linear]:
     """The Linears that bitsandbytes replaces: all but the output layer and the adapter's own."""
-    return [module for name, module in llm.named_modules()
-            if isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name]
+    return [
+        module
+        for name, module in llm.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name
+    ]
 
 
 def _layers(captioner: Captioner) -> int:

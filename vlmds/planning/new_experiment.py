@@ -32,8 +32,9 @@ _RATE = {
 _RATE["perceiver"] = _RATE["cabstractor"]
 
 
-def write_experiment(path: Path, projector: str, adapter: str, *, clips: int | None = None,
-                     data: str | None = None) -> list[str]:
+def write_experiment(
+    path: Path, projector: str, adapter: str, *, clips: int | None = None, data: str | None = None
+) -> list[str]:
     """Write the file; returns what to tell the user.
 
     Args:
@@ -61,16 +62,16 @@ def write_experiment(path: Path, projector: str, adapter: str, *, clips: int | N
     except FileNotFoundError:
         raise InputError(f"{path}: the folder {path.parent} does not exist; make it first") from None
     load_experiment(path)
-    return [f"written: {path}, which extends {base.name}",
-            f"next: vlmds plan --exp {path} --data {data or 'DIR'}"]
+    return [f"written: {path}, which extends {base.name}", f"next: vlmds plan --exp {path} --data {data or 'DIR'}"]
 
 
 def _packaged(projector: str, adapter: str) -> Experiment:
     """The experiment of this projector and adapter among e1, e2, …"""
     found = [load_experiment(name) for name in packaged_experiments() if name[1:].isdigit()]
     for option, value, known in (
-            ("projector", projector, {e.projector.type for e in found}),
-            ("adapter", adapter, {e.peft.type for e in found})):
+        ("projector", projector, {e.projector.type for e in found}),
+        ("adapter", adapter, {e.peft.type for e in found}),
+    ):
         if value not in known:
             raise InputError(f"--{option} {value}: there are {', '.join(sorted(known))}")
     return next(e for e in found if (e.projector.type, e.peft.type) == (projector, adapter))
@@ -84,8 +85,10 @@ def _check_name(path: Path) -> None:
     try:
         TypeAdapter(Name).validate_python(path.stem)
     except ValidationError:
-        raise InputError(f"{path}: the file's name becomes the experiment's: begin it with a letter "
-                         "or digit, and use only A-Z, a-z, 0-9, '_', '.' and '-'") from None
+        raise InputError(
+            f"{path}: the file's name becomes the experiment's: begin it with a letter "
+            "or digit, and use only A-Z, a-z, 0-9, '_', '.' and '-'"
+        ) from None
 
 
 def _batch(base: Experiment) -> int:
@@ -103,8 +106,9 @@ def _steps(base: Experiment, clips: int | None) -> list[int] | None:
     return [stage_steps(stage, clips, _batch(base)) for stage in base.stages]
 
 
-def _text(path: Path, base: Experiment, data: str, steps: list[int] | None, clips: int | None,
-          has_val: bool | None) -> str:
+def _text(
+    path: Path, base: Experiment, data: str, steps: list[int] | None, clips: int | None, has_val: bool | None
+) -> str:
     return f"""\
 # {path.stem}: {base.projector.type} projector, {base.peft.type}. Written by vlmds new.
 #
@@ -162,15 +166,15 @@ def _stages(base: Experiment, steps: list[int] | None, clips: int | None) -> str
     lines = [
         "# Learning rates and lengths; this list replaces the packaged one. align teaches the",
         "# projector alone, finetune the adapter, too.",
-        f"# {_RATE[base.projector.type]}"]
+        f"# {_RATE[base.projector.type]}",
+    ]
     few = base.training.validate_every
     if steps is None:
         lines.append("# vlmds plan --data DIR says how many steps the epochs are.")
     else:
         lines.append(f"# Steps are those of {clips:,} clips at a global batch of {_batch(base)}.")
         if min(steps) < few:
-            lines.append(f"# Fewer than {few} are few: give more epochs, and look at the validation "
-                         "for when to stop.")
+            lines.append(f"# Fewer than {few} are few: give more epochs, and look at the validation for when to stop.")
     lines.append("stages:")
     for number, stage in enumerate(base.stages):
         count = f"  # {steps[number]:,} steps" if steps is not None else ""
@@ -180,6 +184,5 @@ def _stages(base: Experiment, steps: list[int] | None, clips: int | None) -> str
 
 def _flow(value: Any) -> str:
     """On one line, as YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False,
-                          width=1000)
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=1000)
     return text.removesuffix("...\n").strip()

@@ -34,8 +34,11 @@ EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습�
 
 
 def plan_experiment(
-    experiment: Experiment, gpus: int = 1, samples_per_second: float | None = None,
-    cores_per_gpu: float = CORES_PER_GPU, gpu: str | None = None,
+    experiment: Experiment,
+    gpus: int = 1,
+    samples_per_second: float | None = None,
+    cores_per_gpu: float = CORES_PER_GPU,
+    gpu: str | None = None,
 ) -> str:
     """The report: parameters, visual tokens, memory, steps per stage, what each store costs, one
     sample with its loss mask.
@@ -50,8 +53,11 @@ def plan_experiment(
         InputError: an unknown card; see :func:`shapes`; data.path is given and holds no dataset;
             or whatever training would refuse (:func:`check_experiment`).
     """
-    for name, value in (("--gpus", gpus), ("--samples-per-second", samples_per_second),
-                        ("--cores-per-gpu", cores_per_gpu)):
+    for name, value in (
+        ("--gpus", gpus),
+        ("--samples-per-second", samples_per_second),
+        ("--cores-per-gpu", cores_per_gpu),
+    ):
         if value is not None and value <= 0:
             raise InputError(f"{name}: {value} is not more than 0")
     data = experiment.data
@@ -60,8 +66,12 @@ def plan_experiment(
     stored = dataset is not None and dataset.store == "features"
     model = shapes(experiment)
     check_experiment(experiment, model, dataset, gpus)
-    sections = [_heading(experiment), _presence(experiment), _parameters(experiment, model),
-                _memory(experiment, model, gpus, dataset)]
+    sections = [
+        _heading(experiment),
+        _presence(experiment),
+        _parameters(experiment, model),
+        _memory(experiment, model, gpus, dataset),
+    ]
     found = proposals(experiment, model, card, gpus, stored) if card else []
     if card:
         sections.append(proposal_table(found, card, gpus, experiment))
@@ -74,16 +84,22 @@ def plan_experiment(
         assumed = find_card(ASSUMED_CARD)
         rate = predicted_rate(experiment, experiment.stages[-1], model, assumed, 0, stored)
         how = f"predicted on {assumed.name}; give --gpu, or --samples-per-second when it is known"
-    return "\n\n".join([
-        *sections, _schedule(experiment, dataset, gpus, hours),
-        _stores(experiment, model, dataset, rate, how, cores_per_gpu),
-        _sample(experiment, model, dataset)])
+    return "\n\n".join(
+        [
+            *sections,
+            _schedule(experiment, dataset, gpus, hours),
+            _stores(experiment, model, dataset, rate, how, cores_per_gpu),
+            _sample(experiment, model, dataset),
+        ]
+    )
 
 
 def _heading(experiment: Experiment) -> str:
     precision = "NF4" if experiment.llm.load_in_4bit else experiment.llm.dtype
-    return (f"{experiment.name}: {experiment.vision.model} -> {experiment.projector.type} -> "
-            f"{experiment.llm.model} ({precision}) with {experiment.peft.type.upper()}")
+    return (
+        f"{experiment.name}: {experiment.vision.model} -> {experiment.projector.type} -> "
+        f"{experiment.llm.model} ({precision}) with {experiment.peft.type.upper()}"
+    )
 
 
 def _presence(experiment: Experiment) -> str:
@@ -104,8 +120,7 @@ def _parameters(experiment: Experiment, model: Shapes) -> str:
         experiment.peft.type: (adapter, "peft"),
     }
     stages = experiment.stages
-    lines = [f"{'part':<12}{'parameters':>16}" + "".join(
-        f"{'trained in ' + s.name:>26}" for s in stages)]
+    lines = [f"{'part':<12}{'parameters':>16}" + "".join(f"{'trained in ' + s.name:>26}" for s in stages)]
     trained = [_trained(stage, model.captioner) for stage in stages]
     for name, (count, section) in parts.items():
         cells = "".join(f"{t.get(section, 0):>26,}" for t in trained)
@@ -113,8 +128,10 @@ def _parameters(experiment: Experiment, model: Shapes) -> str:
     projector = model.captioner.projector
     frames = f"{projector.num_frames} frames x {projector.patches} patches"
     lines.append("")
-    lines.append(f"visual tokens per clip: {projector.num_tokens:,}  ({frames}"
-                 f" = {projector.num_frames * projector.patches:,} features)")
+    lines.append(
+        f"visual tokens per clip: {projector.num_tokens:,}  ({frames}"
+        f" = {projector.num_frames * projector.patches:,} features)"
+    )
     return "\n".join(lines)
 
 
@@ -127,62 +144,63 @@ def _trained(stage, captioner: Captioner) -> dict[str, int]:
     }
 
 
-def _memory(
-    experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset | None
-) -> str:
+def _memory(experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset | None) -> str:
     """Bytes per GPU and stage, by part, and the size of a checkpoint."""
     stored = dataset is not None and dataset.store == "features"
     columns, checkpoints = [], []
     for stage in experiment.stages:
         freeze(model.captioner, stage)
-        columns.append(stage_memory(
-            experiment, stage, model.captioner, None if stored else model.tower, gpus))
+        columns.append(stage_memory(experiment, stage, model.captioner, None if stored else model.tower, gpus))
         checkpoints.append(checkpoint_bytes(experiment, model.captioner))
     training = experiment.training
     every = training.activation_checkpointing
     recompute = {True: "full", False: "no", "auto": "full (auto takes less where it fits)"}.get(
-        every, f"every {every}th layer's")
+        every, f"every {every}th layer's"
+    )
     ranks = "1 GPU" if gpus == 1 else f"each of {gpus} GPUs"
     lines = [f"{f'memory of {ranks}':<28}" + "".join(f"{s.name:>12}" for s in experiment.stages)]
     # A stage may lack a part, such as DoRA's norms where it has no adapter.
-    rows = {part: [column.get(part, 0) for column in columns]
-            for part in dict.fromkeys(part for column in columns for part in column)}
+    rows = {
+        part: [column.get(part, 0) for column in columns]
+        for part in dict.fromkeys(part for column in columns for part in column)
+    }
     rows |= {"sum": [sum(column.values()) for column in columns], "checkpoint on disk": checkpoints}
     for name, sizes in rows.items():
         lines.append(f"{name:<28}" + "".join(f"{size_text(size):>12}" for size in sizes))
     lines.append(
         f"assumes ZeRO-2, micro-batch {training.micro_batch}, {recompute} activation checkpointing, "
-        f"captions of {experiment.data.max_caption_tokens} tokens;")
-    lines.append("gradient buckets count only beyond the activations, in whose place they stand; "
-                 "activations, logits and")
-    outside = "CUDA's context and workspaces" if gpus == 1 else (
-        "CUDA's context, workspaces and NCCL's communicators")
-    lines.append(f"CLIP forward are estimates; {outside} (assumed: "
-                 f"{size_text(outside_bytes(gpus))}) and")
+        f"captions of {experiment.data.max_caption_tokens} tokens;"
+    )
+    lines.append(
+        "gradient buckets count only beyond the activations, in whose place they stand; activations, logits and"
+    )
+    outside = "CUDA's context and workspaces" if gpus == 1 else ("CUDA's context, workspaces and NCCL's communicators")
+    lines.append(f"CLIP forward are estimates; {outside} (assumed: {size_text(outside_bytes(gpus))}) and")
     lines.append(f"fragmentation (assumed: {1 - USABLE:.0%}) come on top")
     return "\n".join(lines)
 
 
-def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float, how: str,
-            cores: float) -> str:
+def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float, how: str, cores: float) -> str:
     """What each store costs, and the cheapest that keeps the GPUs fed."""
     vision = model.tower.config
     projector = model.captioner.projector
-    found = prices(dataset.parts if dataset else [], projector.num_frames, vision.image_size,
-                   projector.patches, vision.hidden_size)
+    found = prices(
+        dataset.parts if dataset else [], projector.num_frames, vision.image_size, projector.patches, vision.hidden_size
+    )
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
     of = counted(samples, "sample") if dataset else "per 10,000 samples"
     lines = [
         f"stores at {rate:.3g} samples/s per GPU ({how})",
-        f"{'store':<22}{'a sample':>12}{of:>22}{'core-ms a sample':>18}"
-        f"{'cores a GPU':>13}{'read a GPU':>14}  figures"]
+        f"{'store':<22}{'a sample':>12}{of:>22}{'core-ms a sample':>18}{'cores a GPU':>13}{'read a GPU':>14}  figures",
+    ]
     for need in rows:
         total = need.total if need.total is not None else 10_000 * need.price.bytes
         lines.append(
             f"{need.price.name:<22}{size_text(need.price.bytes):>12}{size_text(total):>22}"
             f"{1e3 * need.price.seconds:>18.2f}{need.cores:>13.2f}{size_text(need.read) + '/s':>14}"
-            f"  {need.price.origin}")
+            f"  {need.price.origin}"
+        )
     best = cheapest(rows, cores)
     if dataset is None:
         lines.append("which store your data needs depends on it: pass --data DIR")
@@ -192,15 +210,17 @@ def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate
         store = best.price.store
         lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: {store}")
         if store != dataset.store:
-            like = {"store": store, "num_frames": projector.num_frames,
-                    "image_size": vision.image_size, "vision": tower_keys(experiment.vision)}
+            like = {
+                "store": store,
+                "num_frames": projector.num_frames,
+                "image_size": vision.image_size,
+                "vision": tower_keys(experiment.vision),
+            }
             lines += [f"  {converted(part, like)[0]}" for part in dataset.parts]
     return "\n".join(lines)
 
 
-def _schedule(
-    experiment: Experiment, dataset: Dataset | None, gpus: int, rate: float | None
-) -> str:
+def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int, rate: float | None) -> str:
     """rate: samples a second on one GPU, if it is known. Raises InputError if so many GPUs cannot
     share the global batch."""
     lines = [describe_batch(experiment, gpus)]
@@ -214,8 +234,7 @@ def _schedule(
             length += f" of {counted(samples, 'sample')} = {counted(steps, 'step')}"
         if steps and rate:
             length += f", about {steps * batch / (rate * gpus) / 3600:,.1f} h"
-        lines.append(f"stage {stage.name}: trains {' and '.join(stage.train)}, lr {stage.lr:g}, "
-                     f"{length}")
+        lines.append(f"stage {stage.name}: trains {' and '.join(stage.train)}, lr {stage.lr:g}, {length}")
     if dataset is None:
         lines.append("steps of stages given in epochs need the data: pass --data DIR")
     else:
@@ -246,14 +265,17 @@ def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> s
     except InputError:
         if dataset is not None:
             lines += [f"  prompt   {prompt or experiment.data.prompt!r}", f"  caption  {caption!r}"]
-        return "\n".join([*lines, f"  tokens are not shown, the tokenizer of {experiment.llm.model} "
-                          "is not on this machine (its files are enough, weights are not needed)"])
-    return "\n".join(lines + _tokens(
-        sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
+        return "\n".join(
+            [
+                *lines,
+                f"  tokens are not shown, the tokenizer of {experiment.llm.model} "
+                "is not on this machine (its files are enough, weights are not needed)",
+            ]
+        )
+    return "\n".join(lines + _tokens(sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
 
 
-def _first_sample(experiment: Experiment, model: Shapes, dataset: Dataset
-                  ) -> tuple[SampleRow, str, str | None]:
+def _first_sample(experiment: Experiment, model: Shapes, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
     """Its row, caption, and prompt of its own if it has one. Raises SampleError."""
     reader = training_reader(experiment, model, dataset)
     row = reader.row(0)

@@ -62,9 +62,7 @@ class Need:
         return self.cores <= cores
 
 
-def prices(
-    parts: Sequence[ShardIndex], num_frames: int, image_size: int, patches: int, width: int
-) -> list[Price]:
+def prices(parts: Sequence[ShardIndex], num_frames: int, image_size: int, patches: int, width: int) -> list[Price]:
     """The stores that the data is or can be converted to; typical clips if there is no data.
 
     parts: the packed datasets, all of one store. num_frames, image_size: of the experiment's
@@ -73,8 +71,10 @@ def prices(
     features = _features_price(num_frames, patches, width)
     if not parts:
         scale = num_frames / 8
-        frames = [Price(p.store, p.name, p.bytes * scale, p.seconds * scale, p.origin)
-                  if p.store == "frames" else p for p in ASSUMED]
+        frames = [
+            Price(p.store, p.name, p.bytes * scale, p.seconds * scale, p.origin) if p.store == "frames" else p
+            for p in ASSUMED
+        ]
         return [*frames, features]
     store = parts[0].store
     if store == "features":
@@ -85,24 +85,26 @@ def prices(
     return [*_video_prices(chosen, num_frames, image_size), features]
 
 
-def needs(
-    found: Sequence[Price], samples_per_second: float, samples: int | None
-) -> list[Need]:
+def needs(found: Sequence[Price], samples_per_second: float, samples: int | None) -> list[Need]:
     """What each store asks for at this rate per GPU. samples: in all, to know the total size."""
-    return [Need(price, price.seconds * samples_per_second, price.bytes * samples_per_second,
-                 None if samples is None else price.bytes * samples) for price in found]
+    return [
+        Need(
+            price,
+            price.seconds * samples_per_second,
+            price.bytes * samples_per_second,
+            None if samples is None else price.bytes * samples,
+        )
+        for price in found
+    ]
 
 
 def cheapest(found: Sequence[Need], cores: float) -> Need | None:
     """The smallest store that `cores` cores per GPU can decode as fast as the GPU wants it; None
     if there is none."""
-    return min((need for need in found if need.fed_by(cores)),
-               key=lambda need: need.price.bytes, default=None)
+    return min((need for need in found if need.fed_by(cores)), key=lambda need: need.price.bytes, default=None)
 
 
-def _video_prices(
-    chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int
-) -> list[Price]:
+def _video_prices(chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int) -> list[Price]:
     """Of the data as it is, and of the frames that it would become."""
     seconds, frame_sizes, frame_seconds = [], [], []
     shape = {"num_frames": num_frames, "image_size": image_size}
@@ -110,8 +112,9 @@ def _video_prices(
     for index, rows in chosen:
         with DecodePool(1, deadline=SECONDS) as pool:
             # The first one starts the child; it is decoded again for its time.
-            replies = decode_stored(index, [rows[0], *rows], pool, store="pixels",
-                                    num_frames=num_frames, image_size=image_size)
+            replies = decode_stored(
+                index, [rows[0], *rows], pool, store="pixels", num_frames=num_frames, image_size=image_size
+            )
             next(replies)
             for _ in rows:
                 started = time.perf_counter()
@@ -121,16 +124,17 @@ def _video_prices(
                     seconds.append(elapsed)
                     jpegs = encode_jpegs(frames, QUALITY)
                     frame_sizes.append(sum(map(len, jpegs.values())))
-                    frame_seconds.append(_timed(lambda: read_jpegs(jpegs, shape)))
+                    frame_seconds.append(_timed(read_jpegs, jpegs, shape))
                 if time.monotonic() - begin > SECONDS:
                     break
             replies.close()
     if not seconds:
         return []
     origin = f"{counted(len(seconds), 'sample')} timed here"
-    return [Price("video", "video (this data)", _mean_size(chosen), float(np.mean(seconds)), origin),
-            Price("frames", "frames", float(np.mean(frame_sizes)), float(np.mean(frame_seconds)),
-                  origin)]
+    return [
+        Price("video", "video (this data)", _mean_size(chosen), float(np.mean(seconds)), origin),
+        Price("frames", "frames", float(np.mean(frame_sizes)), float(np.mean(frame_seconds)), origin),
+    ]
 
 
 def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Price:
@@ -139,32 +143,41 @@ def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Pr
         for row in rows:
             try:
                 members = index.read(row)
-                seconds.append(_timed(lambda: read_jpegs(members, index.meta)))
+                seconds.append(_timed(read_jpegs, members, index.meta))
             except SampleError:
                 continue  # damaged since it was packed; training tells
-    return Price("frames", "frames (this data)", _mean_size(chosen), float(np.mean(seconds or [0.0])),
-                 f"{counted(len(seconds), 'sample')} timed here")
+    return Price(
+        "frames",
+        "frames (this data)",
+        _mean_size(chosen),
+        float(np.mean(seconds or [0.0])),
+        f"{counted(len(seconds), 'sample')} timed here",
+    )
 
 
 def _features_price(num_frames: int, patches: int, width: int) -> Price:
     meta = {"num_frames": num_frames, "vision": {"patches": patches, "width": width}}
     members = {EXTENSION: encode_features(torch.zeros(num_frames * patches, width))}
-    return Price("features", "features", bytes_per_sample(num_frames, patches, width),
-                 _timed(lambda: decode_features(members, meta)), "exact size, read timed here")
+    return Price(
+        "features",
+        "features",
+        bytes_per_sample(num_frames, patches, width),
+        _timed(decode_features, members, meta),
+        "exact size, read timed here",
+    )
 
 
 def _mean_size(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> float:
     """Mean bytes of a sample of all these datasets, in their shards."""
-    shards = [shard for index, _ in chosen for split in index.splits
-              for shard in index.shards(split)]
+    shards = [shard for index, _ in chosen for split in index.splits for shard in index.shards(split)]
     return sum(shard.bytes for shard in shards) / sum(shard.count for shard in shards)
 
 
-def _timed(action: Callable[[], object]) -> float:
-    """Seconds that it takes: the best of three, for other processes only ever make it longer."""
+def _timed(action: Callable[..., object], *arguments: object) -> float:
+    """Seconds that the call takes: the best of three, because other processes only make it longer."""
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()
-        action()
+        action(*arguments)
         best = min(best, time.perf_counter() - started)
     return best

@@ -19,14 +19,7 @@ from vlmds.models.assemble import Shapes
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card
 from vlmds.planning.flops import sample_flops
-from vlmds.planning.memory import (
-    TEXT_POSITIONS,
-    fewest_recomputed,
-    llm_bytes,
-    outside_bytes,
-    quantised,
-    stage_memories,
-)  # fmt: skip
+from vlmds.planning.memory import TEXT_POSITIONS, fewest_recomputed, llm_bytes, outside_bytes, quantised, stage_memories
 
 EFFICIENCY = 0.45
 """Share of a card's peak that long matrix products reach in training. Assumed."""
@@ -57,14 +50,15 @@ class Proposal:
     @property
     def settings(self) -> str:
         checkpointing = {0: "false", 1: "true"}.get(self.every, str(self.every))
-        return (f"llm.load_in_4bit={str(self.in_4bit).lower()} "
-                f"training.micro_batch={self.micro_batch} "
-                f"training.gradient_accumulation={self.accumulation} "
-                f"training.activation_checkpointing={checkpointing}")
+        return (
+            f"llm.load_in_4bit={str(self.in_4bit).lower()} "
+            f"training.micro_batch={self.micro_batch} "
+            f"training.gradient_accumulation={self.accumulation} "
+            f"training.activation_checkpointing={checkpointing}"
+        )
 
 
-def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int,
-              stored_features: bool) -> list[Proposal]:
+def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stored_features: bool) -> list[Proposal]:
     """What fits the card, for NF4 and whole weights; the fastest first, of equally fast ones that
     with the largest micro-batch. The stage that takes most is the last.
 
@@ -74,29 +68,40 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int,
     training, stage = experiment.training, experiment.stages[-1]
     batch = training.global_batch or training.micro_batch * training.gradient_accumulation * gpus
     if batch % gpus:
-        raise InputError(f"training.global_batch: {batch} cannot be shared by "
-                         f"{counted(gpus, 'GPU')}; change it or --gpus")
+        raise InputError(
+            f"training.global_batch: {batch} cannot be shared by {counted(gpus, 'GPU')}; change it or --gpus"
+        )
     share = batch // gpus
     freeze(model.captioner, stage)
     found = []
     for in_4bit in (True, False):
         for micro_batch in (n for n in range(1, share + 1) if share % n == 0):
-            changed = experiment.model_copy(update={
-                "llm": experiment.llm.model_copy(update={"load_in_4bit": in_4bit}),
-                "training": training.model_copy(update={"micro_batch": micro_batch})})
+            changed = experiment.model_copy(
+                update={
+                    "llm": experiment.llm.model_copy(update={"load_in_4bit": in_4bit}),
+                    "training": training.model_copy(update={"micro_batch": micro_batch}),
+                }
+            )
             tower = None if stored_features else model.tower
             memories = stage_memories(changed, stage, model.captioner, tower, gpus)
             every = fewest_recomputed(memories, card.memory - outside_bytes(gpus))
             if every is not None:
-                found.append(Proposal(
-                    in_4bit, micro_batch, share // micro_batch, every,
-                    sum(memories[every].values()),
-                    predicted_rate(changed, stage, model, card, every, stored_features)))
+                found.append(
+                    Proposal(
+                        in_4bit,
+                        micro_batch,
+                        share // micro_batch,
+                        every,
+                        sum(memories[every].values()),
+                        predicted_rate(changed, stage, model, card, every, stored_features),
+                    )
+                )
     return sorted(found, key=lambda p: (-round(p.rate, 2), -p.micro_batch))
 
 
-def predicted_rate(experiment: Experiment, stage: StageConfig, model: Shapes, card: Card, every: int,
-                   stored_features: bool) -> float:
+def predicted_rate(
+    experiment: Experiment, stage: StageConfig, model: Shapes, card: Card, every: int, stored_features: bool
+) -> float:
     """Samples a second on one GPU of this kind; communication is not counted."""
     size = experiment.training.micro_batch
     positions = model.captioner.projector.num_tokens + TEXT_POSITIONS
@@ -105,13 +110,11 @@ def predicted_rate(experiment: Experiment, stage: StageConfig, model: Shapes, ca
     weights = llm_bytes(experiment, model.captioner.llm)
     unpacking = 0.0
     if experiment.llm.load_in_4bit:
-        whole = experiment.model_copy(update={
-            "llm": experiment.llm.model_copy(update={"load_in_4bit": False})})
+        whole = experiment.model_copy(update={"llm": experiment.llm.model_copy(update={"load_in_4bit": False})})
         unpacking = UNPACKING * llm_bytes(whole, model.captioner.llm) / 2 / card.bandwidth
     share = passes(every) - 2
     seconds = size * (flops.clip + flops.projector + flops.head) / speed
-    for part, operations in ((1.0, flops.recomputed), (1.0, flops.llm - flops.recomputed),
-                             (share, flops.recomputed)):
+    for part, operations in ((1.0, flops.recomputed), (1.0, flops.llm - flops.recomputed), (share, flops.recomputed)):
         seconds += part * (max(size * operations / speed, weights / card.bandwidth) + unpacking)
     return size / max(seconds, host_seconds(experiment, model, passes(every)))
 
@@ -122,8 +125,7 @@ def passes(every: int) -> float:
     return 2 + (1 / every if every else 0.0)
 
 
-def host_seconds(experiment: Experiment, model: Shapes, count: float,
-                 linear: float = LINEAR_SECONDS) -> float:
+def host_seconds(experiment: Experiment, model: Shapes, count: float, linear: float = LINEAR_SECONDS) -> float:
     """That the host is busy with `count` passes over the LLM, whatever the size of the micro-batch.
     linear: seconds for each 4-bit Linear."""
     llm = model.captioner.llm
@@ -132,27 +134,33 @@ def host_seconds(experiment: Experiment, model: Shapes, count: float,
     return count * (launching + linears * linear)
 
 
-def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experiment,
-                   most: int = 10) -> str:
+def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experiment, most: int = 10) -> str:
     """Text for a terminal; the fastest ``most`` of each precision."""
     if not found:
         return f"{card.name}: nothing fits {card.memory / 1e9:.0f} GB, whatever the micro-batch"
-    lines = [f"on {card.name} ({card.memory / 1e9:.0f} GB), {gpus} of them, at the same global batch:",
-             f"{'weights':<9}{'micro-batch':>12}{'accumulation':>14}{'checkpointing':>15}"
-             f"{'memory':>12}{'samples/s a GPU':>17}"]
+    lines = [
+        f"on {card.name} ({card.memory / 1e9:.0f} GB), {gpus} of them, at the same global batch:",
+        f"{'weights':<9}{'micro-batch':>12}{'accumulation':>14}{'checkpointing':>15}"
+        f"{'memory':>12}{'samples/s a GPU':>17}",
+    ]
     shown = [p for in_4bit in (True, False) for p in [q for q in found if q.in_4bit == in_4bit][:most]]
     for p in shown:
         every = {0: "none", 1: "all layers"}.get(p.every, f"1 in {p.every}")
         precision = "NF4" if p.in_4bit else current.llm.dtype.replace("bfloat16", "bf16")
-        lines.append(f"{precision:<9}{p.micro_batch:>12}{p.accumulation:>14}{every:>15}"
-                     f"{size_text(p.memory):>12}{p.rate:>17.2f}{'  <- fastest' if p == found[0] else ''}")
+        lines.append(
+            f"{precision:<9}{p.micro_batch:>12}{p.accumulation:>14}{every:>15}"
+            f"{size_text(p.memory):>12}{p.rate:>17.2f}{'  <- fastest' if p == found[0] else ''}"
+        )
     own = [p for p in found if p.in_4bit == current.llm.load_in_4bit]
     if own:
         lines.append(f"fastest as the experiment has its weights: --set {own[0].settings}")
     if not found[0].in_4bit and current.llm.load_in_4bit and own:
-        lines.append(f"whole weights would be {found[0].rate / own[0].rate:.2f} times as fast: --set "
-                     f"{found[0].settings}")
-    lines.append(f"predicted from shapes at {EFFICIENCY:.0%} of the card's peak, and from assumed "
-                 f"{1e6 * LINEAR_SECONDS:.0f} µs of the host for each 4-bit Linear a pass;")
+        lines.append(
+            f"whole weights would be {found[0].rate / own[0].rate:.2f} times as fast: --set {found[0].settings}"
+        )
+    lines.append(
+        f"predicted from shapes at {EFFICIENCY:.0%} of the card's peak, and from assumed "
+        f"{1e6 * LINEAR_SECONDS:.0f} µs of the host for each 4-bit Linear a pass;"
+    )
     lines.append("vlmds bench train measures both")
     return "\n".join(lines)

@@ -1,25 +1,26 @@
 """The run folder: what one run of one experiment records, and where a restart goes on.
 
-    experiment.yaml   the resolved experiment
-    run.json          a name of its own, global batch, what it is trained from (data fingerprint,
-                      hashes of the base weights, how frames are sampled, checkpoint or run that it
-                      grew from), and for each start: versions, git commit, world size, command
-                      line, what computes attention
-    metrics.jsonl     one line per optimizer step, per validation and per evaluation
-    samples.jsonl     captions made in training, if training.evaluate_every is set
-    ledger.jsonl      every sample that could not be read, and when
-    tensorboard/  checkpoints/  artifacts/{stage}/
+experiment.yaml   the resolved experiment
+run.json          a name of its own, global batch, what it is trained from (data fingerprint,
+                  hashes of the base weights, how frames are sampled, checkpoint or run that it
+                  grew from), and for each start: versions, git commit, world size, command
+                  line, what computes attention
+metrics.jsonl     one line per optimizer step, per validation and per evaluation
+samples.jsonl     captions made in training, if training.evaluate_every is set
+ledger.jsonl      every sample that could not be read, and when
+tensorboard/  checkpoints/  artifacts/{stage}/
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -31,24 +32,51 @@ from vlmds.files import check_writable, write
 from vlmds.models.artifact import is_artifact
 from vlmds.runs.journal import Journal
 
-PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "webdataset",
-            "decord", "av")
+PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "webdataset", "decord", "av")
 
-WRITTEN = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl", "tensorboard", "checkpoints",
-           "artifacts")  # as the run goes on; what is written anew needs the folder alone
+WRITTEN = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "ledger.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "artifacts",
+)  # as the run goes on; what is written anew needs the folder alone
 
 # Keys that may differ when a run is resumed: they do not change what is learned. The size of a
 # micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
 # compared by fingerprints.
-HARMLESS = ("owner", "priority", "logging", "data.path", "vision.model", "vision.revision",
-            "llm.model", "llm.revision", "llm.attention",
-            "data.num_workers", "data.verify", "data.max_bad_fraction", "vision.frames_per_call",
-            "training.micro_batch", "training.gradient_accumulation", "training.global_batch",
-            "training.activation_checkpointing", "training.validate_every",
-            "training.evaluate_every", "training.evaluate_clips", "training.evaluate_tokens",
-            "training.checkpoint_every", "training.keep_checkpoints", "training.timeout_minutes",
-            "training.heartbeat_seconds", "training.max_skipped_steps", "data.cache_dir",
-            "data.cache_gb", "data.decode_seconds")
+HARMLESS = (
+    "owner",
+    "priority",
+    "logging",
+    "data.path",
+    "vision.model",
+    "vision.revision",
+    "llm.model",
+    "llm.revision",
+    "llm.attention",
+    "data.num_workers",
+    "data.verify",
+    "data.max_bad_fraction",
+    "vision.frames_per_call",
+    "training.micro_batch",
+    "training.gradient_accumulation",
+    "training.global_batch",
+    "training.activation_checkpointing",
+    "training.validate_every",
+    "training.evaluate_every",
+    "training.evaluate_clips",
+    "training.evaluate_tokens",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.timeout_minutes",
+    "training.heartbeat_seconds",
+    "training.max_skipped_steps",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.decode_seconds",
+)
 
 
 @dataclass
@@ -126,8 +154,7 @@ def check_run_folder(path: Path) -> None:
 
 
 def open_run(
-    path: Path, experiment: Experiment, resume: str, *, origin: dict, world_size: int,
-    command: list[str],
+    path: Path, experiment: Experiment, resume: str, *, origin: dict, world_size: int, command: list[str]
 ) -> RunFolder:
     """A new run, or the one in the folder to go on with it; one process calls it. Nothing is
     written before :meth:`RunFolder.begin`: a start that is refused leaves no run behind.
@@ -144,26 +171,34 @@ def open_run(
     training = experiment.training
     record_path = path / "run.json"
     if not record_path.is_file():
-        wanted = training.global_batch or (
-            training.micro_batch * training.gradient_accumulation * world_size)
+        wanted = training.global_batch or (training.micro_batch * training.gradient_accumulation * world_size)
         record = {"id": secrets.token_hex(4), "global_batch": wanted, **origin, "starts": []}
     elif resume == "never":
-        raise InputError(f"--output {path}: holds a run already and --resume is never; "
-                         "choose another folder")
+        raise InputError(f"--output {path}: holds a run already and --resume is never; choose another folder")
     else:
         record = RunFolder.read(path)
         check_same_experiment(path, experiment)
         if record["data_fingerprint"] != origin["data_fingerprint"]:
-            raise InputError(f"data: {experiment.data.path or 'the blend'} is not the data that {path} was "
-                             "started on; give that data, or another --output")
+            raise InputError(
+                f"data: {experiment.data.path or 'the blend'} is not the data that {path} was "
+                "started on; give that data, or another --output"
+            )
         check_base_weights(record["weights"], origin["weights"], experiment, path)
         if training.global_batch not in (None, record["global_batch"]):
-            raise InputError(f"training.global_batch: {training.global_batch}, but {path} was "
-                             f"started with {record['global_batch']}; choose another --output")
-    record["starts"].append({
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
-        "world_size": world_size, "versions": versions(), "git": git_commit(),
-        "host": platform.node()})
+            raise InputError(
+                f"training.global_batch: {training.global_batch}, but {path} was "
+                f"started with {record['global_batch']}; choose another --output"
+            )
+    record["starts"].append(
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "world_size": world_size,
+            "versions": versions(),
+            "git": git_commit(),
+            "host": platform.node(),
+        }
+    )
     return RunFolder(path, record)
 
 
@@ -186,10 +221,8 @@ def final_artifact(path: Path) -> Path:
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
     return found
 
 
@@ -198,8 +231,9 @@ def git_commit() -> str | None:
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
@@ -212,18 +246,18 @@ def check_same_experiment(path: Path, experiment: Experiment) -> None:
     would learn something else."""
     changed = differing_keys(load_experiment(path / "experiment.yaml"), experiment, but=HARMLESS)
     if changed:
-        raise InputError(f"{path}: was started as another experiment ({'; '.join(changed)}); "
-                         "undo the change or choose another --output")
+        raise InputError(
+            f"{path}: was started as another experiment ({'; '.join(changed)}); "
+            "undo the change or choose another --output"
+        )
 
 
-def check_base_weights(old: dict[str, str], new: dict[str, str], experiment: Experiment,
-                       run: Path) -> None:
+def check_base_weights(old: dict[str, str], new: dict[str, str], experiment: Experiment, run: Path) -> None:
     """Raise :class:`InputError`, naming the file, unless ``run`` was started from these weights."""
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             part, file = name.split("/")
             raise InputError(
                 f"{part}.model: {file} of {getattr(experiment, part).model} is not the one that "
-                f"{run} was trained from; restore it, or choose another --output")
-
-
+                f"{run} was trained from; restore it, or choose another --output"
+            )

@@ -26,8 +26,10 @@ class Journal:
             append(self.path, "".join(lines).encode())
         except OSError as error:
             if not self._kept:
-                tell(f"vlmds: WARNING: {self.path}: {error.strerror}; training goes on, and what "
-                     "should stand there is written as soon as there is room")
+                tell(
+                    f"vlmds: WARNING: {self.path}: {error.strerror}; training goes on, and what "
+                    "should stand there is written as soon as there is room"
+                )
             self._kept = lines
         else:
             self._kept = []

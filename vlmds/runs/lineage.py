@@ -26,8 +26,7 @@ from vlmds.models.language import load_tokenizer
 from vlmds.runs.folder import RunFolder, check_base_weights
 
 # What a projector of an earlier stage depends on: these keys, the base weights and the sampling.
-PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames",
-                  "data.prompt")
+PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.prompt")
 
 
 def base_files(experiment: Experiment) -> dict[str, Path]:
@@ -39,7 +38,8 @@ def base_files(experiment: Experiment) -> dict[str, Path]:
     return {
         f"{part}/{path.name}": path
         for part, section in (("vision", experiment.vision), ("llm", experiment.llm))
-        for path in weight_files(section, model_folder(section))}
+        for path in weight_files(section, model_folder(section))
+    }
 
 
 def recorded_revisions(experiment: Experiment, *runs: Path | None) -> dict[str, str | None]:
@@ -51,8 +51,11 @@ def recorded_revisions(experiment: Experiment, *runs: Path | None) -> dict[str, 
     if not revisions:
         return {}
     theirs = load_experiment(run / "experiment.yaml")
-    return {part: commit for part, commit in revisions.items()
-            if getattr(theirs, part).model == getattr(experiment, part).model}
+    return {
+        part: commit
+        for part, commit in revisions.items()
+        if getattr(theirs, part).model == getattr(experiment, part).model
+    }
 
 
 def base_weights(experiment: Experiment) -> dict[str, str]:
@@ -73,8 +76,10 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
         for name, value in hashes.items():
             first, expected = found.setdefault(name, (host, value))
             if value != expected:
-                raise shared_error(f"{name.split('/')[0]}.model: {host} has another {name} than "
-                                   f"{first}; give all machines the same files")
+                raise shared_error(
+                    f"{name.split('/')[0]}.model: {host} has another {name} than "
+                    f"{first}; give all machines the same files"
+                )
     return {name: value for name, (_, value) in sorted(found.items())}
 
 
@@ -96,20 +101,22 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
         meta, theirs = read_artifact(source)
         keys = PROJECTOR_KEYS + (("peft",) if meta["adapter"] else ())
         if changed := differing_keys(theirs, experiment, only=keys):
-            raise InputError(f"--from {other}: its stage {stage.name} was trained otherwise "
-                             f"({'; '.join(changed)})")
+            raise InputError(f"--from {other}: its stage {stage.name} was trained otherwise ({'; '.join(changed)})")
         if record["sampling"] != run.record["sampling"]:
-            raise InputError(f"--from {other}: its frames were sampled or resized otherwise "
-                             f"({record['sampling']}, not {run.record['sampling']})")
+            raise InputError(
+                f"--from {other}: its frames were sampled or resized otherwise "
+                f"({record['sampling']}, not {run.record['sampling']})"
+            )
         check_base_weights(record["weights"], run.record["weights"], experiment, other)
         ours = projector_sha256(source)
         if is_artifact(target):
             if projector_sha256(target) != ours:
-                raise InputError(f"--from {other}: {run.path} has a stage {stage.name} already, "
-                                 "and it is another one; choose another --output")
+                raise InputError(
+                    f"--from {other}: {run.path} has a stage {stage.name} already, "
+                    "and it is another one; choose another --output"
+                )
             continue
-        taken[stage.name] = {
-            "run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}
+        taken[stage.name] = {"run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}
     return taken
 
 
@@ -127,8 +134,7 @@ def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
     lineage["revisions"] = run.record.get("revisions")  # None: a run begun before they were kept
     if number:
         parent = experiment.stages[number - 1].name
-        lineage["parent"] = {"stage": parent,
-                             "projector_sha256": projector_sha256(run.artifact(parent))}
+        lineage["parent"] = {"stage": parent, "projector_sha256": projector_sha256(run.artifact(parent))}
     return lineage
 
 
@@ -136,8 +142,10 @@ def check_parent(lineage: dict, recorded: dict, where: Path) -> None:
     """Raise :class:`InputError` if a checkpoint of a stage grew from another parent stage."""
     if lineage.get("parent") != recorded.get("parent"):
         parent = (lineage.get("parent") or recorded["parent"])["stage"]
-        raise InputError(f"{where}: was trained from another {parent} than the one in artifacts/ "
-                         "now; restore that artifact, or delete the checkpoints of this stage")
+        raise InputError(
+            f"{where}: was trained from another {parent} than the one in artifacts/ "
+            "now; restore that artifact, or delete the checkpoints of this stage"
+        )
 
 
 def tokenizer_sha256(llm: LanguageConfig) -> str:

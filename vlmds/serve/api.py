@@ -106,19 +106,23 @@ def add_api(app: FastAPI, models: Models, folder: Path) -> None:
             options = ask.options
             captioner = models.get(options.model)
             prompt, generation = models.options(
-                ask.prompt, max_new_tokens=options.max_tokens, temperature=options.temperature,
-                top_p=options.top_p, repetition_penalty=options.repetition_penalty,
-                seed=options.seed)
+                ask.prompt,
+                max_new_tokens=options.max_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                repetition_penalty=options.repetition_penalty,
+                seed=options.seed,
+            )
             await run_sync(models.facts, ask.video)
             frames = await run_sync(models.frames, ask.video, captioner)
         pieces = _pieces(models.stream(captioner, frames, prompt, generation))
         answer = _Answer(options.model or models.names[0])
         if options.stream:
             first = await anext(pieces)  # an error until here still has a status of its own
-            return StreamingResponse(_events(request, answer, first, pieces),
-                                     media_type="text/event-stream")
+            return StreamingResponse(_events(request, answer, first, pieces), media_type="text/event-stream")
         text = ""
-        async for piece, reason in pieces:
+        reason: str | None = None
+        async for piece, reason in pieces:  # noqa: B007  # the last one is used below
             text += piece
             if await request.is_disconnected():
                 await pieces.aclose()
@@ -126,10 +130,19 @@ def add_api(app: FastAPI, models: Models, folder: Path) -> None:
         return JSONResponse(answer.whole(text.strip(), reason))
 
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [
-            {"id": name, "object": "model", "owned_by": "vlmds",
-             "num_frames": captioner.experiment.data.num_frames,
-             "prompt": captioner.builder.prompt} for name, captioner in models.captioners.items()]}
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": name,
+                    "object": "model",
+                    "owned_by": "vlmds",
+                    "num_frames": captioner.experiment.data.num_frames,
+                    "prompt": captioner.builder.prompt,
+                }
+                for name, captioner in models.captioners.items()
+            ],
+        }
 
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -149,8 +162,7 @@ async def _read(request: Request, models: Models, file) -> _Ask:
     form = request.headers.get("content-type", "").startswith("multipart/form-data")
     # Base64 has four characters for three bytes. Beside the video there is little.
     most = limits.bytes + (1 << 20) if form else limits.bytes * 4 // 3 + (1 << 20)
-    too_large = RequestError(
-        f"request too large: this server takes videos of at most {limits.megabytes:g} MB", 413)
+    too_large = RequestError(f"request too large: this server takes videos of at most {limits.megabytes:g} MB", 413)
     seen = 0
 
     async def receive():
@@ -196,8 +208,7 @@ async def _read_form(request: Request, models: Models, file) -> _Ask:
         fields = dict(form.multi_items())
         video = fields.pop("video", None)
         if video is None or isinstance(video, str):
-            raise RequestError("the form has no file: send one as video, such as "
-                               "curl -F video=@clip.mp4")
+            raise RequestError("the form has no file: send one as video, such as curl -F video=@clip.mp4")
         ask = _valid(_Form, fields)
         while block := await video.read(1 << 20):
             file.write(block)
@@ -221,8 +232,10 @@ async def _read_json(request: Request, models: Models, file) -> _Ask:
     if urls[0][:5].lower() == "data:":
         file.write(_decode(urls[0]))
     elif not models.limits.urls:
-        raise RequestError("video_url: this server takes data: URLs only, such as "
-                           "data:video/mp4;base64,…; it opens neither files nor addresses")
+        raise RequestError(
+            "video_url: this server takes data: URLs only, such as "
+            "data:video/mp4;base64,…; it opens neither files nor addresses"
+        )
     else:
         await fetch(urls[0], file, models.limits.bytes)
     texts = [part.text for part in parts if isinstance(part, _Text)]
@@ -251,6 +264,7 @@ def _valid(schema: type[_Options], values: Any) -> Any:
 async def _pieces(written: Generator[str, None, str]) -> AsyncIterator[tuple[str, str | None]]:
     """The pieces, each with None, and last an empty one with the reason why the caption ended. The
     writing ends when this does."""
+
     def step() -> tuple[str, str | None]:
         try:
             return next(written), None
@@ -267,9 +281,7 @@ async def _pieces(written: Generator[str, None, str]) -> AsyncIterator[tuple[str
             await run_sync(written.close)
 
 
-async def _events(
-    request: Request, answer: _Answer, first: tuple, rest: AsyncIterator[tuple]
-) -> AsyncIterator[str]:
+async def _events(request: Request, answer: _Answer, first: tuple, rest: AsyncIterator[tuple]) -> AsyncIterator[str]:
     try:
         yield _event(answer.piece(*first, role=True))
         async for piece, reason in rest:
@@ -294,18 +306,22 @@ class _Answer:
     """A ``chat.completion``, whole or in pieces."""
 
     def __init__(self, model: str):
-        self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()),
-                      "model": model}
+        self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, reason: str) -> dict[str, Any]:
-        return {**self._base, "object": "chat.completion", "choices": [{
-            "index": 0, "message": {"role": "assistant", "content": text},
-            "finish_reason": reason}]}
+        return {
+            **self._base,
+            "object": "chat.completion",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+        }
 
     def piece(self, text: str, reason: str | None, role: bool = False) -> dict[str, Any]:
         delta = {**({"role": "assistant"} if role else {}), **({"content": text} if text else {})}
-        return {**self._base, "object": "chat.completion.chunk", "choices": [{
-            "index": 0, "delta": delta, "finish_reason": reason}]}
+        return {
+            **self._base,
+            "object": "chat.completion.chunk",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+        }
 
 
 def _error(message: str, status: int) -> dict[str, Any]:
@@ -334,6 +350,11 @@ def _add_errors(app: FastAPI) -> None:
     async def on_bug(_, error: Exception) -> JSONResponse:
         return reply("internal error; see the server's log", 500)
 
-    for kind, handler in ((RequestError, on_request), (SampleError, on_sample), (Busy, on_busy),
-                          (HTTPException, on_http), (Exception, on_bug)):
+    for kind, handler in (
+        (RequestError, on_request),
+        (SampleError, on_sample),
+        (Busy, on_busy),
+        (HTTPException, on_http),
+        (Exception, on_bug),
+    ):
         app.add_exception_handler(kind, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -18,8 +19,13 @@ from vlmds.serve.loaded import Limits, Models
 
 
 def serve(
-    runs: Sequence[Path], *, host: str = "127.0.0.1", port: int = 7860,
-    limits: Limits | None = None, device: str | None = None, overrides: Sequence[str] = (),
+    runs: Sequence[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    limits: Limits | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Serve until a signal ends it.
 
@@ -41,28 +47,32 @@ def _run(models: Models, folder: Path, listening: socket.socket, host: str) -> N
     import uvicorn
 
     app = make_app(models, folder, host)
-    config = uvicorn.Config(app, log_level="warning", access_log=False,
-                            timeout_graceful_shutdown=3)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     port = listening.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     print(f"{', '.join(models.names)}: http://{shown}:{port} (Ctrl-C ends it)", flush=True)
     if not _is_loopback(host):
-        print("WARNING: whoever can reach this machine can use this server; it asks for no "
-              "password", file=sys.stderr, flush=True)
+        print(
+            "WARNING: whoever can reach this machine can use this server; it asks for no password",
+            file=sys.stderr,
+            flush=True,
+        )
     # After its own shutdown uvicorn sends itself the signal again; this leaves time to clean up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
-        pass
 
 
 def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
     """The FastAPI application. folder: private, for uploads; old ones are deleted from it, and the
     rest by who made it."""
     # Read by Gradio when it is imported, or when the page is made.
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder),
-                      GRADIO_SHARE="False", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False",
+        GRADIO_TEMP_DIR=str(folder),
+        GRADIO_SHARE="False",
+        HF_HUB_DISABLE_TELEMETRY="1",
+    )
     from fastapi import FastAPI
     from starlette.middleware.body_limit import RequestBodyLimitMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -83,8 +93,9 @@ def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if _is_loopback(host):
         # Or a web page whose name is made to point here could read the answers.
-        app.add_middleware(TrustedHostMiddleware, www_redirect=False, allowed_hosts=[
-            "localhost", "127.0.0.1", "::1", "[::1]", host])
+        app.add_middleware(
+            TrustedHostMiddleware, www_redirect=False, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]", host]
+        )
     app.add_middleware(PageLimit, most=models.limits.bytes + (1 << 20))
     add_api(app, models, folder)
     return add_page(app, models)

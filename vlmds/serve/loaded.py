@@ -80,13 +80,18 @@ class Models:
         self._decoders = _Queue(DECODERS)
 
     @classmethod
-    def load(cls, runs: Sequence[Path], limits: Limits, *, device: str | None = None,
-             overrides: Sequence[str] = ()) -> Models:
+    def load(
+        cls, runs: Sequence[Path], limits: Limits, *, device: str | None = None, overrides: Sequence[str] = ()
+    ) -> Models:
         """Raises InputError: a run that cannot be loaded."""
         artifacts = [final_artifact(run) for run in runs]  # all are looked at before one is loaded
-        return cls({
-            name: VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
-            for name, artifact in zip(_names(runs), artifacts)}, limits)
+        return cls(
+            {
+                name: VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
+                for name, artifact in zip(_names(runs), artifacts)
+            },
+            limits,
+        )
 
     @property
     def names(self) -> list[str]:
@@ -96,23 +101,24 @@ class Models:
         """The captioner of this name; None: the default. Raises RequestError."""
         name = self.names[0] if name is None else name
         if name not in self.captioners:
-            raise RequestError(f"model {name[:100]!r} is not here; there are: "
-                               + ", ".join(self.names), 404)
+            raise RequestError(f"model {name[:100]!r} is not here; there are: " + ", ".join(self.names), 404)
         return self.captioners[name]
 
     def options(self, prompt: str | None, **options) -> tuple[str | None, GenerationOptions]:
         """The prompt (None if there is nothing in it) and the options, as a request may have them.
         Raises RequestError."""
         if prompt is not None and len(prompt) > self.limits.prompt:
-            raise RequestError(f"the prompt has {len(prompt):,} characters; this server takes at "
-                               f"most {self.limits.prompt:,}")
+            raise RequestError(
+                f"the prompt has {len(prompt):,} characters; this server takes at most {self.limits.prompt:,}"
+            )
         try:
             made = GenerationOptions(**options)
         except InputError as error:
             raise RequestError(str(error)) from None
         if made.max_new_tokens > self.limits.tokens:
-            raise RequestError(f"{made.max_new_tokens:,} tokens are too many; this server writes "
-                               f"at most {self.limits.tokens:,}")
+            raise RequestError(
+                f"{made.max_new_tokens:,} tokens are too many; this server writes at most {self.limits.tokens:,}"
+            )
         return prompt if prompt and prompt.strip() else None, made
 
     def facts(self, path: Path) -> dict[str, Any]:
@@ -123,30 +129,27 @@ class Models:
             Busy
         """
         if path.stat().st_size > self.limits.bytes:
-            raise SampleError(f"file too large: this server takes at most "
-                              f"{self.limits.megabytes:g} MB")
+            raise SampleError(f"file too large: this server takes at most {self.limits.megabytes:g} MB")
         with self._decoders.turn():
-            found = next(video_facts([str(path)], workers=1,
-                                     deadline=self.limits.decode_seconds))
+            found = next(video_facts([str(path)], workers=1, deadline=self.limits.decode_seconds))
         if isinstance(found, SampleError):
             raise found
         if found["duration"] > self.limits.seconds:
-            raise SampleError(f"video too long: {found['duration']:,.0f} s; this server takes at "
-                              f"most {self.limits.seconds:,g} s")
+            raise SampleError(
+                f"video too long: {found['duration']:,.0f} s; this server takes at most {self.limits.seconds:,g} s"
+            )
         return found
 
     def frames(self, path: Path, captioner: VideoCaptioner) -> np.ndarray:
         """What this captioner sees of the video: uint8 [F, 3, S, S]. Raises SampleError, Busy."""
         with self._decoders.turn():
-            frames = next(captioner.frames(
-                [str(path)], workers=1, deadline=self.limits.decode_seconds))
+            frames = next(captioner.frames([str(path)], workers=1, deadline=self.limits.decode_seconds))
         if isinstance(frames, SampleError):
             raise frames
         return frames
 
     def stream(
-        self, captioner: VideoCaptioner, frames: np.ndarray, prompt: str | None,
-        options: GenerationOptions,
+        self, captioner: VideoCaptioner, frames: np.ndarray, prompt: str | None, options: GenerationOptions
     ) -> Generator[str, None, str]:
         """:meth:`VideoCaptioner.stream`, once the device is free; empty pieces until then. Raises
         Busy."""

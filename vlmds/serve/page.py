@@ -23,26 +23,45 @@ from vlmds.video.sampling import sample_times
 
 TEXTS = {
     "en": {
-        "title": "Caption a video", "video": "Video", "runs": "Runs", "prompt": "Prompt",
-        "options": "Options", "tokens": "Most tokens",
+        "title": "Caption a video",
+        "video": "Video",
+        "runs": "Runs",
+        "prompt": "Prompt",
+        "options": "Options",
+        "tokens": "Most tokens",
         "temperature": "Temperature (0: greedy)",
-        "go": "Caption", "stop": "Stop", "frames": "what the model sees",
-        "none": "Choose a video first.", "no_run": "Choose at least one run.",
-        "stopped": "Stopped.", "reading": "Reading the video…",
+        "go": "Caption",
+        "stop": "Stop",
+        "frames": "what the model sees",
+        "none": "Choose a video first.",
+        "no_run": "Choose at least one run.",
+        "stopped": "Stopped.",
+        "reading": "Reading the video…",
         "waiting": "{name}: waiting for the first word…",
-        "writing": "{name}: writing…", "done": "Done in {seconds:.1f} s.",
+        "writing": "{name}: writing…",
+        "done": "Done in {seconds:.1f} s.",
         "bad": "This video cannot be captioned: {why}",
         "busy": "Too many requests are waiting. Try again in a moment.",
         "bug": "Something went wrong here; the server's log has it. Try again.",
     },
     "ko": {
-        "title": "영상 설명", "video": "영상", "runs": "실행 결과", "prompt": "프롬프트",
-        "options": "옵션", "tokens": "최대 토큰 수", "temperature": "온도 (0: 그리디 디코딩)",
-        "go": "설명하기", "stop": "중지", "frames": "모델이 보는 프레임",
-        "none": "먼저 영상을 선택하세요.", "no_run": "실행 결과를 하나 이상 선택하세요.",
-        "stopped": "중지했습니다.", "reading": "영상을 읽는 중…",
+        "title": "영상 설명",
+        "video": "영상",
+        "runs": "실행 결과",
+        "prompt": "프롬프트",
+        "options": "옵션",
+        "tokens": "최대 토큰 수",
+        "temperature": "온도 (0: 그리디 디코딩)",
+        "go": "설명하기",
+        "stop": "중지",
+        "frames": "모델이 보는 프레임",
+        "none": "먼저 영상을 선택하세요.",
+        "no_run": "실행 결과를 하나 이상 선택하세요.",
+        "stopped": "중지했습니다.",
+        "reading": "영상을 읽는 중…",
         "waiting": "{name}: 첫 단어를 기다리는 중…",
-        "writing": "{name}: 쓰는 중…", "done": "완료: {seconds:.1f}초.",
+        "writing": "{name}: 쓰는 중…",
+        "done": "완료: {seconds:.1f}초.",
         "bad": "이 영상은 설명할 수 없습니다: {why}",
         "busy": "대기 중인 요청이 너무 많습니다. 잠시 후 다시 시도하세요.",
         "bug": "서버에서 오류가 났습니다. 서버 로그를 확인하고 다시 시도하세요.",
@@ -67,20 +86,32 @@ CSS = """
 
 
 # Gradio has texts of its own, whose names must not be taken.
-TRANSLATIONS = gr.I18n(**{
-    language: {f"vlmds_{name}": text for name, text in texts.items()}
-    for language, texts in TEXTS.items()})
+TRANSLATIONS = gr.I18n(
+    **{language: {f"vlmds_{name}": text for name, text in texts.items()} for language, texts in TEXTS.items()}
+)
 
 
 def add_page(app: FastAPI, models: Models) -> FastAPI:
     """Mount the page at the root."""
     page = _Page(models)
     return gr.mount_gradio_app(
-        app, page.blocks, "/", footer_links=[], run_history=False, allowed_paths=[],
-        show_error=False, max_file_size=models.limits.bytes, ssr_mode=False,
-        enable_monitoring=False, pwa=False, mcp_server=False, i18n=TRANSLATIONS, css=CSS,
+        app,
+        page.blocks,
+        "/",
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=models.limits.bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        i18n=TRANSLATIONS,
+        css=CSS,
         # Fonts that are there already: the page loads nothing from elsewhere.
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )
 
 
 class _Page:
@@ -93,18 +124,22 @@ class _Page:
             gr.Markdown(_text("title"), elem_classes="vlmds-title")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
-                    video = gr.Video(label=_text("video"), sources=["upload"], height=280,
-                                   elem_id="video", buttons=[])
+                    video = gr.Video(label=_text("video"), sources=["upload"], height=280, elem_id="video", buttons=[])
                     runs = gr.CheckboxGroup(
-                        models.names, value=models.names, label=_text("runs"), elem_id="runs",
-                        visible=several)
-                    prompt = gr.Textbox(label=_text("prompt"), placeholder=default.builder.prompt,
-                                        lines=2, max_length=models.limits.prompt, elem_id="prompt")
+                        models.names, value=models.names, label=_text("runs"), elem_id="runs", visible=several
+                    )
+                    prompt = gr.Textbox(
+                        label=_text("prompt"),
+                        placeholder=default.builder.prompt,
+                        lines=2,
+                        max_length=models.limits.prompt,
+                        elem_id="prompt",
+                    )
                     with gr.Accordion(_text("options"), open=False):
-                        tokens = gr.Slider(1, models.limits.tokens, value=128, step=1,
-                                           label=_text("tokens"), elem_id="tokens")
-                        temperature = gr.Slider(0, 2, value=0, step=0.1,
-                                                label=_text("temperature"))
+                        tokens = gr.Slider(
+                            1, models.limits.tokens, value=128, step=1, label=_text("tokens"), elem_id="tokens"
+                        )
+                        temperature = gr.Slider(0, 2, value=0, step=0.1, label=_text("temperature"))
                     with gr.Row():
                         go = gr.Button(_text("go"), variant="primary", elem_id="go")
                         stop = gr.Button(_text("stop"), elem_id="stop")
@@ -113,18 +148,36 @@ class _Page:
                     self.frames = gr.HTML(elem_id="frames", padding=False)
                     with gr.Row():
                         self.captions = [
-                            gr.Textbox(label=name, lines=4, max_lines=16, interactive=False,
-                                       buttons=["copy"], min_width=260,
-                                       elem_classes="vlmds-caption")
-                            for name in models.names]
+                            gr.Textbox(
+                                label=name,
+                                lines=4,
+                                max_lines=16,
+                                interactive=False,
+                                buttons=["copy"],
+                                min_width=260,
+                                elem_classes="vlmds-caption",
+                            )
+                            for name in models.names
+                        ]
             start = go.click(
-                self.caption, [video, runs, prompt, tokens, temperature],
-                [self.state, self.frames, *self.captions], show_progress="hidden",
-                scroll_to_output=True, concurrency_limit=4, api_visibility="private")
+                self.caption,
+                [video, runs, prompt, tokens, temperature],
+                [self.state, self.frames, *self.captions],
+                show_progress="hidden",
+                scroll_to_output=True,
+                concurrency_limit=4,
+                api_visibility="private",
+            )
             stopped = stop.click(None, cancels=[start], api_visibility="private")
             stopped.then(self.stop, None, self.state, queue=False, api_visibility="private")
-            video.clear(self.clear, None, [self.state, self.frames, *self.captions],
-                         cancels=[start], queue=False, api_visibility="private")
+            video.clear(
+                self.clear,
+                None,
+                [self.state, self.frames, *self.captions],
+                cancels=[start],
+                queue=False,
+                api_visibility="private",
+            )
         for block in blocks.blocks.values():
             _take_uploads_only(block)
         self.blocks = blocks.queue(max_size=16)
@@ -136,8 +189,13 @@ class _Page:
         return ["", "", *("" for _ in self.captions)]
 
     def caption(
-        self, video: str | None, runs: Sequence[str], prompt: str, tokens: float,
-        temperature: float, request: gr.Request,
+        self,
+        video: str | None,
+        runs: Sequence[str],
+        prompt: str,
+        tokens: float,
+        temperature: float,
+        request: gr.Request,
     ) -> Iterator[dict[Any, str]]:
         """What is to be shown, as it comes."""
         text = TEXTS[_language(request)]
@@ -151,8 +209,7 @@ class _Page:
         yield {self.state: _state(text["reading"]), **cleared}
         begin = time.monotonic()
         try:
-            prompt, options = self.models.options(
-                prompt, max_new_tokens=int(tokens), temperature=float(temperature))
+            prompt, options = self.models.options(prompt, max_new_tokens=int(tokens), temperature=float(temperature))
             yield from self._write(Path(video), runs, prompt, options, text)
         except (SampleError, RequestError) as error:
             why = in_korean(str(error)) if text is TEXTS["ko"] else str(error)
@@ -165,8 +222,9 @@ class _Page:
         else:
             yield {self.state: _state(text["done"].format(seconds=time.monotonic() - begin))}
 
-    def _write(self, video: Path, runs: Sequence[str], prompt: str | None, options,
-               text: dict[str, str]) -> Iterator[dict[Any, str]]:
+    def _write(
+        self, video: Path, runs: Sequence[str], prompt: str | None, options, text: dict[str, str]
+    ) -> Iterator[dict[Any, str]]:
         facts = self.models.facts(video)
         chosen = {name: self.models.get(name) for name in self.models.names if name in runs}
         seen: dict[tuple[int, int], np.ndarray] = {}  # runs that see the same frames share them
@@ -176,21 +234,22 @@ class _Page:
             if form not in seen:
                 seen[form] = self.models.frames(video, captioner)
             strips.setdefault(form, []).append(name)
-        yield {self.frames: "".join(
-            _strip(seen[form], facts, names if len(strips) > 1 else [], text["frames"])
-            for form, names in strips.items())}
+        yield {
+            self.frames: "".join(
+                _strip(seen[form], facts, names if len(strips) > 1 else [], text["frames"])
+                for form, names in strips.items()
+            )
+        }
         for box, name in zip(self.captions, self.models.names):
             if name not in chosen:
                 continue
             yield {self.state: _state(text["waiting"].format(name=name))}
             captioner, written = chosen[name], ""
-            with closing(self.models.stream(
-                    captioner, seen[_form(captioner)], prompt, options)) as pieces:
+            with closing(self.models.stream(captioner, seen[_form(captioner)], prompt, options)) as pieces:
                 for piece in pieces:
                     written += piece
                     state = "writing" if written else "waiting"
-                    yield {self.state: _state(text[state].format(name=name)),
-                           box: written.lstrip()}
+                    yield {self.state: _state(text[state].format(name=name)), box: written.lstrip()}
             yield {box: written.strip()}
 
 
@@ -227,14 +286,17 @@ def _state(message: str, bad: bool = False) -> str:
 
 def _strip(frames: np.ndarray, facts: dict[str, Any], names: Sequence[str], what: str) -> str:
     """The frames with their times. frames: uint8 [F, 3, S, S]."""
-    about = (f"{facts['width']} × {facts['height']}, {facts['duration']:,.1f} s, "
-             f"{facts['fps']:.4g} fps, {facts['codec']}")
+    about = (
+        f"{facts['width']} × {facts['height']}, {facts['duration']:,.1f} s, {facts['fps']:.4g} fps, {facts['codec']}"
+    )
     head = f"{len(frames)} × {frames.shape[-1]} px: {what}"
     if names:
         head += f" ({', '.join(names)})"
     figures = "".join(
-        f'<figure><img alt="{time:.1f} s" src="{data_uri(frame)}">'
-        f"<figcaption>{time:.1f} s</figcaption></figure>"
-        for frame, time in zip(frames, sample_times(len(frames), 0.0, facts["duration"])))
-    return (f'<div class="vlmds-about">{escape(about)} · {escape(head)}</div>'
-            f'<div class="vlmds-frames" style="--row: {min(len(frames), 8)}">{figures}</div>')
+        f'<figure><img alt="{time:.1f} s" src="{data_uri(frame)}"><figcaption>{time:.1f} s</figcaption></figure>'
+        for frame, time in zip(frames, sample_times(len(frames), 0.0, facts["duration"]))
+    )
+    return (
+        f'<div class="vlmds-about">{escape(about)} · {escape(head)}</div>'
+        f'<div class="vlmds-frames" style="--row: {min(len(frames), 8)}">{figures}</div>'
+    )

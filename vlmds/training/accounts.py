@@ -44,8 +44,9 @@ class Accounts:
         samples: that the stage's training split has.
     """
 
-    def __init__(self, experiment: Experiment, number: int, run: RunFolder, dataset: Dataset,
-                 samples: int, monitor: Monitor):
+    def __init__(
+        self, experiment: Experiment, number: int, run: RunFolder, dataset: Dataset, samples: int, monitor: Monitor
+    ):
         self._experiment, self._number, self._run = experiment, number, run
         self._dataset, self._samples, self._monitor = dataset, samples, monitor
         self._stage = experiment.stages[number].name
@@ -64,14 +65,14 @@ class Accounts:
         if not bad:
             return
         progress.bad += bad
-        last = self.write(
-            [record for batch in group for record in batch["bad"]], progress.step + 1)[-1]
+        last = self.write([record for batch in group for record in batch["bad"]], progress.step + 1)[-1]
         limit = self._experiment.data.max_bad_fraction
         if progress.bad > limit * max(progress.samples, self._samples):
             raise shared_error(
                 f"{self._dataset.root}: {progress.bad} of {progress.samples} "
                 f"samples read could not be used, more than data.max_bad_fraction {limit} allows; "
-                f"the last: {last['key']}, {last['reason']}; see {self._run.path / 'ledger.jsonl'}")
+                f"the last: {last['key']}, {last['reason']}; see {self._run.path / 'ledger.jsonl'}"
+            )
 
     def skipped(self, progress: Progress, group: list[dict]) -> None:
         """Optimizer step ``progress.step`` was skipped: report its samples.
@@ -83,22 +84,20 @@ class Accounts:
         everyone = gather([key for batch in group for key in batch["keys"]])
         keys = [key for keys in everyone for key in keys]
         reason = "its loss or gradient is not a finite number"
-        self.write([{"keys": keys, "reason": f"step skipped: {reason}"}] if is_main() else [],
-                   progress.step)
-        self._monitor.say(f"WARNING: {self._stage} step {progress.step} skipped: {reason}; samples: "
-                          f"{', '.join(keys)}")
+        self.write([{"keys": keys, "reason": f"step skipped: {reason}"}] if is_main() else [], progress.step)
+        self._monitor.say(f"WARNING: {self._stage} step {progress.step} skipped: {reason}; samples: {', '.join(keys)}")
         limit = self._experiment.training.max_skipped_steps
         if progress.skipped > limit:
             raise shared_error(
                 f"stages.{self._number}: {counted(progress.skipped, 'step')} had a loss or "
                 f"gradient that is not a finite number, more than training.max_skipped_steps {limit}; "
                 f"lower stages.{self._number}.lr, or check the samples in "
-                f"{self._run.path / 'ledger.jsonl'}")
+                f"{self._run.path / 'ledger.jsonl'}"
+            )
 
     def write(self, records: list[dict], step: int) -> list[dict]:
         """Add all ranks' records to the ledger; they are returned on every rank."""
-        everyone = [{"stage": self._stage, "step": step, **record}
-                    for records in gather(records) for record in records]
+        everyone = [{"stage": self._stage, "step": step, **record} for records in gather(records) for record in records]
         if is_main():
             self._run.add_to_ledger(everyone)
         return everyone

@@ -14,9 +14,7 @@ from vlmds.models.trainable import freeze
 from vlmds.planning.memory import LATER_BYTES, fewest_recomputed, outside_bytes, stage_memories
 
 
-def checkpointed_layers(
-    experiment: Experiment, stage: StageConfig, stored_features: bool, device: torch.device
-) -> int:
+def checkpointed_layers(experiment: Experiment, stage: StageConfig, stored_features: bool, device: torch.device) -> int:
     """0 for no layer, n for every n-th. ``auto`` recomputes no more than the memory of ``device``
     asks for, as :mod:`vlmds.planning.memory` predicts; nothing on a CPU, and every layer where even that is
     not predicted to fit. The rank with the least memory decides for all, which call this together.
@@ -49,19 +47,17 @@ def start_communicators(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def fewest_that_fits(experiment: Experiment, stage: StageConfig, stored_features: bool,
-                     capacity: float, world_size: int) -> int:
+def fewest_that_fits(
+    experiment: Experiment, stage: StageConfig, stored_features: bool, capacity: float, world_size: int
+) -> int:
     """What ``auto`` is expected to be on GPUs with ``capacity`` bytes."""
-    return _fewest(experiment, stage, stored_features, capacity - outside_bytes(world_size),
-                   world_size)
+    return _fewest(experiment, stage, stored_features, capacity - outside_bytes(world_size), world_size)
 
 
-def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, free: float,
-            world_size: int) -> int:
+def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, free: float, world_size: int) -> int:
     model = shapes(experiment)
     freeze(model.captioner, stage)
-    memories = stage_memories(experiment, stage, model.captioner,
-                              None if stored_features else model.tower, world_size)
+    memories = stage_memories(experiment, stage, model.captioner, None if stored_features else model.tower, world_size)
     every = fewest_recomputed(memories, free)
     return 1 if every is None else every
 
@@ -69,7 +65,6 @@ def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, f
 def checkpoint_activations(captioner: Captioner, every: int) -> None:
     """Recompute every n-th layer's activations from now on; 0: of none."""
     if every:
-        captioner.llm.activation_checkpointing_enable(
-            {"use_reentrant": False}, every_n_layers=every)
+        captioner.llm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     else:
         captioner.llm.activation_checkpointing_disable()

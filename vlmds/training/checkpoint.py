@@ -96,8 +96,7 @@ def _wait_for(path: Path, size: int) -> None:
     os.listdir(path.parent)  # NFS forgets with it that a name was not there
     while not path.is_file() or path.stat().st_size != size:
         if time.monotonic() > deadline:
-            raise OSError(f"{path.name} is not in {path.parent}; put --output on a file system that "
-                          "all nodes share")
+            raise OSError(f"{path.name} is not in {path.parent}; put --output on a file system that all nodes share")
         time.sleep(0.1)
         os.listdir(path.parent)
 
@@ -105,8 +104,9 @@ def _wait_for(path: Path, size: int) -> None:
 def prune(root: Path, stage: str, keep: int) -> None:
     """Remove a stage's checkpoints but the newest ``keep`` and the one of the best score."""
     folders = checkpoints(root, stage)
-    scores = {folder: score for folder in reversed(folders)
-              if (score := _score(folder)) is not None and math.isfinite(score)}
+    scores = {
+        folder: score for folder in reversed(folders) if (score := _score(folder)) is not None and math.isfinite(score)
+    }
     best = max(scores, key=scores.get) if scores else None  # of equal ones the first
     for folder in folders[keep:]:
         if folder != best:
@@ -151,11 +151,10 @@ def _load(folder: Path, engine, average: WeightAverage | None) -> None:
     pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
     for entry in meta["files"]:
         with safe_open(folder / entry["file"], "pt") as file:
-            for key in file.keys():
+            for key in file:
                 kind, name, start = key.split("/")
                 length = file.get_slice(key).get_shape()[0]
-                pieces.setdefault((kind, name), []).append(
-                    (int(start), length, folder / entry["file"], key))
+                pieces.setdefault((kind, name), []).append((int(start), length, folder / entry["file"], key))
     optimizer = engine.optimizer.optimizer
     steps = torch.tensor(float(meta["state"]["optimizer_steps"]))
     for fragment in _fragments(engine):
@@ -167,8 +166,10 @@ def _load(folder: Path, engine, average: WeightAverage | None) -> None:
         for kind, flat in _flats(engine, fragment, average).items():
             found = pieces.get((kind, fragment.name), [])
             if _fill(flat[fragment.place], fragment.start, found):
-                raise InputError(f"{folder}: {kind} of {fragment.name} is not wholly there; "
-                                 "was the checkpoint made by another experiment?")
+                raise InputError(
+                    f"{folder}: {kind} of {fragment.name} is not wholly there; "
+                    "was the checkpoint made by another experiment?"
+                )
 
 
 def optimizer_steps(engine) -> int:
@@ -199,8 +200,7 @@ def checkpoint_name(stage: str, step: int) -> str:
 
 def checkpoints(root: Path, stage: str) -> list[Path]:
     """A stage's checkpoint folders, newest first."""
-    return sorted((p for p in root.glob(f"{stage}-*") if p.name[len(stage) + 1 :].isdigit()),
-                  reverse=True)
+    return sorted((p for p in root.glob(f"{stage}-*") if p.name[len(stage) + 1 :].isdigit()), reverse=True)
 
 
 @phase("checking the checkpoint")
@@ -244,8 +244,13 @@ def _fragments(engine) -> Iterator[_Fragment]:
             mapping = param._hp_mapping  # None where the whole parameter is another rank's
             if mapping is not None:
                 place = mapping.hp_fragment_address
-                yield _Fragment(names[id(param)], mapping.lp_fragment_address.start, group, flat,
-                                slice(place.start, place.start + place.numel))
+                yield _Fragment(
+                    names[id(param)],
+                    mapping.lp_fragment_address.start,
+                    group,
+                    flat,
+                    slice(place.start, place.start + place.numel),
+                )
 
 
 def _fill(target: Tensor, start: int, pieces: list[tuple[int, int, Path, str]]) -> int:

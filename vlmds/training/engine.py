@@ -46,21 +46,26 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
         raise InputError(f"--ds-config {path}: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"--ds-config {path}: not a JSON object of DeepSpeed's settings")
-    for name, setting in (("optimizer", "stages.*.lr and training.betas"),
-                          ("scheduler", "stages.*.schedule"), ("fp16", "llm.dtype"),
-                          ("amp", "llm.dtype")):
+    for name, setting in (
+        ("optimizer", "stages.*.lr and training.betas"),
+        ("scheduler", "stages.*.schedule"),
+        ("fp16", "llm.dtype"),
+        ("amp", "llm.dtype"),
+    ):
         block = config.get(name)
         if block and not (isinstance(block, dict) and block.get("enabled") is False):
-            raise InputError(f"{path.name}: {name} is {json.dumps(block)}, but the experiment sets "
-                             f"it by {setting}; delete it there")
+            raise InputError(
+                f"{path.name}: {name} is {json.dumps(block)}, but the experiment sets it by {setting}; delete it there"
+            )
     for dotted, value in values.items():
         *parents, leaf = dotted.split(".")
         node = config
         for part in parents:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise InputError(f"{path.name}: {part} is {json.dumps(node)}, not an object; write "
-                                 f"{{}} there or leave it out")
+                raise InputError(
+                    f"{path.name}: {part} is {json.dumps(node)}, not an object; write {{}} there or leave it out"
+                )
         if node.get(leaf, "auto") not in ("auto", value):
             raise InputError(
                 f"{path.name}: {dotted} is {node[leaf]!r}, but the experiment needs {value!r}; "
@@ -70,20 +75,22 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
     return config
 
 
-def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int,
-                         trainables: int) -> dict:
+def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int, trainables: int) -> dict:
     """The DeepSpeed JSON with all that the experiment sets; see :func:`resolve_ds_config`.
     trainables: parameters that the stage trains."""
     training = experiment.training
-    config = resolve_ds_config(path, {
-        "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
-        "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": training.max_grad_norm,
-        "bf16.enabled": experiment.llm.dtype == "bfloat16",
-        "zero_optimization.stage": 2,
-        "zero_optimization.compute_grad_norm": True,  # which also finds steps to skip
-    })
+    config = resolve_ds_config(
+        path,
+        {
+            "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
+            "train_micro_batch_size_per_gpu": training.micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": training.max_grad_norm,
+            "bf16.enabled": experiment.llm.dtype == "bfloat16",
+            "zero_optimization.stage": 2,
+            "zero_optimization.compute_grad_norm": True,  # which also finds steps to skip
+        },
+    )
     zero = config["zero_optimization"]
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
@@ -107,10 +114,7 @@ def check_ds_config(path: Path, experiment: Experiment, accumulation: int) -> No
 
 
 @phase("building the engine")
-def build_engine(
-    model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path,
-    accumulation: int,
-):
+def build_engine(model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path, accumulation: int):
     """A ZeRO-2 engine around ``model``, whose trainable parameters are those with
     ``requires_grad``, in the groups of :func:`parameter_groups`.
 
@@ -123,8 +127,7 @@ def build_engine(
         raise InputError(f"stages: {stage.name}: nothing is trainable")
     config = experiment_ds_config(ds_config, experiment, accumulation, trainable(model))
     optimizer = torch.optim.AdamW(
-        groups, lr=stage.lr, betas=tuple(training.betas),
-        fused=get_accelerator().device_name() == "cuda" or None,
+        groups, lr=stage.lr, betas=tuple(training.betas), fused=get_accelerator().device_name() == "cuda" or None
     )
     optimizer.register_step_post_hook(lambda *_: weights_changed())
     for param in (p for group in groups for p in group["params"]):
@@ -177,8 +180,11 @@ class NormChecked(DeepSpeedZeroOptimizer):
         for number, group in self.averaged_gradients.items():
             whole = self._get_preflattened_grad_partition(number)
             parts += group if whole is None else [whole]  # what pads them is zero
-        return [torch.linalg.vector_norm(piece, dtype=torch.float64)  # which copies it
-                for part in parts for piece in part.reshape(-1).split(NORM_ELEMENTS)]
+        return [
+            torch.linalg.vector_norm(piece, dtype=torch.float64)  # which copies it
+            for part in parts
+            for piece in part.reshape(-1).split(NORM_ELEMENTS)
+        ]
 
 
 def reduces_to_owners(world_size: int) -> bool:
@@ -212,14 +218,22 @@ def release(engine) -> None:
     module = engine.module
     engine.destroy()
     for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks,
-                      part._backward_pre_hooks):
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
     for param in module.parameters():
         param.grad = None
-        for name in ("_hp_mapping", "_hp_grad", "_zero_optimizer", "get_full_hp_param",
-                     "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad",
-                     "load_hp_checkpoint_state", "_dp_group", "_index_in_param_group"):
+        for name in (
+            "_hp_mapping",
+            "_hp_grad",
+            "_zero_optimizer",
+            "get_full_hp_param",
+            "set_full_hp_param",
+            "get_full_hp_grad",
+            "set_full_hp_grad",
+            "load_hp_checkpoint_state",
+            "_dp_group",
+            "_index_in_param_group",
+        ):
             if hasattr(param, name):
                 delattr(param, name)
     gc.collect()

@@ -25,15 +25,7 @@ from vlmds.data.features import check_tower
 from vlmds.distributed import watchdog
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.lost_ranks import connection_lost
-from vlmds.distributed.ranks import (
-    gather,
-    init_distributed,
-    is_main,
-    on_main,
-    place,
-    shared_error,
-    together,
-)  # fmt: skip
+from vlmds.distributed.ranks import gather, init_distributed, is_main, on_main, place, shared_error, together
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing, note_failure, report_failure, report_lost_rank
 from vlmds.errors import InputError, Stopped
@@ -54,8 +46,16 @@ from vlmds.training.engine import check_ds_config
 from vlmds.training.stages import run_stages
 
 # Keys that may differ between nodes.
-OF_A_NODE = ("data.path", "data.cache_dir", "data.cache_gb", "data.num_workers", "vision.model",
-             "vision.revision", "llm.model", "llm.revision")
+OF_A_NODE = (
+    "data.path",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.num_workers",
+    "vision.model",
+    "vision.revision",
+    "llm.model",
+    "llm.revision",
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 # An installed package has its copies; in a checkout the files lie where deepspeed's users look.
 DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
@@ -105,8 +105,7 @@ def main(args: argparse.Namespace) -> int:
 def report_end(error: BaseException) -> int:
     """Print on stderr what ends this rank, and note it for the others. Returns the exit code."""
     if line := unusable_place(error):
-        tell(f"vlmds: {line}" if is_main() else f"vlmds: rank {os.environ['RANK']}: {line}",
-             sys.stderr)
+        tell(f"vlmds: {line}" if is_main() else f"vlmds: rank {os.environ['RANK']}: {line}", sys.stderr)
         note_failure()
         return 2
     if connection_lost(error):
@@ -126,8 +125,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     stop = StopRequest()
     with phase("waiting for all ranks"):
         device = init_distributed(
-            experiment.training.timeout_minutes, experiment.logging.stall_seconds,
-            experiment.training.heartbeat_seconds)
+            experiment.training.timeout_minutes, experiment.logging.stall_seconds, experiment.training.heartbeat_seconds
+        )
     config = together(lambda: find_ds_config(args.ds_config))
     check_same_everywhere(experiment, config)
     on_main(lambda: check_run_folder(output))
@@ -148,12 +147,13 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
         "weights": base_weights(experiment),
-        "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision}}
+        "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision},
+    }
     world_size = dist.get_world_size()
-    run = on_main(lambda: open_run(
-        output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv))
-    together(lambda: check_ds_config(
-        config, experiment, accumulation_steps(experiment, world_size, run.global_batch)))
+    run = on_main(
+        lambda: open_run(output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv)
+    )
+    together(lambda: check_ds_config(config, experiment, accumulation_steps(experiment, world_size, run.global_batch)))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
         tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
@@ -181,9 +181,11 @@ def warn_of_readers(num_workers: int) -> None:
     (:class:`vlmds.data.loader.Batches`)."""
     cores = cores_of_rank()
     if is_main() and num_workers > cores:
-        tell(f"vlmds: WARNING: data.num_workers {num_workers}: a rank starts only "
-             f"{counted(cores, 'reader process', 'reader processes')}, its share of this node's "
-             "cores")
+        tell(
+            f"vlmds: WARNING: data.num_workers {num_workers}: a rank starts only "
+            f"{counted(cores, 'reader process', 'reader processes')}, its share of this node's "
+            "cores"
+        )
 
 
 def note_attention(run: RunFolder, attention: str, remark: str) -> None:
@@ -200,16 +202,21 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
     """Raise InputError, naming the keys, on all ranks unless all have the same experiment, but for
     where things lie on their nodes, and the same DeepSpeed JSON."""
     content = ds_config.read_bytes() if ds_config.is_file() else b""
-    settings = {key: value for key, value in flat_settings(experiment.model_dump()).items()
-                if key not in OF_A_NODE and not re.fullmatch(r"data\.blend\.\d+\.path", key)}
+    settings = {
+        key: value
+        for key, value in flat_settings(experiment.model_dump()).items()
+        if key not in OF_A_NODE and not re.fullmatch(r"data\.blend\.\d+\.path", key)
+    }
     digests = gather(hashlib.sha256(repr(sorted(settings.items())).encode() + content).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
     all_settings = gather(settings)
-    keys = [f"{key} {all_settings[0].get(key)!r} and {all_settings[other].get(key)!r}"
-            for key in sorted(all_settings[0].keys() | all_settings[other].keys())
-            if all_settings[0].get(key) != all_settings[other].get(key)]
+    keys = [
+        f"{key} {all_settings[0].get(key)!r} and {all_settings[other].get(key)!r}"
+        for key in sorted(all_settings[0].keys() | all_settings[other].keys())
+        if all_settings[0].get(key) != all_settings[other].get(key)
+    ]
     where = f"--exp: {'; '.join(keys)}" if keys else f"--ds-config {ds_config}: another file"
     raise shared_error(f"{where} on ranks 0 and {other}; give all nodes the same")
 
@@ -233,30 +240,34 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
             part.verify([shard], experiment.data.verify)
 
 
-def check_origin(run: RunFolder, experiment: Experiment, start_from: Path | None,
-                 from_run: Path | None) -> dict[str, dict]:
+def check_origin(
+    run: RunFolder, experiment: Experiment, start_from: Path | None, from_run: Path | None
+) -> dict[str, dict]:
     """Check what the run is to grow from; nothing is written. Returns the stages to inherit."""
     if start_from is not None and not grew_from(run, start_from):
         check_adoptable(start_from, experiment, run)
     return inheritance(from_run, experiment, run) if from_run is not None else {}
 
 
-def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken: dict[str, dict]
-          ) -> RunFolder:
+def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken: dict[str, dict]) -> RunFolder:
     """Write the run, and take over what it grows from. Returns the run.
 
     Raises:
         InputError: meanwhile another start has begun a run there.
     """
     if len(run.record["starts"]) == 1 and (run.path / "run.json").is_file():
-        raise InputError(f"--output {run.path}: another start has begun a run there meanwhile; "
-                         "choose another --output, or start again to go on with that one")
+        raise InputError(
+            f"--output {run.path}: another start has begun a run there meanwhile; "
+            "choose another --output, or start again to go on with that one"
+        )
     again = start_from is not None and grew_from(run, start_from)
     if again:
         tell(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
     elif start_from is not None:
-        run.record["resumed_from"] = {"checkpoint": str(start_from.resolve()),
-                                      "stage": checkpoint.read_state(start_from)["stage"]}
+        run.record["resumed_from"] = {
+            "checkpoint": str(start_from.resolve()),
+            "stage": checkpoint.read_state(start_from)["stage"],
+        }
     inherit(taken, run)
     if start_from is not None and not again:
         adopt(start_from, experiment, run)
@@ -278,17 +289,20 @@ def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> Non
     other = folder.resolve().parent.parent
     check_same_experiment(other, experiment)
     if other != run.path.resolve() and any(run.path.glob("checkpoints/[a-z]*")):
-        raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another "
-                         "--output")
+        raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another --output")
     lineage = checkpoint.read_state(folder)["lineage"]
-    for name, what in (("data_fingerprint", "on other data"), ("weights", "from other base weights"),
-                       ("sampling", "on frames that were sampled or resized otherwise")):
+    for name, what in (
+        ("data_fingerprint", "on other data"),
+        ("weights", "from other base weights"),
+        ("sampling", "on frames that were sampled or resized otherwise"),
+    ):
         if lineage.get(name, run.record[name]) != run.record[name]:
             raise InputError(f"--resume {folder}: was trained {what}; use the same, or start a new run")
     theirs = RunFolder.read(other)["global_batch"]
     if theirs != run.global_batch:
-        raise InputError(f"--resume {folder}: was trained with training.global_batch {theirs}, not "
-                         f"{run.global_batch}; set that")
+        raise InputError(
+            f"--resume {folder}: was trained with training.global_batch {theirs}, not {run.global_batch}; set that"
+        )
 
 
 def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
@@ -302,9 +316,8 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
             with new_folder(run.artifact(name)) as new:
                 copy_files(other / "artifacts" / name, new)
         return
-    later = [found for found in checkpoint.checkpoints(run.checkpoints, names[number])
-             if found.name > folder.name]
-    for name in names[number + 1:]:
+    later = [found for found in checkpoint.checkpoints(run.checkpoints, names[number]) if found.name > folder.name]
+    for name in names[number + 1 :]:
         later += checkpoint.checkpoints(run.checkpoints, name)
     later += [run.artifact(name) for name in names[number:] if run.artifact(name).exists()]
     if later:
@@ -339,6 +352,8 @@ def _packaged_ds_config(name: str) -> Path:
     """Raises InputError if there is none of this name."""
     known = {path.stem: path for folder in reversed(DS_CONFIGS) for path in folder.glob("*.json")}
     if name not in known:
-        raise InputError(f"--ds-config: {name} is neither a file nor one of those that come with "
-                         f"vlmds: {', '.join(sorted(known)) or 'none is installed'}")
+        raise InputError(
+            f"--ds-config: {name} is neither a file nor one of those that come with "
+            f"vlmds: {', '.join(sorted(known)) or 'none is installed'}"
+        )
     return known[name]

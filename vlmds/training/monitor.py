@@ -32,12 +32,12 @@ class Monitor:
         identity: of the run among all of the W&B project; default: the experiment's name.
     """
 
-    def __init__(self, folder: Path, experiment: Experiment, active: bool, first_step: int = 0,
-                 identity: str | None = None):
+    def __init__(
+        self, folder: Path, experiment: Experiment, active: bool, first_step: int = 0, identity: str | None = None
+    ):
         self.active = active
         self.every = experiment.logging.every
-        self._metrics, self._samples = (
-            Journal(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
+        self._metrics, self._samples = (Journal(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
         self._pending: list[dict] = []
         self._charts = self._wandb = None
         if not active:
@@ -51,8 +51,13 @@ class Monitor:
             import wandb
 
             self._wandb = wandb.init(
-                project=experiment.logging.wandb_project, name=folder.name, dir=str(folder),
-                id=identity or experiment.name, resume="allow", config=experiment.model_dump())
+                project=experiment.logging.wandb_project,
+                name=folder.name,
+                dir=str(folder),
+                id=identity or experiment.name,
+                resume="allow",
+                config=experiment.model_dump(),
+            )
 
     def start_stage(self, stage: str, first: int, total: int, steps_before: int) -> None:
         """Steps [first, total) of a stage follow; earlier stages had ``steps_before`` steps."""
@@ -63,9 +68,19 @@ class Monitor:
         if self.active:
             get_accelerator().reset_peak_memory_stats()
 
-    def step(self, step: int, *, loss: torch.Tensor, grad_norm: torch.Tensor | float, lr: float,
-             samples: int, positions: float, supervised: float, waited: float,
-             skipped: bool) -> None:
+    def step(
+        self,
+        step: int,
+        *,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor | float,
+        lr: float,
+        samples: int,
+        positions: float,
+        supervised: float,
+        waited: float,
+        skipped: bool,
+    ) -> None:
         """Note optimizer step ``step`` (from 0).
 
         Args:
@@ -76,10 +91,20 @@ class Monitor:
             skipped: the weights stayed as they were, because a gradient was not finite.
         """
         self._waited += waited
-        self._pending.append({
-            "kind": "train", "stage": self.stage, "step": step + 1, "loss": loss, "lr": lr,
-            "grad_norm": grad_norm, "samples": samples, "positions": int(positions),
-            "supervised_tokens": int(supervised), **({"skipped": True} if skipped else {})})
+        self._pending.append(
+            {
+                "kind": "train",
+                "stage": self.stage,
+                "step": step + 1,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "samples": samples,
+                "positions": int(positions),
+                "supervised_tokens": int(supervised),
+                **({"skipped": True} if skipped else {}),
+            }
+        )
         # The first step of a start shows at once that it works, and how long it will take.
         if step == self._stage_first or (step + 1) % self.every == 0 or step + 1 == self.total:
             self.flush()
@@ -100,7 +125,8 @@ class Monitor:
         speed = {
             "samples_per_s": sum(r["samples"] for r in records) / seconds,
             "tokens_per_s": sum(r["positions"] for r in records) / seconds,
-            "data_wait": wait, "memory_gib": peak_memory() / 2**30,
+            "data_wait": wait,
+            "memory_gib": peak_memory() / 2**30,
         }
         records[-1] |= {key: round(value, 4) for key, value in speed.items()}
         self._write(records)
@@ -110,10 +136,8 @@ class Monitor:
     def validation(self, step: int, loss: float, samples: int) -> None:
         """Note the validation loss after ``step`` optimizer steps of the stage."""
         self.flush()
-        self._write([{"kind": "val", "stage": self.stage, "step": step, "loss": loss,
-                      "samples": samples}])
-        self.say(f"{self.stage} step {step}/{self.total}  validation loss {loss:.4f} "
-                 f"({counted(samples, 'sample')})")
+        self._write([{"kind": "val", "stage": self.stage, "step": step, "loss": loss, "samples": samples}])
+        self.say(f"{self.stage} step {step}/{self.total}  validation loss {loss:.4f} ({counted(samples, 'sample')})")
         # Training throughput counts training only.
         self._window_start, self._waited = time.perf_counter(), 0.0
 
@@ -123,15 +147,19 @@ class Monitor:
         self.flush()
         values = {name: metric["value"] for name, metric in found["metrics"].items()}
         gaps = {f"loss_gap_{blind}": gap["gap"] for blind, gap in found["looking"]["loss"].items()}
-        facts = {name: found["captions"][name] for name in ("mean_tokens", "distinct_2",
-                                                            "repetition", "empty", "most_frequent")}
+        facts = {
+            name: found["captions"][name]
+            for name in ("mean_tokens", "distinct_2", "repetition", "empty", "most_frequent")
+        }
         where = {"stage": self.stage, "step": step}
         self._write([{"kind": "eval", **where, "clips": found["clips"], **values, **gaps, **facts}])
         self._write_samples([{**where, **sample} for sample in found["samples"]])
         name = next(iter(values))
-        self.say(f"{self.stage} step {step}/{self.total}  {name} {values[name]:.2f}  "
-                 + "  ".join(f"{gap} {value:.3f}" for gap, value in gaps.items())
-                 + f" ({counted(found['clips'], 'clip')})")
+        self.say(
+            f"{self.stage} step {step}/{self.total}  {name} {values[name]:.2f}  "
+            + "  ".join(f"{gap} {value:.3f}" for gap, value in gaps.items())
+            + f" ({counted(found['clips'], 'clip')})"
+        )
         self._window_start, self._waited = time.perf_counter(), 0.0
 
     def energy(self, step: int, joules: float | None) -> None:
@@ -156,8 +184,11 @@ class Monitor:
             return
         self._metrics.add(records)
         for record in records:
-            numbers = {f"{record['kind']}/{k}": v for k, v in record.items()
-                       if k not in ("kind", "stage", "step") and v is not None}
+            numbers = {
+                f"{record['kind']}/{k}": v
+                for k, v in record.items()
+                if k not in ("kind", "stage", "step") and v is not None
+            }
             x = self.steps_before + record["step"]
             for name, value in numbers.items():
                 self._chart("add_scalar", name, value, x)
@@ -169,9 +200,12 @@ class Monitor:
             return
         self._samples.add(samples)
         rows = [f"| {s['key']} | {' / '.join(s['references'])} | {s['caption']} |" for s in samples]
-        self._chart("add_text", "captions", "\n".join(
-            ["| clip | references | caption |", "|---|---|---|", *rows]),
-            self.steps_before + samples[0]["step"])
+        self._chart(
+            "add_text",
+            "captions",
+            "\n".join(["| clip | references | caption |", "|---|---|---|", *rows]),
+            self.steps_before + samples[0]["step"],
+        )
 
     def _chart(self, call: str, *arguments) -> None:
         """Tell TensorBoard, whose writer raises what went wrong in its thread."""
@@ -192,7 +226,8 @@ class Monitor:
             f"lr {record['lr']:.2e}  grad {number(record['grad_norm'], '.2f')}  "
             f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
             f"data wait {record['data_wait']:.1%}  {record['memory_gib']:.2f} GiB  "
-            f"ETA {duration((self.total - record['step']) * pace)}")
+            f"ETA {duration((self.total - record['step']) * pace)}"
+        )
 
 
 def peak_memory() -> int:

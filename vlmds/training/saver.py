@@ -80,7 +80,8 @@ class Saver:
         results = gather((self._entry, self._problem))
         if self.rank == 0:
             self._publisher = threading.Thread(
-                target=self._publish, args=(self._folder, self._state, results), daemon=True)
+                target=self._publish, args=(self._folder, self._state, results), daemon=True
+            )
             self._publisher.start()
 
     def _publish(self, folder: Path, state: dict, results: list[tuple]) -> None:

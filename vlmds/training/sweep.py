@@ -60,8 +60,9 @@ class Job:
         return False
 
 
-def plan_jobs(exps: list[str], output: Path, *, seeds: int = 1, share_stage1: bool = False,
-              overrides: tuple[str, ...] = ()) -> list[Job]:
+def plan_jobs(
+    exps: list[str], output: Path, *, seeds: int = 1, share_stage1: bool = False, overrides: tuple[str, ...] = ()
+) -> list[Job]:
     """The runs in order of priority; of several seeds, each experiment's first ones first.
 
     Raises:
@@ -107,15 +108,22 @@ def choose(exps: list[str], every: bool, owner: str | None) -> list[str]:
 
 
 def train_command(job: Job, data: str, launcher: str) -> list[str]:
-    command = [*shlex.split(launcher), str(REPOSITORY / "launch" / "train.py"), "--exp", job.exp,
-               "--data", data, "--output", str(job.run)]
+    command = [
+        *shlex.split(launcher),
+        str(REPOSITORY / "launch" / "train.py"),
+        "--exp",
+        job.exp,
+        "--data",
+        data,
+        "--output",
+        str(job.run),
+    ]
     if job.first_stage is not None:
         command += ["--from", str(job.first_stage)]
     return [*command, *(["--set", *job.overrides] if job.overrides else [])]
 
 
-def evaluate_command(job: Job, data: str, launcher: str, options: tuple[str, ...] = ()
-                     ) -> list[str]:
+def evaluate_command(job: Job, data: str, launcher: str, options: tuple[str, ...] = ()) -> list[str]:
     """By the launcher of the training, if it is one that can start a module on all its GPUs."""
     words = shlex.split(launcher)
     names = [Path(word).name for word in words]
@@ -128,8 +136,13 @@ def evaluate_command(job: Job, data: str, launcher: str, options: tuple[str, ...
     return [*start, "vlmds.cli", "evaluate", "--run", str(job.run), "--data", data, *options]
 
 
-def run_jobs(jobs: list[Job], data: str, launcher: str, evaluate_options: tuple[str, ...] = (),
-             environment: dict[str, str] | None = None) -> int:
+def run_jobs(
+    jobs: list[Job],
+    data: str,
+    launcher: str,
+    evaluate_options: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+) -> int:
     """Train and evaluate all; returns 0, 2 if one refused its input, 3 if a signal stopped one
     (the rest is then left), 1 if one failed."""
     if not (REPOSITORY / "launch" / "train.py").is_file():
@@ -141,8 +154,10 @@ def run_jobs(jobs: list[Job], data: str, launcher: str, evaluate_options: tuple[
         if job.trained and job.evaluated:
             job.state = "done before"
             continue
-        for doing, command in (("training", train_command(job, data, launcher)),
-                               ("evaluation", evaluate_command(job, data, launcher, evaluate_options))):
+        for doing, command in (
+            ("training", train_command(job, data, launcher)),
+            ("evaluation", evaluate_command(job, data, launcher, evaluate_options)),
+        ):
             if doing == "training" and job.trained:
                 continue
             job.state = doing
@@ -163,25 +178,36 @@ def status_table(jobs: list[Job]) -> str:
     lines = [f"{'run':<16}{'projector':<13}{'adapter':<9}{'trained':<9}{'evaluated':<11}state"]
     for job in jobs:
         yes = ["yes" if fact else "no" for fact in (job.trained, job.evaluated)]
-        lines.append(f"{job.name:<16}{job.experiment.projector.type:<13}"
-                     f"{job.experiment.peft.type:<9}{yes[0]:<9}{yes[1]:<11}{job.state}")
+        lines.append(
+            f"{job.name:<16}{job.experiment.projector.type:<13}"
+            f"{job.experiment.peft.type:<9}{yes[0]:<9}{yes[1]:<11}{job.state}"
+        )
     return "\n".join(lines)
 
 
-def slurm_script(jobs: list[Job], data: str, launcher: str,
-                 evaluate_options: tuple[str, ...] = ()) -> str:
+def slurm_script(jobs: list[Job], data: str, launcher: str, evaluate_options: tuple[str, ...] = ()) -> str:
     """An array of jobs; those that start from another's stage 1 wait for that one's artifact."""
-    lines = ["#!/bin/bash", "#SBATCH --job-name=vlmds", f"#SBATCH --array=0-{len(jobs) - 1}",
-             "#SBATCH --nodes=1", "#SBATCH --gpus-per-node=8", "#SBATCH --requeue",
-             "#SBATCH --output=%x-%a.out", "set -euo pipefail", 'case "$SLURM_ARRAY_TASK_ID" in']
+    lines = [
+        "#!/bin/bash",
+        "#SBATCH --job-name=vlmds",
+        f"#SBATCH --array=0-{len(jobs) - 1}",
+        "#SBATCH --nodes=1",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --requeue",
+        "#SBATCH --output=%x-%a.out",
+        "set -euo pipefail",
+        'case "$SLURM_ARRAY_TASK_ID" in',
+    ]
     for number, job in enumerate(jobs):
         lines.append(f"{number})")
         if job.first_stage is not None:
             stage = job.experiment.stages[0].name
             artifact = job.first_stage / "artifacts" / stage / "artifact.json"
             lines.append(f"  until [ -f {shlex.quote(str(artifact))} ]; do sleep 60; done")
-        lines += [f"  {shlex.join(train_command(job, data, launcher))}",
-                  f"  {shlex.join(evaluate_command(job, data, launcher, evaluate_options))} ;;"]
+        lines += [
+            f"  {shlex.join(train_command(job, data, launcher))}",
+            f"  {shlex.join(evaluate_command(job, data, launcher, evaluate_options))} ;;",
+        ]
     return "\n".join([*lines, "esac", ""])
 
 

@@ -61,10 +61,20 @@ class Validator:
             the step.
     """
 
-    def __init__(self, experiment: Experiment, model: Model, reader: SampleReader | None,
-                 collate: Callable, device: torch.device, total: int, monitor: Monitor,
-                 stop: StopRequest, average: WeightAverage | None, doing: Callable[..., None],
-                 ledger: Callable[[list[dict], int], object]):
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: Model,
+        reader: SampleReader | None,
+        collate: Callable,
+        device: torch.device,
+        total: int,
+        monitor: Monitor,
+        stop: StopRequest,
+        average: WeightAverage | None,
+        doing: Callable[..., None],
+        ledger: Callable[[list[dict], int], object],
+    ):
         self.experiment, self.settings, self.model = experiment, experiment.training, model
         self.reader, self.collate, self.device, self.total = reader, collate, device, total
         self.monitor, self.stop, self.average = monitor, stop, average
@@ -100,9 +110,11 @@ class Validator:
         patience = self.settings.early_stopping
         if patience is None or standing.worse < patience:
             return False
-        self.monitor.say(f"ends early after step {step} of {self.total}: "
-                         f"{self.settings.best_metric} has not improved in "
-                         f"{counted(standing.worse, 'validation')}; best at step {standing.best_step}")
+        self.monitor.say(
+            f"ends early after step {step} of {self.total}: "
+            f"{self.settings.best_metric} has not improved in "
+            f"{counted(standing.worse, 'validation')}; best at step {standing.best_step}"
+        )
         return True
 
     def _due(self, step: int, every: int | None) -> bool:
@@ -120,13 +132,11 @@ class Validator:
         captioner = self.model.captioner.eval()
         with self._averaged(), norms_kept(), phase("validating", unit="batches") as shown:
             for number in shown.counting(range(rounds)):
-                self._doing(step, f"validating, batch {number + 1} of {rounds}",
-                            explain=batches.holding)
+                self._doing(step, f"validating, batch {number + 1} of {rounds}", explain=batches.holding)
                 batch = next(reading, {})
                 failures = [batch["failure"]] if "failure" in batch else []
                 if "labels" in batch:
-                    total += captioner(
-                        self.model.features(batch), batch["input_ids"], batch["labels"])
+                    total += captioner(self.model.features(batch), batch["input_ids"], batch["labels"])
                     tokens += int((batch["labels"] != IGNORE).sum())
                     bad += batch["bad"]
                 stop, failed = sum_over_ranks([self.stop.requested is not None, bool(failures)])
@@ -143,7 +153,8 @@ class Validator:
             if any_bad > max(1, limit * len(reader)):
                 raise shared_error(
                     f"split val: {any_bad:.0f} of {counted(len(reader), 'sample')} could not be "
-                    f"used, more than data.max_bad_fraction {limit} allows; see the run's ledger.jsonl")
+                    f"used, more than data.max_bad_fraction {limit} allows; see the run's ledger.jsonl"
+                )
         self.monitor.validation(step, total / tokens, len(reader))
         return total / tokens
 
@@ -152,12 +163,14 @@ class Validator:
         self._doing(step, "evaluating captions")
         with self._averaged(), phase("evaluating captions"):
             found = evaluate_subset(
-                self.experiment, self.model, self.reader, clips=self.settings.evaluate_clips,
-                generation=GenerationOptions(self.settings.evaluate_tokens))
+                self.experiment,
+                self.model,
+                self.reader,
+                clips=self.settings.evaluate_clips,
+                generation=GenerationOptions(self.settings.evaluate_tokens),
+            )
         self.monitor.evaluation(step, found)
         return found["metrics"]
 
     def _averaged(self):
         return self.average.applied() if self.average else nullcontext()
-
-

@@ -50,9 +50,7 @@ def main(descriptor: int, deadline: float) -> None:
         return
 
 
-def _answer(
-    request: Request | FramesRequest, data: bytes | None, more_time: Callable[[float], None]
-) -> Reply:
+def _answer(request: Request | FramesRequest, data: bytes | None, more_time: Callable[[float], None]) -> Reply:
     try:
         if isinstance(request, Request):
             data = read_file(request.video)

@@ -18,11 +18,47 @@ from vlmds.video.frame_table import MAX_PIXELS
 Source = str | os.PathLike | bytes
 
 # FFmpeg's names of the formats that hold all of a video in one file.
-_FORMATS = ",".join((
-    "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "live_flv", "asf", "ogg", "mxf", "gxf", "rm",
-    "nut", "nsv", "wtv", "dv", "dhav", "swf", "gif", "apng", "ivf", "obu", "h261", "h263", "h264",
-    "hevc", "vvc", "mpegvideo", "m4v", "vc1", "cavsvideo", "dirac", "mjpeg", "yuv4mpegpipe",
-    "jpeg_pipe", "png_pipe", "webp_pipe"))
+_FORMATS = ",".join(
+    (
+        "mov",
+        "matroska",
+        "avi",
+        "mpegts",
+        "mpeg",
+        "flv",
+        "live_flv",
+        "asf",
+        "ogg",
+        "mxf",
+        "gxf",
+        "rm",
+        "nut",
+        "nsv",
+        "wtv",
+        "dv",
+        "dhav",
+        "swf",
+        "gif",
+        "apng",
+        "ivf",
+        "obu",
+        "h261",
+        "h263",
+        "h264",
+        "hevc",
+        "vvc",
+        "mpegvideo",
+        "m4v",
+        "vc1",
+        "cavsvideo",
+        "dirac",
+        "mjpeg",
+        "yuv4mpegpipe",
+        "jpeg_pipe",
+        "png_pipe",
+        "webp_pipe",
+    )
+)
 
 # Opens a file without decoding; for each of its first streams.
 _HEADERS_ONLY = {"probesize": "32", "fpsprobesize": "0"}
@@ -48,8 +84,9 @@ def opened(source: Source, headers_only: bool = False) -> av.container.InputCont
         options |= _HEADERS_ONLY
     try:
         # Titles in old code pages must not cost us the video.
-        return av.open(file, metadata_errors="ignore", options=options,
-                       stream_options=_NO_FRAMES if headers_only else None)
+        return av.open(
+            file, metadata_errors="ignore", options=options, stream_options=_NO_FRAMES if headers_only else None
+        )
     except av.ArgumentError as error:
         raise SampleError("cannot be read: not a video file of a known format") from error
 
@@ -63,8 +100,11 @@ def is_sealed(source: Source) -> bool:
     """A file that begins as only MP4 and Matroska do, so that a reader without the limits of
     `opened` does not take it for a playlist either."""
     beginning = _beginning(source)
-    return (beginning[4:8] == b"ftyp" and beginning[8:10] != b"jp"  # FFmpeg doubts JPEG 2000
-            or beginning[:4] == b"\x1a\x45\xdf\xa3")
+    return (
+        beginning[4:8] == b"ftyp"
+        and beginning[8:10] != b"jp"  # FFmpeg doubts JPEG 2000
+        or beginning[:4] == b"\x1a\x45\xdf\xa3"
+    )
 
 
 def _beginning(source: Source) -> bytes:
@@ -81,10 +121,12 @@ def video_stream(container: av.container.InputContainer) -> av.video.stream.Vide
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise SampleError("no video stream")
     if stream.width * stream.height > MAX_PIXELS:
-        raise SampleError(f"frame too large: {stream.width} x {stream.height} pixels; the limit is "
-                          f"{MAX_PIXELS >> 20} megapixels")
+        raise SampleError(
+            f"frame too large: {stream.width} x {stream.height} pixels; the limit is {MAX_PIXELS >> 20} megapixels"
+        )
     stream.thread_type = "NONE"
     stream.codec_context.options = {
         "err_detect": "explode",  # an error for damage, not a guess
-        "max_pixels": str(MAX_PIXELS)}
+        "max_pixels": str(MAX_PIXELS),
+    }
     return stream

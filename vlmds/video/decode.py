@@ -15,11 +15,7 @@ from vlmds.video.sampling import pick
 
 
 def decode_frames(
-    source: Source,
-    info: FrameTable,
-    num_frames: int,
-    start: float | None = None,
-    end: float | None = None,
+    source: Source, info: FrameTable, num_frames: int, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
     """Decode the frames that `pick` names: uint8 [num_frames, height, width, 3], RGB, upright.
 
@@ -65,9 +61,7 @@ def all_frames(
     raise SampleError(f"cannot be decoded: no frame at {info.pts[expected]:.3f} s")
 
 
-def _decode_pyav(
-    source: Source, info: FrameTable, wanted: list[int], seek: bool = True
-) -> dict[int, np.ndarray]:
+def _decode_pyav(source: Source, info: FrameTable, wanted: list[int], seek: bool = True) -> dict[int, np.ndarray]:
     """Decode the frames `wanted` (sorted indices) and return those found: uint8 [H, W, 3]."""
     found = {}
     with opened(source) as container:
@@ -109,7 +103,8 @@ def decode_decord(source: Source, info: FrameTable, indices: np.ndarray) -> np.n
     decord.logging.set_level(decord.logging.QUIET)  # what matters becomes a reason
     try:
         reader = decord.VideoReader(
-            io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1)
+            io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1
+        )
         frames = reader.get_batch([int(i) for i in indices]).asnumpy()
         count = len(reader)
     except (decord.DECORDError, RuntimeError, OSError, IndexError) as error:

@@ -65,9 +65,7 @@ class Reply:
         return sum(len(member) for member in self.members.values())
 
 
-def prepare(
-    request: Request, data: bytes, more_time: Callable[[float], None] | None = None
-) -> Reply:
+def prepare(request: Request, data: bytes, more_time: Callable[[float], None] | None = None) -> Reply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError.
 
     more_time: told how many more seconds it takes than most, if it does (see `repair.mend`).
@@ -85,23 +83,22 @@ def prepare(
 
     picks = pick(info, request.num_frames, request.start, request.end)
     images = _images(request, data, info)
-    facts = _facts(info) | {"content": content} | {
-        "decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
+    facts = (
+        _facts(info)
+        | {"content": content}
+        | {"decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
+    )
     return Reply(None, facts, encode_jpegs(images, request.quality))
 
 
 def _images(request: Request, data: bytes, info: VideoInfo) -> np.ndarray:
     """uint8 [num_frames, 3, size, size]"""
     # PyAV, for it reports damage that decord passes over.
-    frames = decode_frames(
-        data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
+    frames = decode_frames(data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
     return resize_frames(frames, request.image_size)
 
 
-def _prepare_video(
-    request: Request, data: bytes, info: VideoInfo,
-    more_time: Callable[[float], None] | None,
-) -> Reply:
+def _prepare_video(request: Request, data: bytes, info: VideoInfo, more_time: Callable[[float], None] | None) -> Reply:
     """The file itself, or what `repair.mend` makes of it."""
     span = (request.num_frames, request.start, request.end)
     pick(info, *span)
@@ -122,9 +119,15 @@ def _prepare_video(
 
 def _facts(info: VideoInfo) -> dict[str, Any]:
     return {
-        "frames": info.frames, "fps": round(info.fps, 6), "duration": round(info.duration, 6),
-        "width": info.width, "height": info.height, "codec": info.codec,
-        "rotation": info.rotation, "decoder": info.decoder}
+        "frames": info.frames,
+        "fps": round(info.fps, 6),
+        "duration": round(info.duration, 6),
+        "width": info.width,
+        "height": info.height,
+        "codec": info.codec,
+        "rotation": info.rotation,
+        "decoder": info.decoder,
+    }
 
 
 def read_frames(data: bytes, request: FramesRequest) -> Reply:

@@ -19,5 +19,5 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
     out = np.empty((len(frames), 3, size, size), np.uint8)
     for i, frame in enumerate(frames):
         image = Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        out[i] = np.asarray(image)[top:top + size, left:left + size].transpose(2, 0, 1)
+        out[i] = np.asarray(image)[top : top + size, left : left + size].transpose(2, 0, 1)
     return out

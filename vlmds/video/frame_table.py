@@ -68,15 +68,20 @@ class FrameTable:
         at a constant frame rate, some 4 per frame otherwise."""
         return {
             "time_base": [self.time_base.numerator, self.time_base.denominator],
-            "ticks": _packed(self.ticks), "keys": _packed(self.keys), "by_pts": self.by_pts,
-            "duration": self.duration, "cleared": self.decoder == "decord"}
+            "ticks": _packed(self.ticks),
+            "keys": _packed(self.keys),
+            "by_pts": self.by_pts,
+            "duration": self.duration,
+            "cleared": self.decoder == "decord",
+        }
 
     @classmethod
     def from_described(cls, described: dict[str, Any]) -> "FrameTable":
         """The table of a packed video from its description. Raises ValueError: it is none."""
         try:
             width, height, rotation, frames = (
-                int(described[name]) for name in ("width", "height", "rotation", "frames"))
+                int(described[name]) for name in ("width", "height", "rotation", "frames")
+            )
             timing = described["timing"]
             base, duration = Fraction(*timing["time_base"]), float(timing["duration"])
             ticks, keys = _unpacked(timing["ticks"]), _unpacked(timing["keys"])
@@ -89,8 +94,7 @@ class FrameTable:
             (rotation not in (0, 90, 180, 270), "rotation"),
             (not (len(ticks) == frames > 0 and _rising(ticks) and base > 0), "times"),
             (not 0 < duration < float("inf"), "duration"),
-            (len(keys) and not (keys[0] >= 0 and keys[-1] < frames and _rising(keys)),
-             "keyframes"),
+            (len(keys) and not (keys[0] >= 0 and keys[-1] < frames and _rising(keys)), "keyframes"),
         ):
             if wrong:
                 raise ValueError(f"bad {what}")

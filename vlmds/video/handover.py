@@ -29,4 +29,4 @@ def take(connection: Connection) -> list[memoryview]:
     finally:
         os.close(descriptor)
     ends = list(accumulate(sizes))
-    return [whole[end - size:end] for end, size in zip(ends, sizes)]
+    return [whole[end - size : end] for end, size in zip(ends, sizes)]

@@ -45,20 +45,19 @@ class Clip:
 
 
 def decode_videos(
-    videos: Iterable[str | Clip], num_frames: int, image_size: int, *, workers: int,
-    deadline: float = 60.0,
+    videos: Iterable[str | Clip], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
 ) -> Iterator[np.ndarray | SampleError]:
     """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size],
     or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
     clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
-    for result in decode_windows(((clip, 1) for clip in clips), num_frames, image_size,
-                                 workers=workers, deadline=deadline):
+    for result in decode_windows(
+        ((clip, 1) for clip in clips), num_frames, image_size, workers=workers, deadline=deadline
+    ):
         yield result if isinstance(result, SampleError) else result[0][0]
 
 
 def decode_windows(
-    clips: Iterable[tuple[Clip, int]], num_frames: int, image_size: int, *, workers: int,
-    deadline: float = 60.0,
+    clips: Iterable[tuple[Clip, int]], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
     """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
     uint8 [W, F, 3, size, size], and the facts that :func:`video_facts` tells; or why it cannot be
@@ -72,8 +71,7 @@ def decode_windows(
     def requests() -> Iterator[Request]:
         for clip, windows in clips:
             counts.append(windows)
-            yield Request(clip.video, clip.start, clip.end, "pixels", windows * num_frames,
-                          image_size)
+            yield Request(clip.video, clip.start, clip.end, "pixels", windows * num_frames, image_size)
 
     with DecodePool(workers, deadline) as pool:
         for number, reply in enumerate(pool.map(requests())):
@@ -117,8 +115,15 @@ class FrameDecoder:
         return self._child.pid if self._child is not None and not self._child.closed else None
 
     def frames(
-        self, data: bytes, *, num_frames: int, image_size: int, start: float | None = None,
-        end: float | None = None, decoder: str = "decord", described: dict[str, Any] | None = None,
+        self,
+        data: bytes,
+        *,
+        num_frames: int,
+        image_size: int,
+        start: float | None = None,
+        end: float | None = None,
+        decoder: str = "decord",
+        described: dict[str, Any] | None = None,
     ) -> np.ndarray:
         """The frames that stand for [start, end] (seconds; default: the video), resized.
 
@@ -129,8 +134,7 @@ class FrameDecoder:
         """
         if self._child is None or self._child.closed:  # closed: it is that of the forking process
             self._child = _Child(self._deadline)
-        self._child.send(FramesRequest(
-            num_frames, image_size, start, end, decoder, described), data)
+        self._child.send(FramesRequest(num_frames, image_size, start, end, decoder, described), data)
         reply = self._child.reply()
         if not self._child.alive:
             self._child = None
@@ -234,15 +238,17 @@ class _Child:
 
     def __init__(self, deadline: float):
         ours, theirs = socket.socketpair()
-        command = (f"from vlmds.video.child import main; "
-                   f"main({theirs.fileno()}, {float(deadline)})")
+        command = f"from vlmds.video.child import main; main({theirs.fileno()}, {float(deadline)})"
         with theirs:
             # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
             self._process = subprocess.Popen(
                 [sys.executable, "-c", command],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
                 # There is a child for each core; NumPy would start a thread for each, too.
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
         self.connection = Connection(ours.detach())
         self.alive = True
         self._owner = os.getpid()

@@ -86,8 +86,7 @@ def _probe(source: Source, hasty: bool) -> VideoInfo | None:
         ticks, base = _decoded_ticks(source, rate)
     length = int(ticks[-1] - ticks[0])
     # The last frame is taken to last as long as the mean one: what files say of it is unreliable.
-    gap = (Fraction(length, len(ticks) - 1) * base if len(ticks) > 1
-           else packets[0].duration * packet_base or 1 / rate)
+    gap = Fraction(length, len(ticks) - 1) * base if len(ticks) > 1 else packets[0].duration * packet_base or 1 / rate
     duration = float(length * base + gap)
 
     closed = by_pts and only_idr and not hidden and name in _SEEKABLE and _closed_gops(packets)
@@ -98,20 +97,33 @@ def _probe(source: Source, hasty: bool) -> VideoInfo | None:
     if rotation in (90, 270):
         width, height = height, width
     cleared = (
-        closed and videos == 1 and rotation == 0 and not first.interlaced_frame
-        and codec in _DECORD_CODECS and first.format.name in _DECORD_PIX_FMTS
+        closed
+        and videos == 1
+        and rotation == 0
+        and not first.interlaced_frame
+        and codec in _DECORD_CODECS
+        and first.format.name in _DECORD_PIX_FMTS
     )
     return VideoInfo(
-        width=width, height=height, rotation=rotation, duration=duration,
-        decoder="decord" if cleared else "pyav", time_base=base, ticks=ticks, by_pts=by_pts,
-        keys=np.searchsorted(ticks, np.array(keys, np.int64)), codec=codec,
-        pix_fmt=first.format.name, fps=len(ticks) / duration, discarded=hidden, preroll=preroll,
-        container=name)
+        width=width,
+        height=height,
+        rotation=rotation,
+        duration=duration,
+        decoder="decord" if cleared else "pyav",
+        time_base=base,
+        ticks=ticks,
+        by_pts=by_pts,
+        keys=np.searchsorted(ticks, np.array(keys, np.int64)),
+        codec=codec,
+        pix_fmt=first.format.name,
+        fps=len(ticks) / duration,
+        discarded=hidden,
+        preroll=preroll,
+        container=name,
+    )
 
 
-def _read_packets(
-    container, stream, hasty: bool
-) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
+def _read_packets(container, stream, hasty: bool) -> tuple[list[_Packet], bool, av.VideoFrame | None]:
     """All packets, in decoding order, whether every keyframe resets the decoder (IDR), and the
     first frame; nothing if, `hasty`, the first packet alone does not give it."""
     codec = stream.codec_context.codec.canonical_name
@@ -130,8 +142,7 @@ def _read_packets(
             continue
         if packet.is_keyframe and only_idr:
             only_idr = _is_idr(bytes(packet), codec, extradata)
-        packets.append(_Packet(
-            packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+        packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
     return packets, only_idr, first
 
 
@@ -154,7 +165,7 @@ def _is_idr(packet: bytes, codec: str, extradata: bytes) -> bool:
             return True
         if codec == "hevc" and header >> 1 & 0x3F in (19, 20):
             return True
-        position += width + int.from_bytes(packet[position:position + width], "big")
+        position += width + int.from_bytes(packet[position : position + width], "big")
     return False
 
 

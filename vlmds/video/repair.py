@@ -65,7 +65,10 @@ def flaw(info: VideoInfo) -> str | None:
 
 
 def mend(
-    data: bytes, info: VideoInfo, start: float | None = None, end: float | None = None,
+    data: bytes,
+    info: VideoInfo,
+    start: float | None = None,
+    end: float | None = None,
     more_time: Callable[[float], None] | None = None,
 ) -> Mended | None:
     """A file of which any reader gives the frames of [start, end] (seconds; default: the video)
@@ -103,9 +106,7 @@ def mend(
     return found
 
 
-def _write(
-    data: bytes, info: VideoInfo, first: int, last: int, start: float, end: float, reason: str
-) -> Mended | None:
+def _write(data: bytes, info: VideoInfo, first: int, last: int, start: float, end: float, reason: str) -> Mended | None:
     """Frames first … last as a new file; None if [start, end] would give others in it."""
     whole = (first, last) == (0, info.frames - 1)
     copied, lead = _copy(data, info, first, last)
@@ -113,12 +114,14 @@ def _write(
         try:
             found = probe(copied)
             at = int(np.searchsorted(found.pts, lead - 1e-6))
-            if (flaw(found) is None and len(found.keyframes)
-                    and _same_times(info, found, first, last, at)
-                    and not (whole and found.frames != info.frames)
-                    and _difference(data, info, first, last, copied, found, at) == 0):
-                return _spanned(
-                    Mended(copied, found, start, end, "copy", reason, 0.0), info, first, at)
+            if (
+                flaw(found) is None
+                and len(found.keyframes)
+                and _same_times(info, found, first, last, at)
+                and not (whole and found.frames != info.frames)
+                and _difference(data, info, first, last, copied, found, at) == 0
+            ):
+                return _spanned(Mended(copied, found, start, end, "copy", reason, 0.0), info, first, at)
         except SampleError:
             pass  # encoding tells whether it is the original's fault
     encoded = _encode(data, info, first, last)
@@ -136,8 +139,8 @@ def _write(
 def _same_times(info: VideoInfo, found: VideoInfo, first: int, last: int, at: int) -> bool:
     """Whether the new file has frames first … last of the original from its frame `at` on, at the
     same distances."""
-    want = info.pts[first:last + 1] - info.pts[first]
-    have = found.pts[at:at + len(want)]
+    want = info.pts[first : last + 1] - info.pts[first]
+    have = found.pts[at : at + len(want)]
     return len(have) == len(want) and np.allclose(have - have[0], want, rtol=0, atol=1e-6)
 
 
@@ -146,16 +149,14 @@ def _spanned(new: Mended, info: VideoInfo, first: int, at: int) -> Mended | None
     offset = float(info.pts[first] - new.info.pts[at])
     start, end = max(new.start - offset, 0.0), new.end - offset
     for span in ((None, None), (start, end)):
-        if all(np.array_equal(
-                pick(new.info, n, *span) - at,
-                pick(info, n, new.start, new.end) - first) for n in _CHECKED):
+        if all(
+            np.array_equal(pick(new.info, n, *span) - at, pick(info, n, new.start, new.end) - first) for n in _CHECKED
+        ):
             return replace(new, start=span[0], end=span[1], offset=offset)
     return None
 
 
-def _copy(
-    data: bytes, info: VideoInfo, first: int, last: int
-) -> tuple[bytes | None, float]:
+def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> tuple[bytes | None, float]:
     """The packets from the keyframe before frame `first` to frame `last`, in a new container, and
     the time of frame `first` in it.
 
@@ -176,8 +177,7 @@ def _copy(
             return None, 0.0
         key = max(keys)
         stop = max(i for i, t in enumerate(times) if t <= end + 1e-6 and not packets[i].is_discard)
-        kept = [p for i, p in enumerate(packets[key:stop + 1], key)
-                if not p.is_discard and times[i] >= times[key]]
+        kept = [p for i, p in enumerate(packets[key : stop + 1], key) if not p.is_discard and times[i] >= times[key]]
         shift = packets[key].pts
         if not kept or not kept[0].is_keyframe:
             return None, 0.0
@@ -207,19 +207,20 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
     base = _time_base(data, times)
     even = info.width % 2 == 0 and info.height % 2 == 0
     # One thread and no assembly that differs between CPUs: the same bytes on every machine.
-    options = {"crf": str(CRF), "preset": "medium", "bf": "0", "g": "48",
-               "x264-params": "threads=1:cpu-independent=1:open-gop=0"}
+    options = {
+        "crf": str(CRF),
+        "preset": "medium",
+        "bf": "0",
+        "g": "48",
+        "x264-params": "threads=1:cpu-independent=1:open-gop=0",
+    }
     buffer = io.BytesIO()
-    with (
-        reading("cannot be repaired"),
-        av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as out,
-    ):
+    with reading("cannot be repaired"), av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as out:
         stream = None
         for index, frame in all_frames(data, info, first, last):
             frame = _upright(frame, info.rotation)
             if stream is None:
-                exact = frame.format.name in _EXACT_PIX_FMTS and (
-                    even or "444" in frame.format.name)
+                exact = frame.format.name in _EXACT_PIX_FMTS and (even or "444" in frame.format.name)
                 pix_fmt = frame.format.name if exact else "yuv420p" if even else "yuv444p"
                 stream = out.add_stream("libx264", rate=_rate(info), options=options)
                 stream.width, stream.height, stream.pix_fmt = info.width, info.height, pix_fmt
@@ -254,28 +255,33 @@ def _time_base(data: bytes, times: np.ndarray) -> Fraction:
 
 def _upright(frame: av.VideoFrame, rotation: int) -> av.VideoFrame:
     """The frame turned clockwise by `rotation` degrees."""
-    filters = {0: (), 90: (("transpose", "clock"),), 180: (("hflip", None), ("vflip", None)),
-               270: (("transpose", "cclock"),)}[rotation]
+    filters = {
+        0: (),
+        90: (("transpose", "clock"),),
+        180: (("hflip", None), ("vflip", None)),
+        270: (("transpose", "cclock"),),
+    }[rotation]
     if not filters:
         return frame
     graph = av.filter.Graph()
     graph.link_nodes(
-        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format,
-                         time_base=frame.time_base or Fraction(1, 1000)),
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+        ),
         *(graph.add(name, options) for name, options in filters),
-        graph.add("buffersink")).configure()
+        graph.add("buffersink"),
+    ).configure()
     graph.push(frame)
     return graph.pull()
 
 
-def _difference(
-    data: bytes, info: VideoInfo, first: int, last: int, new: bytes, found: VideoInfo, at: int
-) -> float:
+def _difference(data: bytes, info: VideoInfo, first: int, last: int, new: bytes, found: VideoInfo, at: int) -> float:
     """The largest mean squared error of a frame, in RGB at half size (the colour of a 2 x 2 block
     is all that 4:2:0 keeps); 0.0 only if the frames are equal."""
     worst = 0.0
-    for a, b in zip(_upright_rgb(data, info, first, last),
-                    _upright_rgb(new, found, at, at + last - first), strict=True):
+    for a, b in zip(
+        _upright_rgb(data, info, first, last), _upright_rgb(new, found, at, at + last - first), strict=True
+    ):
         if a.shape != b.shape:
             raise SampleError("cannot be repaired: the size of frames changes")
         if not np.array_equal(a, b):
@@ -283,9 +289,7 @@ def _difference(
     return worst
 
 
-def _upright_rgb(
-    data: bytes, info: VideoInfo, first: int, last: int
-) -> Iterator[np.ndarray]:
+def _upright_rgb(data: bytes, info: VideoInfo, first: int, last: int) -> Iterator[np.ndarray]:
     for _, frame in all_frames(data, info, first, last):
         yield np.rot90(frame.to_ndarray(format="rgb24"), -info.rotation // 90)
 

@@ -21,9 +21,7 @@ def pick_frames(pts: np.ndarray, times: np.ndarray) -> np.ndarray:
     return np.maximum(np.searchsorted(pts, times + 1e-6, side="right") - 1, 0).astype(np.int64)
 
 
-def pick(
-    info: FrameTable, num_frames: int, start: float | None = None, end: float | None = None
-) -> np.ndarray:
+def pick(info: FrameTable, num_frames: int, start: float | None = None, end: float | None = None) -> np.ndarray:
     """Indices of the frames that stand for [start, end] (default: the video): int64 [F].
 
     An end past the video's is the video's end. Raises SampleError if start is past it.

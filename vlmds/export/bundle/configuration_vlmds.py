@@ -11,8 +11,17 @@ class VlmdsConfig(PretrainedConfig):
     model_type = "vlmds"
     sub_configs = {"vision_config": CLIPVisionConfig, "text_config": AutoConfig}
 
-    def __init__(self, vision_config=None, text_config=None, projector=None, num_frames=8,
-                 feature_layer=-1, pool=1, image_token_id=0, **kwargs):
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        projector=None,
+        num_frames=8,
+        feature_layer=-1,
+        pool=1,
+        image_token_id=0,
+        **kwargs,
+    ):
         if not isinstance(vision_config, PretrainedConfig):
             vision_config = CLIPVisionConfig(**(vision_config or {}))
         if not isinstance(text_config, PretrainedConfig):

@@ -49,8 +49,7 @@ def resize(frame, size):
     width, height = (size, long) if width <= height else (long, size)
     left, top = (width - size) // 2, (height - size) // 2
     image = Image.fromarray(np.ascontiguousarray(frame))
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop(
-        (left, top, left + size, top + size))
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 def main(videos):
@@ -59,12 +58,11 @@ def main(videos):
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     size = processor.image_processor.crop_size["height"]
     content = [{"type": "image"}] * NUM_FRAMES + [{"type": "text", "text": PROMPT}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True)
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     for video in videos:
         images = [resize(frame, size) for frame in choose_frames(video)]
         inputs = processor(images=images, text=text, return_tensors="pt").to(model.device)
-        ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:]
+        ids = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
         print(f"{video}\t{processor.decode(ids, skip_special_tokens=True).strip()}")
 
 

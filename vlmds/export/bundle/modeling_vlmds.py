@@ -23,8 +23,12 @@ class VlmdsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         side = vision.image_size // vision.patch_size
         self.vision_tower = CLIPVisionModel(vision)
         self.projector = build_projector(
-            SimpleNamespace(**config.projector), vision.hidden_size, text.hidden_size,
-            config.num_frames, (side // config.pool) ** 2)
+            SimpleNamespace(**config.projector),
+            vision.hidden_size,
+            text.hidden_size,
+            config.num_frames,
+            (side // config.pool) ** 2,
+        )
         self.language_model = AutoModelForCausalLM.from_config(text)
         self.post_init()
 
@@ -54,8 +58,9 @@ class VlmdsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         place = (input_ids == self.config.image_token_id).unsqueeze(-1)
         visual = self.visual_tokens(pixel_values)
         if int(place.sum()) != visual.shape[0] * visual.shape[1]:
-            raise ValueError(f"{int(place.sum())} image tokens for {visual.shape[0]} clips of "
-                             f"{visual.shape[1]} visual tokens")
+            raise ValueError(
+                f"{int(place.sum())} image tokens for {visual.shape[0]} clips of {visual.shape[1]} visual tokens"
+            )
         return text.masked_scatter(place, visual.to(text.dtype))
 
     def forward(self, input_ids=None, pixel_values=None, inputs_embeds=None, **options):
@@ -69,7 +74,9 @@ class VlmdsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ``GenerationMixin.generate``, whose other result types are returned as they are."""
         new = self.language_model.generate(
             inputs_embeds=self.embed(input_ids, pixel_values),
-            generation_config=generation_config or self.generation_config, **options)
+            generation_config=generation_config or self.generation_config,
+            **options,
+        )
         if not isinstance(new, torch.Tensor):
             return new
         return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)

@@ -10,8 +10,16 @@ class VlmdsProcessor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor=None, tokenizer=None, num_frames=8, num_visual_tokens=64,
-                 image_token="<|image_pad|>", chat_template=None, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_frames=8,
+        num_visual_tokens=64,
+        image_token="<|image_pad|>",
+        chat_template=None,
+        **kwargs,
+    ):
         self.num_frames, self.num_visual_tokens = num_frames, num_visual_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
