@@ -99,7 +99,7 @@ class Estimates:
         scale = self.sources / max(1, self.sources - 1) / self.clips**2
         return scale * self.per_source @ self.per_source.T
 
-    @property
+    @cached_property
     def covariance(self) -> np.ndarray:
         """float64 [M, M]: of the values, by sources and seeds."""
         return self.clip_covariance + np.diag((self.seed_variance or 0.0) / self.seeds)
@@ -109,11 +109,7 @@ class Estimates:
         are judged by sign flips."""
         w = np.asarray(weights, dtype=np.float64)
         value = float(w @ self.values)
-        of_clips = float(w @ self.clip_covariance @ w)
-        share = float((w**2 / self.seeds).sum())  # of the variance between seeds
-        variance = of_clips + share * (self.seed_variance or 0.0)
-        df = self._degrees(variance, of_clips, share)
-        error = variance**0.5
+        error, df = self._error(w)
         if error <= 1e-12 * max(1.0, abs(value)):
             return Difference(value, 0.0, value, value, 1.0 if abs(value) <= 1e-9 else 0.0, df)
         reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, df)) * error
@@ -168,7 +164,7 @@ class Estimates:
         others = [i for i in range(len(errors)) if i != method and errors[i] > 0]
         if not others:
             return 0.0
-        df = min(self.pair(i, method).df for i in others)
+        df = min(self._error(difference)[1] for difference in np.eye(len(errors))[others] - np.eye(len(errors))[method])
         covariance = self.covariance
         joint = (
             covariance[np.ix_(others, others)]
@@ -183,14 +179,17 @@ class Estimates:
         spread = np.sqrt(random.chisquare(df, DRAWS) / df)
         return float(np.quantile(normal.max(axis=1) / spread, CONFIDENCE))
 
-    def _degrees(self, variance: float, of_clips: float, share: float) -> float:
-        """Satterthwaite's, of a sum of estimated variances. They come out too many where the few seeds happen to
-        lie close together, so they are at most twice those of the seeds."""
+    def _error(self, w: np.ndarray) -> tuple[float, float]:
+        """Standard error of a contrast and its degrees of freedom. Satterthwaite's come out too many where the
+        few seeds happen to lie close together, so they are at most twice those of the seeds."""
+        of_clips = float(w @ self.clip_covariance @ w)
+        share = float((w**2 / self.seeds).sum())  # of the variance between seeds
+        variance = of_clips + share * (self.seed_variance or 0.0)
         doubt = of_clips**2 / max(1, self.sources - 1)
         if self.seed_df:
             doubt += (share * self.between_seeds) ** 2 / self.seed_df
         df = variance**2 / doubt if doubt > 0 else 1.0
-        return max(1.0, min(df, 2 * self.seed_df) if self.seed_df else df)
+        return max(0.0, variance) ** 0.5, max(1.0, min(df, 2 * self.seed_df) if self.seed_df else df)
 
 
 def estimate(metric: str, groups: Sequence[np.ndarray], sources: Sequence[int] | np.ndarray) -> Estimates:
@@ -305,9 +304,7 @@ def spread(found: Estimates) -> Spread:
     return Spread(clip_sd, None if found.seed_variance is None else found.seed_variance**0.5)
 
 
-def clips_needed(
-    spread: Spread, difference: float, seeds: int, *, methods: int = 2, power: float = 0.8
-) -> int | None:
+def clips_needed(spread: Spread, difference: float, seeds: int, *, methods: int = 2, power: float = 0.8) -> int | None:
     """Clips with which a true difference is found with this power, or, for a margin, with which equal methods
     are found to be within it; None if no number of clips is enough with so few seeds.
 

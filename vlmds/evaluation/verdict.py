@@ -1,0 +1,91 @@
+"""The verdict of a comparison: which method to take, and whether the data can decide that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmds.evaluation.statistics import FEW_SOURCES, Estimates, clips_needed, holm, spread
+
+MARGIN = 0.03
+"""How much worse than the best, as a share of its value, a cheaper method may be; `vlmds compare --margin`."""
+MOST_SEEDS = 5  # that are proposed where more clips alone would not do
+
+
+def pair_tests(found: Estimates) -> list[dict[str, float]]:
+    """For each pair of methods, in order: their numbers "one" and "other", the "gap" of their values with
+    its 95% interval "low" and "high", "p", and "p_holm", corrected for all pairs."""
+    count = len(found.values)
+    pairs = []
+    for one in range(count):
+        for other in range(one + 1, count):
+            gap = found.pair(one, other)
+            pairs.append({"one": one, "other": other, "gap": gap.value, "low": gap.low, "high": gap.high, "p": gap.p})
+    for pair, corrected in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
+        pair["p_holm"] = corrected
+    return pairs
+
+
+def verdict(
+    found: Estimates, pairs: list[dict[str, float]], costs: Sequence[Any], margin: float = MARGIN
+) -> dict[str, Any]:
+    """The cheapest method that is not worse than the best by more than the margin, with 95% confidence for
+    all methods together (non-inferiority); none if the data does not say it of any, or with few sources.
+
+    Args:
+        pairs: of :func:`pair_tests`.
+        costs: of each method; the smallest is the cheapest.
+        margin: as a share of the best value.
+
+    Returns:
+        "best": number of the method with the highest value. "could_be_best": those that no other one beats
+        beyond doubt. "within_margin": those shown to be within the margin. "chosen": the cheapest of these, or
+        None. "checkpoints_only": each method has one seed, so that the verdict holds for these checkpoints
+        alone. "few": fewer than 50 sources. "needed": {"clips", "seeds"} with which methods that are equal
+        would be found to be so, or None. "runner_up": the second with its pair's figures, or None.
+    """
+    count = len(found.values)
+    order = sorted(range(count), key=lambda method: -found.values[method])
+    best = order[0]
+    allowed = margin * abs(float(found.values[best]))
+    few = found.sources < FEW_SOURCES
+    bounds, could_be_best = found.below_best(), found.could_be_best()
+    within = [method for method in range(count) if bounds[method] > -allowed or (count == 1)]
+    chosen = None if few or not within else min(within, key=lambda method: (costs[method], -found.values[method]))
+    return {
+        "best": best,
+        "could_be_best": [method for method in order if could_be_best[method]],
+        "within_margin": within,
+        "chosen": chosen,
+        "margin": margin,
+        "checkpoints_only": count > 1 and found.seed_df == 0,
+        "few": few,
+        "needed": _needed(found, allowed) if chosen is None and count > 1 else None,
+        "runner_up": _runner_up(order, pairs) if count > 1 else None,
+    }
+
+
+def _runner_up(order: list[int], pairs: list[dict[str, float]]) -> dict[str, Any]:
+    best, second = order[:2]
+    pair = next(p for p in pairs if {p["one"], p["other"]} == {best, second})
+    sign = 1 if pair["one"] == best else -1
+    low, high = sorted((sign * pair["low"], sign * pair["high"]))
+    return {
+        "method": second,
+        "gap": sign * pair["gap"],
+        "low": low,
+        "high": high,
+        "p": pair["p"],
+        "p_holm": pair["p_holm"],
+        "significant": pair["p_holm"] < 0.05,
+    }
+
+
+def _needed(found: Estimates, allowed: float) -> dict[str, int] | None:
+    """The fewest seeds, from those that there are on, with which some number of clips would do."""
+    parts, fewest = spread(found), int(found.seeds.min())
+    for seeds in range(fewest, max(fewest, MOST_SEEDS) + 1):
+        clips = clips_needed(parts, allowed, seeds, methods=len(found.values)) if allowed > 0 else None
+        if clips is not None:
+            return {"clips": max(clips, FEW_SOURCES), "seeds": seeds}
+    return None
