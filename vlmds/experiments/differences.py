@@ -10,16 +10,22 @@ def differing_keys(
 ) -> list[str]:
     """ "key old -> new" for each key that differs, under one of ``only`` and under none of ``but``;
     a name stands for all keys below it."""
-    a, b = flat_settings(old.model_dump()), flat_settings(new.model_dump())
 
     def under(key: str, names: tuple[str, ...]) -> bool:
         return any(name in ("", key) or key.startswith(f"{name}.") for name in names)
 
-    return [
-        f"{key} {a.get(key)!r} -> {b.get(key)!r}"
+    changed = changed_settings(old.model_dump(), new.model_dump())
+    return [text for key, text in changed.items() if under(key, only) and not under(key, but)]
+
+
+def changed_settings(old: dict, new: dict) -> dict[str, str]:
+    """{dotted key: "key old -> new"} of each setting that differs."""
+    a, b = flat_settings(old), flat_settings(new)
+    return {
+        key: f"{key} {a.get(key)!r} -> {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and under(key, only) and not under(key, but)
-    ]
+        if a.get(key) != b.get(key)
+    }
 
 
 def flat_settings(tree, prefix: str = "") -> dict:

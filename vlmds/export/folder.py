@@ -73,7 +73,7 @@ def export_run(
             other base weights than the artifact's.
     """
     artifact = finished_artifact(run)
-    meta, _ = read_artifact(artifact)
+    meta = read_artifact(artifact).meta
     experiment = load_experiment(artifact / "experiment.yaml", overrides)
     check_request(artifact, meta, output, format, merge)
     places = (run, artifact.parent.parent)
@@ -186,7 +186,7 @@ def _write_folded(
 
 
 def _write_merged(new: Path, artifact: Path, model: Model, published: Experiment) -> None:
-    meta, _ = read_artifact(artifact)
+    meta = read_artifact(artifact).meta
     with counted_phase("writing the language model", "files"):
         model.captioner.llm.save_pretrained(new / LLM)
     model.tokenizer.save_pretrained(new / LLM)

@@ -98,7 +98,8 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
         source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
         if not is_artifact(source):
             raise InputError(f"--from {other}: it has no finished stage {stage.name}")
-        meta, theirs = read_artifact(source)
+        stage_artifact = read_artifact(source)
+        meta, theirs = stage_artifact.meta, stage_artifact.trained
         keys = PROJECTOR_KEYS + (("peft",) if meta["adapter"] else ())
         if changed := differing_keys(theirs, experiment, only=keys):
             raise InputError(f"--from {other}: its stage {stage.name} was trained otherwise ({'; '.join(changed)})")
@@ -108,7 +109,7 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
                 f"({record['sampling']}, not {run.record['sampling']})"
             )
         check_base_weights(record["weights"], run.record["weights"], experiment, other)
-        ours = projector_sha256(source)
+        ours = projector_sha256(stage_artifact)
         if is_artifact(target):
             if projector_sha256(target) != ours:
                 raise InputError(
