@@ -21,7 +21,7 @@ from vlmds.inference.options import GenerationOptions
 from vlmds.models.artifact import (
     Artifact,
     artifact_experiment,
-    check_trained_tower,
+    check_artifact_tower,
     load_artifact,
     read_artifact,
     resolve_artifact,
@@ -67,7 +67,7 @@ class VideoCaptioner:
         model = load_model(experiment, target)
         load_artifact(artifact, model.captioner)
         assert model.tower is not None  # None only where features are stored
-        check_trained_tower(artifact, experiment, model.tower)
+        check_artifact_tower(artifact, experiment, model.tower)
         model.captioner.to(target)
         return cls(experiment, model, target)
 

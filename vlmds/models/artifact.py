@@ -172,7 +172,7 @@ def read_artifact(artifact: Path | Artifact) -> Artifact:
     return Artifact(folder, meta, load_experiment(folder / "experiment.yaml"))
 
 
-def check_trained_tower(artifact: Path | Artifact, experiment: Experiment, tower: VisionTower) -> None:
+def check_artifact_tower(artifact: Path | Artifact, experiment: Experiment, tower: VisionTower) -> None:
     """Raise :class:`InputError`, naming both, unless the artifact was trained on the features of
     this tower. experiment: the one in use, which may name another ``vision.model``."""
     artifact = read_artifact(artifact)
