@@ -49,7 +49,7 @@ TRAIN_CLIPS, VAL_CLIPS = 8, 2
 FRAMES = {"e3": 4}  # where 8 would take hours: the MLP keeps every patch
 GIGABYTES = {"models": 18, "run": 5, "merged": 18}  # on disk, at most
 BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-SAMPLED_SECONDS = 0.2
+SAMPLED_SECONDS = 0.5
 STEP = re.compile(r"\w+ step \d+/\d+  loss \S+")
 PARITY = re.compile("max [|]logit difference.*")
 SUM = re.compile("^sum .*", re.MULTILINE)
@@ -339,7 +339,8 @@ def write_qwen(folder: Path, tokenizer) -> None:
 
 
 def anonymous_memory(pid: int) -> int:
-    """Bytes of anonymous memory of a process and all below it."""
+    """Bytes of anonymous memory of a process and all below it; a page that several of them share after a
+    fork is counted once, in parts (PSS)."""
     total = 0
     try:
         tree = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
@@ -347,10 +348,10 @@ def anonymous_memory(pid: int) -> int:
         return 0
     for member in tree:
         try:
-            status = Path(f"/proc/{member}/status").read_text()
+            totals = Path(f"/proc/{member}/smaps_rollup").read_text()
         except OSError:  # it has ended
             continue
-        found = re.search(r"RssAnon:\s+(\d+) kB", status)
+        found = re.search(r"Pss_Anon:\s+(\d+) kB", totals)
         total += 1024 * int(found[1]) if found else 0
     return total
 
