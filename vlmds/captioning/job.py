@@ -88,7 +88,7 @@ class CaptionJob:
         """This rank's share of `work`, with what the model sees."""
         if source.dataset is None:
             return decoded(captioner, ranks.take_turns(work), self.workers, self.deadline)
-        rank, world = ranks.place()
+        rank, world = ranks.rank_and_world()
         data = captioner.experiment.data
         check_tower(source.dataset, captioner.experiment, captioner.model.tower)
         reader = SampleReader(
@@ -268,7 +268,7 @@ def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> li
     """All that is left, in order; the same on every rank."""
     experiment = artifact_experiment(final_artifact(job.run), job.overrides)
     facts = {}
-    rank, world = ranks.place()
+    rank, world = ranks.rank_and_world()
     if job.window is not None:
         unknown = [item for item in source.items if still_good(item, there.get(item.id, []), job.window) != "all"]
         for part in ranks.gather(probe(unknown[rank::world], job.workers, job.deadline)):
@@ -279,7 +279,7 @@ def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> li
 
 def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: list[Work], file: CaptionFile) -> None:
     """This rank's share, written batch by batch."""
-    rank, world = ranks.place()
+    rank, world = ranks.rank_and_world()
     total = sum(len(part.spans or [None]) for part in work)
     clips = job.clips(captioner, source, work)
     failed = 0

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from vlmds.errors import InputError
-from vlmds.files import check_writable, sync_folder, write
+from vlmds.files import check_writable, is_url, path_in, sync_folder, write
 
 if TYPE_CHECKING:  # which bring in PyTorch
     from vlmds.captioning.sources import Item, Span
@@ -61,7 +61,7 @@ def find_target(out: str | Path, format: str | None = None) -> Target:
         InputError: no format, two that differ, or a URL.
     """
     path = Path(out)
-    if "://" in str(out):
+    if is_url(out):
         raise InputError(f"--out {out}: must be a local path")
     suffix = path.suffix.lower()[1:]
     known = suffix if suffix in FORMATS else None
@@ -315,8 +315,8 @@ def srt_files(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _relative(video: str) -> PurePosixPath:
-    path = PurePosixPath(video.split("?")[0] if "://" in video else video)
-    outside = "://" in video or path.is_absolute() or ".." in path.parts
+    path = path_in(video)
+    outside = is_url(video) or path.is_absolute() or ".." in path.parts
     return PurePosixPath(path.name or "video") if outside else path
 
 

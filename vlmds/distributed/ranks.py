@@ -132,7 +132,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(this rank, number of ranks); (0, 1) in a process that has joined none."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -172,7 +172,7 @@ def on_main(make: Callable[[], Result]) -> Result:
     Raises:
         InputError: on every rank, if it raises one on rank 0.
     """
-    value = together(make if place()[0] == 0 else lambda: None)
+    value = together(make if rank_and_world()[0] == 0 else lambda: None)
     if not dist.is_initialized():
         return value
     values = [value]

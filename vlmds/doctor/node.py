@@ -17,7 +17,7 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import CACHED_SHARDS
 from vlmds.data.loader import Batches, SampleReader
 from vlmds.distributed.cuda import driver_version, unusable_gpus
-from vlmds.distributed.ranks import place
+from vlmds.distributed.ranks import rank_and_world
 from vlmds.errors import SampleError
 from vlmds.experiments.schema import Experiment
 from vlmds.files import sync_file
@@ -62,11 +62,11 @@ class Patient:
 
     @property
     def node(self) -> int:
-        return self.nodes[place()[0]]
+        return self.nodes[rank_and_world()[0]]
 
     @property
     def leader(self) -> bool:
-        return self.nodes.index(self.node) == place()[0]
+        return self.nodes.index(self.node) == rank_and_world()[0]
 
     @property
     def local_ranks(self) -> int:
@@ -217,7 +217,7 @@ def check_dataset(patient: Patient) -> list[Finding]:
     dataset = open_dataset(data)
     for part, shard in dataset.shards():
         part.verify([shard], "size")
-    check_experiment(patient.experiment, shapes(patient.experiment), dataset, place()[1])
+    check_experiment(patient.experiment, shapes(patient.experiment), dataset, rank_and_world()[1])
     begin, read, split = time.monotonic(), 0, "train"
     reader = _reader(patient, dataset, split)
     count = min(patient.samples, len(reader))
@@ -243,7 +243,7 @@ def decode_rate(patient: Patient) -> float:
     """Of this rank, after its first batch."""
     reader = _reader(patient, open_dataset(patient.experiment.data), "train")
     micro_batch = patient.experiment.training.micro_batch
-    rank, ranks = place()
+    rank, ranks = rank_and_world()
     batches = [range(first, first + micro_batch) for first in ((n * ranks + rank) * micro_batch for n in range(4096))]
     begin, samples = None, 0
     stop = time.monotonic() + patient.seconds / 2

@@ -148,7 +148,7 @@ def _evaluate_run(
         result["model"] = model_facts(captioner.model)
         result["timing"] = {
             "seconds": round(time.perf_counter() - started, 1),
-            "ranks": ranks.place()[1],
+            "ranks": ranks.rank_and_world()[1],
             "resumed": bool(finished),
         }
         _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result}, predictions, records)
@@ -186,7 +186,7 @@ def evaluate_subset(
         positions = evaluated_positions(len(reader), clips)
         texts = _read_texts(reader, positions)
         scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
-        rank, world = ranks.place()
+        rank, world = ranks.rank_and_world()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
             mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
         records = [r for part in ranks.gather(mine) for r in part]
@@ -317,7 +317,7 @@ def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], outp
         if position in shown:
             write(output / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
 
-    rank, world = ranks.place()
+    rank, world = ranks.rank_and_world()
     with (
         (output / "parts" / f"{rank:05d}.jsonl").open("a", encoding="utf-8") as file,
         phase("evaluating", len(todo), "clips", left=True) as progress,
@@ -386,5 +386,5 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
 
 
 def _say(text: str) -> None:
-    if ranks.place()[0] == 0:
+    if ranks.rank_and_world()[0] == 0:
         tell(f"vlmds: {text}")

@@ -25,7 +25,7 @@ from vlmds.data.features import check_tower
 from vlmds.distributed import watchdog
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.lost_ranks import connection_lost
-from vlmds.distributed.ranks import gather, init_distributed, is_main, on_main, place, shared_error, together
+from vlmds.distributed.ranks import gather, init_distributed, is_main, on_main, rank_and_world, shared_error, together
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing, note_failure, report_failure, report_lost_rank
 from vlmds.errors import InputError, Stopped
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
         return 2 if isinstance(error, InputError) else 3
     except BaseException as error:
         code = report_end(error)
-        if code == 1 or place()[1] > 1:
+        if code == 1 or rank_and_world()[1] > 1:
             # Taking the process groups down would wait for ranks that are not coming.
             os._exit(code)
         leave()
