@@ -22,3 +22,5 @@ class SampleError(Exception):
 
 class Stopped(Exception):
     """A signal asked the run to stop, and its checkpoint is saved. Commands exit with code 3."""
+
+    shared = True  # every rank stops after the same step

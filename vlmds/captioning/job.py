@@ -177,7 +177,7 @@ def caption_to_file(
         InputError: no run, nothing to caption, or captions of other settings are there.
     """
     if "RANK" in os.environ:
-        device = str(ranks.init_distributed())
+        device = str(ranks.join_ranks(artifact_experiment(final_artifact(Path(run)), overrides)))
     job = CaptionJob(
         Path(run), videos, data, split, window, generation, prompt, batch_size, workers, deadline, device, overrides
     )

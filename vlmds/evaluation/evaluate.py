@@ -89,12 +89,12 @@ def _evaluate_run(
     again: bool,
 ) -> Path:
     started = time.perf_counter()
-    if "RANK" in os.environ:
-        device = str(ranks.init_distributed())
     artifact = final_artifact(run)
     experiment = load_experiment(
         artifact / "experiment.yaml", [*overrides, *([f"data.path={absolute(data)}"] if data else [])]
     )
+    if "RANK" in os.environ:
+        device = str(ranks.join_ranks(experiment))
     dataset = open_dataset(experiment.data)
     split = dataset.choose_split(split)
     output = Path(output or run / "evaluation" / _folder_name(run, dataset, split))
