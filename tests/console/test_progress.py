@@ -85,11 +85,11 @@ def test_the_rest_and_a_note_follow(screen, monkeypatch):
     monkeypatch.setattr(progress, "duration", lambda seconds: f"{seconds:.0f} s")
     current = Phase("captioning", 40, "clips", left=True)
     monkeypatch.setattr(Phase, "seconds", 30.0)
-    assert current.under_way() == "captioning: 0 of 40 clips, 30 s"
+    assert current.progress_line() == "captioning: 0 of 40 clips, 30 s"
     current.advance(10)
     current.note = "2 failed"
-    assert current.under_way() == "captioning: 10 of 40 clips, 30 s, about 90 s left, 2 failed"
-    assert current.over() == "captioning: 10 clips in 30 s, 2 failed"
+    assert current.progress_line() == "captioning: 10 of 40 clips, 30 s, about 90 s left, 2 failed"
+    assert current.final_line() == "captioning: 10 clips in 30 s, 2 failed"
 
 
 def test_silenced_phases_say_nothing(screen):

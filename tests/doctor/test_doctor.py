@@ -13,9 +13,18 @@ import torch
 
 from tests import tiny
 from tests.training.launch import ROOT, environment, forked, free_port, kill_tree
-from vlmds.doctor.cluster import judge_decoding, judge_link, step_rate, within
+from vlmds.doctor.cluster import findings_within, judge_decoding, judge_link, step_rate
 from vlmds.doctor.network import Measure
-from vlmds.doctor.node import FAILED, OK, WARNING, Patient, check_accelerator, check_dataset, check_disk, check_limits
+from vlmds.doctor.node import (
+    FAILED,
+    OK,
+    WARNING,
+    CheckContext,
+    check_accelerator,
+    check_dataset,
+    check_disk,
+    check_limits,
+)
 from vlmds.experiments.reading import load_experiment
 from vlmds.planning.cards import find_card
 
@@ -124,8 +133,8 @@ def test_every_fault_is_named(models, shards, tmp_path):
         ), printed
 
 
-def patient(models, output, *overrides):
-    return Patient(
+def context(models, output, *overrides):
+    return CheckContext(
         load_experiment("e3", [*tiny.settings(models), *overrides]),
         output,
         seconds=5,
@@ -138,8 +147,8 @@ def patient(models, output, *overrides):
 
 
 def finding(check, *arguments, seconds=20):
-    """The worst of what the check finds, within its time."""
-    return max(within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
+    """The most severe finding of the check."""
+    return max(findings_within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
 
 
 def alone(tmp_path, *words, before=(), **variables):
@@ -188,7 +197,7 @@ def test_one_machine_with_everything_wrong(models, shards, tmp_path):
         (
             "limits: only 100 open files; ulimit -n",
             "memory: 0.00 GiB free in /dev/shm, readers",
-            "output: no answer within 10 s; a disk",
+            "output: no answer within 10 s; check whether a disk",
             "dataset:",
             "decoding:",
         ),
@@ -203,11 +212,11 @@ from pathlib import Path
 import torch
 from vlmds.experiments.schema import load_experiment
 from vlmds.doctor.cluster import check_links
-from vlmds.doctor.node import Patient
+from vlmds.doctor.node import CheckContext
 from vlmds.distributed.ranks import init_distributed, is_main
 
 init_distributed(1)
-found = check_links(Patient(load_experiment("e3"), Path(), 0.001, 1, None, torch.device("cpu"),
+found = check_links(CheckContext(load_experiment("e3"), Path(), 0.001, 1, None, torch.device("cpu"),
                             [0, 1], ["a", "b"]))
 if is_main():
     print(found[0].level, found[0].text, found[0].fix, flush=True)
@@ -244,13 +253,13 @@ import torch
 from vlmds import doctor_network
 from vlmds.experiments.schema import load_experiment
 from vlmds.doctor.cluster import check_links
-from vlmds.doctor.node import Patient
+from vlmds.doctor.node import CheckContext
 from vlmds.distributed.ranks import init_distributed, is_main
 
 init_distributed(4 * 0.5 / 60, probing=True)
 doctor_network._all_reduce_rate = lambda *_: time.sleep(3600)  # as NCCL waits for a connection
 for _ in range(2):  # and the next check finds all ranks together
-    found = check_links(Patient(load_experiment("e3"), Path(), 0.5, 1, None, torch.device("cpu"),
+    found = check_links(CheckContext(load_experiment("e3"), Path(), 0.5, 1, None, torch.device("cpu"),
                                 [0, 1, 2], ["a", "b", "c"]))
     if is_main():
         for one in found:
@@ -287,8 +296,8 @@ def test_decoding_is_held_against_what_is_wanted(total, level):
 
 def test_without_a_wish_decoding_is_held_against_the_gpus(shards):
     """At full size: with tiny models each card waits for the host alike."""
-    found = judge_decoding(90, 100, "all", guessed=True)
-    assert (found.level, found.text) == (WARNING, "all, 100 predicted of the GPUs")
+    found = judge_decoding(90, 100, "all", predicted=True)
+    assert (found.level, found.text) == (WARNING, "all, 100 predicted for the GPUs")
     rates = [step_rate(load_experiment("e3", [f"data.path={shards}"]), find_card(card)) for card in ("b200", "rtx4090")]
     assert rates[0] > rates[1] > 0
 
@@ -297,7 +306,7 @@ def test_limits_warn_before_they_hurt(models, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
-        found = finding(check_limits, patient(models, tmp_path))
+        found = finding(check_limits, context(models, tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (found.level, found.text) == (WARNING, "only 1,024 open files")
@@ -306,27 +315,27 @@ def test_limits_warn_before_they_hurt(models, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_a_machine_without_a_gpu_is_warned_of(models, tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    found = finding(check_accelerator, patient(models, tmp_path))
+    found = finding(check_accelerator, context(models, tmp_path))
     assert found.level == WARNING and "no GPU found" in found.text
 
 
 def test_the_output_is_no_folder_or_too_small(models, tmp_path):
     (tmp_path / "file").touch()
-    found = finding(check_disk, patient(models, tmp_path / "file" / "runs"))
+    found = finding(check_disk, context(models, tmp_path / "file" / "runs"))
     assert found.level == FAILED and found.text.startswith("NotADirectoryError: ")
-    found = finding(check_disk, patient(models, tmp_path, "training.keep_checkpoints=100000000"))
+    found = finding(check_disk, context(models, tmp_path, "training.keep_checkpoints=100000000"))
     assert found.level == FAILED and "100000002 checkpoints of each stage of e3 need" in found.text
     assert "training.keep_checkpoints" in found.fix
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_data_not_given_or_cut_short(models, shards, tmp_path):
-    found = finding(check_dataset, patient(models, tmp_path))
+    found = finding(check_dataset, context(models, tmp_path))
     assert (found.level, found.text) == (WARNING, "not checked")
     cut = tmp_path / "cut"
     shutil.copytree(shards, cut)
     os.truncate(cut / "train" / "000001.tar", 1000)
-    found = finding(check_dataset, patient(models, tmp_path, f"data.path={cut}"))
+    found = finding(check_dataset, context(models, tmp_path, f"data.path={cut}"))
     assert found.level == FAILED and "000001.tar" in found.text
 
 
@@ -383,4 +392,4 @@ def test_a_node_that_goes_is_told(models, shards, tmp_path):
         for process in (first, second):
             kill_tree(process)
     failed = [line for line in printed if line.startswith("FAILED")]
-    assert code == 2 and len(failed) == 1 and "rank 0 has lost the others: " in failed[0], printed
+    assert code == 2 and len(failed) == 1 and "rank 0 lost the connection to the others: " in failed[0], printed

@@ -53,14 +53,14 @@ class LinearProjector(Section):
     """One Linear, applied to each patch."""
 
     type: Literal["linear"]
-    """The projector."""
+    """Type of the projector."""
 
 
 class MLPProjector(Section):
     """Linear, GELU, Linear, applied to each patch."""
 
     type: Literal["mlp"]
-    """The projector."""
+    """Type of the projector."""
 
 
 class _Resampler(Section):
@@ -84,14 +84,14 @@ class CAbstractorProjector(_Resampler):
     """Learned queries, cross-attention and a feed-forward network."""
 
     type: Literal["cabstractor"]
-    """The projector."""
+    """Type of the projector."""
 
 
 class PerceiverProjector(_Resampler):
     """Learned queries, ``depth`` blocks of cross-attention, self-attention and feed-forward."""
 
     type: Literal["perceiver"]
-    """The projector."""
+    """Type of the projector."""
     depth: PositiveInt = 2
     """Number of blocks."""
 

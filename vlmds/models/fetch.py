@@ -330,7 +330,7 @@ def _bring(section: ModelSection, found: Repository, files: Iterable[str], repor
 
         def advance(count: float) -> None:
             shown.advance(count)
-            report(shown.under_way())
+            report(shown.progress_line())
 
         def absent() -> list[str]:
             return [file for file in missing if not (folder / file).is_file()]
