@@ -1,4 +1,4 @@
-"""The doctor on real ranks, healthy and with something wrong."""
+"""`vlmds doctor` on real ranks, without and with faults."""
 
 import os
 import re
@@ -65,8 +65,8 @@ def command(node, port, models, shards, output, *more):
 
 
 def examine(models, shards, outputs, *more, environments=({}, {}), wrap=()):
-    """Two nodes of one rank; returns their exit codes and what rank 0 printed. wrap: what runs the
-    second node's command."""
+    """Two nodes of one rank; returns their exit codes and the output of rank 0. wrap: a command that runs
+    that of the second node."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -104,8 +104,7 @@ def test_two_healthy_nodes(models, shards, tmp_path):
 
 
 def test_every_fault_is_named(models, shards, tmp_path):
-    """Another version, another folder and another time on the second node, and more speed wanted
-    than there is."""
+    """The second node has another version, output folder and time; --wanted is more than it can decode."""
     other = tmp_path / "packages" / "av-9.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: av\nVersion: 9.9\n")
@@ -152,7 +151,7 @@ def finding(check, *arguments, seconds=20):
 
 
 def alone(tmp_path, *words, before=(), **variables):
-    """`vlmds doctor` as a plain process; its exit code and output."""
+    """`vlmds doctor` as a plain process: exit code and output."""
     done = subprocess.run(
         [*before, sys.executable, str(ROOT / "launch" / "doctor.py"), *words],
         cwd=tmp_path,
@@ -164,7 +163,7 @@ def alone(tmp_path, *words, before=(), **variables):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_one_machine_with_everything_wrong(models, shards, tmp_path):
+def test_one_machine_with_all_faults(models, shards, tmp_path):
     """Few open files, little shared memory, a disk that does not answer, a damaged shard."""
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
@@ -223,8 +222,8 @@ if is_main():
 """
 
 
-def test_a_link_without_an_answer_in_time_is_told(tmp_path):
-    """For real: no link moves 16 MiB in a millisecond, and some do not even connect in one."""
+def test_a_link_that_misses_its_timeout_is_reported(tmp_path):
+    """No link transfers 16 MiB in a millisecond, and some do not even connect in that time."""
     port = str(free_port())
     ranks = [
         subprocess.Popen(
@@ -270,8 +269,8 @@ os._exit(0)
 
 
 def test_a_link_that_never_answers_is_reported(tmp_path):
-    """As NCCL's, which has no timeout while it connects. All of them together take longer than the
-    watchdog gives to one."""
+    """NCCL, for one, has no timeout while it connects. All links together take longer than the watchdog
+    allows for one."""
     script = tmp_path / "rank.py"
     script.write_text(HUNG)
     printed = forked(3, str(script), log=tmp_path / "log")
@@ -280,7 +279,7 @@ def test_a_link_that_never_answers_is_reported(tmp_path):
     assert printed.count("NCCL raises: 1") == 3, printed
 
 
-def test_a_slow_link_is_held_against_the_others():
+def test_a_slow_link_is_compared_with_the_others():
     links = [Measure("pair", name, rate) for name, rate in (("a and b", 10.0), ("b and c", 4.9))]
     good, slow = (judge_link(link, links) for link in links)
     assert (good.level, slow.level) == (OK, WARNING)
@@ -288,21 +287,21 @@ def test_a_slow_link_is_held_against_the_others():
 
 
 @pytest.mark.parametrize(("total", "level"), [(130, OK), (110, WARNING), (90, FAILED)])
-def test_decoding_is_held_against_what_is_wanted(total, level):
+def test_decoding_is_compared_with_the_wanted_rate(total, level):
     found = judge_decoding(total, 100, "all")
     assert (found.level, found.text) == (level, "all, 100 wanted")
     assert bool(found.fix) == (level != OK)
 
 
-def test_without_a_wish_decoding_is_held_against_the_gpus(shards):
-    """At full size: with tiny models each card waits for the host alike."""
+def test_decoding_is_compared_with_the_predicted_rate_of_the_gpus(shards):
+    """At full size: with tiny models every card waits for the host."""
     found = judge_decoding(90, 100, "all", predicted=True)
     assert (found.level, found.text) == (WARNING, "all, 100 predicted for the GPUs")
     rates = [step_rate(load_experiment("e3", [f"data.path={shards}"]), find_card(card)) for card in ("b200", "rtx4090")]
     assert rates[0] > rates[1] > 0
 
 
-def test_limits_warn_before_they_hurt(models, tmp_path):
+def test_low_limits_give_a_warning_first(models, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
@@ -313,13 +312,13 @@ def test_limits_warn_before_they_hurt(models, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_machine_without_a_gpu_is_warned_of(models, tmp_path, monkeypatch):
+def test_a_machine_without_a_gpu_gives_a_warning(models, tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     found = finding(check_accelerator, context(models, tmp_path))
     assert found.level == WARNING and "no GPU found" in found.text
 
 
-def test_the_output_is_no_folder_or_too_small(models, tmp_path):
+def test_the_output_is_not_a_folder_or_too_small(models, tmp_path):
     (tmp_path / "file").touch()
     found = finding(check_disk, context(models, tmp_path / "file" / "runs"))
     assert found.level == FAILED and found.text.startswith("NotADirectoryError: ")
@@ -339,7 +338,7 @@ def test_data_not_given_or_cut_short(models, shards, tmp_path):
     assert found.level == FAILED and "000001.tar" in found.text
 
 
-def test_a_node_that_never_comes_is_told(models, tmp_path):
+def test_a_node_that_never_joins_is_reported(models, tmp_path):
     code, printed = alone(
         tmp_path,
         "--seconds",
@@ -356,7 +355,7 @@ def test_a_node_that_never_comes_is_told(models, tmp_path):
     assert "FAILED   ranks: rank 0 cannot join the others at 127.0.0.1: " in printed
 
 
-def test_a_node_that_goes_is_told(models, shards, tmp_path):
+def test_a_node_that_is_lost_is_reported(models, shards, tmp_path):
     port = str(free_port())
     words = [
         sys.executable,

@@ -269,4 +269,6 @@ def _reader(context: CheckContext, dataset: Dataset, split: str) -> SampleReader
 
 def _image_size(experiment: Experiment) -> int:
     vision = experiment.vision
-    return int(vision_half(published_or_loaded_config(vision), vision.model).image_size)
+    size = vision_half(published_or_loaded_config(vision), vision.model).image_size
+    assert isinstance(size, int)  # transformers allows more, CLIP does not
+    return size
