@@ -11,7 +11,7 @@ import torch
 
 from tests import tiny
 from tests.evaluation.conftest import SAYINGS, make_run
-from tests.training.launch import forked
+from tests.training.launch import TIMEOUT, fork, forked, kill_tree
 from vlmds.cli import main
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
@@ -284,6 +284,30 @@ def test_two_ranks_equal_one(result, run, tmp_path):
     assert printed.count("saved: ") == 1 and "cider_d@morpheme" in printed
     same(result, tmp_path / "val")
     assert read_evaluation(tmp_path / "val")[0]["timing"]["ranks"] == 2
+
+
+KILLED = """
+import os, signal, sys
+from vlmds.cli import main
+from vlmds.evaluation.scoring import ClipScorer
+if os.environ["RANK"] == "1":
+    ClipScorer.batches = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(main(["evaluate", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_is_reported_in_one_line(run, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(KILLED)
+    process = fork(2, str(script), "--run", str(run), "--output", str(tmp_path / "val"), log=tmp_path / "log")
+    try:
+        assert process.wait(TIMEOUT) != 0
+    finally:
+        kill_tree(process)
+    printed = (tmp_path / "log.err").read_text()
+    assert "vlmds: rank 0: rank 1 died" in printed and "run the same command again to continue" in printed, printed
+    assert "Traceback" not in printed, printed
 
 
 def test_an_unreadable_clip_is_counted_and_not_replaced(run, shards, tmp_path):

@@ -8,8 +8,6 @@ import signal
 import sys
 from typing import Any
 
-import torch.distributed as dist
-
 from vlmds.captioning.job import CaptionJob, caption_to_file, caption_to_stdout, stream_to_stdout, title
 from vlmds.captioning.sources import parse_seconds
 from vlmds.console.text import counted
@@ -73,11 +71,7 @@ def _to_stdout(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 
 def _to_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    try:
-        summary = caption_to_file(args.run, args.out, format=args.format, again=args.again, **options)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    summary = caption_to_file(args.run, args.out, format=args.format, again=args.again, **options)
     if is_main():
         for line in summary.failed[:SHOWN_FAILURES]:
             print(f"vlmds: {line}", file=sys.stderr)

@@ -40,7 +40,7 @@ from vlmds.runs.rank_jsonl import Record
 from vlmds.video.pool import Clip
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaptionJob:
     """Which videos are captioned, by which run and how; the fields are those of
     :func:`caption_to_file`. The artifact is read once."""
@@ -91,7 +91,7 @@ class CaptionJob:
         """This rank's share of the tasks, with the model's inputs."""
         if selection.dataset is None or selection.split is None:
             return decoded(captioner, ranks.take_turns(tasks), self.workers, self.deadline)
-        rank, world = ranks.place()
+        rank, world = ranks.rank_and_world()
         data = captioner.experiment.data
         check_tower(selection.dataset, captioner.experiment, captioner.model.tower)
         reader = SampleReader(
@@ -172,11 +172,11 @@ def caption_to_file(
     Raises:
         InputError: no run, nothing to caption, or the file was made with other settings.
     """
-    if "RANK" in os.environ:
-        device = str(ranks.init_distributed())
     job = CaptionJob(
         Path(run), videos, data, split, window, generation, prompt, batch_size, workers, deadline, device, overrides
     )
+    if "RANK" in os.environ:
+        job.device = str(ranks.join_ranks(job.experiment))
     with silenced(not progress), CaptionFile(find_paths(out, format)) as file:
         selection = ranks.together(job.select)
         check_one_video(file.paths, {item.video for item in selection.items}, file.paths.jsonl)
@@ -261,7 +261,7 @@ def _begin(
 def _plan(job: CaptionJob, selection: Selection, there: dict[str, list[Record]]) -> list[DecodeTask]:
     """All remaining tasks, in order; the same on every rank."""
     facts: dict[str, dict | str] = {}
-    rank, world = ranks.place()
+    rank, world = ranks.rank_and_world()
     if job.window is not None:
         unknown = [item for item in selection.items if still_good(item, there.get(item.id, []), job.window) != "all"]
         for part in ranks.gather(probe(unknown[rank::world], job.workers, job.deadline)):
@@ -274,7 +274,7 @@ def _share(
     job: CaptionJob, captioner: VideoCaptioner, selection: Selection, tasks: list[DecodeTask], file: CaptionFile
 ) -> None:
     """Caption this rank's share, written batch by batch."""
-    rank, world = ranks.place()
+    rank, world = ranks.rank_and_world()
     total = sum(1 if task.spans is None else len(task.spans) for task in tasks)
     clips = job.clips(captioner, selection, tasks)
     failed = 0

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from vlmds.errors import InputError
-from vlmds.files import check_writable, write
+from vlmds.files import check_writable, is_url, path_in, write
 from vlmds.runs.rank_jsonl import Appender, RankJsonl, Record
 
 if TYPE_CHECKING:  # which bring in PyTorch
@@ -56,7 +56,7 @@ def find_paths(out: str | Path, format: str | None = None) -> CaptionPaths:
         InputError: no format, two that differ, or a URL.
     """
     path = Path(out)
-    if "://" in str(out):
+    if is_url(out):
         raise InputError(f"--out {out}: must be a local path")
     suffix = path.suffix.lower()[1:]
     known = suffix if suffix in FORMATS else None
@@ -265,8 +265,8 @@ def srt_files(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _relative(video: str) -> PurePosixPath:
-    path = PurePosixPath(video.split("?")[0] if "://" in video else video)
-    outside = "://" in video or path.is_absolute() or ".." in path.parts
+    path = path_in(video)
+    outside = is_url(video) or path.is_absolute() or ".." in path.parts
     return PurePosixPath(path.name or "video") if outside else path
 
 

@@ -14,12 +14,11 @@ from vlmds.errors import InputError
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    import torch.distributed as dist
-
+    from vlmds.distributed.failures import run_on_ranks
     from vlmds.distributed.ranks import is_main
     from vlmds.evaluation.evaluate import evaluate_run, evaluation_table, read_evaluation
 
-    try:
+    def run() -> int:
         folder = evaluate_run(
             args.run,
             data=args.data,
@@ -33,12 +32,11 @@ def evaluate(args: argparse.Namespace) -> int:
             overrides=args.set,
             again=args.again,
         )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if is_main():
-        print(f"{evaluation_table(read_evaluation(folder)[0])}\nsaved: {folder}")
-    return 0
+        if is_main():
+            print(f"{evaluation_table(read_evaluation(folder)[0])}\nsaved: {folder}")
+        return 0
+
+    return run_on_ranks(run)
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -20,8 +20,9 @@ def caption(args: argparse.Namespace) -> int:
     if args.record is not None:
         return _write_from(args)
     from vlmds.captioning.command import caption
+    from vlmds.distributed.failures import run_on_ranks
 
-    return caption(args, generation_options(args))
+    return run_on_ranks(lambda: caption(args, generation_options(args)))
 
 
 def _write_from(args: argparse.Namespace) -> int:

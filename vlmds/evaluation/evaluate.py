@@ -83,10 +83,10 @@ def evaluate_run(
         raise InputError(f"--as {name}: must be one name, of letters, digits, - _ . and without --output")
     with silenced(not progress):
         started = time.perf_counter()
-        if "RANK" in os.environ:
-            device = str(ranks.init_distributed())
         artifact = read_artifact(final_artifact(Path(run)))
         experiment = artifact_experiment(artifact, [*overrides, *([f"data.path={absolute(data)}"] if data else [])])
+        if "RANK" in os.environ:
+            device = str(ranks.join_ranks(experiment))
         dataset = open_dataset(experiment.data)
         split = dataset.choose_split(split)
         folder = Path(output or Path(run) / "evaluation" / (name or _folder_name(Path(run), dataset, split)))
@@ -148,7 +148,7 @@ def _evaluate(
         result["model"] = model_facts(model)
         result["timing"] = {
             "seconds": round(time.perf_counter() - started, 1),
-            "ranks": ranks.place()[1],
+            "ranks": ranks.rank_and_world()[1],
             "resumed": bool(finished),
         }
         _save(folder, {"format": FORMAT, "version": VERSION, "settings": settings, **result}, predictions, records)
@@ -185,7 +185,7 @@ def evaluate_subset(
         positions = evaluated_positions(len(reader), clips)
         texts = _read_texts(reader, positions)
         scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
-        rank, world = ranks.place()
+        rank, world = ranks.rank_and_world()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
             mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
         records = [r for part in ranks.gather(mine) for r in part]
@@ -322,7 +322,7 @@ def _score_share(
         if position in shown:
             write(folder / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
 
-    rank, world = ranks.place()
+    rank, world = ranks.rank_and_world()
     with parts.appender(rank) as file, phase("evaluating", len(todo), "clips", left=True) as progress:
         for records in scorer.batches(reader, todo[rank::world], thumbnail):
             file.add(records)
@@ -395,5 +395,5 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
 
 
 def _say(text: str) -> None:
-    if ranks.place()[0] == 0:
+    if ranks.rank_and_world()[0] == 0:
         tell(f"vlmds: {text}")

@@ -305,9 +305,7 @@ def spread(found: Estimates) -> Spread:
     return Spread(clip_sd, None if found.seed_variance is None else found.seed_variance**0.5)
 
 
-def clips_needed(
-    spread: Spread, difference: float, seeds: int, *, methods: int = 2, power: float = 0.8
-) -> int | None:
+def clips_needed(spread: Spread, difference: float, seeds: int, *, methods: int = 2, power: float = 0.8) -> int | None:
     """Clips with which a true difference is found with this power, or, for a margin, with which equal methods
     are found to be within it; None if no number of clips is enough with so few seeds.
 

@@ -30,7 +30,7 @@ from vlmds.console.progress import phase
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
-from vlmds.files import is_there, look_again, new_folder, sha256_of
+from vlmds.files import is_there, new_folder, refresh_listing, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.hub import looks_local
 from vlmds.models.language import add_adapter
@@ -159,7 +159,7 @@ def read_artifact(artifact: Path | Artifact) -> Artifact:
     if isinstance(artifact, Artifact):
         return artifact
     folder, path = artifact, artifact / "artifact.json"
-    look_again(path)
+    refresh_listing(path)
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -31,7 +31,7 @@ from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
-from vlmds.files import as_path, check_writable
+from vlmds.files import as_path, check_writable, is_url
 from vlmds.packing.finish import finish
 from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
@@ -103,7 +103,7 @@ def convert(
     """
     begin = time.monotonic()
     index, out = ShardIndex.open(source), as_path(out)
-    if not hasattr(out, "fs"):
+    if not is_url(out):
         check_writable(out, "OUT")
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
     sources = [_Source(position, info) for split in index.splits for position, info in enumerate(index.shards(split))]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import SampleError
+from vlmds.files import driver_advice, is_url
 from vlmds.video import repair
 from vlmds.video.decode import decode_decord, decode_frames
 from vlmds.video.fit import resize_frames
@@ -160,7 +161,7 @@ def _verified_decoder(data: bytes, info: VideoInfo, span: tuple) -> str:
 def read_file(path: str) -> bytes:
     """The bytes of a local file or URL."""
     try:
-        data = _read_url(path) if "://" in path else _read_local(Path(path))
+        data = _read_url(path) if is_url(path) else _read_local(Path(path))
     except FileNotFoundError:
         raise SampleError("file not found") from None
     if not data:
@@ -184,8 +185,6 @@ def _read_local(path: Path) -> bytes:
 
 def _read_url(url: str) -> bytes:
     import fsspec
-
-    from vlmds.files import driver_advice
 
     if advice := driver_advice(url):
         raise SampleError(f"file cannot be read: {advice}")
