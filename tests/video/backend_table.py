@@ -20,7 +20,7 @@ import numpy as np
 from tests.clips import SHARED_VIDEOS, cut_video, rotate_video, write_video
 from vlmds.errors import SampleError
 from vlmds.video.decode import decode_decord, decode_frames
-from vlmds.video.decode_work import Request, prepare
+from vlmds.video.decode_work import VideoRequest, prepare_video
 from vlmds.video.fit import resize_frames
 from vlmds.video.pool import FrameDecoder
 from vlmds.video.probe import VideoInfo, probe
@@ -187,7 +187,7 @@ def _child(decoder: FrameDecoder, data: bytes, expected: np.ndarray | None, whic
 
 
 def _prepare(path: Path, data: bytes):
-    return prepare(Request(str(path), None, None, "video", NUM_FRAMES, SIZE), data)
+    return prepare_video(VideoRequest(str(path), None, None, "video", NUM_FRAMES, SIZE), data)
 
 
 def _refusal(path: Path, data: bytes) -> str:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import av.logging
 
 from vlmds.errors import SampleError
-from vlmds.video.decode_work import FramesRequest, Reply, Request, prepare, read_file, read_frames
+from vlmds.video.decode_work import FramesRequest, VideoReply, VideoRequest, prepare_video, read_file, read_frames
 from vlmds.video.handover import give, take
 
 MEMORY = 6 << 30  # bytes of address space for this process, besides its video
@@ -50,18 +50,20 @@ def main(descriptor: int, deadline: float) -> None:
         return
 
 
-def _answer(request: Request | FramesRequest, data: bytes | None, more_time: Callable[[float], None]) -> Reply:
+def _answer(
+    request: VideoRequest | FramesRequest, data: bytes | None, more_time: Callable[[float], None]
+) -> VideoReply:
     try:
-        if isinstance(request, Request):
+        if isinstance(request, VideoRequest):
             data = read_file(request.video)
-            _limit_memory(MEMORY + 3 * len(data))  # a mended copy, and its writing
-            return prepare(request, data, more_time)
+            _limit_memory(MEMORY + 3 * len(data))  # a repaired copy, and its writing
+            return prepare_video(request, data, more_time)
         _limit_memory(MEMORY + len(data))
         return read_frames(data, request)
     except SampleError as error:
-        return Reply(str(error))
+        return VideoReply(str(error))
     except MemoryError:
-        return Reply(f"out of memory: decoding needs more than {MEMORY >> 30} GiB")
+        return VideoReply(f"out of memory: decoding needs more than {MEMORY >> 30} GiB")
 
 
 def _limit_memory(size: int | None) -> None:

@@ -22,7 +22,7 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 
 
 @dataclass(frozen=True)
-class Request:
+class VideoRequest:
     """A video to prepare; see `vlmds.packing.pack.pack` for the options.
 
     store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
@@ -52,7 +52,7 @@ class FramesRequest:
 
 
 @dataclass(frozen=True)
-class Reply:
+class VideoReply:
     """A reason for rejection, or facts about the video and its members {extension: bytes, or a view
     of them}."""
 
@@ -65,19 +65,19 @@ class Reply:
         return sum(len(member) for member in self.members.values())
 
 
-def prepare(request: Request, data: bytes, more_time: Callable[[float], None] | None = None) -> Reply:
+def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float], None] | None = None) -> VideoReply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError.
 
-    more_time: told how many more seconds it takes than most, if it does (see `repair.mend`).
+    more_time: told how many more seconds it takes than most, if it does (see `repair.repair_video`).
     """
     info = probe(data)
     if request.store == "facts":
-        return Reply(facts=_facts(info))
+        return VideoReply(facts=_facts(info))
     if request.store == "pixels":
-        return Reply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
+        return VideoReply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
-        reply = _prepare_video(request, data, info, more_time)
+        reply = _kept_video(request, data, info, more_time)
         reply.facts["content"] = content
         return reply
 
@@ -88,33 +88,35 @@ def prepare(request: Request, data: bytes, more_time: Callable[[float], None] | 
         | {"content": content}
         | {"decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     )
-    return Reply(None, facts, encode_jpegs(images, request.quality))
+    return VideoReply(None, facts, encode_jpegs(images, request.quality))
 
 
-def _images(request: Request, data: bytes, info: VideoInfo) -> np.ndarray:
+def _images(request: VideoRequest, data: bytes, info: VideoInfo) -> np.ndarray:
     """uint8 [num_frames, 3, size, size]"""
     # PyAV, for it reports damage that decord passes over.
     frames = decode_frames(data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
     return resize_frames(frames, request.image_size)
 
 
-def _prepare_video(request: Request, data: bytes, info: VideoInfo, more_time: Callable[[float], None] | None) -> Reply:
-    """The file itself, or what `repair.mend` makes of it."""
+def _kept_video(
+    request: VideoRequest, data: bytes, info: VideoInfo, more_time: Callable[[float], None] | None
+) -> VideoReply:
+    """The file itself, or what `repair.repair_video` makes of it."""
     span = (request.num_frames, request.start, request.end)
     pick(info, *span)
-    mended = repair.mend(data, info, request.start, request.end, more_time)
+    repaired = repair.repair_video(data, info, request.start, request.end, more_time)
     extension = _extension(request.video, info.container)
     facts = {}
-    if mended is not None:
-        data, info = mended.data, mended.info
+    if repaired is not None:
+        data, info = repaired.data, repaired.info
         extension = "mkv" if "matroska" in info.container else "mp4"
-        span = (request.num_frames, mended.start, mended.end)
+        span = (request.num_frames, repaired.start, repaired.end)
         # The span of the file that is kept, in place of the manifest's.
-        facts = {"repair": mended.facts, "start": mended.start, "end": mended.end}
+        facts = {"repair": repaired.facts, "start": repaired.start, "end": repaired.end}
     facts |= _facts(info) | {"timing": info.timing()}
     if request.verify:
         facts["decoder"] = _verified_decoder(data, info, span)
-    return Reply(None, facts, {extension: data})
+    return VideoReply(None, facts, {extension: data})
 
 
 def _facts(info: VideoInfo) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _facts(info: VideoInfo) -> dict[str, Any]:
     }
 
 
-def read_frames(data: bytes, request: FramesRequest) -> Reply:
+def read_frames(data: bytes, request: FramesRequest) -> VideoReply:
     """The frames of a packed video. Raises SampleError."""
     if request.described is None:
         table = probe(data)
@@ -142,7 +144,7 @@ def read_frames(data: bytes, request: FramesRequest) -> Reply:
     if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
         table = replace(table, decoder="pyav")
     frames = decode_frames(data, table, request.num_frames, request.start, request.end)
-    return Reply(members={"rgb": resize_frames(frames, request.image_size).tobytes()})
+    return VideoReply(members={"rgb": resize_frames(frames, request.image_size).tobytes()})
 
 
 def _verified_decoder(data: bytes, info: VideoInfo, span: tuple) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import SampleError
-from vlmds.video.decode_work import FramesRequest, Reply, Request
+from vlmds.video.decode_work import FramesRequest, VideoReply, VideoRequest
 from vlmds.video.handover import give, take
 
 LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
@@ -68,10 +68,10 @@ def decode_windows(
     # The centres of W x F equal spans are those of F spans of each window.
     counts: list[int] = []
 
-    def requests() -> Iterator[Request]:
+    def requests() -> Iterator[VideoRequest]:
         for clip, windows in clips:
             counts.append(windows)
-            yield Request(clip.video, clip.start, clip.end, "pixels", windows * num_frames, image_size)
+            yield VideoRequest(clip.video, clip.start, clip.end, "pixels", windows * num_frames, image_size)
 
     with DecodePool(workers, deadline) as pool:
         for number, reply in enumerate(pool.map(requests())):
@@ -89,7 +89,7 @@ def video_facts(
     """For each video (path or URL), in order, what is known of it without decoding: frames, fps,
     duration (seconds), width, height (as displayed), codec, rotation (degrees), decoder; or why it
     cannot be read."""
-    requests = (Request(str(video), None, None, "facts", 0, 0) for video in videos)
+    requests = (VideoRequest(str(video), None, None, "facts", 0, 0) for video in videos)
     with DecodePool(workers, deadline) as pool:
         for reply in pool.map(requests):
             yield reply.facts if reply.reason is None else SampleError(reply.reason)
@@ -162,10 +162,10 @@ class DecodePool:
         self._busy: dict[Connection, tuple[_Child, int]] = {}
         self._vacant = lanes  # children that may yet be started
 
-    def map(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies in the order of the requests. A child's death is a Reply with a reason."""
+    def map(self, requests: Iterable[VideoRequest]) -> Iterator[VideoReply]:
+        """Replies in the order of the requests. A child's death is a VideoReply with a reason."""
         waiting = enumerate(requests)
-        done: dict[int, Reply] = {}
+        done: dict[int, VideoReply] = {}
         held = 0  # bytes in done
         exhausted = False
         position = 0
@@ -188,7 +188,7 @@ class DecodePool:
             else:
                 return
 
-    def _start(self, index: int, request: Request) -> None:
+    def _start(self, index: int, request: VideoRequest) -> None:
         if self._idle:
             child = self._idle.pop()
         else:
@@ -197,7 +197,7 @@ class DecodePool:
         self._busy[child.connection] = child, index
         child.send(request)
 
-    def _answers(self) -> Iterator[tuple[int, Reply]]:
+    def _answers(self) -> Iterator[tuple[int, VideoReply]]:
         """Wait until a child says something or has to be given up; (index, reply) of those that are
         done then."""
         due = min(child.due for child, _ in self._busy.values())
@@ -266,7 +266,7 @@ class _Child:
     def closed(self) -> bool:
         return self.connection.closed
 
-    def send(self, request: "Request | FramesRequest", data: bytes | None = None) -> None:
+    def send(self, request: "VideoRequest | FramesRequest", data: bytes | None = None) -> None:
         """Send a request; data: the video's bytes, for a FramesRequest."""
         if self._ready:
             self._start_clock()
@@ -277,7 +277,7 @@ class _Child:
         except OSError:
             pass  # it died meanwhile; reply() tells
 
-    def reply(self) -> Reply:
+    def reply(self) -> VideoReply:
         """Wait for the answer to the request. A dead child's is the reason."""
         reply = None
         while reply is None:
@@ -285,7 +285,7 @@ class _Child:
             reply = self.hear() if heard else self.give_up()
         return reply
 
-    def hear(self) -> Reply | None:
+    def hear(self) -> VideoReply | None:
         """What the child says, or why it has ended; None: only that it has started, or begins a
         repair, which takes its time. There must be something to hear, or this waits."""
         try:
@@ -299,7 +299,7 @@ class _Child:
                 self._start_clock(message, "repair took too long")
                 return None
             reason, facts, extensions = message
-            reply = Reply(reason, facts, dict(zip(extensions, take(self.connection))))
+            reply = VideoReply(reason, facts, dict(zip(extensions, take(self.connection))))
         except (EOFError, OSError):
             try:
                 code = self._process.wait(timeout=5.0)  # the socket closes a moment before
@@ -311,7 +311,7 @@ class _Child:
             self.kill()
         return reply
 
-    def give_up(self) -> Reply:
+    def give_up(self) -> VideoReply:
         """End a child that has said nothing until it was due; its own alarm should have struck
         before. Returns the reason."""
         if not self._ready:
@@ -326,14 +326,14 @@ class _Child:
         self.due = time.monotonic() + seconds + GRACE
         self._excess = f"{excess}: stopped after {seconds:g} s"
 
-    def _dead(self, code: int) -> Reply:
+    def _dead(self, code: int) -> VideoReply:
         self.kill()
         if not self._ready:
             raise RuntimeError(f"the decoding process did not start (exit code {code})")
         if code == -signal.SIGALRM:
-            return Reply(self._excess)
+            return VideoReply(self._excess)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return Reply(f"decoder crashed: {how}")
+        return VideoReply(f"decoder crashed: {how}")
 
     def terminate(self) -> None:
         """Ask the kernel to end the process, which takes a moment."""

@@ -33,7 +33,7 @@ _CHECKED = range(1, 65)  # numbers of frames for which a span must give the same
 
 
 @dataclass(frozen=True)
-class Mended:
+class Repaired:
     """A new file. start, end: the span in its own times, None where it is the whole file.
 
     method: "copy" (the original's packets) or "encode". reason: what was wrong, or "cut".
@@ -64,13 +64,13 @@ def flaw(info: VideoInfo) -> str | None:
     return None
 
 
-def mend(
+def repair_video(
     data: bytes,
     info: VideoInfo,
     start: float | None = None,
     end: float | None = None,
     more_time: Callable[[float], None] | None = None,
-) -> Mended | None:
+) -> Repaired | None:
     """A file of which any reader gives the frames of [start, end] (seconds; default: the video)
     that the original `data` gives; None if the original may stay.
 
@@ -106,7 +106,9 @@ def mend(
     return found
 
 
-def _write(data: bytes, info: VideoInfo, first: int, last: int, start: float, end: float, reason: str) -> Mended | None:
+def _write(
+    data: bytes, info: VideoInfo, first: int, last: int, start: float, end: float, reason: str
+) -> Repaired | None:
     """Frames first … last as a new file; None if [start, end] would give others in it."""
     whole = (first, last) == (0, info.frames - 1)
     copied, lead = _copy(data, info, first, last)
@@ -121,7 +123,7 @@ def _write(data: bytes, info: VideoInfo, first: int, last: int, start: float, en
                 and not (whole and found.frames != info.frames)
                 and _difference(data, info, first, last, copied, found, at) == 0
             ):
-                return _spanned(Mended(copied, found, start, end, "copy", reason, 0.0), info, first, at)
+                return _spanned(Repaired(copied, found, start, end, "copy", reason, 0.0), info, first, at)
         except SampleError:
             pass  # encoding tells whether it is the original's fault
     encoded = _encode(data, info, first, last)
@@ -133,7 +135,7 @@ def _write(data: bytes, info: VideoInfo, first: int, last: int, start: float, en
     psnr = 20 * np.log10(255) - 10 * np.log10(max(error, 1e-9))
     if psnr < MIN_PSNR:
         raise SampleError(f"cannot be repaired: a frame encoded again has a PSNR of {psnr:.1f} dB")
-    return _spanned(Mended(encoded, found, start, end, "encode", reason, 0.0), info, first, 0)
+    return _spanned(Repaired(encoded, found, start, end, "encode", reason, 0.0), info, first, 0)
 
 
 def _same_times(info: VideoInfo, found: VideoInfo, first: int, last: int, at: int) -> bool:
@@ -144,7 +146,7 @@ def _same_times(info: VideoInfo, found: VideoInfo, first: int, last: int, at: in
     return len(have) == len(want) and np.allclose(have - have[0], want, rtol=0, atol=1e-6)
 
 
-def _spanned(new: Mended, info: VideoInfo, first: int, at: int) -> Mended | None:
+def _spanned(new: Repaired, info: VideoInfo, first: int, at: int) -> Repaired | None:
     """The span in the new file's times; None if it would not pick the same frames."""
     offset = float(info.pts[first] - new.info.pts[at])
     start, end = max(new.start - offset, 0.0), new.end - offset
