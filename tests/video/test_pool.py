@@ -175,15 +175,15 @@ repair._write, repair.FRAME_SECONDS, repair.MEGAPIXEL_SECONDS = write, 100.0, 1e
     child = pool_module._Child(60.0)
     try:
         child.send(VideoRequest(str(path), None, None, "video", 2, 32))
-        assert child.hear() is None and child.due < time.monotonic() + 60 + pool_module.GRACE
-        assert child.hear() is None and child.due > time.monotonic() + 4000
+        assert child.receive() is None and child.due < time.monotonic() + 60 + pool_module.GRACE
+        assert child.receive() is None and child.due > time.monotonic() + 4000
         end = time.monotonic() + 60
         while not (tmp_path / "left").exists() and time.monotonic() < end:
             time.sleep(0.01)
         assert 4000 < float((tmp_path / "left").read_text()) <= 4132
         os.kill(child.pid, signal.SIGALRM)
         # 60 s, and for each of 10 frames of 64 x 48 100 s and 307.2 s.
-        assert child.hear().reason == "repair took too long: stopped after 4132 s"
+        assert child.receive().reason == "repair took too long: stopped after 4132 s"
     finally:
         child.kill()
 

@@ -1,8 +1,8 @@
-"""What a decoding process does with one video: make what a store keeps of it, or its frames."""
+"""The work of a decoding process on one video: the members that a store keeps of it, or its frames."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -53,12 +53,11 @@ class FramesRequest:
 
 @dataclass(frozen=True)
 class VideoReply:
-    """A reason for rejection, or facts about the video and its members {extension: bytes, or a view
-    of them}."""
+    """A reason for rejection, or facts about the video and its members {extension: bytes}."""
 
     reason: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes | memoryview] = field(default_factory=dict)
+    members: Mapping[str, bytes | memoryview] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -68,7 +67,7 @@ class VideoReply:
 def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float], None] | None = None) -> VideoReply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError.
 
-    more_time: told how many more seconds it takes than most, if it does (see `repair.repair_video`).
+    more_time: called with the additional seconds that a repair may take (see `repair.repair_video`).
     """
     info = probe(data)
     if request.store == "facts":
@@ -88,12 +87,13 @@ def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float
         | {"content": content}
         | {"decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     )
+    assert request.quality is not None
     return VideoReply(None, facts, encode_jpegs(images, request.quality))
 
 
 def _images(request: VideoRequest, data: bytes, info: VideoInfo) -> np.ndarray:
     """uint8 [num_frames, 3, size, size]"""
-    # PyAV, for it reports damage that decord passes over.
+    # PyAV: it reports damage that decord ignores.
     frames = decode_frames(data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
     return resize_frames(frames, request.image_size)
 
@@ -106,7 +106,7 @@ def _kept_video(
     pick(info, *span)
     repaired = repair.repair_video(data, info, request.start, request.end, more_time)
     extension = _extension(request.video, info.container)
-    facts = {}
+    facts: dict[str, Any] = {}
     if repaired is not None:
         data, info = repaired.data, repaired.info
         extension = "mkv" if "matroska" in info.container else "mp4"
@@ -134,6 +134,7 @@ def _facts(info: VideoInfo) -> dict[str, Any]:
 
 def read_frames(data: bytes, request: FramesRequest) -> VideoReply:
     """The frames of a packed video. Raises SampleError."""
+    table: FrameTable
     if request.described is None:
         table = probe(data)
     else:
@@ -141,7 +142,7 @@ def read_frames(data: bytes, request: FramesRequest) -> VideoReply:
             table = FrameTable.from_described(request.described)
         except ValueError as error:
             raise SampleError(f"its description cannot be read: timing: {error}") from None
-    if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
+    if request.decoder != "decord":  # packing found that decord fails on this file
         table = replace(table, decoder="pyav")
     frames = decode_frames(data, table, request.num_frames, request.start, request.end)
     return VideoReply(members={"rgb": resize_frames(frames, request.image_size).tobytes()})
@@ -175,8 +176,8 @@ def read_file(path: str) -> bytes:
 def _read_local(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            # Not simply MAX_BYTES: so many would be reserved first, which takes longer than reading.
-            size = os.fstat(file.fileno()).st_size or MAX_BYTES  # 0: a pipe, that has none
+            # Not MAX_BYTES for every file: reserving so many takes longer than reading.
+            size = os.fstat(file.fileno()).st_size or MAX_BYTES  # 0: a pipe has no size
             return file.read(min(size, MAX_BYTES))
     except FileNotFoundError:
         raise
