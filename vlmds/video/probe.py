@@ -25,7 +25,6 @@ _SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _ANIMATIONS = {"gif", "apng"}  # each packet has its duration; the file has none
 _DECORD_CODECS = {"h264", "hevc", "vp9"}
 _DECORD_PIX_FMTS = {"yuv420p", "yuvj420p"}
-_ROUNDING = Fraction(1, 1000)  # seconds: Matroska counts in these
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,14 +133,14 @@ def _stated_end(container: av.container.InputContainer, stream: av.video.stream.
 
 
 def _last_gap(packets: list[_Packet], last: int, base: Fraction, mean: Fraction, end: Fraction | None) -> Fraction:
-    """Seconds for which the last frame (at tick `last`) is shown: as its packet says, if the container
-    agrees to within a frame; otherwise as long as the mean frame.
+    """Seconds for which the last frame (at tick `last`) is shown: as long as the mean frame, or as its
+    packet says if that differs by more than half and the container agrees to within a frame.
 
     mean: seconds between frames. end: see `_stated_end`; None: of a format that does not state it.
     """
     said = next((p.duration * base for p in packets if p.time == last and not p.hidden), Fraction(0))
     agreed = end is None or abs(last * base + said - end) < mean
-    return said if said and agreed and abs(said - mean) > _ROUNDING else mean
+    return said if said and agreed and abs(said - mean) > mean / 2 else mean
 
 
 def _read_packets(

@@ -250,9 +250,7 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
         assert stream is not None  # all_frames raises if there is none
         packets = stream.encode(None)
         if last == info.frames - 1 > 0:
-            gap = info.duration - info.pts[-1]
-            if abs(gap - info.pts[-1] / last) > 1e-3:  # the probe takes the mean otherwise
-                packets[-1].duration = round(gap / base)
+            packets[-1].duration = round((info.duration - info.pts[-1]) / base)
         out.mux(packets)
     return buffer.getvalue()
 
