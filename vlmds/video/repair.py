@@ -43,10 +43,10 @@ class Repaired:
 
     data: bytes
     info: VideoInfo
-    start: float | None
-    end: float | None
     method: str
     reason: str
+    start: float | None
+    end: float | None
     offset: float
 
     @property
@@ -121,7 +121,8 @@ def _write(
                 and not (whole and found.frames != info.frames)
                 and _difference(data, info, first, last, copied, found, at) == 0
             ):
-                return _spanned(copied, found, info, first, at, (start, end), "copy", reason)
+                place = _placed(found, info, first, at, (start, end))
+                return Repaired(copied, found, "copy", reason, *place) if place else None
         except SampleError:
             pass  # if the original is damaged, encoding fails too
     encoded = _encode(data, info, first, last)
@@ -133,7 +134,8 @@ def _write(
     psnr = 20 * np.log10(255) - 10 * np.log10(max(error, 1e-9))
     if psnr < MIN_PSNR:
         raise SampleError(f"cannot be repaired: a frame encoded again has a PSNR of {psnr:.1f} dB")
-    return _spanned(encoded, found, info, first, 0, (start, end), "encode", reason)
+    place = _placed(found, info, first, 0, (start, end))
+    return Repaired(encoded, found, "encode", reason, *place) if place else None
 
 
 def _same_times(info: VideoInfo, found: VideoInfo, first: int, last: int, at: int) -> bool:
@@ -144,24 +146,18 @@ def _same_times(info: VideoInfo, found: VideoInfo, first: int, last: int, at: in
     return len(have) == len(want) and np.allclose(have - have[0], want, rtol=0, atol=1e-6)
 
 
-def _spanned(
-    data: bytes,
-    found: VideoInfo,
-    info: VideoInfo,
-    first: int,
-    at: int,
-    span: tuple[float, float],
-    method: str,
-    reason: str,
-) -> Repaired | None:
-    """The new file with the span in its own times; None if that would choose other frames.
+def _placed(
+    found: VideoInfo, info: VideoInfo, first: int, at: int, span: tuple[float, float]
+) -> tuple[float | None, float | None, float] | None:
+    """The span of the original in the new file's times (start, end), and where the new file begins in
+    the original, seconds; None if that would choose other frames.
 
-    found: of the new file, whose frame `at` is frame `first` of the original. span: in the original.
+    found: of the new file, whose frame `at` is frame `first` of the original.
     """
     offset = float(info.pts[first] - found.pts[at])
     for start, end in ((None, None), (max(span[0] - offset, 0.0), span[1] - offset)):
         if all(np.array_equal(pick(found, n, start, end) - at, pick(info, n, *span) - first) for n in _CHECKED):
-            return Repaired(data, found, start, end, method, reason, offset)
+            return start, end, offset
     return None
 
 
