@@ -22,7 +22,7 @@ from vlmds.video.upright import display_size, orientation
 # (VP8 has hidden frames; AVI has no B-frame times) only decoding shows them.
 _PACKET_IS_FRAME = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 _SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-_ANIMATIONS = {"gif", "apng"}  # each packet has its duration; the file has none
+_STATES_DURATIONS = _SEEKABLE | {"gif", "apng"}  # of packets; elsewhere FFmpeg derives them from the rate
 _DECORD_CODECS = {"h264", "hevc", "vp9"}
 _DECORD_PIX_FMTS = {"yuv420p", "yuvj420p"}
 
@@ -83,14 +83,12 @@ def _probe(source: Source, hasty: bool) -> VideoInfo | None:
     by_pts = codec in _PACKET_IS_FRAME and name != "avi" and ticks is not None and bool(ticks[0] == first.pts)
     if not by_pts or ticks is None:
         ticks, base = _decoded_ticks(source, rate)
-    length = int(ticks[-1] - ticks[0])
+    gap = packets[0].duration * packet_base or 1 / rate
     if len(ticks) > 1:
-        gap = Fraction(length, len(ticks) - 1) * base
-        if name in _SEEKABLE | _ANIMATIONS and base == packet_base:
-            gap = _last_gap(packets, int(ticks[-1]), base, gap, None if name in _ANIMATIONS else end)
-    else:
-        gap = packets[0].duration * packet_base or 1 / rate
-    duration = float(length * base + gap)
+        gap = Fraction(int(ticks[-1] - ticks[0]), len(ticks) - 1) * base
+        if name in _STATES_DURATIONS and base == packet_base:
+            gap = _last_gap(packets, int(ticks[-1]), base, gap, end)
+    duration = float(int(ticks[-1] - ticks[0]) * base + gap)
 
     closed = by_pts and plain and not hidden and name in _SEEKABLE and _closed_gops(packets)
     keys = [p.time for p in packets if p.key and p.time is not None] if closed else []
@@ -136,7 +134,7 @@ def _last_gap(packets: list[_Packet], last: int, base: Fraction, mean: Fraction,
     """Seconds for which the last frame (at tick `last`) is shown: as long as the mean frame, or as its
     packet says if that differs by more than half and the container agrees to within a frame.
 
-    mean: seconds between frames. end: see `_stated_end`; None: of a format that does not state it.
+    mean: seconds between frames. end: see `_stated_end`; None: not stated.
     """
     said = next((p.duration * base for p in packets if p.time == last and not p.hidden), Fraction(0))
     agreed = end is None or abs(last * base + said - end) < mean
