@@ -12,10 +12,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny
 from tests.captioning.conftest import SAYINGS
-from tests.clips import write_manifest, write_video
+from tests.clips import change_size, hold_last_frame, picture, write_animation, write_manifest, write_video
 from tests.training.launch import forked
 from vlmds.captioning import pipeline
 from vlmds.captioning.job import caption_to_file
@@ -97,6 +98,37 @@ def test_one_bad_frame_costs_one_window(captioner, tmp_path):
     assert [r["start"] for r in found] == [0, 1, 2, 3]
     assert ["caption" in r for r in found] == [True, False, False, True]
     assert "cannot be decoded" in found[1]["error"]
+
+
+def test_animations_pictures_and_a_change_of_size_are_captioned(captioner, artifact, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a.webp", "b.gif", "c.apng"):
+        write_animation(folder / name, [100, 300, 600])
+    Image.fromarray(picture(1, 64, 48)).save(folder / "d.jpg")
+    Image.fromarray(picture(1, 64, 48)).save(folder / "e.png")
+    change_size(tmp_path / "f.webm", "libvpx").rename(folder / "f.webm")
+    out = tmp_path / "captions.jsonl"
+    assert main(command(artifact, "--data", folder, "--out", out)) == 0
+    assert "6 captions" in capsys.readouterr().out
+    rows = lines(out)
+    assert [(row["video"], row["end"]) for row in rows] == [
+        ("a.webp", 1.0),
+        ("b.gif", 1.0),
+        ("c.apng", 1.0),
+        ("d.jpg", 0.04),
+        ("e.png", 0.04),
+        ("f.webm", 4.0),
+    ]
+    named = list(caption_records(captioner, [str(folder / "a.webp")], GENERATION, workers=1))
+    assert [row["caption"] for row in named] == [rows[0]["caption"]]
+
+
+def test_windows_end_where_the_video_ends_with_a_held_frame(captioner, tmp_path):
+    source = write_video(tmp_path / "v.mp4", frames=10, bf="0")
+    path = hold_last_frame(source, tmp_path / "held.mp4", 9.1)
+    found = list(caption_records(captioner, [str(path)], GENERATION, window=4.0, workers=1))
+    assert [(r["start"], r["end"], "caption" in r) for r in found] == [(0, 4, True), (4, 8, True), (8, 10, True)]
 
 
 def test_a_folder_is_captioned_and_what_failed_is_tried_again(artifact, captioner, folder, tmp_path, capsys, generated):

@@ -11,12 +11,19 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
-from vlmds.errors import InputError, SampleError
+from vlmds.errors import InputError
 from vlmds.files import absolute, as_path
 from vlmds.packing.manifest import read_manifest
 from vlmds.video.pool import Clip
+from vlmds.video.sampling import clip_span
 
-VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+VIDEO_SUFFIXES = frozenset(
+    """
+    .3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv
+    .apng .gif .jpeg .jpg .png .webp
+    """.split()
+)
+"""Of files in a folder that are videos. A still picture is a video of one frame."""
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHORTEST_WINDOW = 0.1  # seconds
 SHORTEST_REST = 0.1  # of a window; a shorter remainder is merged into the previous window
@@ -149,11 +156,7 @@ def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
     """
     if window is not None and not window >= SHORTEST_WINDOW:
         raise InputError(f"window {window:g}: must be {SHORTEST_WINDOW:g} s or more")
-    start = 0.0 if clip.start is None else clip.start
-    end = duration if clip.end is None else min(clip.end, duration)
-    if start >= end:
-        raise SampleError(f"start past the end: {start:g} s of {duration:g} s")
-    start, end = round(start, 6), round(end, 6)
+    start, end = (round(edge, 6) for edge in clip_span(duration, clip.start, clip.end))
     if window is None:
         return [(start, end)]
     count, rest = divmod(end - start, window)
