@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the project, or not there
 SHARED_VIDEOS = SHARED / "videos"
@@ -20,14 +21,17 @@ def picture(i: int, width: int, height: int) -> np.ndarray:
 
 
 def write_video(
-    path, frames=40, fps=10, width=64, height=48, codec="libx264", pix_fmt="yuv420p", times=None, **options
+    path, frames=40, fps=10, width=64, height=48, codec="libx264", pix_fmt="yuv420p", times=None, aspect=None, **options
 ) -> Path:
-    """Encode a video. times: display times in seconds, in place of a constant rate."""
+    """Encode a video. times: display times in seconds, in place of a constant rate. aspect: width of a
+    pixel / its height."""
     base = Fraction(1, 1000) if times else Fraction(1, fps)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = base
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(i, width, height), format="rgb24")
             frame.pts, frame.time_base = round(times[i] / base) if times else i, base
@@ -51,14 +55,74 @@ def cut_video(source: Path, path: Path, start: float) -> Path:
     return path
 
 
+TURNS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+"""Display matrices (a, b, c, d) of rotations, degrees clockwise."""
+MIRRORS = {"vflip": (1, 0, 0, -1), "hflip": (-1, 0, 0, 1), "cclock_flip": (0, 1, 1, 0), "clock_flip": (0, -1, -1, 0)}
+"""Display matrices by the names that FFmpeg's filters (the last two: of transpose) have for them."""
+
+
 def rotate_video(source: Path, path: Path, degrees: int) -> Path:
     """Set the display matrix of an MP4 (degrees clockwise), as a phone does."""
-    a, b = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    matrix = (a, b, 0, -b, a, 0, 0, 0)
+    return orient_video(source, path, TURNS[degrees])
+
+
+def orient_video(source: Path, path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Set the display matrix (a, b, c, d) of an MP4."""
+    a, b, c, d = matrix
+    values = (a, b, 0, c, d, 0, 0, 0)
     data = bytearray(source.read_bytes())
     at = data.index(b"tkhd") + 44
-    data[at : at + 36] = b"".join((v * 65536).to_bytes(4, "big", signed=True) for v in matrix) + (b"\x40\0\0\0")
+    data[at : at + 36] = b"".join((v * 65536).to_bytes(4, "big", signed=True) for v in values) + (b"\x40\0\0\0")
     path.write_bytes(data)
+    return path
+
+
+def hold_last_frame(source: Path, path: Path, seconds: float) -> Path:
+    """Copy packets so that the last frame is shown for `seconds`, as in screen recordings. The source has
+    no B-frames."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        packets = [packet for packet in old.demux(stream) if packet.size]
+        packets[-1].duration = round(seconds / stream.time_base)
+        for packet in packets:
+            packet.stream = copy
+            new.mux(packet)
+    return path
+
+
+def change_size(path: Path, codec: str, **options) -> Path:
+    """20 frames of 64 x 48, then 20 of 96 x 80, as in recorded calls; or two transport streams in one."""
+    parts = [
+        write_video(
+            path.with_name(f"{width}-{path.name}"), frames=20, width=width, height=height, codec=codec, **options
+        )
+        for width, height in ((64, 48), (96, 80))
+    ]
+    if path.suffix == ".ts":
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return path
+    with av.open(str(path), "w") as new:
+        copy = None
+        for part, seconds in zip(parts, (0, 2)):
+            with av.open(str(part)) as old:
+                stream = old.streams.video[0]
+                copy = copy or new.add_stream_from_template(stream)
+                for packet in old.demux(stream):
+                    if packet.size:
+                        shift = round(seconds / stream.time_base)
+                        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                        packet.stream = copy
+                        new.mux(packet)
+    return path
+
+
+def write_animation(path: Path, milliseconds: list[int], width=64, height=48) -> Path:
+    """An animated WebP (lossless), GIF or APNG of one picture for each of the durations."""
+    first, *rest = (Image.fromarray(picture(i, width, height)) for i in range(len(milliseconds)))
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    form = {".webp": "WEBP", ".gif": "GIF", ".apng": "PNG"}[path.suffix]
+    first.save(path, form, save_all=True, append_images=rest, duration=milliseconds, **options)
     return path
 
 

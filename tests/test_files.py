@@ -1,4 +1,4 @@
-"""Files that a team shares: their modes, who may write, and what is at a URL."""
+"""Shared files: modes, write permissions and URLs."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def umask(value):
 
 @contextmanager
 def nobody():
-    """As a user who owns nothing."""
+    """Run as a user who owns nothing."""
     groups = os.getgroups()
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, 0)
@@ -53,14 +53,14 @@ def nobody():
 
 @pytest.fixture
 def open_folder():
-    """A folder that other users can reach, which pytest's own are not."""
+    """A folder that other users can access, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
 
 
 def modes(root):
-    """{path: mode} of all that is below."""
+    """{path: mode} of all files and folders below."""
     return {path.relative_to(root).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in root.rglob("*")}
 
 
@@ -74,7 +74,7 @@ def check_modes(root, mask):
 
 @pytest.fixture(scope="module")
 def artifact(models, tmp_path_factory):
-    """Made by somebody with another umask."""
+    """Created with another umask."""
     root = tmp_path_factory.mktemp("artifacts")
     with umask(0o027):
         made(models, root / "finetune", "e3")
@@ -83,7 +83,7 @@ def artifact(models, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
-def test_what_is_written_has_the_modes_of_the_umask(artifact, tmp_path_factory, tmp_path, mask):
+def test_written_files_have_the_modes_of_the_umask(artifact, tmp_path_factory, tmp_path, mask):
     videos = tmp_path_factory.mktemp("videos")
     write_video(videos / "a.mp4")
     rows = [{"video": "a.mp4", "caption": "가"}, {"video": "none.mp4", "caption": "나"}]
@@ -101,7 +101,7 @@ def test_what_is_written_has_the_modes_of_the_umask(artifact, tmp_path_factory, 
 
 
 def test_the_process_keeps_its_umask(tmp_path, monkeypatch):
-    """Setting it to read it would let another thread's files have any mode."""
+    """Setting it to read it would affect the files of other threads."""
 
     def refused(mask):
         raise AssertionError(f"the umask is set to {mask:o}")
@@ -162,13 +162,13 @@ def test_a_default_acl_decides_instead_of_the_umask(tmp_path):
         assert os.getxattr(path, "system.posix_acl_access") == os.getxattr(usual, "system.posix_acl_access")
 
 
-def test_a_folder_is_replaced_though_its_files_cannot_be_removed(tmp_path, monkeypatch):
-    """As on NFS, when somebody has one open."""
+def test_a_folder_is_replaced_even_if_its_files_cannot_be_removed(tmp_path, monkeypatch):
+    """As on NFS, when a process has one open."""
     monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
     for text in ("one", "two", "three"):
         with files.new_folder(tmp_path / "a") as new:
             (new / "file").write_text(text)
-        files.temporary_folder(tmp_path / "a").joinpath("left").touch()  # by a killed process
+        files.temporary_folder(tmp_path / "a").joinpath("left").touch()  # left by a killed process
         assert (tmp_path / "a" / "file").read_text() == text
     monkeypatch.undo()
     with files.new_folder(tmp_path / "a") as new:
@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_error():
 
 @as_root
 @pytest.mark.parametrize("inside", [None, "checkpoints", "metrics.jsonl"])
-def test_anothers_run_folder_is_refused_by_its_owner(open_folder, inside):
+def test_a_run_folder_of_another_user_is_refused_naming_the_owner(open_folder, inside):
     run = open_folder / "runs" / "e3"
     run.mkdir(parents=True)
     place = run
@@ -205,7 +205,7 @@ def test_anothers_run_folder_is_refused_by_its_owner(open_folder, inside):
     new = open_folder / "new" / "deep"
     with nobody(), pytest.raises(InputError) as caught:
         check_run_folder(new)
-    assert str(caught.value) == (  # not a chmod -R of what is above
+    assert str(caught.value) == (  # no chmod -R of a parent folder
         f"--output {new}: {open_folder} cannot be written, it belongs to root (mode 0755); "
         f"have root make {new} and give it to you, or choose another --output"
     )
@@ -216,7 +216,7 @@ def test_anothers_run_folder_is_refused_by_its_owner(open_folder, inside):
 
 
 @as_root
-def test_commands_refuse_what_belongs_to_another_in_one_line(open_folder, capsys):
+def test_commands_refuse_folders_of_other_users_in_one_line(open_folder, capsys):
     write_video(open_folder / "a.mp4")
     manifest = write_manifest(open_folder / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
     with nobody():

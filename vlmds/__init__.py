@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmds.evaluation.runs import load_run
     from vlmds.experiments.reading import load_experiment
     from vlmds.experiments.schema import Experiment
-    from vlmds.inference.generation import GenerationOptions
+    from vlmds.inference.options import GenerationOptions
     from vlmds.inference.video_captioner import VideoCaptioner
     from vlmds.packing.pack import pack
     from vlmds.planning.plan import plan_experiment
@@ -58,7 +58,7 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate_run", "read_evaluation"),
     "evaluation.report": ("write_report",),
     "evaluation.runs": ("load_run",),
-    "inference.generation": ("GenerationOptions",),
+    "inference.options": ("GenerationOptions",),
     "inference.video_captioner": ("VideoCaptioner",),
     "planning.plan": ("plan_experiment",),
 }

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, told apart from bugs."""
+"""Errors that a user can fix, as opposed to bugs, and the stop on request."""
 
 
 class InputError(Exception):
@@ -7,10 +7,13 @@ class InputError(Exception):
     The message is one line that names the file or key and the fix. Commands print it without a
     traceback and exit with code 2.
 
-    shared: every rank of the job has raised it, so that one may report it for all.
+    Args:
+        shared: every rank of the job raises this error, so only rank 0 needs to report it.
     """
 
-    shared = False
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
 
 
 class SampleError(Exception):
@@ -19,3 +22,5 @@ class SampleError(Exception):
 
 class Stopped(Exception):
     """A signal asked the run to stop, and its checkpoint is saved. Commands exit with code 3."""
+
+    shared = True  # every rank stops after the same step

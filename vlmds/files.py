@@ -1,14 +1,14 @@
-"""Files and folders that appear whole or not at all, also when the power goes.
+"""Files and folders that appear complete or not at all, even after a power failure.
 
-They may lie on NFS, of which this is assumed: `rename` within a folder is atomic on the server; a
-file is written by one process at a time; who opens a file after another machine closed it sees
-what was written ("close-to-open"); and who lists a folder sees what is in it now, while asking for
-one name may give an answer that is up to a minute old (:func:`look_again`). A removed file that a
-process of this machine has open stays in its folder as `.nfs…` until it is closed: so a folder is
-first renamed, and what cannot be removed from it stays under that name.
+They may be on NFS, of which this is assumed: `rename` within a folder is atomic on the server; one
+process at a time writes a file; opening a file after another machine closed it shows what was
+written ("close-to-open"); listing a folder shows its current content, while a lookup of a single
+name may be up to a minute out of date (:func:`refresh_listing`). A removed file that a process of this
+machine still has open stays in its folder as `.nfs…`; a folder is therefore renamed first, and files
+that cannot be removed stay under that name.
 
-Modes are those that `open` and `mkdir` give: of the umask, or of the folder's default ACL, with the
-group of a setgid folder. Libraries that write through temporary files of mode 0600 (safetensors)
+File modes are those that `open` and `mkdir` give: from the umask or the folder's default ACL, with
+the group of a setgid folder. Libraries that write through temporary files of mode 0600 (safetensors)
 are corrected when a folder is published.
 """
 
@@ -26,17 +26,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
-from pathlib import Path
-from typing import BinaryIO
-
-from fsspec import get_filesystem_class
-from upath import UPath
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
 
 from vlmds.console.text import install_hint
 from vlmds.errors import InputError
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
-"""The extra of pyproject.toml that brings a protocol's driver."""
+"""The extra of pyproject.toml that installs a protocol's driver."""
 
 UNUSABLE = {
     errno.ENOSPC,
@@ -50,29 +47,38 @@ UNUSABLE = {
     errno.ENAMETOOLONG,
     errno.ESTALE,
 }
-"""What is wrong with a disk or a path that the user named, and not with the program."""
+"""Errors of a disk or a path that the user named, as opposed to bugs."""
+
+
+def is_url(place: str | os.PathLike) -> bool:
+    """Whether this is a URL: of any protocol, also chained ("simplecache::s3://bucket")."""
+    return "://" in str(place)
 
 
 def as_path(place: str | os.PathLike) -> Path:
     """A ``Path``, or for a URL that fsspec knows (``s3://…``, ``memory://…``) a ``UPath``, which
-    offers the same methods.
+    has the same methods.
 
     Raises:
-        InputError: a URL whose protocol nobody knows, or whose driver is not installed.
+        InputError: a URL of an unknown protocol, or whose driver is not installed.
     """
-    if "://" not in str(place):
+    if not is_url(place):
         return Path(place)
     check_driver(str(place))
-    return UPath(place)
+    from upath import UPath  # with fsspec 0.2 s, which decoding processes of local files do not need
+
+    return cast(Path, UPath(place))
 
 
 def check_driver(url: str) -> None:
-    """Raise :class:`InputError` unless fsspec can open such a URL."""
+    """Raise :class:`InputError` unless fsspec can open this URL."""
+    from fsspec import get_filesystem_class
+
     if advice := driver_advice(url):
         raise InputError(f"{url}: {advice}")
     for protocol in _protocols(url):
         try:
-            get_filesystem_class(protocol)  # also what was registered as a class
+            get_filesystem_class(protocol)  # also finds protocols that were registered as a class
         except ValueError:
             raise InputError(
                 f"{url}: there is no protocol {protocol}://; give a path, or a URL such as s3://bucket/folder"
@@ -80,8 +86,9 @@ def check_driver(url: str) -> None:
 
 
 def driver_advice(url: str) -> str | None:
-    """What to install to open such a URL; None if the driver is there, or nobody knows the
-    protocol."""
+    """What to install to open this URL; None if the driver is installed, or the protocol is unknown."""
+    from fsspec import get_filesystem_class
+
     for protocol in _protocols(url):
         try:
             get_filesystem_class(protocol)
@@ -96,28 +103,36 @@ def driver_advice(url: str) -> str | None:
 
 
 def _protocols(url: str) -> list[str]:
-    """ "simplecache::s3://bucket" -> simplecache and s3."""
+    """The protocols of a URL: "simplecache::s3://bucket" has simplecache and s3."""
     return url.partition("://")[0].split("::")
 
 
+def path_in(place: str) -> PurePosixPath:
+    """The path itself, or that of a URL: without its query."""
+    return PurePosixPath(place.split("?")[0] if is_url(place) else place)
+
+
 def absolute(place: str | os.PathLike) -> str:
-    """A path as it is found from any working folder; a URL stays as it is."""
-    return str(place) if "://" in str(place) else str(Path(place).absolute())
+    """The absolute form of a path; a URL as it is."""
+    return str(place) if is_url(place) else str(Path(place).absolute())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name whole and on disk, or (after an error) not at all.
+    """A file to write, which appears under its name complete and on disk, or after an error not at all.
 
-    At a URL the file is made on this machine and then uploaded; object stores show an upload when
-    it is complete.
+    For a URL, the file is written on this machine and then uploaded; object stores show an upload
+    once it is complete.
     """
-    if hasattr(path, "fs"):
-        with tempfile.NamedTemporaryFile() as file:
-            yield file
-            file.flush()
+    if is_url(path):
+        from upath import UPath
+
+        with tempfile.NamedTemporaryFile() as local:
+            yield cast(BinaryIO, local)
+            local.flush()
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.fs.put_file(file.name, path.path)
+            remote = UPath(path)
+            remote.fs.put_file(local.name, remote.path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -130,22 +145,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write that fails does not say where
+            error.filename = str(path)  # the error of a write does not name the file
         raise
     sync_folder(path.parent)
 
 
 def temporary_owner(path: Path) -> tuple[bool, str]:
-    """Whether a temporary file of :func:`replacing` is of this machine (and container), and its
-    writer's process id there."""
+    """Whether a temporary file of :func:`replacing` was written on this machine (and in this container),
+    and the process id of its writer there."""
     rest, _, pid = path.name.removesuffix(".tmp").rpartition("~")
     return rest.endswith(f".{machine()}"), pid
 
 
 @cache
 def machine() -> str:
-    """Names where a process id means the same process: this start of this machine, and in it this
-    namespace of process ids. Host names may be the same on many machines, and in containers."""
+    """An id of the scope in which process ids are unique: this boot of this machine, and its process
+    namespace. Host names are not enough: machines and containers may share one."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     parts = [
         platform.node(),
@@ -162,9 +177,9 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 def write_once(path: Path, data: bytes) -> None:
-    """Make the file, whole and on disk, unless there is one: of processes that start together the
-    first one's stays. (At a URL the last one's may.)"""
-    if hasattr(path, "fs"):
+    """Write the file, complete and on disk, unless it exists: of several processes, the first wins. (At a
+    URL the last one may.)"""
+    if is_url(path):
         if not path.exists():
             write(path, data)
         return
@@ -179,7 +194,7 @@ def write_once(path: Path, data: bytes) -> None:
             os.link(temporary, path)
         except FileExistsError:
             pass
-        except OSError:  # some file systems have no links; there, the last one's may stay
+        except OSError:  # some file systems have no links; there the last one may win
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -187,14 +202,14 @@ def write_once(path: Path, data: bytes) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """Where this process writes what will be `path`."""
+    """The file that this process writes before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{machine()}~{os.getpid()}.tmp")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which then appears under its name with all its files on disk; after an
-    error it is removed. A folder that stands there already is replaced."""
+    error it is removed. An existing folder of that name is replaced."""
     temporary = temporary_folder(path)
     try:
         yield temporary
@@ -205,8 +220,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def temporary_folder(path: Path) -> Path:
-    """An empty folder beside `path`, for :func:`publish_folder`. Its name does not vary, so that
-    what a killed process left there is removed by the next one."""
+    """An empty folder beside `path`, for :func:`publish_folder`. Its name is fixed, and the next process
+    removes what a killed one left there."""
     for left in path.parent.glob(f".{escape(path.name)}~*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -217,8 +232,7 @@ def temporary_folder(path: Path) -> Path:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Give every file of the folder its usual mode, flush it to disk and give the folder its
-    name."""
+    """Give every file of the folder its usual mode, flush all to disk, and rename the folder to `path`."""
     usual_modes(temporary)
     for file in temporary.rglob("*"):
         sync_folder(file) if file.is_dir() else sync_file(file)
@@ -230,15 +244,15 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder: its name at once, so that nobody finds it with files missing; and of its
-    files those that can be removed. Raises OSError if it cannot be renamed."""
+    """Remove a folder: rename it first, so that no reader finds it incomplete, then delete the files that
+    can be deleted. Raises OSError if it cannot be renamed."""
     name = folder.name.removeprefix(".").removesuffix(".tmp")
     shutil.rmtree(folder.rename(folder.with_name(f".{name}~{time.time_ns()}.tmp")), ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
-    """Copy the files below a folder into another one, but those of these names: what is in them,
-    and not the modes and ACLs that they had there, as ``copytree`` does."""
+    """Copy the files below a folder into another one, except files named in ``leave_out``. Only contents
+    are copied: unlike ``copytree``, not modes and ACLs."""
     for file in source.rglob("*"):
         if file.is_file() and file.name not in leave_out:
             copy = target / file.relative_to(source)
@@ -251,14 +265,14 @@ def usual_modes(folder: Path) -> None:
     usual = _usual_mode(folder)
     for file in folder.rglob("*"):
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) != usual:
-            # Some file systems have one mode for all; and who may not change it can still train.
+            # Some file systems have one mode for all files; a mode that cannot be changed is no reason to fail.
             with suppress(OSError):
                 file.chmod(usual)
 
 
 def _usual_mode(folder: Path) -> int:
-    """Found by making a file: the umask cannot be read without setting it, which other threads
-    would notice, and where the folder has a default ACL, it does not count."""
+    """The mode of a new file in the folder, found by making one: the umask cannot be read without
+    setting it, which would affect other threads, and a default ACL of the folder overrides it."""
     probe = folder / f".mode.{machine()}~{os.getpid()}.tmp"
     probe.unlink(missing_ok=True)
     try:
@@ -269,15 +283,17 @@ def _usual_mode(folder: Path) -> int:
 
 
 def check_writable(path: Path, option: str, inside: tuple[str, ...] = ()) -> None:
-    """Raise :class:`InputError`, naming the owner, unless files can be made in the folder `path`,
-    or if it is not there, in the one where it would be made.
+    """Raise :class:`InputError`, naming the owner, unless files can be created in the folder `path`, or
+    if it does not exist, in the folder where it would be created.
 
-    inside: names of files and folders in it that must be writable where they are there.
+    Args:
+        inside: names of files and folders in it that must be writable if they exist.
     """
+    # A Path of a URL has one slash.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise InputError(f"{option} {path}: must be a local path, not a URL")
     there = path.absolute()
-    while not os.path.exists(there):  # Path.exists raises where a folder above may not be searched
+    while not os.path.exists(there):  # Path.exists raises if a parent folder may not be searched
         there = there.parent
     missing = None if there == path.absolute() else path
     if not there.is_dir():
@@ -289,16 +305,16 @@ def check_writable(path: Path, option: str, inside: tuple[str, ...] = ()) -> Non
 
 
 def unusable_place(error: BaseException) -> str | None:
-    """What is wrong with a disk or a path, and the fix, in one line; None for any other error."""
+    """One line with the problem of a disk or a path, and the fix; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in UNUSABLE or error.filename is None:
         return None
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and "://" not in str(error.filename):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not is_url(error.filename):
         return denied(Path(error.filename))
     return f"{error.filename}: {error.strerror}; make room there, or name another place"
 
 
 def denied(path: Path) -> str:
-    """Why this user may not read or write the file or folder, and what to do about it: one line."""
+    """One line: why this user may not read or write the file or folder, and the fix."""
     place = path.absolute()
     while not os.path.exists(place):
         place = place.parent
@@ -309,8 +325,13 @@ def denied(path: Path) -> str:
 
 
 def _refused(place: Path, what: str, missing: Path | None) -> str:
-    """what: "read" or "written". missing: the path that is wanted, where it does not exist and
-    `place` is the nearest folder above it. That may be / or /home, whose modes are to stay."""
+    """Why the existing file or folder `place` cannot be used, and the fix.
+
+    Args:
+        what: "read" or "written".
+        missing: the wanted path, if it does not exist and `place` is the nearest folder above it. That may
+            be / or /home, so the fix does not change its mode recursively.
+    """
     found = place.stat()
     if what == "written" and os.statvfs(place).f_flag & os.ST_RDONLY:
         return f"{place} is on a read-only file system; make it writable"
@@ -332,23 +353,22 @@ def _refused(place: Path, what: str, missing: Path | None) -> str:
 def _user(number: int) -> str:
     try:
         return pwd.getpwuid(number).pw_name
-    except KeyError:  # of another machine
+    except KeyError:  # the user exists on another machine only
         return f"user {number}"
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file; on NFS, also if another machine has made it (and its folder)
-    just now."""
-    look_again(path)
+    """Whether the file exists; on NFS, also if another machine has just created it (and its folder)."""
+    refresh_listing(path)
     return path.is_file()
 
 
-def look_again(path: Path) -> None:
-    """On NFS, let what another machine has made under this name be found at once, or what it has
-    put in the place of the folder that it is in."""
+def refresh_listing(path: Path) -> None:
+    """On NFS, make a file of this name visible that another machine has just created, or whose folder it
+    has just replaced."""
     for folder in (path.parent.parent, path.parent):
         with suppress(OSError):
-            os.listdir(folder)  # which shows the system what it remembers wrongly
+            os.listdir(folder)  # makes the client drop outdated entries
 
 
 def sync_file(path: Path) -> None:
@@ -357,8 +377,8 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, where the file system can do that (SMB and some FUSE file
-    systems cannot; an NFS server does it with every rename)."""
+    """Flush a folder's entries to disk, if the file system can (SMB and some FUSE file systems cannot; an
+    NFS server does it at every rename)."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -370,8 +390,11 @@ def sync_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
-    """The file's sha256 in hexadecimal. advance: called with the size in bytes of
-    each piece that is read."""
+    """The file's sha256 in hexadecimal.
+
+    Args:
+        advance: called with the size in bytes of each block that is read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from vlmds.captioning.outputs import CaptionFile, find_target, srt_files, timestamp, to_csv, to_srt, width, wrap
+from vlmds.captioning.outputs import CaptionFile, find_paths, srt_files, timestamp, to_csv, to_srt, width, wrap
 from vlmds.errors import InputError
 
 
@@ -80,7 +80,7 @@ def test_each_video_has_subtitles_under_a_name_that_no_other_has():
 )
 def test_a_target_that_cannot_be_is_refused(out, format, message):
     with pytest.raises(InputError, match=message):
-        find_target(out, format)
+        find_paths(out, format)
 
 
 def test_captions_of_one_name_are_collected_in_one_file():
@@ -90,20 +90,22 @@ def test_captions_of_one_name_are_collected_in_one_file():
         ("x.y.srt", None, "x.y.srt", "x.y.jsonl"),
         ("d", "srt", "d", "d/captions.jsonl"),
     ):
-        target = find_target(out, format)
-        assert (str(target.path), str(target.jsonl)) == (path, jsonl)
-        assert target.folder == (out == "d")
+        paths = find_paths(out, format)
+        assert (str(paths.path), str(paths.jsonl)) == (path, jsonl)
+        assert paths.folder == (out == "d")
 
 
 def test_lines_with_any_character_come_back_and_half_a_line_does_not(tmp_path):
-    file = CaptionFile(find_target(tmp_path / "x.jsonl"))
+    file = CaptionFile(find_paths(tmp_path / "x.jsonl"))
     rows = [record("a", caption="줄\u2028\u0085\x0b바꿈"), record("b")]
     with file.appender(0) as appender:
         appender.add(rows)
     with file.appender(3) as appender:
         appender.add([record("c")])
-    with file.target.jsonl.open("a") as torn:
+    with file.paths.jsonl.open("a") as torn:
         torn.write('{"id": "d", "cap')
-    assert file.read() == [*rows, record("c")]
+    with file.appender(0) as appender:  # after the half line
+        appender.add([record("e")])
+    assert file.read() == [*rows, record("e"), record("c")]
     file.keep(file.read())
-    assert file.read() == [*rows, record("c")] and len(list(tmp_path.iterdir())) == 1
+    assert file.read() == [*rows, record("e"), record("c")] and len(list(tmp_path.iterdir())) == 1

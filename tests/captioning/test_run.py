@@ -12,21 +12,23 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny
 from tests.captioning.conftest import SAYINGS
-from tests.clips import write_manifest, write_video
+from tests.clips import change_size, hold_last_frame, picture, write_animation, write_manifest, write_video
 from tests.training.launch import forked
 from vlmds.captioning import pipeline
 from vlmds.captioning.job import caption_to_file
-from vlmds.captioning.outputs import CaptionFile, find_target
-from vlmds.captioning.pipeline import ahead, caption_records, plan_work
+from vlmds.captioning.outputs import CaptionFile, find_paths
+from vlmds.captioning.pipeline import ahead, caption_records, plan_tasks
 from vlmds.captioning.sources import Item
 from vlmds.cli import main
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader, visual_inputs
 from vlmds.errors import InputError, SampleError
+from vlmds.inference import generation
 from vlmds.inference.generation import GenerationOptions, generate_captions
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.packing.convert import convert_from_options
@@ -51,13 +53,13 @@ def command(artifact, *arguments) -> list[str]:
 def generated(monkeypatch):
     """Sizes of the batches that the model captions."""
     sizes = []
-    original = pipeline.generate_captions
+    original = generation.generate_captions
 
     def counting(model, builder, features, *rest, **more):
         sizes.append(len(features))
         return original(model, builder, features, *rest, **more)
 
-    monkeypatch.setattr(pipeline, "generate_captions", counting)
+    monkeypatch.setattr(generation, "generate_captions", counting)
     return sizes
 
 
@@ -77,11 +79,11 @@ def test_each_window_has_the_caption_of_its_clip(captioner, folder, generated):
     video = str(folder / "c" / "a.mkv")
     found = list(caption_records(captioner, [video], GENERATION, window=1.0, workers=1))
     assert [(r["start"], r["end"]) for r in found] == [(0, 1), (1, 2), (2, 3), (3, 3.1)]
+    assert generated == [4]
     clips = [Clip(video, r["start"], r["end"]) for r in found]
     expected = list(captioner.caption(clips, GENERATION, workers=1))
     assert [r["caption"] for r in found] == expected
     assert all(map(str.startswith, expected[:3], SAYINGS))
-    assert generated == [4]
 
 
 def test_one_bad_frame_costs_one_window(captioner, tmp_path):
@@ -96,6 +98,37 @@ def test_one_bad_frame_costs_one_window(captioner, tmp_path):
     assert [r["start"] for r in found] == [0, 1, 2, 3]
     assert ["caption" in r for r in found] == [True, False, False, True]
     assert "cannot be decoded" in found[1]["error"]
+
+
+def test_animations_pictures_and_a_change_of_size_are_captioned(captioner, artifact, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a.webp", "b.gif", "c.apng"):
+        write_animation(folder / name, [100, 300, 600])
+    Image.fromarray(picture(1, 64, 48)).save(folder / "d.jpg")
+    Image.fromarray(picture(1, 64, 48)).save(folder / "e.png")
+    change_size(tmp_path / "f.webm", "libvpx").rename(folder / "f.webm")
+    out = tmp_path / "captions.jsonl"
+    assert main(command(artifact, "--data", folder, "--out", out)) == 0
+    assert "6 captions" in capsys.readouterr().out
+    rows = lines(out)
+    assert [(row["video"], row["end"]) for row in rows] == [
+        ("a.webp", 1.0),
+        ("b.gif", 1.0),
+        ("c.apng", 1.0),
+        ("d.jpg", 0.04),
+        ("e.png", 0.04),
+        ("f.webm", 4.0),
+    ]
+    named = list(caption_records(captioner, [str(folder / "a.webp")], GENERATION, workers=1))
+    assert [row["caption"] for row in named] == [rows[0]["caption"]]
+
+
+def test_windows_end_where_the_video_ends_with_a_held_frame(captioner, tmp_path):
+    source = write_video(tmp_path / "v.mp4", frames=10, bf="0")
+    path = hold_last_frame(source, tmp_path / "held.mp4", 9.1)
+    found = list(caption_records(captioner, [str(path)], GENERATION, window=4.0, workers=1))
+    assert [(r["start"], r["end"], "caption" in r) for r in found] == [(0, 4, True), (4, 8, True), (8, 10, True)]
 
 
 def test_a_folder_is_captioned_and_what_failed_is_tried_again(artifact, captioner, folder, tmp_path, capsys, generated):
@@ -127,7 +160,7 @@ def test_one_long_video_keeps_all_decoders_busy_and_little_memory():
 
     def sizes(decoders, width=640, items=(item,)):
         facts = {i.id: {"duration": 100.5, "width": width, "height": 360} for i in items}
-        return [len(w.spans) for w in plan_work(items, {}, 1.0, 8, facts, decoders)]
+        return [len(w.spans) for w in plan_tasks(items, {}, 1.0, 8, facts, decoders)]
 
     assert sizes(1) == [32, 32, 32, 4, 1]
     assert sizes(8) == [*[13] * 7, 9, 1]
@@ -136,10 +169,11 @@ def test_one_long_video_keeps_all_decoders_busy_and_little_memory():
     assert max(sizes(8, items=both)) == 26
 
 
-def test_the_watch_hears_of_every_batch(artifact, folder, tmp_path, monkeypatch):
+def test_every_batch_is_reported_to_the_watchdog(artifact, folder, tmp_path, monkeypatch):
     """Or it would end a rank that captions for longer than the timeout."""
     heard = []
-    monkeypatch.setattr(pipeline, "doing", lambda what, keys=(): heard.append((what, len(keys))))
+    for module in (generation, pipeline):
+        monkeypatch.setattr(module, "doing", lambda what, keys=(): heard.append((what, len(keys))))
     caption_to_file(artifact, tmp_path / "x.jsonl", data=str(folder), batch_size=4, **WINDOW)
     assert [n for what, n in heard if what == "captioning"] == [4, 4, 3]
     assert [n for what, n in heard if what == "probing"] == [1] * 4
@@ -150,7 +184,7 @@ def test_progress_is_shown_and_can_be_switched_off(artifact, folder, tmp_path, c
     for shown in (False, True):
         caption_to_file(artifact, tmp_path / f"{shown}.jsonl", data=str(folder), progress=shown, **WINDOW)
         error = capsys.readouterr().err
-        assert ("vlmds: looking at the videos: 4 videos in " in error) == shown, error
+        assert ("vlmds: probing the videos: 4 videos in " in error) == shown, error
         assert bool(re.search(r"vlmds: captioning: 11 clips in .*, 1 failed", error)) == shown
         assert ("vlmds: " in error) == shown, error
 
@@ -162,7 +196,7 @@ class Killed(Exception):
 def test_a_stopped_command_goes_on(artifact, folder, tmp_path, monkeypatch):
     options = {**WINDOW, "data": str(folder), "batch_size": 3}
     caption_to_file(artifact, tmp_path / "whole.jsonl", **options)
-    original, calls = pipeline.generate_captions, []
+    original, calls = generation.generate_captions, []
 
     def stopping(*arguments, **more):
         calls.append(len(arguments[2]))
@@ -170,7 +204,7 @@ def test_a_stopped_command_goes_on(artifact, folder, tmp_path, monkeypatch):
             raise Killed
         return original(*arguments, **more)
 
-    monkeypatch.setattr(pipeline, "generate_captions", stopping)
+    monkeypatch.setattr(generation, "generate_captions", stopping)
     out = tmp_path / "stopped.jsonl"
     with pytest.raises(Killed):
         caption_to_file(artifact, out, **options)
@@ -237,11 +271,11 @@ def test_a_second_command_is_kept_off(artifact, folder, tmp_path, capsys):
     arguments = command(artifact, folder / "a.mp4", "--out", out)
     assert main(arguments) == 0
     settings = json.loads((tmp_path / "captions.settings.json").read_text())
-    with CaptionFile(find_target(out)) as file:
+    with CaptionFile(find_paths(out)) as file:
         file.begin(settings, again=False)
         for more in ([], ["--again"]):
             assert main([*arguments, *more]) == 2
-            assert "another vlmds caption is at it" in capsys.readouterr().err
+            assert "another vlmds caption is writing to it" in capsys.readouterr().err
     assert main(arguments) == 0 and "(1 there before)" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""What is said while something takes long."""
+"""Progress messages."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from vlmds.console.progress import Phase, phase, tell
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """The same in hundredths of the seconds."""
+    """Intervals a hundred times shorter."""
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.02)
     monkeypatch.setattr(progress, "LOG_SECONDS", (0.1, 0.6))
     monkeypatch.setattr(progress, "TERMINAL_SECONDS", 0.005)
@@ -25,7 +25,7 @@ def quick(monkeypatch):
 
 
 class Screen(io.StringIO):
-    """Takes what is printed; set once the text is there."""
+    """Records the output; `there` is set once it has the awaited text."""
 
     def __init__(self, terminal: bool, awaited: str):
         super().__init__()
@@ -53,7 +53,7 @@ def screen(monkeypatch):
     return make
 
 
-def test_a_short_phase_says_nothing(screen, monkeypatch):
+def test_a_short_phase_prints_nothing(screen, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 60)
     log = screen()
     with phase("checking weights", 16.4e9, "bytes"):
@@ -81,18 +81,18 @@ def test_a_phase_without_a_count_shows_its_seconds(screen):
     assert re.fullmatch(r"vlmds: quantising: done in \d+ s", lines[-1])
 
 
-def test_the_rest_and_a_note_follow(screen, monkeypatch):
+def test_the_time_left_and_a_note_follow(screen, monkeypatch):
     monkeypatch.setattr(progress, "duration", lambda seconds: f"{seconds:.0f} s")
     current = Phase("captioning", 40, "clips", left=True)
     monkeypatch.setattr(Phase, "seconds", 30.0)
-    assert current.under_way() == "captioning: 0 of 40 clips, 30 s"
+    assert current.progress_line() == "captioning: 0 of 40 clips, 30 s"
     current.advance(10)
     current.note = "2 failed"
-    assert current.under_way() == "captioning: 10 of 40 clips, 30 s, about 90 s left, 2 failed"
-    assert current.over() == "captioning: 10 clips in 30 s, 2 failed"
+    assert current.progress_line() == "captioning: 10 of 40 clips, 30 s, about 90 s left, 2 failed"
+    assert current.final_line() == "captioning: 10 clips in 30 s, 2 failed"
 
 
-def test_silenced_phases_say_nothing(screen):
+def test_silenced_phases_print_nothing(screen):
     log = screen()
     with progress.silenced(), phase("loading"), progress.silenced(False):
         assert not log.there.wait(0.2)
@@ -101,7 +101,7 @@ def test_silenced_phases_say_nothing(screen):
         assert log.there.wait(30)
 
 
-def test_a_log_gets_ever_fewer_lines(screen, monkeypatch):
+def test_a_log_gets_lines_at_growing_intervals(screen, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 2.0)
     monkeypatch.setattr(progress, "LOG_SECONDS", (10.0, 60.0))
     log, waits = screen(), []
@@ -118,12 +118,12 @@ def test_a_log_gets_ever_fewer_lines(screen, monkeypatch):
     assert len(log.getvalue().splitlines()) == 6
 
 
-def test_on_a_terminal_the_line_stays_in_its_place(screen, capsys):
+def test_on_a_terminal_the_line_is_updated_in_place(screen, capsys):
     terminal = screen(terminal=True, awaited="layers")
     with phase("folding", 36, "layers") as p:
         assert terminal.there.wait(30)
         p.advance(36)
-        tell("another line")  # takes the phase's line away first
+        tell("another line")  # removes the phase's line first
         shown = terminal.getvalue()
     assert "\n" not in shown and shown.count("\r") >= 3
     assert re.search(r"\r +\r$", shown)
@@ -131,7 +131,7 @@ def test_on_a_terminal_the_line_stays_in_its_place(screen, capsys):
     assert capsys.readouterr().out == "another line\n"
 
 
-def test_the_inner_phase_has_the_screen(screen):
+def test_only_the_inner_phase_is_shown(screen):
     log = screen(awaited="inner")
     with phase("outer"):
         time.sleep(0.05)
@@ -160,7 +160,7 @@ def test_a_failure_is_not_reported_as_done(screen):
         ("8", "0", True, f"{platform.node()}: "),
     ],
 )
-def test_who_speaks(screen, monkeypatch, rank, local_rank, each_node, host):
+def test_which_ranks_print(screen, monkeypatch, rank, local_rank, each_node, host):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     log = screen()
@@ -182,9 +182,9 @@ def test_threads_count_together():
     assert p.done == 8000
 
 
-def test_a_terminal_that_is_gone_ends_nothing(monkeypatch):
+def test_a_closed_terminal_raises_nothing(monkeypatch):
     reading, writing = os.pipe()
-    os.close(reading)  # nobody reads any more: writing gives EPIPE
+    os.close(reading)  # the reader is gone: writing gives EPIPE
     with os.fdopen(writing, "w") as gone:
         monkeypatch.setattr(sys, "stderr", gone)
         with phase("loading") as p:

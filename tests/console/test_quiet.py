@@ -1,4 +1,4 @@
-"""What the commands and the Python API print: their own lines, and what somebody can act on."""
+"""Output of the commands and the Python API: their own lines, and messages that a user can act on."""
 
 import json
 import os
@@ -15,13 +15,13 @@ LAUNCHER = re.compile(r"\[[\d :,-]+\] \[(INFO|WARNING)\] \[(runner|launch|real_a
 
 
 def foreign(lines: list[str]) -> list[str]:
-    """Those that are not vlmds's own: progress, which depends on the machine's speed, and warnings."""
+    """Lines that are not vlmds's own progress, which depends on the machine's speed, or its warnings."""
     return [line for line in lines if not line.startswith("vlmds: ")]
 
 
 def screen(*words: str, module: str = "vlmds.cli", **env: str) -> tuple[list[str], list[str]]:
-    """Lines on stdout, and foreign ones on stderr, of `python -m vlmds.cli …`, on a machine whose
-    user has set no variable and has no GPU."""
+    """Lines on stdout, and foreign ones on stderr, of `python -m vlmds.cli …`, on a machine without a
+    GPU whose user has set no variables."""
     found = environment(CUDA_VISIBLE_DEVICES="", **env)
     for name in ("DS_ACCELERATOR", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "PYTHONWARNINGS"):
         if name not in env:
@@ -64,7 +64,7 @@ print(logging.get_verbosity() == logging.WARNING, logging.is_progress_bar_enable
 """
 
 
-def test_the_python_api_is_as_quiet_and_leaves_the_libraries_as_they_were(two_ranks, tmp_path):
+def test_the_python_api_is_quiet_and_restores_the_libraries(two_ranks, tmp_path):
     write_video(tmp_path / "new.mp4")
     out, err = screen(str(two_ranks), str(tmp_path / "new.mp4"), module=NOTEBOOK)
     assert (out, err) == (["1", "True True"], [])
@@ -96,7 +96,7 @@ print(os.environ["TRANSFORMERS_VERBOSITY"])
 """
 
 
-def test_errors_and_warnings_of_unknown_origin_are_heard():
+def test_errors_and_warnings_of_unknown_origin_are_printed():
     out, err = screen(module=HEARD)
     assert [line for line in err if "heard" in line] == [
         "file.py:1: RuntimeWarning: heard: numbers overflow",

@@ -1,11 +1,11 @@
-"""Wording that messages share."""
+"""Wording that messages share: counted nouns, install hints, sizes."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from vlmds.console.text import counted, install_hint
+from vlmds.console.text import counted, install_hint, size_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,8 +29,8 @@ def test_another_plural():
     assert counted(2, "copy", "copies") == "2 copies" and counted(1, "copy", "copies") == "1 copy"
 
 
-def test_no_message_asks_for_a_package_that_is_not_to_be_had():
-    """vlmds is on no package index; only install_hint, in one place, says how its extras come."""
+def test_no_message_names_a_package_that_no_index_has():
+    """vlmds is on no package index; only install_hint says how to install its extras."""
     asked = [
         str(path)
         for path in (ROOT / "vlmds").rglob("*.py")
@@ -39,3 +39,32 @@ def test_no_message_asks_for_a_package_that_is_not_to_be_had():
     assert not asked
     extra = install_hint("serve").rpartition("[")[2].partition("]")[0]
     assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.4, "999 B"),
+        (999.6, "1.00 kB"),
+        (1000, "1.00 kB"),
+        (1530, "1.53 kB"),
+        (9_994, "9.99 kB"),
+        (9_996, "10.0 kB"),
+        (99_940, "99.9 kB"),
+        (99_960, "100 kB"),
+        (999_400, "999 kB"),
+        (999_600, "1.00 MB"),
+        (60_727_000, "60.7 MB"),
+        (6_072_700_000, "6.07 GB"),
+        (9.996e9, "10.0 GB"),
+        (99.96e9, "100 GB"),
+        (999.4e9, "999 GB"),
+        (999.6e9, "1.00 TB"),
+        (2.5e14, "250 TB"),
+        (1.2345e15, "1,234 TB"),
+    ],
+)
+def test_a_size_has_three_digits_and_its_unit(count, text):
+    assert size_text(count) == text

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tests.clips import write_manifest, write_video
-from vlmds.captioning.sources import find_source
+from vlmds.captioning.sources import select_items
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset
 from vlmds.errors import InputError, SampleError
@@ -57,7 +57,7 @@ def test_every_command_says_what_a_url_needs(url, message, manifest, tmp_path, c
     blend = f"data.blend=[{{path: {url}, weight: 1}}]"
     refused(["train", "--exp", "e3", "--set", blend, f"data.cache_dir={tmp_path}"], message, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "m.jsonl"]
-    for call in (as_path, open_dataset, lambda place: find_source([], place)):
+    for call in (as_path, open_dataset, lambda place: select_items([], place)):
         with pytest.raises(InputError) as caught:
             call(url)
         assert message in str(caught.value)

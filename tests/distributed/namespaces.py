@@ -1,8 +1,8 @@
-"""Two machines on one: network namespaces joined by a link that can be cut.
+"""Two simulated machines: network namespaces with a link that can be cut.
 
 `python -m tests.distributed.namespaces FOLDER` (as root) trains across them, cuts the link in both
-stages, once by taking an interface down and once by dropping every packet without a word, starts
-again, and compares with a run on one machine. Addresses exist in the namespaces only.
+stages, once by taking an interface down and once by silently dropping every packet, starts again, and
+compares with a run on one machine. The addresses exist in the namespaces only.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GRACE_SECONDS = 60  # from the run's own timeout to the end of the last process
 
 
 class Unavailable(Exception):
-    """Namespaces cannot be made here; the message says why."""
+    """Namespaces cannot be created here; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def ip(*words: str) -> str:
 
 @contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """The nodes, joined; at the end every process in them is killed and they are gone.
+    """Two connected nodes; at the end all their processes are killed and they are removed.
 
     Raises:
         Unavailable: not root, no iproute2, or a kernel that does not allow it.
@@ -107,7 +107,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
 
 
 def kill_all(node: Node) -> None:
-    """SIGKILL whatever runs in the namespace, launchers and ranks alike."""
+    """SIGKILL all processes in the namespaces, launchers and ranks."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         listed = subprocess.run(["ip", "netns", "pids", node.namespace], capture_output=True, text=True, timeout=20)
@@ -123,12 +123,12 @@ def cut_by_interface(nodes: tuple[Node, Node]) -> None:
     ip("-n", nodes[1].namespace, "link", "set", nodes[1].interface, "down")
 
 
-def mend_interface(nodes: tuple[Node, Node]) -> None:
+def restore_interface(nodes: tuple[Node, Node]) -> None:
     ip("-n", nodes[1].namespace, "link", "set", nodes[1].interface, "up")
 
 
 def cut_silently(nodes: tuple[Node, Node]) -> None:
-    """Frames go to a hardware address that nobody has: links stay up, no error comes back."""
+    """Send frames to a hardware address that does not exist: links stay up, and no error comes back."""
     for node, other in (nodes, nodes[::-1]):
         ip(
             "-n",
@@ -145,19 +145,19 @@ def cut_silently(nodes: tuple[Node, Node]) -> None:
         )
 
 
-def mend_silence(nodes: tuple[Node, Node]) -> None:
+def restore_packets(nodes: tuple[Node, Node]) -> None:
     for node, other in (nodes, nodes[::-1]):
         ip("-n", node.namespace, "neigh", "del", other.address, "dev", node.interface)
 
 
-CUTS = {  # name: (lines of metrics before it, cut, mend)
-    "interface of node 1 down": (8, cut_by_interface, mend_interface),
-    "every packet dropped silently": (30, cut_silently, mend_silence),
+CUTS = {  # name: (lines of metrics before it, cut, restore)
+    "interface of node 1 down": (8, cut_by_interface, restore_interface),
+    "every packet dropped silently": (30, cut_silently, restore_packets),
 }
 
 
 def launch_command(node: Node, launcher: str, hostfile: Path, port: int, script: Path) -> list[str]:
-    """One rank on each of two nodes; launcher "restarts" is torchrun that starts them again."""
+    """One rank on each of two nodes; launcher "restarts" is torchrun with restarts."""
     torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nnodes", "2", "--nproc_per_node", "1"]
     if launcher == "restarts":
         return [
@@ -211,7 +211,7 @@ def launched(
     **env: str,
 ) -> Iterator[list[subprocess.Popen]]:
     """The launcher on each node, with its output in {log}-{rank}.log; all killed at the end. clock:
-    by how much node 1's is wrong, as faketime takes it."""
+    error of node 1's clock, in the format of faketime."""
     with ExitStack() as stack:
         processes = []
         for node in nodes:
@@ -239,8 +239,8 @@ def codes(processes: list[subprocess.Popen], seconds: float) -> list[int]:
     return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
 
 
-def last_words(log: Path) -> list[str]:
-    """What both sides said of their end."""
+def final_reports(log: Path) -> list[str]:
+    """The lines in which both sides report their end."""
     return [
         f"  node {rank}: {line}"
         for rank in (0, 1)
@@ -261,14 +261,14 @@ def same_weights(a: Path, b: Path) -> bool:
 def node_gone(
     folder: Path, models: Path, shards: Path, survivor: int, seconds: float, launcher: str = "torchrun"
 ) -> tuple[int, float, list[str]]:
-    """While the rank on node ``survivor`` is in a wait that no collective sees (as for a GPU), the
-    other node vanishes: no packet passes any more, and all its processes are killed.
+    """While the rank on node ``survivor`` waits outside of collectives (as for a GPU), the other node is
+    lost: no packet passes any more, and all its processes are killed.
 
     Args:
         seconds: training.heartbeat_seconds.
 
     Returns:
-        The survivor's launcher's exit code, seconds from the loss to its end, and the last words.
+        Exit code of the survivor's launcher, seconds from the loss to its end, and the final reports.
 
     Raises:
         Unavailable: see :func:`two_nodes`.
@@ -294,13 +294,13 @@ def node_gone(
         kill_all(nodes[1 - survivor])
         began = time.monotonic()
         code = processes[survivor].wait(seconds + GRACE_SECONDS)
-        return code, time.monotonic() - began, last_words(log)
+        return code, time.monotonic() - began, final_reports(log)
 
 
 def scenario(
     folder: Path, models: Path, shards: Path, launcher: str = "torchrun", cuts: tuple[str, ...] = tuple(CUTS)
 ) -> None:
-    """The whole story, printed; an AssertionError or a TimeoutExpired where it goes wrong.
+    """Run and print the whole scenario. Raises AssertionError or TimeoutExpired if it fails.
 
     Raises:
         Unavailable: see :func:`two_nodes`.
@@ -321,7 +321,7 @@ def scenario(
         train(2, *arguments(models, shards, whole, *settings))
         print(f"undisturbed, on one machine: exit code 0, {len(metrics(whole))} lines of metrics")
         for number, what in enumerate(cuts):
-            lines, sever, mend = CUTS[what]
+            lines, sever, restore = CUTS[what]
             log = folder / f"cut{number}"
             with launched(nodes, launcher, log, 29502 + number, arguments(models, shards, cut, *settings)) as processes:
                 until_lines(cut, lines, *processes)
@@ -329,21 +329,21 @@ def scenario(
                 began = time.monotonic()
                 ends = codes(processes, TIMEOUT_MINUTES * 60 + GRACE_SECONDS)
                 taken = time.monotonic() - began
-            said = last_words(log)
+            said = final_reports(log)
             print(
                 f"{what}, after {len(metrics(cut))} lines: exit codes {ends[0]} and {ends[1]} "
                 f"after {taken:.1f} s\n" + "\n".join(said)
             )
-            assert all(ends), "a side ended as if nothing had happened"
+            assert all(ends), "a side ended with exit code 0"
             for rank in (0, 1):
                 assert any(line.startswith(f"  node {rank}: vlmds: rank {rank}: ") for line in said)
-            mend(nodes)
+            restore(nodes)
         with launched(nodes, launcher, folder / "last", 29504, arguments(models, shards, cut, *settings)) as processes:
-            assert codes(processes, START_SECONDS) == [0, 0], last_words(folder / "last")
+            assert codes(processes, START_SECONDS) == [0, 0], final_reports(folder / "last")
     assert metrics(cut) == metrics(whole)
     assert same_weights(cut, whole)
     print(
-        "link mended, started again: exit codes 0 and 0; metrics and weights equal the undisturbed run's, bit for bit"
+        "link restored, started again: exit codes 0 and 0; metrics and weights equal the undisturbed run's, bit for bit"
     )
 
 

@@ -1,7 +1,7 @@
-"""launch/train.py, or faulty.py if VLMDS_TEST_FAULT is set, each rank of which takes itself for the
-first one of a node of its own.
+"""launch/train.py, or faulty.py if VLMDS_TEST_FAULT is set, in which each rank believes it is
+the only one of its node.
 
-VLMDS_TEST_NODES is JSON: arguments that rank 1 alone gets, too.
+VLMDS_TEST_NODES is JSON: additional arguments of rank 1.
 """
 
 import json

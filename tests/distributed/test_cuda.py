@@ -1,5 +1,4 @@
-"""GPUs that are there but cannot be used, and what is set before CUDA starts. Nothing here needs a
-GPU, but for the marked tests."""
+"""Unusable GPUs, and settings that are made before CUDA starts. Only the marked tests need a GPU."""
 
 import os
 import re
@@ -20,7 +19,7 @@ from vlmds.distributed.ranks import join
 from vlmds.errors import InputError
 from vlmds.inference.video_captioner import choose_device
 
-VERSIONS = {  # as NVIDIA's modules write them, the proprietary and the open one
+VERSIONS = {  # as written by NVIDIA's modules, the proprietary and the open one
     "535.104.05": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC "
     "2023\nGCC version:  gcc version 11.4.0 (Ubuntu 11.4.0-1ubuntu1~22.04)\n",
     "570.124.06": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  "
@@ -31,13 +30,13 @@ needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU tha
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """One whose device files and driver lie in a folder; the first driver of VERSIONS."""
+    """A machine whose device files and driver are in a folder; with the first driver of VERSIONS."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(cuda, "DEVICES", str(tmp_path / "nvidia[0-9]*"))
     monkeypatch.setattr(cuda, "DRIVER", tmp_path / "version")
     (tmp_path / "version").write_text(VERSIONS["535.104.05"])
-    (tmp_path / "nvidiactl").touch()  # there without a GPU, too
+    (tmp_path / "nvidiactl").touch()  # exists without a GPU, too
     return tmp_path
 
 
@@ -72,7 +71,7 @@ def test_unusable_gpus_are_named_with_both_versions(machine, monkeypatch):
 BROKEN = """
 import sys
 from pathlib import Path
-from vlmds import cuda
+from vlmds.distributed import cuda
 cuda.DEVICES, cuda.DRIVER = sys.argv.pop(1), Path(sys.argv.pop(1))
 from vlmds.cli import main
 sys.exit(main())
@@ -97,7 +96,7 @@ def on_broken_machine(machine, *words, **more):
 
 
 @needs_none
-def test_training_is_refused_there(machine, models, shards):
+def test_training_is_refused_with_unusable_gpus(machine, models, shards):
     run = machine / "run"
     done = on_broken_machine(machine, "train", *arguments(models, shards, run))
     said = [line for line in PROGRESS.sub("", done.stderr).splitlines() if line.startswith("vlmds: ")]
@@ -106,7 +105,7 @@ def test_training_is_refused_there(machine, models, shards):
 
 
 @needs_none
-def test_the_doctor_says_the_same(machine, models):
+def test_the_doctor_reports_unusable_gpus(machine, models):
     done = on_broken_machine(
         machine, "doctor", "--output", str(machine), "--seconds", "20", "--set", *tiny.settings(models), *tiny.RESAMPLER
     )
@@ -123,10 +122,10 @@ def test_the_doctor_says_the_same(machine, models):
     "visible", ["GPU-8dd1cb53-6a2a-4d2c-9a5c-5c9e7a3d5c11", "MIG-8dd1cb53-6a2a-5d2c-9a5c-5c9e7a3d5c11", "1,0"]
 )
 def test_free_memory_does_not_depend_on_how_gpus_are_named(monkeypatch, visible):
-    """What DeepSpeed asks while it builds its ZeRO optimizer."""
+    """DeepSpeed asks for it when it builds its ZeRO optimizer."""
     asked = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr("deepspeed.accelerator.cuda_accelerator.pynvml", object())  # is installed
+    monkeypatch.setattr("deepspeed.accelerator.cuda_accelerator.pynvml", object())  # as if it were installed
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (7, 9))
     accelerator = CUDA_Accelerator()
     free_memory_from_cuda(accelerator)
@@ -144,7 +143,7 @@ def test_free_memory_is_that_of_the_gpu():
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_the_process_group_is_bound_to_the_ranks_gpu(monkeypatch, launcher, ranks):
-    """Under either launcher; only the call that needs eight GPUs is not made. One rank needs none."""
+    """Under both launchers; only the call that needs eight GPUs is replaced. One rank needs no binding."""
     calls = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **named: calls.append(named))
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
@@ -171,14 +170,14 @@ def test_the_process_group_is_bound_to_the_ranks_gpu(monkeypatch, launcher, rank
         ["serve", "--run", "none"],
     ],
 )
-def test_segments_grow_unless_the_user_chose(monkeypatch, words):
+def test_segments_grow_unless_the_user_set_them(monkeypatch, words):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     for chosen in (None, *names):
         for name in names:
-            monkeypatch.setenv(name, "")  # so that it is as it was after the test
+            monkeypatch.setenv(name, "")  # restored after the test
             monkeypatch.delenv(name)
         if chosen:
             monkeypatch.setenv(chosen, "max_split_size_mb:64")
-        assert main(words) == 2  # there is no such experiment, no such run
+        assert main(words) == 2  # no such experiment, no such run
         expected = (chosen, "max_split_size_mb:64") if chosen else (names[0], "expandable_segments:True")
         assert [(n, os.environ[n]) for n in names if n in os.environ] == [expected]

@@ -1,4 +1,4 @@
-"""Launchers, and what they make of ranks and links that die."""
+"""Launchers: restarts, exit codes, and lost ranks and links."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def until(condition, process):
 
 
 def test_torchrun_starts_again_after_a_rank_was_killed(models, shards, two_ranks, tmp_path):
-    """Within one torchrun; the restart goes on from a checkpoint."""
+    """Within one torchrun; the restart resumes from a checkpoint."""
     run = tmp_path / "run"
     process = launch(tmp_path, "--max-restarts", "1", str(SCRIPT), *arguments(models, shards, run))
     try:
@@ -91,18 +91,18 @@ def test_torchrun_starts_again_on_both_of_two_nodes(models, shards, two_ranks, t
 
 
 def settled(*words):
-    """launch/torchrun.py's options as torch gets them."""
+    """Options that launch/torchrun.py passes to torch."""
     launcher = runpy.run_path(str(ROOT / "launch" / "torchrun.py"))
     args = launcher["run"].parse_args([*words, "script.py"])
     launcher["settle_rendezvous"](args)
     return args.local_addr, args.rdzv_conf
 
 
-def test_options_of_the_rendezvous_that_were_given_stand():
+def test_given_options_of_the_rendezvous_are_kept():
     c10d = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:29500"]
     assert settled("--nnodes", "2", "--master_addr", "127.0.0.1") == (None, "")
     assert settled("--nnodes", "2", *c10d) == (None, "keep_alive_max_attempt=100000000")
-    assert settled("--nnodes", "1:2", *c10d) == (None, "")  # there, who is dead must be known
+    assert settled("--nnodes", "1:2", *c10d) == (None, "")  # dead nodes must be noticed here
     given = ("10.0.0.7", "join_timeout=9,keep_alive_max_attempt=3")
     assert settled("--local-addr", given[0], "--rdzv-conf", given[1], *c10d) == given
 
@@ -117,8 +117,8 @@ time.sleep({sleep}); sys.exit({code})
 
 @pytest.mark.parametrize(("name", "expect"), [("SIGTERM", 3), ("SIGUSR1", 3), (None, 2), (None, 3)])
 def test_the_exit_code_of_the_ranks_is_kept(tmp_path, name, expect):
-    """Stopped ranks are waited for. Neither they nor those with bad input are started again
-    although restarts are left."""
+    """The launcher waits for stopped ranks. It restarts neither them nor those with bad input, although
+    restarts are left."""
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(name=name or "SIGTERM", sleep=TIMEOUT if name else 0, code=expect))
     process = launch(tmp_path, "--max-restarts", "3", str(script), str(tmp_path))
@@ -147,7 +147,7 @@ def node(tmp_path, rank, port, *words):
     )
 
 
-def test_what_only_another_node_finds_is_told_there(tmp_path):
+def test_a_problem_of_another_node_is_reported_there(tmp_path):
     process = node(tmp_path, 1, str(free_port()), "--exp", str(tmp_path / "e7.yaml"))
     try:
         assert process.wait(TIMEOUT) == 2
@@ -167,12 +167,12 @@ def test_nodes_with_different_experiments_are_refused(models, shards, tmp_path):
     finally:
         for process in nodes:
             kill_tree(process)
-    told = [(tmp_path / f"node{rank}.err").read_text() for rank in (0, 1)]
-    assert "--exp: stages.1.lr 0.1 and 0.2 on ranks 0 and 1; give all nodes the same" in told[0]
-    assert "stages.1.lr" not in told[1] and not (tmp_path / "run").exists()
+    printed = [(tmp_path / f"node{rank}.err").read_text() for rank in (0, 1)]
+    assert "--exp: stages.1.lr 0.1 and 0.2 on ranks 0 and 1; give all nodes the same" in printed[0]
+    assert "stages.1.lr" not in printed[1] and not (tmp_path / "run").exists()
 
 
-def test_a_link_cut_silently_ends_both_sides_and_the_run_goes_on(models, shards, tmp_path):
+def test_a_silently_cut_link_ends_both_sides_and_the_run_resumes(models, shards, tmp_path):
     try:
         namespaces.scenario(tmp_path, models, shards, cuts=("every packet dropped silently",))
     except namespaces.Unavailable as problem:

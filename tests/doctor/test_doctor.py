@@ -1,4 +1,4 @@
-"""The doctor on real ranks, healthy and with something wrong."""
+"""`vlmds doctor` on real ranks, without and with faults."""
 
 import os
 import re
@@ -13,9 +13,18 @@ import torch
 
 from tests import tiny
 from tests.training.launch import ROOT, environment, forked, free_port, kill_tree
-from vlmds.doctor.cluster import judge_decoding, judge_link, step_rate, within
+from vlmds.doctor.cluster import findings_within, judge_decoding, judge_link, step_rate
 from vlmds.doctor.network import Measure
-from vlmds.doctor.node import FAILED, OK, WARNING, Patient, check_accelerator, check_dataset, check_disk, check_limits
+from vlmds.doctor.node import (
+    FAILED,
+    OK,
+    WARNING,
+    CheckContext,
+    check_accelerator,
+    check_dataset,
+    check_disk,
+    check_limits,
+)
 from vlmds.experiments.reading import load_experiment
 from vlmds.planning.cards import find_card
 
@@ -56,8 +65,8 @@ def command(node, port, models, shards, output, *more):
 
 
 def examine(models, shards, outputs, *more, environments=({}, {}), wrap=()):
-    """Two nodes of one rank; returns their exit codes and what rank 0 printed. wrap: what runs the
-    second node's command."""
+    """Two nodes of one rank; returns their exit codes and the output of rank 0. wrap: a command that runs
+    that of the second node."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -95,8 +104,7 @@ def test_two_healthy_nodes(models, shards, tmp_path):
 
 
 def test_every_fault_is_named(models, shards, tmp_path):
-    """Another version, another folder and another time on the second node, and more speed wanted
-    than there is."""
+    """The second node has another version, output folder and time; --wanted is more than it can decode."""
     other = tmp_path / "packages" / "av-9.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: av\nVersion: 9.9\n")
@@ -124,8 +132,8 @@ def test_every_fault_is_named(models, shards, tmp_path):
         ), printed
 
 
-def patient(models, output, *overrides):
-    return Patient(
+def context(models, output, *overrides):
+    return CheckContext(
         load_experiment("e3", [*tiny.settings(models), *overrides]),
         output,
         seconds=5,
@@ -138,12 +146,12 @@ def patient(models, output, *overrides):
 
 
 def finding(check, *arguments, seconds=20):
-    """The worst of what the check finds, within its time."""
-    return max(within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
+    """The most severe finding of the check."""
+    return max(findings_within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
 
 
 def alone(tmp_path, *words, before=(), **variables):
-    """`vlmds doctor` as a plain process; its exit code and output."""
+    """`vlmds doctor` as a plain process: exit code and output."""
     done = subprocess.run(
         [*before, sys.executable, str(ROOT / "launch" / "doctor.py"), *words],
         cwd=tmp_path,
@@ -155,7 +163,7 @@ def alone(tmp_path, *words, before=(), **variables):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_one_machine_with_everything_wrong(models, shards, tmp_path):
+def test_one_machine_with_all_faults(models, shards, tmp_path):
     """Few open files, little shared memory, a disk that does not answer, a damaged shard."""
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
@@ -188,7 +196,7 @@ def test_one_machine_with_everything_wrong(models, shards, tmp_path):
         (
             "limits: only 100 open files; ulimit -n",
             "memory: 0.00 GiB free in /dev/shm, readers",
-            "output: no answer within 10 s; a disk",
+            "output: no answer within 10 s; check whether a disk",
             "dataset:",
             "decoding:",
         ),
@@ -201,21 +209,21 @@ def test_one_machine_with_everything_wrong(models, shards, tmp_path):
 SLOW = """
 from pathlib import Path
 import torch
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.doctor.cluster import check_links
-from vlmds.doctor.node import Patient
+from vlmds.doctor.node import CheckContext
 from vlmds.distributed.ranks import init_distributed, is_main
 
 init_distributed(1)
-found = check_links(Patient(load_experiment("e3"), Path(), 0.001, 1, None, torch.device("cpu"),
+found = check_links(CheckContext(load_experiment("e3"), Path(), 0.001, 1, None, torch.device("cpu"),
                             [0, 1], ["a", "b"]))
 if is_main():
     print(found[0].level, found[0].text, found[0].fix, flush=True)
 """
 
 
-def test_a_link_without_an_answer_in_time_is_told(tmp_path):
-    """For real: no link moves 16 MiB in a millisecond, and some do not even connect in one."""
+def test_a_link_that_misses_its_timeout_is_reported(tmp_path):
+    """No link transfers 16 MiB in a millisecond, and some do not even connect in that time."""
     port = str(free_port())
     ranks = [
         subprocess.Popen(
@@ -241,16 +249,16 @@ HUNG = """
 import os, time
 from pathlib import Path
 import torch
-from vlmds import doctor_network
-from vlmds.experiments.schema import load_experiment
+from vlmds.doctor import network
+from vlmds.experiments.reading import load_experiment
 from vlmds.doctor.cluster import check_links
-from vlmds.doctor.node import Patient
+from vlmds.doctor.node import CheckContext
 from vlmds.distributed.ranks import init_distributed, is_main
 
 init_distributed(4 * 0.5 / 60, probing=True)
-doctor_network._all_reduce_rate = lambda *_: time.sleep(3600)  # as NCCL waits for a connection
+network._all_reduce_rate = lambda *_: time.sleep(3600)  # as NCCL waits for a connection
 for _ in range(2):  # and the next check finds all ranks together
-    found = check_links(Patient(load_experiment("e3"), Path(), 0.5, 1, None, torch.device("cpu"),
+    found = check_links(CheckContext(load_experiment("e3"), Path(), 0.5, 1, None, torch.device("cpu"),
                                 [0, 1, 2], ["a", "b", "c"]))
     if is_main():
         for one in found:
@@ -261,8 +269,8 @@ os._exit(0)
 
 
 def test_a_link_that_never_answers_is_reported(tmp_path):
-    """As NCCL's, which has no timeout while it connects. All of them together take longer than the
-    watchdog gives to one."""
+    """NCCL, for one, has no timeout while it connects. All links together take longer than the watchdog
+    allows for one."""
     script = tmp_path / "rank.py"
     script.write_text(HUNG)
     printed = forked(3, str(script), log=tmp_path / "log")
@@ -271,7 +279,7 @@ def test_a_link_that_never_answers_is_reported(tmp_path):
     assert printed.count("NCCL raises: 1") == 3, printed
 
 
-def test_a_slow_link_is_held_against_the_others():
+def test_a_slow_link_is_compared_with_the_others():
     links = [Measure("pair", name, rate) for name, rate in (("a and b", 10.0), ("b and c", 4.9))]
     good, slow = (judge_link(link, links) for link in links)
     assert (good.level, slow.level) == (OK, WARNING)
@@ -279,58 +287,58 @@ def test_a_slow_link_is_held_against_the_others():
 
 
 @pytest.mark.parametrize(("total", "level"), [(130, OK), (110, WARNING), (90, FAILED)])
-def test_decoding_is_held_against_what_is_wanted(total, level):
+def test_decoding_is_compared_with_the_wanted_rate(total, level):
     found = judge_decoding(total, 100, "all")
     assert (found.level, found.text) == (level, "all, 100 wanted")
     assert bool(found.fix) == (level != OK)
 
 
-def test_without_a_wish_decoding_is_held_against_the_gpus(shards):
-    """At full size: with tiny models each card waits for the host alike."""
-    found = judge_decoding(90, 100, "all", guessed=True)
-    assert (found.level, found.text) == (WARNING, "all, 100 predicted of the GPUs")
+def test_decoding_is_compared_with_the_predicted_rate_of_the_gpus(shards):
+    """At full size: with tiny models every card waits for the host."""
+    found = judge_decoding(90, 100, "all", predicted=True)
+    assert (found.level, found.text) == (WARNING, "all, 100 predicted for the GPUs")
     rates = [step_rate(load_experiment("e3", [f"data.path={shards}"]), find_card(card)) for card in ("b200", "rtx4090")]
     assert rates[0] > rates[1] > 0
 
 
-def test_limits_warn_before_they_hurt(models, tmp_path):
+def test_low_limits_give_a_warning_first(models, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
-        found = finding(check_limits, patient(models, tmp_path))
+        found = finding(check_limits, context(models, tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (found.level, found.text) == (WARNING, "only 1,024 open files")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_machine_without_a_gpu_is_warned_of(models, tmp_path, monkeypatch):
+def test_a_machine_without_a_gpu_gives_a_warning(models, tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    found = finding(check_accelerator, patient(models, tmp_path))
+    found = finding(check_accelerator, context(models, tmp_path))
     assert found.level == WARNING and "no GPU found" in found.text
 
 
-def test_the_output_is_no_folder_or_too_small(models, tmp_path):
+def test_the_output_is_not_a_folder_or_too_small(models, tmp_path):
     (tmp_path / "file").touch()
-    found = finding(check_disk, patient(models, tmp_path / "file" / "runs"))
+    found = finding(check_disk, context(models, tmp_path / "file" / "runs"))
     assert found.level == FAILED and found.text.startswith("NotADirectoryError: ")
-    found = finding(check_disk, patient(models, tmp_path, "training.keep_checkpoints=100000000"))
+    found = finding(check_disk, context(models, tmp_path, "training.keep_checkpoints=100000000"))
     assert found.level == FAILED and "100000002 checkpoints of each stage of e3 need" in found.text
     assert "training.keep_checkpoints" in found.fix
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_data_not_given_or_cut_short(models, shards, tmp_path):
-    found = finding(check_dataset, patient(models, tmp_path))
+    found = finding(check_dataset, context(models, tmp_path))
     assert (found.level, found.text) == (WARNING, "not checked")
     cut = tmp_path / "cut"
     shutil.copytree(shards, cut)
     os.truncate(cut / "train" / "000001.tar", 1000)
-    found = finding(check_dataset, patient(models, tmp_path, f"data.path={cut}"))
+    found = finding(check_dataset, context(models, tmp_path, f"data.path={cut}"))
     assert found.level == FAILED and "000001.tar" in found.text
 
 
-def test_a_node_that_never_comes_is_told(models, tmp_path):
+def test_a_node_that_never_joins_is_reported(models, tmp_path):
     code, printed = alone(
         tmp_path,
         "--seconds",
@@ -347,7 +355,7 @@ def test_a_node_that_never_comes_is_told(models, tmp_path):
     assert "FAILED   ranks: rank 0 cannot join the others at 127.0.0.1: " in printed
 
 
-def test_a_node_that_goes_is_told(models, shards, tmp_path):
+def test_a_node_that_is_lost_is_reported(models, shards, tmp_path):
     port = str(free_port())
     words = [
         sys.executable,
@@ -383,4 +391,4 @@ def test_a_node_that_goes_is_told(models, shards, tmp_path):
         for process in (first, second):
             kill_tree(process)
     failed = [line for line in printed if line.startswith("FAILED")]
-    assert code == 2 and len(failed) == 1 and "rank 0 has lost the others: " in failed[0], printed
+    assert code == 2 and len(failed) == 1 and "rank 0 lost the connection to the others: " in failed[0], printed

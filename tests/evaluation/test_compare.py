@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from tests.evaluation.conftest import make_run
+from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.evaluation import compare as module
 from vlmds.evaluation.compare import compare, factors, holm, verdict
 from vlmds.evaluation.evaluate import evaluate_run
+from vlmds.evaluation.report import write_report
 from vlmds.evaluation.runs import group_runs, load_run
-from vlmds.evaluation.words import words_told
+from vlmds.evaluation.words import found_words, word_accuracy
+from vlmds.experiments.schema import PROJECTORS
 from vlmds.inference.generation import GenerationOptions
 
 
@@ -229,14 +232,60 @@ def test_one_run_alone(runs):
     assert found["verdict"]["best"] == "e3" and found["verdict"]["runner_up"] is None
 
 
-def test_words_told_right_against_the_most_frequent_answer():
+def test_word_accuracy_against_the_most_frequent_answer():
     references = [["공이 왼쪽으로 갑니다", "왼쪽에 공"], ["공이 오른쪽으로"], ["공이 위로"], ["강아지"], ["왼쪽으로"]]
     captions = [["왼쪽으로 갑니다", "오른쪽", "아래로", "왼쪽", "왼쪽 오른쪽"], ["왼쪽"] * 5, [""] * 5]
-    found = words_told(captions, references, ["왼쪽", "오른쪽", "위", "아래"])
+    found = word_accuracy(captions, references, ["왼쪽", "오른쪽", "위", "아래"])
     assert found["clips"] == 4 and found["chance"] == 50
     assert [v["value"] for v in found["values"]] == [50, 50, 0]
     assert 0 <= found["values"][0]["low"] < 50 < found["values"][0]["high"] <= 100
-    assert words_told(captions, references, ["없는"]) is None
+    assert word_accuracy(captions, references, ["없는"]) is None
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_words_are_matched_as_words_and_not_as_beginnings(installed, monkeypatch):
+    """With Kiwi, and by particles without it."""
+    if not installed:
+        monkeypatch.setattr("vlmds.evaluation.words.morphemes", lambda: None)
+    texts = ["위험한 길", "공이 위로 갑니다.", "상자 위에서도", "위.", "오른쪽으로", "왼쪽과 오른쪽에서"]
+    assert [[*found_words(text, ["위", "왼쪽"])] for text in texts] == [[], ["위"], ["위"], ["위"], [], ["왼쪽"]]
+
+
+def test_runs_whose_folders_have_the_same_name_have_longer_names(runs, tmp_path):
+    paths = []
+    for number, exp in enumerate(("e3", "e4")):
+        paths.append(tmp_path / str(number) / "run")
+        shutil.copytree(runs[exp], paths[-1])
+    file = paths[0] / "evaluation" / "val" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["settings"]["prompt"] = "무엇?"
+    file.write_text(json.dumps(metrics))
+    loaded = [load_run(path) for path in paths]
+    found = compare(loaded)
+    assert [row["name"] for row in found["table"]] == ["0/run", "1/run"]
+    assert any("differ in prompt: 0/run: 무엇?; 1/run: " in w["en"] for w in found["warnings"])
+    write_report(tmp_path / "r.html", loaded, found)
+    assert '"groups":["0/run","1/run"]' in (tmp_path / "r.html").read_text("utf-8")
+    for path in paths:
+        record = json.loads((path / "run.json").read_text())
+        (path / "run.json").write_text(json.dumps(record | {"id": "0123abcd"}))
+    assert any("same run more than once: 0/run, 1/run" in w["en"] for w in compare(loaded)["warnings"])
+
+
+def test_a_fifth_projector_appears_by_its_registration(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROJECTORS, "fifth", PROJECTORS["linear"])
+    loaded = [load_run(path) for path in runs.values()]
+    found = compare(loaded)
+    assert "fifth + lora" in found["factors"]["missing"]
+    write_report(tmp_path / "r.html", loaded, found)
+    assert "<td>fifth</td>" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_the_command_lists_as_tied_others_than_the_best(runs, tmp_path, capsys):
+    for chosen, tied in (([runs["e3"]], False), ([runs["e3"], *copies({"copy": runs["e3"]}, tmp_path)], True)):
+        assert main(["compare", *map(str, chosen), "-o", str(tmp_path / "r.html")]) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.endswith("; statistically tied with it: copy") if tied else "tied" not in line
 
 
 def test_words_that_no_reference_has_are_refused(runs):

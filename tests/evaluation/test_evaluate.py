@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.evaluation.conftest import SAYINGS
-from tests.training.launch import forked
+from tests.evaluation.conftest import SAYINGS, make_run
+from tests.training.launch import TIMEOUT, fork, forked, kill_tree
 from vlmds.cli import main
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
@@ -21,8 +22,10 @@ from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset, read_evalua
 from vlmds.evaluation.scoring import ClipText, evaluated_positions, read_text, swap_videos
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.files import sha256_of
-from vlmds.inference.generation import GenerationOptions
+from vlmds.inference import generation
+from vlmds.inference.options import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.models.artifact import weights_sha256
 
 GENERATION = GenerationOptions(max_new_tokens=8)
 OPTIONS = dict(generation=GENERATION)
@@ -139,7 +142,7 @@ def test_a_gap_beyond_noise_gives_no_warning():
     records = [{"real": [-2.0 - i / 90, 2], "blank": [-6.0, 2]} for i in range(30)]
     captions = [t.captions[0] for t in texts]
     swapped = swap_videos(texts)
-    found = evaluate.looking(
+    found = evaluate.blind_tests(
         texts,
         records,
         captions,
@@ -151,10 +154,10 @@ def test_a_gap_beyond_noise_gives_no_warning():
     assert found["loss"]["blank"]["gap"] == pytest.approx(3 - np.mean([1 + i / 180 for i in range(30)]))
 
 
-def test_the_watch_hears_of_every_batch(run, tmp_path, monkeypatch):
+def test_every_batch_is_reported_to_the_watchdog(run, tmp_path, monkeypatch):
     """Or it would end a rank that evaluates for longer than the timeout."""
     heard = []
-    monkeypatch.setattr(evaluate, "doing", lambda what, keys: heard.append(len(keys)))
+    monkeypatch.setattr(generation, "doing", lambda what, keys=(): heard.append(len(keys)) if keys else None)
     evaluate_run(run, output=tmp_path / "val", batch_size=4, **OPTIONS)
     assert heard == [4, 4, 3]
 
@@ -178,11 +181,11 @@ def test_goes_on_where_it_was_stopped(result, run, tmp_path, monkeypatch, capsys
     scored = []
     original = evaluate.ClipScorer.score
 
-    def score(self, texts, frames):
+    def score(self, texts, batch):
         scored.append([t.position for t in texts])
         if len(scored) == 3:
             raise Killed
-        return original(self, texts, frames)
+        return original(self, texts, batch)
 
     monkeypatch.setattr(evaluate.ClipScorer, "score", score)
     with pytest.raises(Killed):
@@ -200,12 +203,65 @@ def test_goes_on_where_it_was_stopped(result, run, tmp_path, monkeypatch, capsys
     evaluate_run(run, output=output, batch_size=2, **OPTIONS)
 
 
-def test_other_settings_start_anew(run, tmp_path):
-    one = evaluate_run(run, output=tmp_path / "val", generation=GenerationOptions(max_new_tokens=2))
-    short = [line["caption"] for line in read_evaluation(one)[1]]
-    two = evaluate_run(run, output=tmp_path / "val", **OPTIONS)
-    assert [len(text.split()) for text in short] == [2] * 11
-    assert [len(line["caption"].split()) for line in read_evaluation(two)[1]] == [8] * 11
+def lengths(folder):
+    return [len(line["caption"].split()) for line in read_evaluation(folder)[1]]
+
+
+def test_other_settings_stand_beside_a_finished_evaluation_or_replace_it_when_told(models, shards, tmp_path):
+    run = make_run(models, shards, tmp_path / "e8", "e8")
+    short = GenerationOptions(max_new_tokens=2)
+    one = evaluate_run(run, clips=2, generation=short)
+    with pytest.raises(InputError, match=r"max_new_tokens 2 -> 8\); choose another place with --as NAME"):
+        evaluate_run(run, clips=2, **OPTIONS)
+    assert lengths(one) == [2, 2]
+    beside = evaluate_run(run, clips=2, name="long", **OPTIONS)
+    assert beside == run / "evaluation" / "long" and lengths(beside) == [8, 8] and lengths(one) == [2, 2]
+    assert lengths(evaluate_run(run, clips=2, again=True, **OPTIONS)) == [8, 8]
+    for bad in (dict(name="a/b"), dict(name=".."), dict(name="x", output=tmp_path / "x")):
+        with pytest.raises(InputError, match="--as "):
+            evaluate_run(run, **bad)
+
+
+def test_newer_weights_replace_an_evaluation_and_another_spelling_of_the_path_does_not(
+    models, shards, tmp_path, monkeypatch
+):
+    run = make_run(models, shards, tmp_path / "e8", "e8")
+    folder = evaluate_run(run, clips=2, **OPTIONS)
+    monkeypatch.chdir(tmp_path)
+    before = (folder / "metrics.json").stat().st_mtime_ns
+    evaluate_run("e8", clips=2, **OPTIONS)
+    assert (folder / "metrics.json").stat().st_mtime_ns == before
+    shutil.rmtree(run / "artifacts")
+    make_run(models, shards, run, "e8", seed=6)
+    evaluate_run(run, clips=2, **OPTIONS)
+    settings = read_evaluation(folder)[0]["settings"]
+    assert settings["weights_sha256"] == weights_sha256(run / "artifacts" / "finetune")
+
+
+@pytest.mark.parametrize(("clips", "references"), [(1, None), (4, "빨간 원이 위로 움직입니다.")])
+def test_undefined_metrics_are_shown_as_undefined(models, shards, tmp_path, capsys, monkeypatch, clips, references):
+    """One clip; or the same references for all."""
+    if references:
+        monkeypatch.setattr(
+            evaluate, "read_text", lambda reader, p: replace(read_text(reader, p), captions=[references])
+        )
+    run = make_run(models, shards, tmp_path / "e8", "e8")
+    assert main(["evaluate", "--run", str(run), "--clips", str(clips), "--max-new-tokens", "4"]) == 0
+    printed = capsys.readouterr().out
+    table = {line.split()[0]: line for line in printed.splitlines()}
+    assert "undefined" in table["cider_d@morpheme"] and "undefined" in table["cider_d@char"]
+    assert "nan" not in printed and (clips > 1) == ("…" in printed)
+    metrics = read_evaluation(run / "evaluation" / "val")[0]
+    assert metrics["undefined"] == ["cider_d@morpheme", "cider_d@char"] and "chrf++@char" in metrics["metrics"]
+    out = tmp_path / "report.html"
+    code = main(["compare", str(run), "-o", str(out), "--csv", str(tmp_path / "t.csv")])
+    if clips == 1:
+        assert code == 2 and "only one clip was evaluated" in capsys.readouterr().err
+        return
+    assert code == 0
+    assert "cider_d@morpheme, cider_d@char" in out.read_text("utf-8") and "NaN" not in (tmp_path / "t.csv").read_text()
+    assert main(["compare", str(run), "-o", str(out), "--metric", "cider_d@char"]) == 2
+    assert "--metric cider_d@char: undefined" in capsys.readouterr().err
 
 
 @pytest.mark.distributed
@@ -228,6 +284,30 @@ def test_two_ranks_equal_one(result, run, tmp_path):
     assert printed.count("saved: ") == 1 and "cider_d@morpheme" in printed
     same(result, tmp_path / "val")
     assert read_evaluation(tmp_path / "val")[0]["timing"]["ranks"] == 2
+
+
+KILLED = """
+import os, signal, sys
+from vlmds.cli import main
+from vlmds.evaluation.scoring import ClipScorer
+if os.environ["RANK"] == "1":
+    ClipScorer.batches = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(main(["evaluate", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_is_reported_in_one_line(run, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(KILLED)
+    process = fork(2, str(script), "--run", str(run), "--output", str(tmp_path / "val"), log=tmp_path / "log")
+    try:
+        assert process.wait(TIMEOUT) != 0
+    finally:
+        kill_tree(process)
+    printed = (tmp_path / "log.err").read_text()
+    assert "vlmds: rank 0: rank 1 died" in printed and "run the same command again to continue" in printed, printed
+    assert "Traceback" not in printed, printed
 
 
 def test_an_unreadable_clip_is_counted_and_not_replaced(run, shards, tmp_path):
@@ -304,8 +384,6 @@ def test_bad_input_is_one_line(run, arguments, message, capsys):
 
 
 def test_the_command_prints_a_table_and_saves_beside_the_run(models, shards, tmp_path, capsys):
-    from tests.evaluation.conftest import make_run
-
     run = make_run(models, shards, tmp_path / "e8", "e8")
     assert main(["evaluate", "--run", str(run), "--clips", "4", "--max-new-tokens", "6"]) == 0
     printed = capsys.readouterr().out

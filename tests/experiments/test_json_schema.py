@@ -1,4 +1,4 @@
-"""The JSON Schema and docs/configuration.md, which are generated from the models of config.py."""
+"""The JSON Schema and docs/configuration.md, which are generated from the models of schema.py."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_mistake_is_refused(text):
         VALIDATOR.validate(yaml.safe_load(text))
 
 
-def test_a_file_that_extends_another_may_say_a_part():
+def test_a_file_that_extends_another_may_be_partial():
     VALIDATOR.validate(
         yaml.safe_load("extends: e7\nname: mine\nprojector: {depth: 3}\npeft: {r: 8}\nvision: {pool: 2}\n")
     )

@@ -23,9 +23,9 @@ from tests.distributed.namespaces import (
     Node,
     codes,
     cut_silently,
-    last_words,
+    final_reports,
     launched,
-    mend_silence,
+    restore_packets,
     same_weights,
     two_nodes,
 )
@@ -43,7 +43,7 @@ def kill(rank: int) -> Callable[[tuple[Node, Node]], None]:
 def cut_for_a_while(nodes: tuple[Node, Node]) -> None:
     cut_silently(nodes)
     time.sleep(CUT_SECONDS)
-    mend_silence(nodes)
+    restore_packets(nodes)
 
 
 STRIKES = {
@@ -81,7 +81,7 @@ def scenario(folder: Path, models: Path, shards: Path, calm: Path, strikes: tupl
             f"{what}, after 5 lines of metrics: exit codes {ends[0]} and {ends[1]} "
             f"{time.monotonic() - began:.1f} s later, ranks at each start: {sizes}"
         )
-        print("\n".join(last_words(run)))
+        print("\n".join(final_reports(run)))
         assert ends == [0, 0] and sizes == [2, 2]
         assert metrics(run) == metrics(calm)
         assert same_weights(run, calm)

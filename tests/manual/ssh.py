@@ -27,7 +27,7 @@ from tests.distributed.namespaces import (
     cut_silently,
     ip,
     kill_all,
-    mend_silence,
+    restore_packets,
     same_weights,
     two_nodes,
 )
@@ -246,7 +246,7 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
                 code = process.wait(TIMEOUT_MINUTES * 60 + GRACE_SECONDS)
                 taken = time.monotonic() - began
                 if strike is sever:
-                    mend_silence(nodes)
+                    restore_packets(nodes)
                 assert gone(nodes, GRACE_SECONDS), "ranks were left behind"
             print(
                 f"{what}, after {len(metrics(ended))} lines: exit code {code} after {taken:.1f} s, "

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vlmds.experiments.schema import LinearProjector
-from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.generation import GenerationOptions, generation_config
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.projectors import build_projector
 
@@ -111,7 +111,7 @@ def test_captions_do_not_depend_on_the_batch(captioner):
     mask = torch.ones_like(batch)
     mask[1, :3] = 0
     for beams in (1, 3):
-        config = GenerationOptions(max_new_tokens=8, num_beams=beams).config(99, 0)
+        config = generation_config(GenerationOptions(max_new_tokens=8, num_beams=beams), 99, 0)
         together = captioner.generate(features, batch, mask, config)
         alone = [
             captioner.generate(f[None], row, torch.ones_like(row), config)

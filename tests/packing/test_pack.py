@@ -23,7 +23,7 @@ from vlmds.files import machine, replacing
 from vlmds.packing.local import counting
 from vlmds.packing.pack import pack
 from vlmds.video.decode import decode_frames
-from vlmds.video.decode_work import Reply, Request
+from vlmds.video.decode_work import VideoReply, VideoRequest
 from vlmds.video.fit import resize_frames
 from vlmds.video.pool import DecodePool
 from vlmds.video.probe import probe
@@ -302,7 +302,7 @@ def test_a_crashed_decoder_costs_one_sample(tmp_path, videos):
     os.mkfifo(fifo)
     options = (None, None, "video", 2, 32, 95, True)
     with DecodePool(1, deadline=60.0) as pool:
-        replies = pool.map(Request(str(p), *options) for p in (videos / "v0.mp4", fifo, videos / "v1.mp4"))
+        replies = pool.map(VideoRequest(str(p), *options) for p in (videos / "v0.mp4", fifo, videos / "v1.mp4"))
         assert next(replies).reason is None
         writer = os.open(fifo, os.O_RDWR)
         (child,) = children()
@@ -375,7 +375,7 @@ def test_a_log_gets_lines(tmp_path, videos, capsys, monkeypatch):
 
 def test_rejected_videos_are_counted_while_packing():
     shown = Phase("packing", 3, "videos")
-    assert len(list(counting([Reply(), Reply("file not found"), Reply()], shown))) == 3
+    assert len(list(counting([VideoReply(), VideoReply("file not found"), VideoReply()], shown))) == 3
     assert (shown.done, shown.note) == (3, "1 rejected")
 
 

@@ -11,8 +11,8 @@ from tests.clips import write_manifest, write_video
 from tests.training.launch import arguments, train
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset
-from vlmds.doctor.cluster import within
-from vlmds.doctor.node import FAILED, OK, Patient, check_dataset
+from vlmds.doctor.cluster import findings_within
+from vlmds.doctor.node import FAILED, OK, CheckContext, check_dataset
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
 from vlmds.models.assemble import shapes
@@ -83,8 +83,8 @@ def test_the_plan_and_the_doctor_refuse_what_training_refuses(models, data, name
     error = capsys.readouterr().err.splitlines()[-1]  # others tell of progress
     assert told in error
     experiment = load_experiment("e3", [*settings, f"data.path={data[name]}"])
-    patient = Patient(experiment, tmp_path, 30, 1, None, CPU)
-    (found,) = within(30, lambda: check_dataset(patient))
+    context = CheckContext(experiment, tmp_path, 30, 1, None, CPU)
+    (found,) = findings_within(30, lambda: check_dataset(context))
     assert found.level == FAILED and found.text == error.removeprefix("vlmds: ")
 
 
@@ -117,7 +117,7 @@ def test_a_part_without_the_split_and_frames_of_another_size(models, data, shard
 def test_what_is_sound_passes(models, data, tmp_path):
     for name in ("whole", "features"):
         experiment = load_experiment("e3", tiny.settings(models, data[name]))
-        (found,) = check_dataset(Patient(experiment, tmp_path, 30, 1, None, CPU))
+        (found,) = check_dataset(CheckContext(experiment, tmp_path, 30, 1, None, CPU))
         assert found.level == OK
         assert plan_experiment(experiment, gpus=2)
 

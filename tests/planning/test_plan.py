@@ -263,7 +263,7 @@ def test_plan_says_what_it_assumes(capsys):
         "full (auto takes less where it fits) activation checkpointing",
         "are estimates",
         "global batch 32 = micro_batch 2 × accumulation 4 × 4 ranks; set "
-        "training.global_batch=32 to have it with any number of GPUs",
+        "training.global_batch=32 to keep it with any number of GPUs",
         "workspaces and NCCL's communicators (assumed: 3.50 GB)",
     ):
         assert part in printed, part

@@ -39,7 +39,8 @@ def server(served_runs, tmp_path_factory):
     import uvicorn
 
     from vlmds.serve.app import _listen, make_app
-    from vlmds.serve.loaded import Limits, Models
+    from vlmds.serve.limits import Limits
+    from vlmds.serve.loaded import Models
 
     models = Models.load(
         served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000, decode_seconds=20.0), device="cpu"

@@ -22,7 +22,8 @@ from tests.clips import write_video  # noqa: E402
 from tests.serve.conftest import LIMIT, SAYINGS  # noqa: E402
 from tests.video.test_pool import long_video  # noqa: E402
 from vlmds.inference.generation import GenerationOptions  # noqa: E402
-from vlmds.serve.loaded import WAITING, Limits, Models  # noqa: E402
+from vlmds.serve.limits import Limits  # noqa: E402
+from vlmds.serve.loaded import WAITING, Models  # noqa: E402
 
 
 def data_url(data: bytes) -> str:
@@ -165,8 +166,8 @@ def test_hostile_uploads_get_a_clear_answer_and_the_server_lives(server, clip, t
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"{", 400, "the request is no JSON"),
-        (b"[" * 200_000, 400, "the request is no JSON"),
+        (b"{", 400, "the request is not JSON"),
+        (b"[" * 200_000, 400, "the request is not JSON"),
         ([], 400, "valid dictionary"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "무엇?"}]}, 400, "messages.0.content"),

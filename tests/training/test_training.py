@@ -330,7 +330,7 @@ def test_a_stage_grown_from_another_projector_is_refused(models, shards, two_ran
     meta["files"]["projector.safetensors"] = sha256_of(align / "projector.safetensors")
     (align / "artifact.json").write_text(json.dumps(meta))
     done = train(2, *args, expect=2)
-    assert "was trained from another align than the one in artifacts/" in done.stderr
+    assert "was trained from another align than the current one in artifacts/" in done.stderr
 
 
 def test_the_average_of_the_weights_is_what_the_artifact_gets(models, shards, tmp_path):

@@ -113,7 +113,10 @@ def test_captions_that_are_due_wait_when_a_stop_was_asked_for(models, shards, tm
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["training.best_metric=chrf++@char"], "best_metric chrf\\+\\+@char is made by evaluate_every"),
+        (
+            ["training.best_metric=chrf++@char"],
+            "best_metric chrf\\+\\+@char is computed by the evaluations in training",
+        ),
         (["training.best_metric=bleu", "training.evaluate_every=5"], "best_metric: 'bleu' is not there"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Each way to decode a video, against decoding all of it in order with PyAV.
+"""Each way to decode a video, against decoding all of it in order with FFmpeg (PyAV).
 
     python -m tests.video.backend_table
 
@@ -12,15 +12,25 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
-from tests.clips import SHARED_VIDEOS, cut_video, rotate_video, write_video
+from tests.clips import (
+    MIRRORS,
+    SHARED_VIDEOS,
+    change_size,
+    cut_video,
+    hold_last_frame,
+    orient_video,
+    rotate_video,
+    write_video,
+)
 from vlmds.errors import SampleError
 from vlmds.video.decode import decode_decord, decode_frames
-from vlmds.video.decode_work import Request, prepare
+from vlmds.video.decode_work import VideoRequest, prepare_video
 from vlmds.video.fit import resize_frames
 from vlmds.video.pool import FrameDecoder
 from vlmds.video.probe import VideoInfo, probe
@@ -51,6 +61,18 @@ WRITTEN = {  # name: options of write_video
     "mpeg4-bframes.mp4": {"codec": "mpeg4", "bf": "2", "g": "10"},
     "mpeg4.avi": {"codec": "mpeg4", "bf": "2", "g": "10"},
     "mpeg2.ts": {"codec": "mpeg2video", "bf": "2", "g": "10"},
+    "h264.avi": {"bf": "2"},
+    "sar-2.mp4": {"aspect": Fraction(2)},
+    "sar-8-9.mkv": {"aspect": Fraction(8, 9)},
+    "sar-of-rounding.mp4": {"aspect": Fraction(1280, 1281)},
+    "animated.gif": {"codec": "gif", "pix_fmt": "rgb8"},
+    "animated.apng": {"codec": "apng", "pix_fmt": "rgb24"},
+}
+SIZES: dict[str, tuple[str, dict[str, str]]] = {  # name: a file that needs the same codec, options of change_size
+    "sizes.webm": ("vp8.webm", {"codec": "libvpx"}),
+    "sizes-vp9.webm": ("vp9.webm", {"codec": "libvpx-vp9", "cpu-used": "8"}),
+    "sizes.mp4": ("h264-cfr.mp4", {"codec": "libx264", "bf": "0", "x264-params": "repeat-headers=1"}),
+    "sizes.ts": ("h264.ts", {"codec": "libx264"}),
 }
 DERIVED: dict[str, tuple[str, Callable[[Path, Path], object]]] = {  # name: source, how
     **{f"rotated-{d}.mp4": ("h264-cfr.mp4", lambda a, b, d=d: rotate_video(a, b, d)) for d in (90, 180, 270)},
@@ -66,10 +88,27 @@ DERIVED: dict[str, tuple[str, Callable[[Path, Path], object]]] = {  # name: sour
             "mpeg4-bframes.mp4",
         )
     },
+    **{f"{name}.mp4": ("h264-cfr.mp4", lambda a, b, m=m: orient_video(a, b, m)) for name, m in MIRRORS.items()},
+    "sar-turned.mp4": ("sar-2.mp4", lambda a, b: rotate_video(a, b, 90)),
+    "cut-vflip.mp4": ("cut-h264-cfr.mp4", lambda a, b: orient_video(a, b, MIRRORS["vflip"])),
+    "held.mp4": ("h264-vfr.mp4", lambda a, b: hold_last_frame(a, b, 20.0)),
+    **{name: (source, lambda a, b, o=o: change_size(b, **o)) for name, (source, o) in SIZES.items()},
     "truncated.mkv": ("h264-vfr.mkv", lambda a, b: b.write_bytes(a.read_bytes()[: a.stat().st_size // 2])),
     "truncated.mp4": ("h264-cfr.mp4", lambda a, b: b.write_bytes(a.read_bytes()[: a.stat().st_size // 2])),
     "flipped.mp4": ("h264-cfr.mp4", lambda a, b: b.write_bytes(_flipped(a.read_bytes()))),
     "flipped-vp9.webm": ("vp9.webm", lambda a, b: b.write_bytes(_flipped(a.read_bytes()))),
+}
+# FFmpeg's filters that make of each frame what a player shows.
+FILTERS: dict[str, list[tuple[str, str | None]]] = {
+    "vflip.mp4": [("vflip", None)],
+    "cut-vflip.mp4": [("vflip", None)],
+    "hflip.mp4": [("hflip", None)],
+    "cclock_flip.mp4": [("transpose", "cclock_flip")],
+    "clock_flip.mp4": [("transpose", "clock_flip")],
+    "sar-2.mp4": [("scale", "128:48")],
+    "sar-8-9.mkv": [("scale", "57:48")],
+    "sar-turned.mp4": [("scale", "128:48"), ("format", "rgb24"), ("transpose", "clock")],
+    **dict.fromkeys(SIZES, [("scale", "64:48")]),
 }
 
 
@@ -131,9 +170,10 @@ def row(path: Path, decoder: FrameDecoder) -> Row:
     except SampleError as error:
         child = _child(decoder, data, None)
         return Row(path.name, f"refused: {error}", "-", "-", child, _refusal(path, data), "-", "-")
-    about = f"{info.codec} {info.frames} frames {info.rotation}°, {info.discarded} hidden"
+    about = f"{info.codec} {info.frames} frames, {info.duration:g} s, {info.width} x {info.height}, "
+    about += f"{info.rotation}°{' mirrored' * info.mirrored}, {info.discarded} hidden"
     try:
-        expected = _sequential(data, info, pick(info, NUM_FRAMES))
+        expected = _sequential(data, info, pick(info, NUM_FRAMES), FILTERS.get(path.name))
     except SampleError as error:
         pyav = _compare(lambda: decode_frames(data, replace(info, decoder="pyav"), NUM_FRAMES), None)
         return Row(
@@ -154,21 +194,40 @@ def row(path: Path, decoder: FrameDecoder) -> Row:
     return Row(path.name, about, pyav, cleared, child, *_packed(path, data, expected))
 
 
-def _sequential(data: bytes, info: VideoInfo, picks: np.ndarray) -> np.ndarray:
-    """The reference: decode all, in order, with no option set; frames by their number, upright."""
+def _sequential(
+    data: bytes, info: VideoInfo, picks: np.ndarray, filters: list[tuple[str, str | None]] | None
+) -> np.ndarray:
+    """The reference: decode all, in order, with no option set; frames by their number, upright by
+    FFmpeg's filters, or by the rotation alone."""
     wanted, found = {int(i) for i in picks}, {}
     try:
         with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             stream.codec_context.options = {"err_detect": "explode"}
             for i, frame in enumerate(container.decode(stream)):
-                if i in wanted:
+                if i not in wanted:
+                    continue
+                if filters is None:
                     found[i] = np.rot90(frame.to_ndarray(format="rgb24"), -info.rotation // 90)
+                else:
+                    found[i] = filtered(frame, filters)
     except av.FFmpegError as error:
         raise SampleError(f"cannot be decoded: {error.strerror}") from error
     if wanted - set(found):
         raise SampleError(f"cannot be decoded: {len(wanted - set(found))} frames are missing")
     return np.stack([found[int(i)] for i in picks])
+
+
+def filtered(frame: av.VideoFrame, filters: list[tuple[str, str | None]]) -> np.ndarray:
+    """FFmpeg's own output for a frame: uint8 [H, W, 3]."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    nodes = [graph.add(name, options) for name, options in [*filters, ("format", "rgb24")]]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray(format="rgb24")
 
 
 def _compare(decode: Callable[[], np.ndarray], expected: np.ndarray | None) -> str:
@@ -187,7 +246,7 @@ def _child(decoder: FrameDecoder, data: bytes, expected: np.ndarray | None, whic
 
 
 def _prepare(path: Path, data: bytes):
-    return prepare(Request(str(path), None, None, "video", NUM_FRAMES, SIZE), data)
+    return prepare_video(VideoRequest(str(path), None, None, "video", NUM_FRAMES, SIZE), data)
 
 
 def _refusal(path: Path, data: bytes) -> str:
@@ -210,7 +269,7 @@ def _packed(path: Path, data: bytes, expected: np.ndarray) -> tuple[str, str, st
         how = "WRONG: other bytes"
     info = probe(packed)
     picks = pick(info, NUM_FRAMES)
-    frames = _sequential(packed, info, picks)
+    frames = _sequential(packed, info, picks, None if how == "encode" else FILTERS.get(path.name))
     cell = _like(frames, expected, how == "encode")
     decord = "not cleared"
     if info.decoder == "decord":

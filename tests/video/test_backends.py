@@ -12,7 +12,7 @@ from vlmds.video.probe import probe
 NAMES = [*backend_table.WRITTEN, *backend_table.DERIVED]
 # The cut transport stream begins with frames that refer to what was cut off.
 DAMAGED = {"truncated.mp4", "truncated.mkv", "flipped.mp4", "flipped-vp9.webm", "cut-h265.ts"}
-MENDED = {name for name in NAMES if name.startswith("cut-") or name.endswith(".ts")}
+REPAIRED = {name for name in NAMES if name.startswith("cut-") or name.endswith(".ts")}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_every_way_to_decode_is_right_or_refuses(files, decoder, name):
     row = backend_table.row(path, decoder)
     check(row, name in DAMAGED)
     if row.packed in ("copy", "encode"):
-        assert name in MENDED or name in DAMAGED
+        assert name in REPAIRED or name in DAMAGED
         assert row.packed_pyav == "equal" or row.packed_pyav.endswith(" dB")
     if name in ("truncated.mp4", "cut-h265.ts"):
         assert row.probe.startswith("refused") and row.child.startswith("refused")

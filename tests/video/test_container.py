@@ -71,7 +71,8 @@ def test_files_of_these_kinds_are_videos(tmp_path, name):
 def test_a_file_that_names_others_is_not_read(tmp_path, name):
     whole = write_video(tmp_path / "whole.ts", frames=6)
     listed = f"ffconcat version 1.0\nfile {whole.name}\n".encode()
-    for data in (listed, playlist(whole.name), playlist(str(whole)), SDP):
+    picture = f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{whole}" width="9" height="9"/></svg>'.encode()
+    for data in (listed, playlist(whole.name), playlist(str(whole)), SDP, picture):
         (tmp_path / name).write_bytes(data)
         for source in (tmp_path / name, data):
             with pytest.raises(SampleError, match="^cannot be read: (not a video|Invalid data)"):

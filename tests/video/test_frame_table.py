@@ -11,7 +11,7 @@ from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import SampleError
 from vlmds.packing.pack import pack
-from vlmds.video.decode_work import FramesRequest, Request, prepare, read_frames
+from vlmds.video.decode_work import FramesRequest, VideoRequest, prepare_video, read_frames
 from vlmds.video.frame_table import DESCRIBED, FrameTable
 from vlmds.video.probe import VideoInfo, probe
 
@@ -45,8 +45,8 @@ def test_a_description_says_what_a_probe_finds(tmp_path, name, monkeypatch):
         write_video(path, **FILES.get(name, ({},))[0])
     data = path.read_bytes()
     info = probe(data)
-    told = description(info)
-    table = FrameTable.from_described(told)
+    described = description(info)
+    table = FrameTable.from_described(described)
     for field in ("width", "height", "rotation", "duration", "decoder", "by_pts", "frames", "start_time", "time_base"):
         assert getattr(table, field) == getattr(info, field), field
     assert np.array_equal(table.pts, info.pts) and np.array_equal(table.keyframes, info.keyframes)
@@ -54,13 +54,13 @@ def test_a_description_says_what_a_probe_finds(tmp_path, name, monkeypatch):
     probed = read_frames(data, FramesRequest(4, 32, start, None, info.decoder))
     monkeypatch.setattr("vlmds.video.decode_work.probe", None)
     for decoder in {info.decoder, "pyav"}:
-        read = read_frames(data, FramesRequest(4, 32, start, None, decoder, told))
+        read = read_frames(data, FramesRequest(4, 32, start, None, decoder, described))
         assert read.members == probed.members
 
 
 def test_constant_rates_take_no_room(tmp_path):
-    told = probe(write_video(tmp_path / "v.mp4", frames=500, g="1")).timing()
-    assert len(json.dumps(told)) < 150
+    described = probe(write_video(tmp_path / "v.mp4", frames=500, g="1")).timing()
+    assert len(json.dumps(described)) < 150
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_constant_rates_take_no_room(tmp_path):
     ],
 )
 def test_what_is_no_description_is_refused(info, change):
-    told = description(info)
+    described = description(info)
     for name, value in change.items():
-        (told if name in DESCRIBED else told["timing"])[name] = value
+        (described if name in DESCRIBED else described["timing"])[name] = value
     with pytest.raises(ValueError):
-        FrameTable.from_described(told)
+        FrameTable.from_described(described)
     with pytest.raises(SampleError, match="its description cannot be read: timing"):
-        read_frames(b"", FramesRequest(4, 32, None, None, "pyav", told))
+        read_frames(b"", FramesRequest(4, 32, None, None, "pyav", described))
 
 
 def test_a_reader_probes_only_what_has_no_description(tmp_path):
@@ -120,9 +120,9 @@ def test_a_reader_probes_only_what_has_no_description(tmp_path):
 
     def old(row):
         members = read(row)
-        told = json.loads(members["json"])
-        del told["timing"]
-        return members | {"json": json.dumps(told).encode()}
+        described = json.loads(members["json"])
+        del described["timing"]
+        return members | {"json": json.dumps(described).encode()}
 
     for position in range(2):
         new = reader.load(position)
@@ -142,7 +142,7 @@ def test_a_description_of_another_video_is_an_error_not_other_frames(tmp_path, i
 def test_a_mended_file_is_described_as_it_is_kept(tmp_path):
     whole = write_video(tmp_path / "g.mp4", **{"x264-params": "keyint=12"})
     path = cut_video(whole, tmp_path / "cut.mp4", 2.25)
-    reply = prepare(Request(str(path), None, None, "video", 4, 32), path.read_bytes())
+    reply = prepare_video(VideoRequest(str(path), None, None, "video", 4, 32), path.read_bytes())
     (kept,) = reply.members.values()
     assert reply.facts["timing"] == replace(probe(kept)).timing()
     assert reply.facts["timing"] != probe(path).timing()

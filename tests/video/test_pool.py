@@ -16,7 +16,7 @@ from tests.clips import picture, write_video
 from vlmds.errors import SampleError
 from vlmds.video import pool as pool_module
 from vlmds.video.decode import decode_frames
-from vlmds.video.decode_work import Request
+from vlmds.video.decode_work import VideoRequest
 from vlmds.video.fit import resize_frames
 from vlmds.video.pool import DecodePool, FrameDecoder
 from vlmds.video.probe import probe
@@ -135,7 +135,7 @@ def test_a_child_that_neither_answers_nor_ends_is_given_up(tmp_path, small, monk
     stopped = []
 
     def requests():
-        request = Request(str(path), None, None, "facts", 0, 0)
+        request = VideoRequest(str(path), None, None, "facts", 0, 0)
         yield request
         (child,) = pool._idle
         stopped.append(child.pid)
@@ -174,16 +174,16 @@ repair._write, repair.FRAME_SECONDS, repair.MEGAPIXEL_SECONDS = write, 100.0, 1e
     path = write_video(tmp_path / "v.ts", frames=10)
     child = pool_module._Child(60.0)
     try:
-        child.send(Request(str(path), None, None, "video", 2, 32))
-        assert child.hear() is None and child.due < time.monotonic() + 60 + pool_module.GRACE
-        assert child.hear() is None and child.due > time.monotonic() + 4000
+        child.send(VideoRequest(str(path), None, None, "video", 2, 32))
+        assert child.receive() is None and child.due < time.monotonic() + 60 + pool_module.GRACE
+        assert child.receive() is None and child.due > time.monotonic() + 4000
         end = time.monotonic() + 60
         while not (tmp_path / "left").exists() and time.monotonic() < end:
             time.sleep(0.01)
         assert 4000 < float((tmp_path / "left").read_text()) <= 4132
         os.kill(child.pid, signal.SIGALRM)
         # 60 s, and for each of 10 frames of 64 x 48 100 s and 307.2 s.
-        assert child.hear().reason == "repair took too long: stopped after 4132 s"
+        assert child.receive().reason == "repair took too long: stopped after 4132 s"
     finally:
         child.kill()
 
@@ -193,7 +193,7 @@ def test_a_child_that_does_not_start_is_no_fault_of_the_video(decoder, small, mo
     with pytest.raises(RuntimeError, match="the decoding process did not start within 0 s"):
         decoder.frames(small, **ASK)
     with pytest.raises(RuntimeError, match="did not start"), DecodePool(2, deadline=60.0) as pool:
-        list(pool.map([Request("v.mp4", None, None, "facts", 0, 0)]))
+        list(pool.map([VideoRequest("v.mp4", None, None, "facts", 0, 0)]))
 
 
 def test_a_frame_larger_than_memory_is_refused(tmp_path, decoder, small):

@@ -11,10 +11,10 @@ GOPS = {"x264-params": "keyint=10:bframes=3"}
 VFR = list(np.cumsum(np.random.default_rng(2).integers(20, 300, 40)) / 1000)
 
 
-def same_frames(data, info, span, mended) -> float:
+def same_frames(data, info, span, repaired) -> float:
     """The smallest PSNR (dB) of 8 sampled frames; infinite if equal."""
     old = decode_frames(data, info, 8, *span).astype(np.float32)
-    new = decode_frames(mended.data, mended.info, 8, mended.start, mended.end)
+    new = decode_frames(repaired.data, repaired.info, 8, repaired.start, repaired.end)
     error = np.square(old - new).mean(axis=(1, 2, 3)).max()
     return np.inf if error == 0 else 20 * np.log10(255) - 10 * np.log10(error)
 
@@ -27,25 +27,25 @@ def test_a_sound_file_stays(tmp_path):
     ):
         data = write_video(tmp_path / name, **options).read_bytes()
         info = probe(data)
-        assert repair.flaw(info) is None and repair.mend(data, info) is None
-        assert repair.mend(data, info, 0.0, 99.0) is None
+        assert repair.flaw(info) is None and repair.repair_video(data, info) is None
+        assert repair.repair_video(data, info, 0.0, 99.0) is None
 
 
 def test_a_transport_stream_is_copied_and_equal(tmp_path):
     data = write_video(tmp_path / "v.ts", **GOPS).read_bytes()
     info = probe(data)
-    mended = repair.mend(data, info)
-    assert (mended.method, mended.reason) == ("copy", "mpegts stream")
-    assert mended.info.container.startswith("mov") and mended.info.decoder == "decord"
-    assert np.allclose(mended.info.pts, info.pts, rtol=0, atol=1e-6)
-    assert same_frames(data, info, (None, None), mended) == np.inf
+    repaired = repair.repair_video(data, info)
+    assert (repaired.method, repaired.reason) == ("copy", "mpegts stream")
+    assert repaired.info.container.startswith("mov") and repaired.info.decoder == "decord"
+    assert np.allclose(repaired.info.pts, info.pts, rtol=0, atol=1e-6)
+    assert same_frames(data, info, (None, None), repaired) == np.inf
 
 
 def test_the_time_it_may_take_grows_with_the_frames(tmp_path):
     asked = []
     for name, frames, width in (("a.ts", 10, 64), ("b.ts", 30, 64), ("c.ts", 30, 128), ("sound.mp4", 30, 64)):
         data = write_video(tmp_path / name, frames=frames, width=width).read_bytes()
-        repair.mend(data, probe(data), more_time=asked.append)
+        repair.repair_video(data, probe(data), more_time=asked.append)
     assert np.allclose(
         asked,
         [
@@ -53,7 +53,7 @@ def test_the_time_it_may_take_grows_with_the_frames(tmp_path):
             for frames, area in ((10, 0.003072), (30, 0.003072), (30, 0.006144))
         ],
     )
-    repair.mend(data, probe(data), 0.5, 1.0, asked.append)  # a part of a sound file
+    repair.repair_video(data, probe(data), 0.5, 1.0, asked.append)  # a part of a sound file
     assert asked[3:] == [asked[1]]
 
 
@@ -66,13 +66,13 @@ def test_an_edit_list_that_hides_frames_is_encoded_away(tmp_path, turned):
     data = path.read_bytes()
     info = probe(data)
     assert info.discarded and info.rotation == turned
-    mended = repair.mend(data, info)
-    assert mended.method == "encode" and "hidden" in mended.reason
-    assert (mended.info.rotation, mended.info.decoder) == (0, "decord")
-    assert (mended.info.width, mended.info.height) == (info.width, info.height)
-    assert np.allclose(mended.info.pts, info.pts, rtol=0, atol=1e-6)
-    assert same_frames(data, info, (None, None), mended) > 32
-    assert repair.mend(data, info).data == mended.data  # the same bytes every time
+    repaired = repair.repair_video(data, info)
+    assert repaired.method == "encode" and "hidden" in repaired.reason
+    assert (repaired.info.rotation, repaired.info.decoder) == (0, "decord")
+    assert (repaired.info.width, repaired.info.height) == (info.width, info.height)
+    assert np.allclose(repaired.info.pts, info.pts, rtol=0, atol=1e-6)
+    assert same_frames(data, info, (None, None), repaired) > 32
+    assert repair.repair_video(data, info).data == repaired.data  # the same bytes every time
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def test_a_cut_gives_the_frames_of_the_span(tmp_path, name, options, method, par
     data = write_video(tmp_path / name, **options).read_bytes()
     info = probe(data)
     span = tuple(p and p * info.duration for p in part)
-    mended = repair.mend(data, info, *span)
-    assert mended.method == method and len(mended.data) < len(data)
-    assert same_frames(data, info, span, mended) == np.inf
+    repaired = repair.repair_video(data, info, *span)
+    assert repaired.method == method and len(repaired.data) < len(data)
+    assert same_frames(data, info, span, repaired) == np.inf
     for count in (1, 3, 16):
         old = pick(info, count, *span)
-        new = pick(mended.info, count, mended.start, mended.end)
-        assert np.allclose(info.pts[old], mended.info.pts[new] + mended.offset, rtol=0, atol=1e-6)
+        new = pick(repaired.info, count, repaired.start, repaired.end)
+        assert np.allclose(info.pts[old], repaired.info.pts[new] + repaired.offset, rtol=0, atol=1e-6)

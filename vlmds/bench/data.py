@@ -34,7 +34,7 @@ from vlmds.packing.manifest import ManifestRow, read_manifest
 from vlmds.packing.pack import pack
 from vlmds.packing.shards import Shard, write_shard
 from vlmds.video.decode import decode_frames
-from vlmds.video.decode_work import Reply
+from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import RESIZER, resize_frames
 from vlmds.video.probe import probe
 from vlmds.video.sampling import SAMPLER
@@ -253,7 +253,7 @@ def _make_features(source: Path, out: Path) -> None:
             out,
             shard,
             (
-                Reply(
+                VideoReply(
                     None,
                     {
                         name: getattr(row, name)

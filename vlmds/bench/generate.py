@@ -21,7 +21,7 @@ from vlmds.bench.measure import in_turns, save, table
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
-from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.generation import GenerationOptions, generation_config
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.assemble import Model, experiment_projector, load_model
 from vlmds.models.captioner import Captioner
@@ -152,7 +152,7 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
     features = captioner.model.features({"frames": frames})
     prompt = prompts["input_ids"]
     if cached:
-        config = GenerationOptions(max_new_tokens=tokens).config(builder.eos_token_id, builder.pad_token_id)
+        config = generation_config(GenerationOptions(max_new_tokens=tokens), builder.eos_token_id, builder.pad_token_id)
         config.min_new_tokens = tokens
         mask = prompts["attention_mask"].to(captioner.device)
         ids = model.generate(features, prompt, mask, config)

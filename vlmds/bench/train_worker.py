@@ -19,11 +19,11 @@ from vlmds.bench.workload import Workload
 from vlmds.console.quiet import quiet_libraries
 from vlmds.data.dataset import open_dataset
 from vlmds.distributed.cuda import use_expandable_segments
-from vlmds.distributed.ranks import init_distributed, is_main
+from vlmds.distributed.ranks import init_distributed, is_main, leave
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.files import write
 from vlmds.models.assemble import load_model
-from vlmds.training.main import default_ds_config, leave
+from vlmds.training.main import default_ds_config
 from vlmds.training.monitor import peak_memory
 from vlmds.training.stages import StageTrainer, prepare_stage
 

@@ -1,4 +1,4 @@
-"""`vlmds caption`: from its arguments to what it prints."""
+"""The command `vlmds caption`: its arguments, its output and its exit code."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import signal
 import sys
 from typing import Any
 
-import torch.distributed as dist
-
 from vlmds.captioning.job import CaptionJob, caption_to_file, caption_to_stdout, stream_to_stdout, title
 from vlmds.captioning.sources import parse_seconds
 from vlmds.console.text import counted
 from vlmds.distributed.ranks import is_main
 from vlmds.errors import InputError
-from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.options import GenerationOptions
 
 SHOWN_FAILURES = 10
 
@@ -27,7 +25,7 @@ def caption(args: argparse.Namespace, generation: GenerationOptions) -> int:
         InputError: see :func:`caption_to_file`; or options that do not go together.
     """
     if args.stream and (args.out or args.json):
-        raise InputError("--stream: prints text; leave --out and --json out")
+        raise InputError("--stream: prints text; leave out --out and --json")
     for name in ("again", "format"):
         if getattr(args, name) and not args.out:
             raise InputError(f"--{name}: needs --out")
@@ -44,7 +42,7 @@ def caption(args: argparse.Namespace, generation: GenerationOptions) -> int:
         "device": args.device,
         "overrides": args.set,
     }
-    # As Ctrl-C: what is captioned stays, and nothing is half written.
+    # As Ctrl-C: finished captions are kept, and no file is left half written.
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         return _to_file(args, options) if args.out else _to_stdout(args, options)
@@ -73,11 +71,7 @@ def _to_stdout(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 
 def _to_file(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    try:
-        summary = caption_to_file(args.run, args.out, format=args.format, again=args.again, **options)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    summary = caption_to_file(args.run, args.out, format=args.format, again=args.again, **options)
     if is_main():
         for line in summary.failed[:SHOWN_FAILURES]:
             print(f"vlmds: {line}", file=sys.stderr)

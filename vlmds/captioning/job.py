@@ -1,55 +1,49 @@
-"""`vlmds caption`: a run's captions of videos, printed or collected in a file.
+"""Caption jobs: a run's captions of videos, printed or collected in a file.
 
-Over several ranks each does its share; a stopped command goes on with what is missing, whatever
-the number of ranks.
+Several ranks share the work; a stopped job goes on with the missing captions, on any number of
+ranks.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vlmds.captioning.outputs import (
     CaptionFile,
-    Record,
     check_one_video,
-    find_target,
+    find_paths,
     in_order,
-    srt_files,
     timestamp,
     write_format,
+    written_files,
 )
-from vlmds.captioning.pipeline import (
-    Clipped,
-    Work,
-    captions_of,
-    decoded,
-    packed,
-    plan_work,
-    probe,
-    still_good,
-    streamed,
-)
-from vlmds.captioning.sources import Source, find_source
+from vlmds.captioning.pipeline import DecodeTask, captions_of, decoded, packed, plan_tasks, probe, still_good, streamed
+from vlmds.captioning.sources import Selection, select_items
 from vlmds.console.progress import phase, silenced
 from vlmds.data.features import check_tower
 from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.errors import InputError
-from vlmds.inference.generation import GenerationOptions
+from vlmds.experiments.schema import Experiment
+from vlmds.inference.generation import ClipInput
+from vlmds.inference.options import GenerationOptions, caption_settings
 from vlmds.inference.video_captioner import VideoCaptioner
-from vlmds.models.artifact import artifact_experiment, weights_sha256
+from vlmds.models.artifact import Artifact, artifact_experiment, read_artifact, weights_sha256
 from vlmds.runs.folder import final_artifact
+from vlmds.runs.rank_jsonl import Record
 from vlmds.video.pool import Clip
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaptionJob:
-    """What is to be captioned, by what and how; see :func:`caption_to_file` for the fields."""
+    """Which videos are captioned, by which run and how; the fields are those of
+    :func:`caption_to_file`. The artifact is read once."""
 
     run: Path
     videos: Sequence[str | Clip] = ()
@@ -64,7 +58,16 @@ class CaptionJob:
     device: str | None = None
     overrides: Sequence[str] = ()
 
-    def source(self) -> Source:
+    @cached_property
+    def artifact(self) -> Artifact:
+        """Raises InputError: no artifact."""
+        return read_artifact(final_artifact(self.run))
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        return artifact_experiment(self.artifact, self.overrides)
+
+    def select(self) -> Selection:
         """Raises InputError: nothing to caption, or windows of a packed dataset."""
         for name, value in (
             ("--batch-size", self.batch_size),
@@ -73,58 +76,51 @@ class CaptionJob:
         ):
             if value <= 0:
                 raise InputError(f"{name} {value}: must be more than 0")
-        source = find_source(self.videos, self.data, self.split)
-        if source.dataset is not None and self.window is not None:
+        selection = select_items(self.videos, self.data, self.split)
+        if selection.dataset is not None and self.window is not None:
             raise InputError(
                 "--window: a packed dataset is captioned clip by clip; leave it out, "
                 "or give the videos or their manifest"
             )
-        return source
+        return selection
 
     def captioner(self) -> VideoCaptioner:
-        return VideoCaptioner.from_pretrained(final_artifact(self.run), device=self.device, overrides=self.overrides)
+        return VideoCaptioner.from_pretrained(self.artifact, device=self.device, overrides=self.overrides)
 
-    def clips(self, captioner: VideoCaptioner, source: Source, work: list[Work]) -> Iterator[Clipped]:
-        """This rank's share of `work`, with what the model sees."""
-        if source.dataset is None:
-            return decoded(captioner, ranks.take_turns(work), self.workers, self.deadline)
-        rank, world = ranks.place()
+    def clips(self, captioner: VideoCaptioner, selection: Selection, tasks: list[DecodeTask]) -> Iterator[ClipInput]:
+        """This rank's share of the tasks, with the model's inputs."""
+        if selection.dataset is None or selection.split is None:
+            return decoded(captioner, ranks.take_turns(tasks), self.workers, self.deadline)
+        rank, world = ranks.rank_and_world()
         data = captioner.experiment.data
-        check_tower(source.dataset, captioner.experiment, captioner.model.tower)
+        check_tower(selection.dataset, captioner.experiment, captioner.model.tower)
         reader = SampleReader(
-            source.dataset,
-            source.split,
+            selection.dataset,
+            selection.split,
             data.num_frames,
             captioner.model.image_size,
             shuffle=False,
             decode_seconds=self.deadline,
         )
         workers = data.num_workers if self.workers is None else self.workers
-        return packed(reader, work[rank::world], workers, self.batch_size)
+        return packed(reader, tasks[rank::world], workers, self.batch_size)
 
-    def settings(self, source: Source) -> dict[str, Any]:
-        """What captions depend on. Raises InputError: no artifact."""
-        artifact = final_artifact(self.run)
-        experiment = artifact_experiment(artifact, self.overrides)
+    def settings(self, selection: Selection) -> dict[str, Any]:
+        """The settings that captions depend on. Raises InputError: no artifact."""
         return {
-            "artifact": artifact.name,
-            "weights_sha256": weights_sha256(artifact),
-            "vision": experiment.vision.model,
-            "llm": experiment.llm.model,
-            "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
-            "num_frames": experiment.data.num_frames,
-            "prompt": self.prompt or experiment.data.prompt,
-            "data": source.data,
+            "artifact": self.artifact.folder.name,
+            "weights_sha256": weights_sha256(self.artifact),
+            "data": selection.data,
             "window": self.window,
-            "generation": asdict(self.generation),
+            **caption_settings(self.experiment, self.generation, self.prompt),
         }
 
 
 @dataclass(frozen=True)
 class CaptionSummary:
-    """captions: in the file now, of what was asked for; before: of them, those that were there
-    already. failed: "video: reason" of each that has none. skipped: files of the folder that are
-    no videos. paths: the files written."""
+    """captions: number in the file now, of the videos asked for. before: number of them that the file
+    had already. failed: "video: reason" of each video or window without a caption. skipped: number of
+    files in the folder that are not videos. paths: the files written."""
 
     captions: int
     before: int
@@ -152,8 +148,8 @@ def caption_to_file(
     overrides: Sequence[str] = (),
     progress: bool = True,
 ) -> CaptionSummary:
-    """Caption videos into a file, on all ranks that the launcher started; a stopped job, started
-    again, goes on, and one that is finished captions what has been added or has failed.
+    """Caption videos into a file, on all ranks that the launcher started. A stopped job, started
+    again, goes on; a finished one captions the videos that were added or had failed.
 
     Args:
         run: run folder or artifact.
@@ -161,47 +157,43 @@ def caption_to_file(
             Beside it lie the .jsonl, in which captions are collected, and the .settings.json.
         videos: paths, URLs or clips; or
         data: a folder, a manifest or a packed dataset. split: of the latter.
-        format: of ``out``, where its name does not tell.
-        again: start anew.
-        window: seconds that get a caption each; None: one for a video.
-        generation: how captions are written; default: greedy search.
-        prompt: instead of the experiment's; a video's own comes first.
+        format: of ``out``, if its name has no suffix.
+        again: start over.
+        window: seconds; one caption for each window. None: one for each video.
+        generation: default: greedy search.
+        prompt: instead of the experiment's; a video's own prompt takes precedence.
         batch_size: clips captioned at once.
         workers: decoding processes of each rank (default: one per core).
         deadline: seconds that decoding may take, for a video or some windows of it.
-        device: default: the first GPU, else the CPU; of ranks, each one's own.
+        device: default: the first GPU, else the CPU; several ranks use their own.
         overrides: of the experiment, such as ``llm.model=/models/Qwen3-8B``.
-        progress: say on stderr how far it is.
+        progress: report progress on stderr.
 
     Raises:
-        InputError: no run, nothing to caption, or captions of other settings are there.
+        InputError: no run, nothing to caption, or the file was made with other settings.
     """
-    if "RANK" in os.environ:
-        device = str(ranks.init_distributed())
     job = CaptionJob(
         Path(run), videos, data, split, window, generation, prompt, batch_size, workers, deadline, device, overrides
     )
-    with silenced(not progress), CaptionFile(find_target(out, format)) as file:
-        return _caption(job, file, again)
-
-
-def _caption(job: CaptionJob, file: CaptionFile, again: bool) -> CaptionSummary:
-    source = ranks.together(job.source)
-    check_one_video(file.target, {item.video for item in source.items}, file.target.jsonl)
-    settings = job.settings(source)
-    there = ranks.on_main(lambda: _begin(file, job, source, settings, again))
-    work = _plan(job, source, there)
-    if work:
-        _share(job, job.captioner(), source, work, file)
-    ranks.gather(None)
-    return ranks.on_main(lambda: _finish(file, source, sum(map(len, there.values()))))
+    if "RANK" in os.environ:
+        job.device = str(ranks.join_ranks(job.experiment))
+    with silenced(not progress), CaptionFile(find_paths(out, format)) as file:
+        selection = ranks.together(job.select)
+        check_one_video(file.paths, {item.video for item in selection.items}, file.paths.jsonl)
+        settings = job.settings(selection)
+        there = ranks.on_main(lambda: _begin(file, job, selection, settings, again))
+        tasks = _plan(job, selection, there)
+        if tasks:
+            _share(job, job.captioner(), selection, tasks, file)
+        ranks.gather(None)
+        return ranks.on_main(lambda: _finish(file, selection, sum(map(len, there.values()))))
 
 
 def caption_to_stdout(job: CaptionJob, show: Callable[[Record], None]) -> list[str]:
     """Call ``show(record)`` for each caption as it comes; returns "video: reason" of the failed."""
-    captioner, source, work = _alone(job)
-    failed = []
-    clips = job.clips(captioner, source, work)
+    captioner, selection, tasks = _alone(job)
+    failed: list[str] = []
+    clips = job.clips(captioner, selection, tasks)
     for records in captions_of(captioner, clips, job.generation, job.prompt, job.batch_size):
         for record in records:
             failed += _failures([record])
@@ -213,12 +205,12 @@ def caption_to_stdout(job: CaptionJob, show: Callable[[Record], None]) -> list[s
 def stream_to_stdout(job: CaptionJob) -> list[str]:
     """Print each caption while it is written; returns "video: reason" of the failed."""
     if job.generation.num_beams > 1:
-        raise InputError("--stream: beam search knows its words at the end only; leave --beams out")
-    captioner, source, work = _alone(job)
-    if source.dataset is not None and source.dataset.store == "features":
-        raise InputError("--stream: not of a features store; leave it out")
-    failed = []
-    clips = job.clips(captioner, source, work)
+        raise InputError("--stream: beam search has a caption only at its end; leave --beams out")
+    captioner, selection, tasks = _alone(job)
+    if selection.dataset is not None and selection.dataset.store == "features":
+        raise InputError("--stream: a features store cannot be streamed; leave it out")
+    failed: list[str] = []
+    clips = job.clips(captioner, selection, tasks)
     for record, pieces in streamed(captioner, clips, job.generation, job.prompt):
         failed += _failures([record])
         if "error" in record:
@@ -238,25 +230,27 @@ def title(record: Record, window: float | None) -> str:
     return f"{record['video']}\t{times}"
 
 
-def _alone(job: CaptionJob) -> tuple[VideoCaptioner, Source, list[Work]]:
+def _alone(job: CaptionJob) -> tuple[VideoCaptioner, Selection, list[DecodeTask]]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--out: several ranks need a file to write to")
-    source = job.source()
-    return job.captioner(), source, _plan(job, source, {})
+    selection = job.select()
+    return job.captioner(), selection, _plan(job, selection, {})
 
 
-def _begin(file: CaptionFile, job: CaptionJob, source: Source, settings: dict, again: bool) -> dict[str, list[Record]]:
-    """{id: the records that need not be made again}, without their captions; of the rest, the file
-    keeps those of other videos."""
-    asked, others = in_order(file.begin(settings, again), source.items)
+def _begin(
+    file: CaptionFile, job: CaptionJob, selection: Selection, settings: dict, again: bool
+) -> dict[str, list[Record]]:
+    """{id: its valid records}, without their captions. The file keeps these records and those of
+    other videos."""
+    asked, others = in_order(file.begin(settings, again), selection.items)
     by_id: dict[str, list[Record]] = {}
     for record in asked:
         by_id.setdefault(record["id"], []).append(record)
-    kept = []
-    for item in source.items:
+    kept: list[Record] = []
+    for item in selection.items:
         records = by_id.get(item.id, [])
         good = still_good(item, records, job.window)
-        kept += records if good == "all" else good
+        kept += records if isinstance(good, str) else good
     file.keep([*kept, *others])
     found: dict[str, list[Record]] = {}
     for record in kept:
@@ -264,24 +258,25 @@ def _begin(file: CaptionFile, job: CaptionJob, source: Source, settings: dict, a
     return found
 
 
-def _plan(job: CaptionJob, source: Source, there: dict[str, list[Record]]) -> list[Work]:
-    """All that is left, in order; the same on every rank."""
-    experiment = artifact_experiment(final_artifact(job.run), job.overrides)
-    facts = {}
-    rank, world = ranks.place()
+def _plan(job: CaptionJob, selection: Selection, there: dict[str, list[Record]]) -> list[DecodeTask]:
+    """All remaining tasks, in order; the same on every rank."""
+    facts: dict[str, dict | str] = {}
+    rank, world = ranks.rank_and_world()
     if job.window is not None:
-        unknown = [item for item in source.items if still_good(item, there.get(item.id, []), job.window) != "all"]
+        unknown = [item for item in selection.items if still_good(item, there.get(item.id, []), job.window) != "all"]
         for part in ranks.gather(probe(unknown[rank::world], job.workers, job.deadline)):
             facts |= part
     decoders = sum(ranks.gather(job.workers or cores_of_rank()))
-    return plan_work(source.items, there, job.window, experiment.data.num_frames, facts, decoders)
+    return plan_tasks(selection.items, there, job.window, job.experiment.data.num_frames, facts, decoders)
 
 
-def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: list[Work], file: CaptionFile) -> None:
-    """This rank's share, written batch by batch."""
-    rank, world = ranks.place()
-    total = sum(len(part.spans or [None]) for part in work)
-    clips = job.clips(captioner, source, work)
+def _share(
+    job: CaptionJob, captioner: VideoCaptioner, selection: Selection, tasks: list[DecodeTask], file: CaptionFile
+) -> None:
+    """Caption this rank's share, written batch by batch."""
+    rank, world = ranks.rank_and_world()
+    total = sum(1 if task.spans is None else len(task.spans) for task in tasks)
+    clips = job.clips(captioner, selection, tasks)
     failed = 0
     with file.appender(rank) as appender, phase("captioning", total, "clips", left=True) as shown:
         for records in captions_of(captioner, clips, job.generation, job.prompt, job.batch_size):
@@ -292,26 +287,28 @@ def _share(job: CaptionJob, captioner: VideoCaptioner, source: Source, work: lis
             shown.note = f"{failed:,} failed" if failed else ""
 
 
-def _finish(file: CaptionFile, source: Source, before: int) -> CaptionSummary:
-    target = file.target
-    asked, others = in_order(file.read(), source.items)
-    file.keep([*asked, *others])
-    missing = {item.id for item in source.items} - {record["id"] for record in asked}
+def _finish(file: CaptionFile, selection: Selection, before: int) -> CaptionSummary:
+    asked, others = in_order(file.read(), selection.items)
+    records = [*asked, *others]
+    file.keep(records)
+    missing = {item.id for item in selection.items} - {record["id"] for record in asked}
     if missing:  # on a network drive that is slow to show what other machines have written
         raise InputError(
-            f"{target.jsonl}: nothing of {min(missing)} and {len(missing) - 1} more; "
-            "another rank's file is not to be seen yet; the same command goes on"
+            f"{file.paths.jsonl}: no record of {min(missing)} and {len(missing) - 1} more; "
+            "another rank's file is not visible yet; run the same command again"
         )
-    paths = [target.path]
-    if target.format != "jsonl":
-        write_format(target, [*asked, *others])
-    if target.folder:
-        paths = [target.path / name for name in srt_files([*asked, *others])]
-    return CaptionSummary(sum("caption" in r for r in asked), before, _failures(asked), source.skipped, paths)
+    write_format(file.paths, records)
+    return CaptionSummary(
+        sum("caption" in r for r in asked),
+        before,
+        _failures(asked),
+        selection.skipped,
+        written_files(file.paths, records),
+    )
 
 
 def _failures(records: Sequence[Record]) -> list[str]:
-    """Where it was and why, of each that has no caption."""
+    """The video, time and reason of each record without a caption."""
     found = []
     for record in records:
         if "error" in record:

@@ -6,47 +6,39 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmds.captioning.outputs import Record
 from vlmds.captioning.sources import Item, Span, grouped, spans
 from vlmds.console.progress import phase
-from vlmds.data.loader import Batches, SampleReader, visual_inputs
+from vlmds.data.exact_reader import Unreadable, read_exactly
+from vlmds.data.loader import SampleReader, visual_inputs
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.watchdog import doing
-from vlmds.errors import InputError, SampleError
-from vlmds.evaluation.scoring import ClipReader, Unreadable
-from vlmds.inference.generation import GenerationOptions, generate_captions
+from vlmds.errors import SampleError
+from vlmds.inference.generation import ClipInput, caption_batches
+from vlmds.inference.options import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner, batched
+from vlmds.runs.rank_jsonl import Record
 from vlmds.video.pool import Clip, decode_windows, video_facts
 
-GROUP_BYTES = 512 << 20  # of frames as the video has them, which a decoding process holds
+GROUP_BYTES = 512 << 20  # memory of a decoding process for frames at the video's resolution
 GROUP_WINDOWS = 32
-BATCHES_AHEAD = 2  # decoded while the model writes
+BATCHES_AHEAD = 2  # decoded while captions are generated
 
 
 @dataclass(frozen=True)
-class Work:
+class DecodeTask:
     """Spans of one item whose frames are decoded together; None: the whole item, whose end is not
     known yet. problem: why it cannot be captioned."""
 
     item: Item
     spans: list[Span] | None = None
     problem: str | None = None
-
-
-@dataclass
-class Clipped:
-    """One span: its record, which still lacks the caption or has the error, and what the model
-    sees: uint8 [F, 3, S, S], or of a features store bfloat16 [F·P, width]."""
-
-    record: Record
-    inputs: dict[str, Tensor] | None = None
 
 
 def caption_records(
@@ -64,14 +56,14 @@ def caption_records(
     dict with video, start, end, duration (seconds) and caption, or error in its place.
 
     Args:
-        window: seconds; None: one caption for each video. The rest as
-            :meth:`VideoCaptioner.caption`; deadline: seconds that decoding may take.
+        window: seconds; None: one caption for each video.
+        deadline: seconds that decoding may take. The others: see :meth:`VideoCaptioner.caption`.
     """
     items = [
         Item(clip.video, clip.video, clip)
         for clip in (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
     ]
-    work = plan_work(
+    tasks = plan_tasks(
         items,
         {},
         window,
@@ -79,7 +71,7 @@ def caption_records(
         probe(items, workers, deadline) if window else {},
         workers or cores_of_rank(),
     )
-    clips = decoded(captioner, work, workers, deadline)
+    clips = decoded(captioner, tasks, workers, deadline)
     for records in captions_of(captioner, clips, options, prompt, batch_size):
         for record in records:
             yield {key: value for key, value in record.items() if key != "id"}
@@ -88,9 +80,10 @@ def caption_records(
 def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[str, dict | str]:
     """{id: facts about the video, or why it cannot be read}"""
     items = [item for item in items if item.problem is None]
-    found = video_facts([item.clip.video for item in items], workers=workers or cores_of_rank(), deadline=deadline)
-    facts_by_id = {}
-    with phase("looking at the videos", len(items), "videos", left=True) as shown:
+    videos = [_clip(item).video for item in items]
+    found = video_facts(videos, workers=workers or cores_of_rank(), deadline=deadline)
+    facts_by_id: dict[str, dict | str] = {}
+    with phase("probing the videos", len(items), "videos", left=True) as shown:
         for item, facts in zip(items, found, strict=True):
             doing("probing", [item.id])
             facts_by_id[item.id] = str(facts) if isinstance(facts, SampleError) else facts
@@ -98,37 +91,36 @@ def probe(items: Sequence[Item], workers: int | None, deadline: float) -> dict[s
     return facts_by_id
 
 
-def plan_work(
+def plan_tasks(
     items: Sequence[Item],
     done: dict[str, list[Record]],
     window: float | None,
     num_frames: int,
     facts: dict[str, dict | str],
     decoders: int = 1,
-) -> list[Work]:
-    """What is left to do, in order.
+) -> list[DecodeTask]:
+    """The remaining tasks, in order.
 
     Args:
-        done: records by id. facts: see :func:`probe`; only windows need them. decoders: processes
-            that one long video is to keep busy, too.
+        done: records by id. facts: see :func:`probe`; only windows need them. decoders: decoding
+            processes, which a single long video must keep busy too.
     """
-    work = []
+    tasks: list[DecodeTask] = []
     each = max(1, decoders // max(1, len(facts)))
     for item in items:
         if item.problem is not None:
-            work.append(Work(item, problem=item.problem))
+            tasks.append(DecodeTask(item, problem=item.problem))
         elif still_good(item, done.get(item.id, []), window) == "all":
             continue
         elif window is None or item.position is not None:
-            work.append(Work(item))
+            tasks.append(DecodeTask(item))
         else:
-            work += _windows(item, done.get(item.id, []), window, num_frames, facts[item.id], each)
-    return work
+            tasks += _windows(item, done.get(item.id, []), window, num_frames, facts[item.id], each)
+    return tasks
 
 
 def still_good(item: Item, records: Sequence[Record], window: float | None) -> str | list[Record]:
-    """Which of the records of an item's id are still what is asked for: "all" that there can be, or
-    a list."""
+    """The records of an item that are still valid: "all" that there can be, or a list."""
     if item.position is not None:
         return "all" if records else []
     records = [r for r in records if r.get("prompt") == item.prompt]
@@ -144,38 +136,41 @@ def still_good(item: Item, records: Sequence[Record], window: float | None) -> s
 
 def _windows(
     item: Item, records: Sequence[Record], window: float, num_frames: int, facts: dict | str, parts: int
-) -> Iterator[Work]:
+) -> Iterator[DecodeTask]:
     if isinstance(facts, str):
-        yield Work(item, problem=facts)
+        yield DecodeTask(item, problem=facts)
         return
     try:
-        wanted = spans(item.clip, facts["duration"], window)
+        wanted = spans(_clip(item), facts["duration"], window)
     except SampleError as error:
-        yield Work(item, problem=str(error))
+        yield DecodeTask(item, problem=str(error))
         return
-    good = {(r["start"], r["end"]) for r in still_good(item, records, window)}
+    kept = still_good(item, records, window)
+    good = {*wanted} if isinstance(kept, str) else {(r["start"], r["end"]) for r in kept}
     todo = [span for span in wanted if span not in good]
     size = 3 * facts["width"] * facts["height"] * num_frames
     most = max(1, min(GROUP_WINDOWS, GROUP_BYTES // size, -(-len(todo) // parts)))
     for group in grouped(todo, window, most):
-        yield Work(item, group)
+        yield DecodeTask(item, group)
 
 
-def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None, deadline: float) -> Iterator[Clipped]:
-    """The spans of videos with their frames, in order; of `work`, no more is taken than there are
-    decoding processes for."""
-    taken: deque[Work] = deque()
+def decoded(
+    captioner: VideoCaptioner, tasks: Iterable[DecodeTask], workers: int | None, deadline: float
+) -> Iterator[ClipInput]:
+    """The spans of videos with their frames, in order, each with its record, which still lacks the
+    caption or has the error. No more `tasks` are taken than there are decoding processes."""
+    taken: deque[DecodeTask] = deque()
 
     def requests() -> Iterator[tuple[Clip, int]]:
-        for job in work:
-            taken.append(job)
-            if job.problem is None:
-                yield _request(job)
+        for task in tasks:
+            taken.append(task)
+            if task.problem is None:
+                yield _request(task)
 
-    def problems() -> Iterator[Clipped]:
+    def problems() -> Iterator[ClipInput]:
         while taken and taken[0].problem is not None:
-            job = taken.popleft()
-            yield Clipped(_record(job.item, None, None) | {"error": job.problem})
+            task = taken.popleft()
+            yield _clip_input(_record(task.item, None, None) | {"error": task.problem})
 
     for result in decode_windows(
         requests(),
@@ -185,92 +180,81 @@ def decoded(captioner: VideoCaptioner, work: Iterable[Work], workers: int | None
         deadline=deadline,
     ):
         yield from problems()
-        job = taken.popleft()
-        if isinstance(result, SampleError) and len(job.spans or ()) > 1:
+        task = taken.popleft()
+        if isinstance(result, SampleError) and task.spans is not None and len(task.spans) > 1:
             # One bad frame, or the deadline, must not cost the other windows.
-            alone = [Work(job.item, [span]) for span in job.spans]
+            alone = [DecodeTask(task.item, [span]) for span in task.spans]
             yield from decoded(captioner, alone, 2, deadline)
         else:
-            yield from _clipped(job, result)
+            yield from _spans_of(task, result)
     yield from problems()
 
 
-def _clipped(job: Work, result: tuple[np.ndarray, dict[str, Any]] | SampleError) -> Iterator[Clipped]:
+def _spans_of(task: DecodeTask, result: tuple[np.ndarray, dict[str, Any]] | SampleError) -> Iterator[ClipInput]:
     if isinstance(result, SampleError):
-        span = job.spans[0] if job.spans else None
-        yield Clipped(_record(job.item, span, None) | {"error": str(result)})
+        span = task.spans[0] if task.spans else None
+        yield _clip_input(_record(task.item, span, None) | {"error": str(result)})
         return
     frames, facts = result
-    found = job.spans or spans(job.item.clip, facts["duration"], None)
+    found = task.spans or spans(_clip(task.item), facts["duration"], None)
     for window, span in zip(frames, found, strict=True):
-        yield Clipped(_record(job.item, span, facts["duration"]), {"frames": torch.from_numpy(window)})
+        yield _clip_input(_record(task.item, span, facts["duration"]), {"frames": torch.from_numpy(window)})
 
 
-def _request(job: Work) -> tuple[Clip, int]:
-    if job.spans is None:
-        return job.item.clip, 1
-    return Clip(job.item.clip.video, job.spans[0][0], job.spans[-1][1]), len(job.spans)
+def _request(task: DecodeTask) -> tuple[Clip, int]:
+    clip = _clip(task.item)
+    if task.spans is None:
+        return clip, 1
+    return Clip(clip.video, task.spans[0][0], task.spans[-1][1]), len(task.spans)
 
 
-def packed(reader: SampleReader, work: Sequence[Work], workers: int, batch_size: int) -> Iterator[Clipped]:
-    """The samples of a packed dataset; reader: unshuffled."""
-    items = {job.item.position: job.item for job in work}
-    positions = list(items)
-    chunks = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-    for samples in Batches(ClipReader(reader), chunks, list, workers):
-        if isinstance(samples, dict):
-            raise InputError(samples["failure"])
-        for sample in samples:
+def packed(reader: SampleReader, tasks: Sequence[DecodeTask], workers: int, batch_size: int) -> Iterator[ClipInput]:
+    """The samples of a packed dataset, as :func:`decoded` gives them; reader: unshuffled."""
+    items = {task.item.position: task.item for task in tasks if task.item.position is not None}
+    for batch in read_exactly(reader, list(items), batch_size, workers):
+        for sample in batch:
             item, row = items[sample.position], reader.row(sample.position)
             record = _record(item, row.span, row.duration)
             if isinstance(sample, Unreadable):
-                yield Clipped(record | {"error": sample.reason})
+                yield _clip_input(record | {"error": sample.reason})
                 continue
             if sample.prompt is not None:
                 record["prompt"] = sample.prompt
-            inputs = visual_inputs([sample])
-            yield Clipped(record, {name: tensor[0] for name, tensor in inputs.items()})
+            yield _clip_input(record, {name: tensor[0] for name, tensor in visual_inputs([sample]).items()})
 
 
 def captions_of(
     captioner: VideoCaptioner,
-    clips: Iterable[Clipped],
+    clips: Iterable[ClipInput],
     options: GenerationOptions | None,
     prompt: str | None,
     batch_size: int,
 ) -> Iterator[list[Record]]:
-    """The finished records, in order, batch by batch."""
-    for batch in ahead(batched(clips, batch_size), BATCHES_AHEAD):
-        doing("captioning", [clip.record["id"] for clip in batch])
-        good = [clip for clip in batch if clip.inputs is not None]
-        if good:
-            names = good[0].inputs
-            features = captioner.model.features(
-                {name: torch.stack([clip.inputs[name] for clip in good]) for name in names}
-            )
-            prompts = [clip.record.get("prompt", prompt) for clip in good]
-            captions = generate_captions(
-                captioner.model, captioner.builder, features, prompts, options or GenerationOptions()
-            )
-            for clip, caption in zip(good, captions, strict=True):
-                clip.record["caption"] = caption
-        yield [clip.record for clip in batch]
-        doing("waiting for videos to be decoded")
+    """The finished records, in order, batch by batch. prompt: for clips that have none."""
+    with_prompts = (replace(clip, prompt=prompt if clip.prompt is None else clip.prompt) for clip in clips)
+    batches = ahead(batched(with_prompts, batch_size), BATCHES_AHEAD)
+    for batch in caption_batches(captioner.model, captioner.builder, batches, options or GenerationOptions()):
+        for clip, caption in zip(batch.clips, batch.captions, strict=True):
+            if caption is not None:
+                clip.about["caption"] = caption
+        yield [clip.about for clip in batch.clips]
 
 
 def streamed(
-    captioner: VideoCaptioner, clips: Iterable[Clipped], options: GenerationOptions, prompt: str | None
+    captioner: VideoCaptioner, clips: Iterable[ClipInput], options: GenerationOptions, prompt: str | None
 ) -> Iterator[tuple[Record, Iterator[str]]]:
-    """Each span's record and its caption in pieces, which are to be read before the next."""
+    """Each span's record and its caption in pieces, which must be read before the next."""
     for clip in clips:
-        pieces = iter(())
+        pieces: Iterator[str] = iter(())
         if clip.inputs is not None:
-            pieces = captioner.stream(clip.inputs["frames"].numpy(), clip.record.get("prompt", prompt), options)
-        yield clip.record, pieces
+            pieces = captioner.stream(
+                clip.inputs["frames"].numpy(), prompt if clip.prompt is None else clip.prompt, options
+            )
+        yield clip.about, pieces
 
 
 def ahead(items: Iterable, count: int) -> Iterator:
-    """The items, of which a thread prepares `count` ahead. What it raises is raised here."""
+    """The items; a thread prepares `count` of them ahead. Its errors are raised here."""
     waiting: queue.Queue = queue.Queue(count)
     left = threading.Event()
     end = object()
@@ -290,12 +274,12 @@ def ahead(items: Iterable, count: int) -> Iterator:
                 if left.is_set():
                     break
             put((end, None))
-        except BaseException as error:  # it belongs to the reader
+        except BaseException as error:  # raised below
             put((end, error))
         finally:
             getattr(iterator, "close", lambda: None)()
 
-    # Not joined: it may be waiting for a video to be decoded, and nobody waits for that any more.
+    # Not joined: it may be waiting for a video that nobody needs any more.
     threading.Thread(target=fill, daemon=True).start()
     try:
         while True:
@@ -307,6 +291,15 @@ def ahead(items: Iterable, count: int) -> Iterator:
             yield item
     finally:
         left.set()
+
+
+def _clip(item: Item) -> Clip:
+    assert item.clip is not None  # items with a position are read by `packed`
+    return item.clip
+
+
+def _clip_input(record: Record, inputs: dict[str, Tensor] | None = None) -> ClipInput:
+    return ClipInput(record["id"], inputs, record.get("prompt"), record)
 
 
 def _record(item: Item, span: Span | None, duration: float | None) -> Record:

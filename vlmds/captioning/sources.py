@@ -1,5 +1,5 @@
-"""What is to be captioned: videos by name, a folder, a manifest or a packed dataset; and the
-windows that long videos are cut into."""
+"""The videos to caption, from names, a folder, a manifest or a packed dataset; and the windows that
+long videos are cut into."""
 
 from __future__ import annotations
 
@@ -11,44 +11,33 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
-from vlmds.errors import InputError, SampleError
+from vlmds.errors import InputError
 from vlmds.files import absolute, as_path
 from vlmds.packing.manifest import read_manifest
 from vlmds.video.pool import Clip
+from vlmds.video.sampling import clip_span
 
 VIDEO_SUFFIXES = frozenset(
-    (
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
-    )
+    """
+    .3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv
+    .apng .gif .jpeg .jpg .png .webp
+    """.split()
 )
+"""Of files in a folder that are videos. A still picture is a video of one frame."""
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHORTEST_WINDOW = 0.1  # seconds
-SHORTEST_REST = 0.1  # of a window; a shorter rest of a video joins the window before it
+SHORTEST_REST = 0.1  # of a window; a shorter remainder is merged into the previous window
 
 Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to caption.
+    """One video, or span of a video, to caption.
 
-    id: tells it from the others. video: what the output calls it. clip: where it lies. prompt: its
-    own, None for the usual one. position: of a packed dataset, in place of clip. problem: why it
-    cannot be captioned.
+    id: unique among the items. video: its name in the output. clip: the file and span; None if there
+    is a position. prompt: its own; None is the experiment's. position: in a packed dataset. problem:
+    why it cannot be captioned.
     """
 
     id: str
@@ -60,11 +49,11 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Source:
-    """All that one command captions.
+class Selection:
+    """All items that one command captions.
 
-    data: what the settings record of it. skipped: files of a folder that are no videos. dataset,
-    split: if it is a packed one.
+    data: their origin as the settings record it. skipped: files of a folder that are not videos.
+    dataset, split: of items with positions.
     """
 
     items: list[Item]
@@ -74,8 +63,8 @@ class Source:
     split: str | None = None
 
 
-def find_source(videos: Sequence[str | Clip], data: str | Path | None, split: str | None = None) -> Source:
-    """What the command names.
+def select_items(videos: Sequence[str | Clip], data: str | Path | None, split: str | None = None) -> Selection:
+    """The items that the command names.
 
     Args:
         videos: paths, URLs or clips; or, in their place,
@@ -83,33 +72,33 @@ def find_source(videos: Sequence[str | Clip], data: str | Path | None, split: st
         split: of a packed dataset; default: val, or the only one.
 
     Raises:
-        InputError: both or neither, nothing there, or a split of what has none.
+        InputError: both or neither, no videos, or a split of data without splits.
     """
     if bool(videos) == (data is not None):
         raise InputError("give either videos or --data with a folder, a manifest or a dataset")
     if data is None:
-        source = _list(videos)
+        selection = _list(videos)
     elif (as_path(data) / "dataset.json").is_file():
         return _packed(data, split)
     elif as_path(data).suffix.lower() in MANIFEST_SUFFIXES:
-        source = _manifest(data)
+        selection = _manifest(data)
     elif Path(data).is_dir():
-        source = _folder(Path(data))
+        selection = _folder(Path(data))
     else:
         raise InputError(
             f"--data {data}: neither a folder, nor a manifest ({', '.join(MANIFEST_SUFFIXES)}), nor a packed dataset"
         )
     if split is not None:
         raise InputError(f"--split {split}: only a packed dataset has splits")
-    if not source.items:
+    if not selection.items:
         raise InputError(
-            f"--data {data}: no videos in it ({source.skipped} other files); known "
+            f"--data {data}: no videos in it ({selection.skipped} other files); known "
             f"are {' '.join(sorted(VIDEO_SUFFIXES))}"
         )
-    return source
+    return selection
 
 
-def _list(videos: Sequence[str | Clip]) -> Source:
+def _list(videos: Sequence[str | Clip]) -> Selection:
     items: dict[Item, None] = {}
     for video in videos:
         clip = video if isinstance(video, Clip) else Clip(str(video))
@@ -117,10 +106,10 @@ def _list(videos: Sequence[str | Clip]) -> Source:
         if (clip.start, clip.end) != (None, None):
             name += f"#t={clip.start or 0:g},{'' if clip.end is None else f'{clip.end:g}'}"
         items[Item(name, clip.video, clip)] = None
-    return Source(list(items))
+    return Selection(list(items))
 
 
-def _folder(root: Path) -> Source:
+def _folder(root: Path) -> Selection:
     items, skipped = [], 0
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -136,25 +125,25 @@ def _folder(root: Path) -> Source:
                 shown = os.fsencode(shown).decode(errors="backslashreplace")
                 problem = "file name is not UTF-8"
             items.append(Item(shown, shown, Clip(str(path)), problem=problem))
-    return Source(sorted(items, key=lambda item: item.id), absolute(root), skipped)
+    return Selection(sorted(items, key=lambda item: item.id), absolute(root), skipped)
 
 
-def _manifest(data: str | Path) -> Source:
+def _manifest(data: str | Path) -> Selection:
     manifest = read_manifest(data, captions=False)
     numbered = [
         (row.row, Item(row.id, row.source, Clip(row.video, row.start, row.end), row.prompt)) for row in manifest.rows
     ]
     numbered += [(bad.row, Item(f"row {bad.row}", bad.video or "", problem=bad.reason)) for bad in manifest.rejects]
-    return Source([item for _, item in sorted(numbered, key=lambda pair: pair[0])], absolute(data))
+    return Selection([item for _, item in sorted(numbered, key=lambda pair: pair[0])], absolute(data))
 
 
-def _packed(data: str | Path, split: str | None) -> Source:
+def _packed(data: str | Path, split: str | None) -> Selection:
     dataset = open_dataset(data)
     split = dataset.choose_split(split)
     order = DatasetOrder(dataset, split, shuffle=False)
     keys = [order.row(dataset, split, position).key for position in range(len(order))]
     items = [Item(key, key, position=position) for position, key in enumerate(keys)]
-    return Source(items, f"{dataset.fingerprint} {split}", dataset=dataset, split=split)
+    return Selection(items, f"{dataset.fingerprint} {split}", dataset=dataset, split=split)
 
 
 def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
@@ -167,11 +156,7 @@ def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
     """
     if window is not None and not window >= SHORTEST_WINDOW:
         raise InputError(f"window {window:g}: must be {SHORTEST_WINDOW:g} s or more")
-    start = 0.0 if clip.start is None else clip.start
-    end = duration if clip.end is None else min(clip.end, duration)
-    if start >= end:
-        raise SampleError(f"start past the end: {start:g} s of {duration:g} s")
-    start, end = round(start, 6), round(end, 6)
+    start, end = (round(edge, 6) for edge in clip_span(duration, clip.start, clip.end))
     if window is None:
         return [(start, end)]
     count, rest = divmod(end - start, window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlmds.cli.generation import add_generation, add_loading, generation_options
@@ -13,17 +14,17 @@ from vlmds.errors import InputError
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    import torch.distributed as dist
-
+    from vlmds.distributed.failures import run_on_ranks
     from vlmds.distributed.ranks import is_main
     from vlmds.evaluation.evaluate import evaluate_run, evaluation_table, read_evaluation
 
-    try:
+    def run() -> int:
         folder = evaluate_run(
             args.run,
             data=args.data,
             split=args.split,
             output=args.output,
+            name=args.name,
             clips=args.clips,
             batch_size=args.batch_size,
             generation=generation_options(args),
@@ -31,12 +32,11 @@ def evaluate(args: argparse.Namespace) -> int:
             overrides=args.set,
             again=args.again,
         )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if is_main():
-        print(f"{evaluation_table(read_evaluation(folder)[0])}\nsaved: {folder}")
-    return 0
+        if is_main():
+            print(f"{evaluation_table(read_evaluation(folder)[0])}\nsaved: {folder}")
+        return 0
+
+    return run_on_ranks(run)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def write_comparison(
     *,
     evaluation: str | None = None,
     metric: str | None = None,
-    words: list[str] = (),
+    words: Sequence[str] = (),
     csv: Path | None = None,
     latex: Path | None = None,
 ) -> None:
@@ -78,10 +78,9 @@ def write_comparison(
     verdict, other = found["verdict"], found["verdict"]["runner_up"]
     line = f"best: {verdict['best']}, {found['metric']} {verdict['value']:.2f}"
     if other:
-        line += (
-            f"; {other['gap']:.2f} more than {other['name']}, Holm-corrected p "
-            f"{other['p_holm']:.4f}; not told apart: {', '.join(verdict['tied'])}"
-        )
+        line += f"; {other['gap']:.2f} more than {other['name']}, Holm-corrected p {other['p_holm']:.4f}"
+    if tied := [name for name in verdict["tied"] if name != verdict["best"]]:
+        line += f"; statistically tied with it: {', '.join(tied)}"
     print(f"{line}\nsaved: {output} ({size / 1e6:.1f} MB)")
 
 
@@ -131,10 +130,11 @@ def add_evaluate(commands) -> None:
     add("--data", help="packed dataset (default: the run's own)")
     add("--split", help="default: val, or the only one")
     add("--output", type=Path, help="default: RUN/evaluation/SPLIT")
+    add("--as", dest="name", metavar="NAME", help="write to RUN/evaluation/NAME, beside other evaluations")
     add("--clips", type=int, help="evaluate so many, evenly spaced (default: all)")
     add_generation(command)
     add("--batch-size", type=int, default=8, help="clips at once (default: 8)")
-    add("--again", action="store_true", help="evaluate anew what is finished already")
+    add("--again", action="store_true", help="repeat a finished evaluation, or replace one that has other settings")
     add_loading(command)
     command.set_defaults(call=evaluate, module="vlmds.evaluation.evaluate")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlmds.captioning.outputs import FORMATS
 from vlmds.cli.generation import add_generation, add_loading, generation_options
 from vlmds.console.text import counted
 from vlmds.errors import InputError
+from vlmds.serve.limits import Limits
 
 # What `caption --from` looks at.
 OF_FROM = ("record", "out", "format", "again", "call", "parser", "module")
@@ -18,8 +20,9 @@ def caption(args: argparse.Namespace) -> int:
     if args.record is not None:
         return _write_from(args)
     from vlmds.captioning.command import caption
+    from vlmds.distributed.failures import run_on_ranks
 
-    return caption(args, generation_options(args))
+    return run_on_ranks(lambda: caption(args, generation_options(args)))
 
 
 def _write_from(args: argparse.Namespace) -> int:
@@ -41,7 +44,6 @@ def _write_from(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     from vlmds.serve.app import serve
-    from vlmds.serve.loaded import Limits
 
     serve(
         args.run,
@@ -100,7 +102,7 @@ def add_caption(commands) -> None:
         help="write the captions here: .jsonl, .json, .csv or .srt; of "
         "several videos, a folder with --format srt (default: print them)",
     )
-    add("--format", choices=("jsonl", "json", "csv", "srt"), help="default: as --out ends")
+    add("--format", choices=FORMATS, help="default: as --out ends")
     add("--again", action="store_true", help="caption anew what is in --out already")
     add("--window", metavar="LENGTH", help="a caption for each such stretch: 30s, 1m, 1m30s")
     add("--stream", action="store_true", help="print each caption while it is written")
@@ -135,8 +137,8 @@ def add_serve(commands) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which only this machine reaches)"
     )
     add("--port", type=int, default=7860, help="default: 7860; 0 is a free one")
-    add("--max-mb", type=float, default=200.0, help="of a video's file (default: 200)")
-    add("--max-seconds", type=float, default=600.0, help="of a video (default: 600)")
+    add("--max-mb", type=float, default=Limits.megabytes, help="of a video's file (default: %(default)g)")
+    add("--max-seconds", type=float, default=Limits.seconds, help="of a video (default: %(default)g)")
     add(
         "--allow-urls",
         action="store_true",

@@ -8,8 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vlmds.console.progress import phase
-from vlmds.console.text import counted
-from vlmds.console.units import size_text
+from vlmds.console.text import counted, size_text
 from vlmds.errors import InputError
 from vlmds.files import as_path
 

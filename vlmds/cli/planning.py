@@ -86,20 +86,21 @@ def add_plan(commands) -> None:
 
 
 def add_doctor(commands) -> None:
-    command = commands.add_parser("doctor", help="is this machine, or under a launcher this cluster, ready to train")
+    command = commands.add_parser(
+        "doctor", help="check whether this machine, or under a launcher this cluster, is ready to train"
+    )
     add = command.add_argument
-    add("--exp", default="e8", help="experiment to be ready for (default: e8, the largest)")
-    add("--data", help="packed dataset to look at")
+    add("--exp", default="e8", help="experiment to check for (default: e8, the largest)")
+    add("--data", help="packed dataset to check")
     add("--output", type=Path, default=Path("runs"), help="where runs will be (default: ./runs)")
     add(
         "--samples-per-second",
         type=float,
         metavar="X",
-        help="that the training is to reach over all ranks; decoding is held against it (default: what "
-        "shapes predict of the GPUs)",
+        help="training speed over all ranks that decoding must reach (default: predicted for the GPUs)",
     )
-    add("--samples", type=int, default=64, help="to read on each node (default: 64)")
-    add("--seconds", type=float, default=30.0, help="that one check may take (default: 30)")
+    add("--samples", type=int, default=64, help="samples to read on each node (default: 64)")
+    add("--seconds", type=float, default=30.0, help="time limit of one check (default: 30)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     command.set_defaults(call=doctor, module="vlmds.doctor.cluster")

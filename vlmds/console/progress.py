@@ -1,9 +1,8 @@
-"""What a command says while something takes long.
+"""Progress messages of commands, and the printing of lines.
 
-Lines go to stderr: stdout holds results, such as captions. A phase of less than two seconds says
-nothing. A longer one has its line in place on a terminal, and elsewhere (a log file) lines that
-come ever more seldom, and at its end the seconds that it took. A thread prints them, so that they
-also come during one long call.
+Progress goes to stderr; stdout is for results, such as captions. A phase of less than two seconds prints
+nothing. A longer one updates one line on a terminal, or writes lines at growing intervals to a log file,
+and at its end prints how long it took. A thread prints, so progress is also shown during one long call.
 """
 
 from __future__ import annotations
@@ -20,18 +19,19 @@ from typing import TextIO, TypeVar
 
 Item = TypeVar("Item")
 
-QUIET_SECONDS = 2.0  # a phase that is over by then says nothing
-LOG_SECONDS = (10.0, 60.0)  # between two lines of a log: at first, and at most
-TERMINAL_SECONDS = 0.5  # between two states of the line on a terminal
+QUIET_SECONDS = 2.0  # a shorter phase prints nothing
+LOG_SECONDS = (10.0, 60.0)  # first and longest interval between lines of a log
+TERMINAL_SECONDS = 0.5  # between two updates of the line on a terminal
 
-_open: list[Phase] = []  # the innermost one last: it alone has the screen
-_silenced = 0  # blocks that say nothing, one inside of another
-_in_place = 0  # characters of the line that a phase has on the terminal
+# Global, as the screen is: all phases of the process share it.
+_open: list[Phase] = []  # running phases; only the last, innermost one is shown
+_silenced = 0  # number of enclosing silenced() blocks
+_in_place = 0  # characters of a phase's line that is on the terminal now
 
 
 class Phase:
-    """One thing that takes long. done, total: how far it is, in ``unit``; both, and ``note``, which
-    follows them on the line, may be set at any time and by any thread."""
+    """A long piece of work. done, total: its progress, in ``unit``. note: text at the end of the line. All
+    three may be set at any time by any thread."""
 
     def __init__(self, what: str, total: float | None = None, unit: str = "", left: bool = False):
         self.what, self.total, self.unit, self.done = what, total, unit, 0.0
@@ -40,7 +40,7 @@ class Phase:
         self._lock = threading.Lock()
 
     def advance(self, amount: float = 1) -> None:
-        """``amount`` more is done. Any thread may call it."""
+        """Add ``amount`` to what is done. Any thread may call it."""
         with self._lock:
             self.done += amount
 
@@ -49,31 +49,31 @@ class Phase:
         return time.monotonic() - self._start
 
     def counting(self, items: Collection[Item]) -> Iterator[Item]:
-        """The items, each of which is done when the next one is asked for."""
+        """The items; each counts as done when the next one is requested."""
         self.done, self.total = 0, len(items)
         for item in items:
             yield item
             self.advance()
 
-    def under_way(self) -> str:
-        """ "checking weights: 5.2 of 16.4 GB, 12 s"."""
+    def progress_line(self) -> str:
+        """The line while it runs: "checking weights: 5.2 of 16.4 GB, 12 s"."""
         counted = self._counted(self.total)
         parts = [counted, duration(self.seconds), self._rest(), self.note]
         return f"{self.what}: {', '.join(part for part in parts if part)}"
 
-    def over(self) -> str:
-        """ "checking weights: 16.4 GB in 31 s"."""
+    def final_line(self) -> str:
+        """The line at its end: "checking weights: 16.4 GB in 31 s"."""
         note = f", {self.note}" if self.note else ""
         return f"{self.what}: {self._counted(None) or 'done'} in {duration(self.seconds)}{note}"
 
     def _rest(self) -> str:
-        """How long the rest will take at the pace so far."""
+        """Estimated time left, at the rate so far."""
         if not self.left or not self.total or not 0 < self.done < self.total:
             return ""
         return f"about {duration(self.seconds * (self.total - self.done) / self.done)} left"
 
     def _counted(self, total: float | None) -> str:
-        """How much is done, and of how much; empty where nothing is counted."""
+        """The amounts done and in total; empty if nothing is counted."""
         if not self.done and total is None:
             return ""
         amounts = [self.done] if total is None else [self.done, total]
@@ -88,17 +88,17 @@ class Phase:
 def phase(
     what: str, total: float | None = None, unit: str = "", *, each_node: bool = False, left: bool = False
 ) -> Iterator[Phase]:
-    """Say how far the block is, on rank 0, once it has taken two seconds. Inside of another phase
-    it takes that one's place on the screen until it ends.
+    """Show the progress of the block, on rank 0, once it has taken two seconds. A phase within another one
+    replaces it on the screen until it ends.
 
     Args:
-        what: it does, such as "checking weights".
-        total: how much there is to do; None if that is not known.
-        unit: what :meth:`Phase.advance` counts: "bytes", a noun in the plural, or nothing.
-        left: say how long the rest will take, where things are of about one size.
-        each_node: the first rank of each other node speaks, too, with its host's name.
+        what: the work, such as "checking weights".
+        total: the amount of work; None if unknown.
+        unit: of :meth:`Phase.advance`: "bytes", a noun in the plural, or empty.
+        each_node: the first rank of each other node prints, too, with its host's name.
+        left: show the estimated time left; for items of similar size.
     """
-    who = _speaker(each_node)
+    who = _line_start(each_node)
     current = Phase(what, total, unit, left)
     if who is None:
         yield current
@@ -118,12 +118,12 @@ def phase(
         if shown.is_set():
             _clear()
             if finished:
-                tell(f"{who}{current.over()}", sys.stderr)
+                tell(f"{who}{current.final_line()}", sys.stderr)
 
 
 @contextmanager
 def silenced(yes: bool = True) -> Iterator[None]:
-    """Phases inside of the block say nothing, as a notebook may want it."""
+    """Show no progress of phases within the block, for example in a notebook."""
     global _silenced
     _silenced += yes
     try:
@@ -133,14 +133,14 @@ def silenced(yes: bool = True) -> Iterator[None]:
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, on stdout if no stream is given. Where nobody reads any more, since a terminal
-    or an ssh is gone, that must not end the training: from then on the stream leads nowhere."""
+    """Print a line, by default on stdout. If the reader is gone (a closed terminal or ssh), this does not
+    raise, because training must go on: the stream is redirected to /dev/null."""
     _clear()
     _print(f"{text}\n", stream or sys.stdout)
 
 
 def duration(seconds: float) -> str:
-    """ "2 h 05 min", "7 min 30 s" or "12 s"."""
+    """A duration as text: "2 h 05 min", "7 min 30 s" or "12 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -148,8 +148,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def _speaker(each_node: bool) -> str | None:
-    """What this rank's lines begin with, None if it says nothing."""
+def _line_start(each_node: bool) -> str | None:
+    """The start of this rank's lines; None if it prints nothing."""
     if _silenced:
         return None
     if os.environ.get("RANK", "0") == "0":
@@ -165,22 +165,22 @@ def _show(current: Phase, who: str, over: threading.Event, shown: threading.Even
         terminal = sys.stderr.isatty()
         if _open[-1] is current:
             shown.set()
-            line = f"{who}{current.under_way()}"
+            line = f"{who}{current.progress_line()}"
             _replace(line) if terminal else tell(line, sys.stderr)
         wait = TERMINAL_SECONDS if terminal else interval
         interval = interval if terminal else min(2 * interval, LOG_SECONDS[1])
 
 
 def _replace(line: str) -> None:
-    """Show the line in place of the one before."""
+    """Show the line in place of the previous one."""
     global _in_place
-    line = line[: shutil.get_terminal_size().columns - 1]  # one that wraps could not be replaced
+    line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be replaced
     _print(f"\r{line:<{_in_place}}", sys.stderr)
     _in_place = len(line)
 
 
 def _clear() -> None:
-    """Take the line of a phase off the terminal."""
+    """Remove the line of a phase from the terminal."""
     global _in_place
     if _in_place:
         _print(f"\r{'':<{_in_place}}\r", sys.stderr)

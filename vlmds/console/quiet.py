@@ -1,8 +1,8 @@
-"""What libraries print that a user cannot act on is kept off the screen; errors never are.
+"""Suppression of library messages that a user cannot act on. Errors are never suppressed.
 
-A command calls :func:`quiet_libraries` before it imports them, for its process is its own. What is
-also called from notebooks and other programs uses :func:`quietly`, which puts everything back.
-Neither hides a warning of unknown origin.
+A command, which has a process of its own, calls :func:`quiet_libraries` before it imports them. Code that
+is also called from notebooks and other programs uses :func:`quietly`, which restores all settings.
+Warnings of unknown origin stay visible.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _VERBOSITY = "TRANSFORMERS_VERBOSITY"
 
 
 def drop_accelerator_notice() -> None:
-    """DeepSpeed says on stdout which accelerator it takes, when it is imported: too early for
-    :func:`quietly`. The package drops this one line, whoever imports it."""
+    """Drop the line in which DeepSpeed prints its accelerator on stdout. It comes when DeepSpeed is imported,
+    too early for :func:`quietly`, so the package always drops it."""
     logging.getLogger("DeepSpeed").addFilter(_is_no_accelerator_notice)
 
 
 def quiet_libraries() -> None:
-    """From now on, and in child processes. TRANSFORMERS_VERBOSITY and HF_HUB_DISABLE_PROGRESS_BARS
-    stand as the user has set them."""
-    os.environ.setdefault(_VERBOSITY, "error")  # transformers and the hub's client read them
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # when they are imported
+    """Suppress messages from now on, also in child processes. Values of TRANSFORMERS_VERBOSITY and
+    HF_HUB_DISABLE_PROGRESS_BARS that the user has set are kept."""
+    os.environ.setdefault(_VERBOSITY, "error")  # read when transformers and the hub's
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # client are imported
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # vlmds.models.fetch reports a broken download
     if "transformers" in sys.modules and os.environ[_VERBOSITY] == "error":
         _quiet_transformers()
@@ -40,7 +40,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """The same as long as the block runs, for libraries that are imported already."""
+    """Suppress messages within the block, of libraries that are already imported."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -64,12 +64,12 @@ def _quiet_transformers() -> None:
 
 
 def _ignore_warnings() -> None:
-    """What libraries tell each other's authors: names that go, calls that change."""
+    """Ignore warnings meant for developers: deprecations of names and calls."""
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     # peft 0.21 asks transformers 5 for an attribute under its old name.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    # Training says it itself, once, with the key (vlmds.training.main.warn_of_readers).
+    # Training prints this itself, once, with the key (vlmds.training.main.warn_of_readers).
     warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
 
 

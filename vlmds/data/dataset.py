@@ -16,7 +16,7 @@ from vlmds.data.index import SampleRow, ShardIndex, ShardInfo
 from vlmds.data.order import SampleOrder
 from vlmds.errors import InputError
 from vlmds.experiments.schema import DataConfig
-from vlmds.files import as_path
+from vlmds.files import as_path, is_url
 
 
 class Dataset:
@@ -156,6 +156,6 @@ def open_dataset(data: DataConfig | str | Path) -> Dataset:
 
 def _open(path: str, key: str, cache: ShardCache | None) -> ShardIndex:
     place = as_path(path)
-    if isinstance(place, Path) and not hasattr(place, "fs") and not place.is_dir():
+    if not is_url(place) and not place.is_dir():
         raise InputError(f"{key}: {path} does not exist; make it with vlmds pack")
     return ShardIndex.open(place, cache)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from vlmds.data.cache import ShardCache
 from vlmds.errors import InputError, SampleError
-from vlmds.files import as_path, sha256_of
+from vlmds.files import as_path, is_url, sha256_of
 
 FORMAT, VERSION = "vlmds", 2
 
@@ -223,7 +223,7 @@ class ShardIndex:
             return self._read(row)
         except SampleError as error:
             if getattr(error.__cause__, "errno", None) != errno.ESTALE:
-                if self.cache is None or "://" not in str(self.root):
+                if self.cache is None or not is_url(self.root):
                     raise
                 if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
                     raise
@@ -276,7 +276,7 @@ class ShardIndex:
         self._by_number: dict[tuple[str, int], ShardInfo] | None = None
         self._tables = _Cache(self._read_group, lambda table: None)
         # A copy that has left the cache takes its room on the disk for as long as it is open.
-        copies = self.cache is not None and "://" in str(self.root)
+        copies = self.cache is not None and is_url(self.root)
         self._files = _Cache(self._open_shard, lambda file: file.close(), 1 if copies else CACHED_SHARDS)
 
     def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
@@ -288,7 +288,7 @@ class ShardIndex:
         try:
             if self._index is None:
                 # pyarrow's own file reads without moving a position, which a fork would share.
-                source = path.open("rb") if hasattr(path, "fs") else pa.OSFile(str(path))
+                source = path.open("rb") if is_url(path) else pa.OSFile(str(path))
                 if _footer_sha256(source) != self.meta["index_footer_sha256"]:
                     raise InputError(replaced)
                 self._index = pq.ParquetFile(source, page_checksum_verification=True)
@@ -305,7 +305,7 @@ class ShardIndex:
 
     def _open_shard(self, number: tuple[str, int]) -> "LocalFile | _RemoteFile":
         path = self.root / f"{number[0]}/{number[1]:06d}.tar"
-        if not hasattr(path, "fs"):
+        if not is_url(path):
             return LocalFile(os.open(path, os.O_RDONLY))
         if self.cache is not None:
             shard = self._info(*number)
@@ -316,7 +316,7 @@ class ShardIndex:
 
     def _after_fork(self) -> None:
         """Connections to another machine belong to the parent; the child makes its own."""
-        if "://" in str(self.root):  # asking for its .fs could make one before fsspec's own hook
+        if is_url(self.root):  # asking for its .fs could make one before fsspec's own hook
             self.root = as_path(str(self.root))
             self._open_caches()
 

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -175,6 +176,14 @@ def _outlive_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Reader(Protocol):
+    """Reads what is at a position. Can be pickled."""
+
+    def key(self, position: int) -> str: ...
+
+    def load(self, position: int) -> Any: ...
+
+
 class Batches:
     """Collated batches in the order of `batches` (positions), read ahead by `num_workers`
     processes, but no more than :func:`vlmds.distributed.cores.cores_of_rank`; 0 reads in this one. The batches
@@ -184,11 +193,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        reader: SampleReader,
-        batches: Sequence[Sequence[int]],
-        collate: Callable[[list[Sample]], dict],
-        num_workers: int,
+        self, reader: Reader, batches: Sequence[Sequence[int]], collate: Callable[[list], Any], num_workers: int
     ):
         self._reader, self._batches, self._collate = reader, batches, collate
         self._workers = min(num_workers, len(batches), cores_of_rank())
@@ -196,7 +201,7 @@ class Batches:
         # processes of a machine share). Shared memory, so that this process can tell.
         self._desks = torch.full((max(self._workers, 1), 2), -1, dtype=torch.int64).share_memory_()
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Any]:
         if not len(self._batches):
             return
         pipeline = wds.DataPipeline(Positions(self._batches), wds.map(self._load))
@@ -230,7 +235,7 @@ class Batches:
             for since, number, position in busy[:4]
         )
 
-    def _load(self, positions: Sequence[int]) -> dict:
+    def _load(self, positions: Sequence[int]) -> Any:
         worker = get_worker_info()
         desk = self._desks[worker.id if worker else 0]
         samples = []

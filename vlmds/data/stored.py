@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.errors import SampleError
-from vlmds.video.decode_work import Reply, Request
+from vlmds.video.decode_work import VideoReply, VideoRequest
 from vlmds.video.pool import DecodePool
 
 
@@ -76,28 +76,28 @@ def decode_stored(
     num_frames: int,
     image_size: int,
     quality: int | None = None,
-) -> Iterator[Reply]:
-    """For each sample of a video store, in order, what `prepare` makes of its video for `store`:
+) -> Iterator[VideoReply]:
+    """For each sample of a video store, in order, what `prepare_video` makes of its video for `store`:
     "frames" (JPEGs of this quality) or "pixels"; or the reason why it cannot. A sample that cannot
-    be read from its shard is a Reply with a reason, too."""
+    be read from its shard is a VideoReply with a reason, too."""
     with tempfile.TemporaryDirectory(prefix="vlmds-") as folder:
         damaged: dict[int, str] = {}
 
-        def requests() -> Iterator[Request]:
+        def requests() -> Iterator[VideoRequest]:
             for number, row in enumerate(rows):
                 path = Path(folder) / str(number)
                 try:
                     path.write_bytes(read_video(index.read(row)))
                 except SampleError as error:
                     damaged[number] = str(error)  # the child only finds no file
-                yield Request(str(path), row.start, row.end, store, num_frames, image_size, quality)
+                yield VideoRequest(str(path), row.start, row.end, store, num_frames, image_size, quality)
 
         for number, reply in enumerate(pool.map(requests())):
             (Path(folder) / str(number)).unlink(missing_ok=True)
-            yield Reply(damaged.pop(number)) if number in damaged else reply
+            yield VideoReply(damaged.pop(number)) if number in damaged else reply
 
 
-def pixels_of(reply: Reply, image_size: int) -> np.ndarray | SampleError:
+def pixels_of(reply: VideoReply, image_size: int) -> np.ndarray | SampleError:
     """A reply to a request for "pixels" as uint8 [F, 3, image_size, image_size]."""
     if reply.reason is not None:
         return SampleError(reply.reason)

@@ -21,9 +21,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.demo.clips import COLOURS, DIRECTIONS, SHAPE_SIZE, SHAPES, TRAVEL, Attributes, caption, subject, towards
+from vlmds.experiments.schema import DataConfig
 
 LEFT, RIGHT, TOP, BOTTOM, START, END, NOTHING = "좌", "우", "상", "하", "처음", "끝", "·"
-PROMPT = "이 영상을 설명해주세요."
+PROMPT = DataConfig().prompt
 FRAMES = 8
 IGNORE = -100
 

@@ -1,4 +1,4 @@
-"""CUDA on this machine: whether its GPUs can be used, and what PyTorch and NCCL are set to."""
+"""CUDA on this machine: whether its GPUs are usable, and settings of PyTorch and NCCL."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vlmds.errors import InputError
 DEVICES = "/dev/nvidia[0-9]*"
 DRIVER = Path("/proc/driver/nvidia/version")
 
-# For a check of links: a collective that does not come through raises after its group's timeout.
-# By default NCCL's watchdog aborts the process instead.
+# For checks of the links: a collective that fails raises after its group's timeout. By default NCCL's
+# watchdog aborts the process instead.
 NCCL_RAISES = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 
 def unusable_gpus() -> tuple[str, str] | None:
-    """(What is wrong, the fix) if this machine has GPUs, nobody asked for another device by
-    ``DS_ACCELERATOR``, and PyTorch cannot use one of them; else None."""
-    import torch  # not with this module, which every command imports
+    """(problem, fix) if this machine has GPUs that PyTorch cannot use, and ``DS_ACCELERATOR`` does not
+    ask for another device; else None."""
+    import torch  # here, because every command imports this module
 
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda" or torch.cuda.is_available():
         return None
@@ -42,14 +42,14 @@ def unusable_gpus() -> tuple[str, str] | None:
 
 
 def check_gpus() -> None:
-    """Raise InputError if there are :func:`unusable_gpus`: on a CPU 8B would take years."""
+    """Raise InputError if there are :func:`unusable_gpus`: training 8B on a CPU would take years."""
     problem = unusable_gpus()
     if problem:
         raise InputError("; ".join(problem))
 
 
 def driver_version() -> str:
-    """Of NVIDIA's kernel module, such as "550.54.15"; "unknown" where it says nothing."""
+    """Version of NVIDIA's kernel module, such as "550.54.15"; or "unknown"."""
     try:
         version = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", DRIVER.read_text())
     except OSError:
@@ -58,7 +58,7 @@ def driver_version() -> str:
 
 
 def _reason() -> str:
-    """What CUDA says of it, in brackets."""
+    """CUDA's error message in brackets, or an empty text."""
     import torch
 
     if torch.version.cuda is None:
@@ -71,8 +71,8 @@ def _reason() -> str:
 
 
 def use_expandable_segments() -> None:
-    """Let PyTorch's allocator grow its segments, so that batches of many lengths do not leave gaps
-    nobody can use. To be called before CUDA starts; what the user set stands."""
+    """Let PyTorch's allocator grow its segments, which avoids fragmentation by batches of many lengths. To be
+    called before CUDA starts; settings of the user are kept."""
     if not any(
         name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     ):
@@ -80,9 +80,9 @@ def use_expandable_segments() -> None:
 
 
 def free_memory_from_cuda(accelerator) -> None:
-    """Let DeepSpeed's CUDA accelerator ask CUDA how many bytes are free. By itself it asks NVML,
-    if nvidia-ml-py is installed, for a GPU whose number it takes from CUDA_VISIBLE_DEVICES; UUIDs
-    there (MIG, Slurm, Kubernetes) end the start with "invalid literal for int()"."""
+    """Let DeepSpeed's CUDA accelerator ask CUDA for the number of free bytes. If nvidia-ml-py is installed
+    it would ask NVML, for a GPU whose number it reads from CUDA_VISIBLE_DEVICES; with UUIDs there (MIG,
+    Slurm, Kubernetes) that fails with "invalid literal for int()"."""
     import torch
 
     accelerator.available_memory = lambda device=None: torch.cuda.mem_get_info(device)[0]

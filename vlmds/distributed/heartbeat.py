@@ -1,18 +1,18 @@
-"""A node that dies without a word ends the job within ``training.heartbeat_seconds``.
+"""The heartbeat: ends the job within ``training.heartbeat_seconds`` of the loss of a node.
 
-Its survivors sit in a wait for their GPU, which the collectives' timeout would end half an hour
-later. So every rank keeps a connection to rank 0 on which nothing is sent. The kernels at its two
-ends probe it (TCP keepalive): an answer shows that the machine and the link are there, whatever its
-Python does. Neither a long hold of the interpreter's lock, nor a disk that does not answer, nor
-SIGSTOP or swapping is taken for a death; what stands still on a machine that answers is left to
-``training.timeout_minutes``.
+When a node fails without closing its connections, the other ranks keep waiting for their GPU, and the
+collectives' timeout would end that only half an hour later. So every rank keeps an idle connection to
+rank 0, which the kernels at both ends probe (TCP keepalive). An answer shows that the machine and the
+link work, whatever its Python does: holding the interpreter's lock for long, waiting for a disk, SIGSTOP
+or swapping are not taken for a loss. A process that makes no progress on a machine that answers is left
+to ``training.timeout_minutes``.
 
-A rank that cannot be reached tries to connect again. The job ends if it has not come back within
-``heartbeat_seconds`` and the rank that waits for it has made no progress in that time. So a machine
-may be paused, or a link be down, for almost ``heartbeat_seconds``. Rank 0 ends all others; if rank 0
-is gone, each finds that out by itself. Time for which the observer itself was stopped does not
-count, and no clock is compared between machines. A thread ends the rank; it needs the interpreter's
-lock, which PyTorch releases wherever it waits for a GPU or for other ranks.
+A rank that cannot be reached tries to reconnect. The job ends if it has not come back within
+``heartbeat_seconds`` and the rank that waits for it has made no progress in that time. A machine may
+thus be paused, or a link be down, for almost ``heartbeat_seconds``. Rank 0 ends all others; if rank 0 is
+lost, each rank notices that by itself. Time in which the observing process was itself stopped does not
+count, and clocks of different machines are never compared. A thread ends the rank; it needs the
+interpreter's lock, which PyTorch releases wherever it waits for a GPU or for other ranks.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from vlmds.console.progress import tell
-from vlmds.distributed.lost_ranks import speaks
+from vlmds.distributed.lost_ranks import reports_for_machine
 from vlmds.distributed.watchdog import MOST_RANKS, end_job, idle_seconds
 
-TICK = 1.0  # seconds between two judgements
+TICK = 1.0  # seconds between two checks
 CONNECT_SECONDS = 2.0
 LONGEST_LINE = 1024  # bytes
-MOST_ROUNDS = 64  # of reading what has come, between two judgements
+MOST_ROUNDS = 64  # of reading from the connections, between two checks
 
 
 def start_heartbeat(seconds: float | None) -> None:
-    """Watch over the other ranks from now on; called on all, once the process group is there.
+    """Watch the other ranks from now on. All ranks call it, once the process group exists.
 
     Args:
-        seconds: from the last sign of life to the end of the job; None watches over nobody.
+        seconds: from the last answer to the end of the job; None watches no rank.
     """
     if seconds is None or dist.get_world_size() == 1:
         return
@@ -66,17 +66,17 @@ def start_heartbeat(seconds: float | None) -> None:
 
 @dataclass
 class _Rank:
-    """One that has connected. lost: seconds since the connection was, None while it is there.
-    silent: seconds without an answer before it counted as lost."""
+    """A rank that has connected; connection: None once it is lost. lost: seconds since then. silent: seconds
+    without an answer before that."""
 
     host: str
     connection: socket.socket | None
-    lost: float | None = None
+    lost: float = 0.0
     silent: float = 0.0
 
 
 class _Clock:
-    """Seconds between calls, but not those for which this process was stopped itself."""
+    """Seconds between calls, not counting time in which this process itself was stopped."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -87,7 +87,7 @@ class _Clock:
 
 
 class Centre:
-    """Rank 0's side: all the others connect to it."""
+    """Rank 0's side, to which all other ranks connect."""
 
     def __init__(self, seconds: float, token: str, ranks: int):
         self.seconds, self.token = seconds, token
@@ -107,30 +107,32 @@ class Centre:
         clock = _Clock()
         while not self._left:
             ready = self._selector.select(TICK)
-            # Whoever came back while this thread was stopped is heard before judging. A connection
-            # that cannot be accepted because too many files are open stays ready for ever.
+            # Read from ranks that came back while this thread was stopped before checking. The limit is
+            # for a connection that cannot be accepted as too many files are open: it is always ready.
             for _ in range(MOST_ROUNDS):
                 for key, _ in ready:
-                    self._hear(key.fileobj)
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._receive(key.fileobj)
                 ready = self._selector.select(0)
                 if not ready:
                     break
-            self._judge(clock())
+            self._check(clock())
 
     def leave(self) -> None:
-        """This rank ends as it should."""
+        """This rank ends normally."""
         self._left = True
-        self._say("bye")
+        self._send_all("bye")
 
     def forget(self) -> None:
+        """Close the connections in a forked child."""
         for connection in [self._listener, *list(self._received)]:
             connection.close()
 
-    def _hear(self, connection: socket.socket) -> None:
+    def _receive(self, connection: socket.socket) -> None:
         if connection is self._listener:
             try:
                 new, _ = connection.accept()
-            except OSError:  # it is gone again, or this process has too many files open
+            except OSError:  # closed again, or too many open files in this process
                 return
             new.setblocking(False)
             probe(new, self.seconds / 2)
@@ -148,11 +150,11 @@ class Centre:
         *lines, rest = self._received[connection].split(b"\n")
         self._received[connection] = rest
         for line in lines:
-            self._take(connection, line.decode(errors="replace").split())
+            self._handle(connection, line.decode(errors="replace").split())
         if not data or len(rest) > LONGEST_LINE:
             self._lose(connection, 0.0)
 
-    def _take(self, connection: socket.socket, words: list[str]) -> None:
+    def _handle(self, connection: socket.socket, words: list[str]) -> None:
         if len(words) == 4 and words[:2] == ["hello", self.token]:
             self._ranks[int(words[2])] = _Rank(words[3], connection)
         elif words == ["bye"]:
@@ -166,8 +168,8 @@ class Centre:
             if rank.connection is connection:
                 rank.connection, rank.lost, rank.silent = None, 0.0, silent
 
-    def _judge(self, elapsed: float) -> None:
-        lost = {number: rank for number, rank in self._ranks.items() if rank.lost is not None}
+    def _check(self, elapsed: float) -> None:
+        lost = {number: rank for number, rank in self._ranks.items() if rank.connection is None}
         for rank in lost.values():
             rank.lost += elapsed
         longest = max((rank.lost for rank in lost.values()), default=0.0)
@@ -180,43 +182,46 @@ class Centre:
             )
             + " (training.heartbeat_seconds)"
         )
-        self._say(f"end {problem}")
+        self._send_all(f"end {problem}")
         end_job(problem)
 
-    def _say(self, line: str) -> None:
+    def _send_all(self, line: str) -> None:
         for connection in list(self._received):
             try:
                 connection.send(f"{line}\n".encode())
-            except OSError:  # it is one of those that are gone
+            except OSError:  # this connection is lost, too
                 pass
 
 
 class Member:
-    """The side of any rank but 0."""
+    """The side of every rank except 0."""
 
     def __init__(self, rank: int, seconds: float, token: str, address: tuple[str, int], host: str):
         self._rank, self._seconds, self._token = rank, seconds, token
         self._address, self._host = address, host
         self._connection: socket.socket | None = None
-        self._met = self._left = False
+        self._connected_once = self._left = False
 
     def run(self) -> None:
         lost, silent, clock = 0.0, 0.0, _Clock()
         while not self._left:
-            if self._connect():
-                lost, silent = 0.0, self._listen()
+            if connection := self._connect():
+                lost, silent = 0.0, self._listen(connection)
                 clock()
             time.sleep(TICK)
             lost += clock()
             if lost >= self._seconds / 2:
-                if not self._met:
+                if not self._connected_once:
                     self._warn()
                     return
                 if not self._left and idle_seconds() >= self._seconds / 2:
-                    end_job(f"{describe(0, self._host, lost, silent)} (training.heartbeat_seconds)", report=speaks())
+                    end_job(
+                        f"{describe(0, self._host, lost, silent)} (training.heartbeat_seconds)",
+                        report=reports_for_machine(),
+                    )
 
     def leave(self) -> None:
-        """This rank ends as it should."""
+        """This rank ends normally."""
         self._left = True
         if self._connection is not None:
             with contextlib.suppress(OSError):
@@ -226,7 +231,7 @@ class Member:
         if self._connection is not None:
             self._connection.close()
 
-    def _connect(self) -> bool:
+    def _connect(self) -> socket.socket | None:
         hello = f"hello {self._token} {self._rank} {socket.gethostname()}\n"
         try:
             connection = socket.create_connection(self._address, CONNECT_SECONDS)
@@ -234,21 +239,21 @@ class Member:
             probe(connection, self._seconds / 2)
             connection.sendall(hello.encode())
         except OSError:
-            return False
-        self._connection, self._met = connection, True
-        return True
+            return None
+        self._connection, self._connected_once = connection, True
+        return connection
 
-    def _listen(self) -> float:
-        """Until the connection is lost; returns the seconds for which no answer has come then."""
+    def _listen(self, connection: socket.socket) -> float:
+        """Read until the connection is lost. Returns the seconds without an answer before that."""
         received = b""
         try:
-            with self._connection:
-                while data := self._connection.recv(LONGEST_LINE):
+            with connection:
+                while data := connection.recv(LONGEST_LINE):
                     *lines, received = (received + data).split(b"\n")
                     for line in lines:
                         word, _, problem = line.decode().partition(" ")
                         if word == "end":
-                            end_job(problem, report=speaks())
+                            end_job(problem, report=reports_for_machine())
                         self._left = self._left or word == "bye"
         except OSError as error:
             return silence(error, self._seconds)
@@ -259,14 +264,13 @@ class Member:
             host, port = self._address
             tell(
                 f"vlmds: rank {self._rank}: WARNING: port {port} of {host} cannot be "
-                "reached; a node that dies is noticed after training.timeout_minutes only",
+                "reached; the loss of a node is noticed only after training.timeout_minutes",
                 sys.stderr,
             )
 
 
 def probe(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel ask the other machine whether it is there, and end the connection when no
-    answer has come for so long."""
+    """Let the kernel probe the other machine, and end the connection after ``seconds`` without an answer."""
     every = max(1, round(seconds / 6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", every), ("TCP_KEEPINTVL", every), ("TCP_USER_TIMEOUT", int(seconds * 1000))):
@@ -275,12 +279,12 @@ def probe(connection: socket.socket, seconds: float) -> None:
 
 
 def silence(error: OSError, seconds: float) -> float:
-    """Seconds without an answer before a connection ended with this error. A process that ends
-    closes or resets its connection; only one that cannot be reached leaves it to the probes."""
+    """Seconds without an answer before a connection ended with this error. A process that ends closes or
+    resets its connection; only the loss of a machine or a link is left to the probes."""
     return 0.0 if error.errno in (errno.ECONNRESET, errno.EPIPE) else seconds / 2
 
 
 def describe(number: int, host: str, lost: float, silent: float) -> str:
     if silent:
         return f"rank {number} on {host} has not answered for {lost + silent:.0f} s"
-    return f"rank {number} on {host} ended {lost:.0f} s ago without a word"
+    return f"rank {number} on {host} ended {lost:.0f} s ago without reporting an error"

@@ -1,7 +1,7 @@
-"""The job's ranks: joining them, and what they tell each other beside the training itself.
+"""The job's ranks: joining them, and the exchange of small values between them.
 
-Small facts (counts, errors, paths) travel over a gloo group of their own: they are known on the
-host, and a message over NCCL would make the host wait for the GPU.
+Small values (counts, errors, paths) go through a gloo group of their own: they are needed on the host,
+and a message over NCCL would make the host wait for the GPU.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from vlmds.distributed import watchdog
 from vlmds.distributed.cuda import NCCL_RAISES, check_gpus, free_memory_from_cuda
 from vlmds.distributed.heartbeat import start_heartbeat
 from vlmds.distributed.watchdog import doing, start_watch
 from vlmds.errors import InputError
-from vlmds.experiments.schema import LoggingConfig, TrainingConfig
+from vlmds.experiments.schema import Experiment, LoggingConfig, TrainingConfig
 from vlmds.files import machine
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 REPORT_SECONDS, WAIT_SECONDS = 5.0, 0.5
-"""Between two reports of a long piece of work, and between two looks at whether it is done."""
-TIMEOUT_MINUTES, HEARTBEAT_SECONDS = (
-    TrainingConfig.model_fields[name].default for name in ("timeout_minutes", "heartbeat_seconds")
-)
-STALL_SECONDS = LoggingConfig.model_fields["stall_seconds"].default
-_turns = 0
-_control: dist.ProcessGroup | None = None
+"""Between two reports of a long piece of work, and between two checks of whether it is done."""
+_DEFAULTS = TrainingConfig()
+
+# Global, as torch's default process group is, to which both belong.
+_turns = 0  # calls of take_turns and on_each_cache so far, which number their keys in the job's store
+_control: dist.ProcessGroup | None = None  # the gloo group; None: the default group is it
 
 
 def init_distributed(
-    timeout_minutes: float = TIMEOUT_MINUTES,
-    stall_seconds: float = STALL_SECONDS,
-    heartbeat_seconds: float | None = HEARTBEAT_SECONDS,
+    timeout_minutes: float = _DEFAULTS.timeout_minutes,
+    stall_seconds: float = LoggingConfig().stall_seconds,
+    heartbeat_seconds: float | None = _DEFAULTS.heartbeat_seconds,
     probing: bool = False,
 ) -> torch.device:
-    """Join the job's ranks (``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process)
-    and return this rank's device, which is set before any weight is loaded.
+    """Join the job's ranks (of ``deepspeed``, ``torchrun``, ``srun`` + torchrun, or one plain process) and
+    return this rank's device, which is set before any weight is loaded.
 
     Args:
-        probing: for checks of the links: no connection over NCCL is made before it is used, one
-            that fails raises, and no heartbeat ends the process.
+        timeout_minutes, stall_seconds, heartbeat_seconds: as in an experiment's ``training`` and ``logging``.
+        probing: for checks of the links: NCCL connects only when it is first used, a failed
+            connection raises, and no heartbeat ends the process.
 
     Raises:
         InputError: there are GPUs, but PyTorch cannot use them (not if probing).
@@ -74,13 +75,13 @@ def init_distributed(
     if probing:
         os.environ.update(NCCL_RAISES)
     timeout = timedelta(minutes=timeout_minutes)
-    # On CPUs DeepSpeed compiles a shared-memory op for inference_all_reduce, which training never
-    # calls. A process that is killed while it loads it leaves a lock behind on which every later
-    # start waits for ever; without the op there is neither that nor a compiler to install.
+    # On CPUs DeepSpeed compiles a shared-memory op for inference_all_reduce, which training never calls.
+    # A process that is killed while loading it leaves a lock on which every later start waits for ever.
+    # Without the op, no compiler is needed either.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if on_cpu else "nccl"
     join(backend, timeout, None if probing else device)
-    deepspeed.init_distributed(  # which takes what is there
+    deepspeed.init_distributed(  # uses the group that exists
         dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False
     )
     _control = None if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
@@ -90,16 +91,29 @@ def init_distributed(
     return device
 
 
+def join_ranks(experiment: Experiment) -> torch.device:
+    """:func:`init_distributed` with the timeouts of the experiment."""
+    training = experiment.training
+    return init_distributed(training.timeout_minutes, experiment.logging.stall_seconds, training.heartbeat_seconds)
+
+
+def leave() -> None:
+    """Leave the other ranks, if this process has joined any; it may continue with other work."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    watchdog.stop()
+
+
 def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
-    """Make the default process group, bound to ``device`` where that is a GPU: NCCL then connects
-    at once, and a barrier knows its GPU."""
+    """Create the default process group, bound to ``device`` if that is a GPU: NCCL then connects at once,
+    and barriers use that GPU."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     bound = device if device is not None and device.type == "cuda" and world_size > 1 else None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
         return
-    # torchrun's store lives on when it starts the ranks again (--max-restarts with a static
-    # rendezvous), and in it the addresses of dead ranks. Each start has names of its own.
+    # When torchrun restarts the ranks (--max-restarts with a static rendezvous), its store still has the
+    # addresses of dead ranks. So each start uses keys of its own.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
@@ -113,14 +127,14 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on: two jobs on one machine must not take the same."""
+    """A TCP port that no process listens on: two jobs on one machine must not use the same one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def cpu_environment(ranks: int) -> dict[str, str]:
-    """What CPU ranks need, empty where there are GPUs."""
+    """Environment variables that CPU ranks need; empty if there is a GPU for each rank."""
     if torch.cuda.device_count() >= ranks:
         return {}
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
@@ -128,18 +142,18 @@ def cpu_environment(ranks: int) -> dict[str, str]:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that writes and speaks."""
+    """Whether this is rank 0, which writes files and prints. Needs no process group."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def place() -> tuple[int, int]:
-    """(this rank, number of ranks); (0, 1) in a process that has joined none."""
+def rank_and_world() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) in a process that has not joined others."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def take_turns(items: Sequence[Item]) -> Iterator[Item]:
-    """The items that fall to this rank: each rank takes the next one whenever it is ready for it,
-    so that all are done at about the same time. To be called on all ranks alike."""
+    """The items of this rank: each rank takes the next item when it is ready for it, so all ranks finish at
+    about the same time. All ranks call it with the same items."""
     global _turns
     _turns += 1
     if not dist.is_initialized():
@@ -167,26 +181,24 @@ def gather(value: Any) -> list:
 
 
 def on_main(make: Callable[[], Result]) -> Result:
-    """Call ``make`` on rank 0 alone and return what it returns on every rank.
+    """Call ``make`` on rank 0 only; every rank returns its result.
 
     Raises:
         InputError: on every rank, if it raises one on rank 0.
     """
-    value = together(make if place()[0] == 0 else lambda: None)
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, group=_control)
+    values: list[Any] = [together(lambda: make() if rank_and_world()[0] == 0 else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, group=_control)
     return values[0]
 
 
 def together(make: Callable[[], Result]) -> Result:
-    """Call ``make`` on every rank; what it returns on this one.
+    """Call ``make`` on every rank, and return this rank's result.
 
     Raises:
         InputError: on every rank, if it raises one on any.
     """
-    value, problem = None, None
+    problem = None
     try:
         value = make()
     except InputError as error:
@@ -198,28 +210,30 @@ def together(make: Callable[[], Result]) -> Result:
 
 
 def raise_together(failed: float, mine: list[str]) -> None:
-    """Raise InputError on every rank with the first of all ranks' problems, if ``failed``, the sum
-    over ranks of whether there is one, is not 0."""
+    """Raise InputError on every rank, with the first problem of any rank, if there is one.
+
+    Args:
+        failed: number of ranks with a problem, the same on every rank.
+        mine: this rank's problems.
+    """
     if failed:
         raise shared_error(next(problem for problems in gather(mine) for problem in problems))
 
 
 def shared_error(problem: str) -> InputError:
     """An InputError that every rank raises."""
-    error = InputError(problem)
-    error.shared = True
-    return error
+    return InputError(problem, shared=True)
 
 
 def on_each_cache(work: Callable[[Callable[[str], None]], None], folder: Path) -> None:
-    """Call ``work`` on one rank for each disk that ``folder`` lies on, while the others wait. All
-    ranks call it alike.
+    """Call ``work`` on one rank for each disk that holds ``folder``, while the others wait. All ranks
+    call it.
 
-    Unlike a collective, the waiting has no fixed timeout: it lasts as long as some rank reports. Only
-    when no report has come for the job's timeout does the watchdog end it.
+    Unlike that of a collective, the wait has no fixed timeout: it lasts as long as some rank reports
+    progress. The watchdog ends it after the job's timeout without a report.
 
     Args:
-        work: gets a function to report progress with, which any thread may call.
+        work: its argument is a function that reports progress, which any thread may call.
 
     Raises:
         InputError: on every rank, if ``work`` raises one on any.
@@ -259,7 +273,7 @@ def on_each_cache(work: Callable[[Callable[[str], None]], None], folder: Path) -
 
 
 def _first_of_cache(folder: Path) -> bool:
-    """Whether this rank is the first that sees ``folder`` as it is here. Nodes may share it."""
+    """Whether this rank is the first of those that share this ``folder``. Nodes may share it."""
     machines = gather(machine())
     mine = machines.index(machine())
     token = folder / f".vlmds-{secrets.token_hex(8)}.tmp"
@@ -267,13 +281,13 @@ def _first_of_cache(folder: Path) -> bool:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             token.touch()
-        except OSError:  # it cannot be written: whoever needs to will report that
+        except OSError:  # not writable: reported by the code that writes there
             pass
     names = gather(token.name if dist.get_rank() == mine else None)
     first = next(
         rank for rank, name in enumerate(names) if rank == mine or (name is not None and (folder / name).exists())
     )
-    gather(None)  # all have looked
-    with suppress(OSError):  # on a disk that may only be read, also where there is none
+    gather(None)  # all ranks have checked
+    with suppress(OSError):  # a read-only disk raises also if the file does not exist
         token.unlink()
     return first == dist.get_rank()

@@ -1,16 +1,14 @@
-"""`vlmds doctor`: is this machine, or this cluster, ready to train?
+"""`vlmds doctor`: checks of whether this machine or cluster is ready to train.
 
-As a plain process it looks at one machine; as launch/doctor.py in the place of launch/train.py, under
-any launcher, at all machines and at what lies between them. Each check says ok, warning or FAILED,
-and the fix. None can hang: a local check runs in a thread that is left behind at its deadline, and
-what ranks do together has the process group's timeout.
+A plain process checks one machine. launch/doctor.py, started by any launcher like launch/train.py, checks
+all machines and the links between them. Each check prints ok, warning or FAILED, and the fix. No check can
+hang: a local check runs in a thread with a deadline, and collectives have the process group's timeout.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from vlmds.console.text import counted
 from vlmds.data.dataset import open_dataset
 from vlmds.distributed.cores import cores_of_rank
+from vlmds.distributed.deadline import finishes_within
 from vlmds.distributed.ranks import gather, init_distributed, is_main
 from vlmds.distributed.watchdog import doing
 from vlmds.doctor.network import Measure, check_clocks, measure_links
@@ -27,8 +26,8 @@ from vlmds.doctor.node import (
     FAILED,
     OK,
     WARNING,
+    CheckContext,
     Finding,
-    Patient,
     check_accelerator,
     check_dataset,
     check_disk,
@@ -47,7 +46,7 @@ from vlmds.runs.folder import git_commit, versions
 
 
 def examine(experiment: Experiment, output: Path, *, seconds: float, samples: int, wanted: float | None) -> int:
-    """All checks, printed by rank 0. Returns 0, or 2 if one FAILED, on every rank."""
+    """Run all checks; rank 0 prints the results. Returns 0, or 2 if a check FAILED, on every rank."""
     try:
         device = init_distributed(4 * seconds / 60, probing=True)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
@@ -62,16 +61,16 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
             ),
         )
         return 2
-    patient = Patient(experiment, output, seconds, samples, wanted, device)
+    context = CheckContext(experiment, output, seconds, samples, wanted, device)
     places = gather((socket.gethostname(), int(os.environ.get("LOCAL_RANK", 0))))
     for host, local_rank in places:
         if local_rank == 0:
-            number = len(patient.names)
-            patient.names.append(f"{host}#{number}" if host in patient.names else host)
-        patient.nodes.append(len(patient.names) - 1)
+            number = len(context.names)
+            context.names.append(f"{host}#{number}" if host in context.names else host)
+        context.nodes.append(len(context.names) - 1)
     if is_main():
         print(
-            f"{counted(len(places), 'rank')} on {counted(len(patient.names), 'node')}: {', '.join(patient.names)}",
+            f"{counted(len(places), 'rank')} on {counted(len(context.names), 'node')}: {', '.join(context.names)}",
             flush=True,
         )
     failed = False
@@ -90,13 +89,13 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
     ):
         doing(f"checking {name}")
         try:
-            findings = check(patient)
-        except RuntimeError as error:  # of a collective; what a check finds is no exception
+            findings = check(context)
+        except RuntimeError as error:  # of a collective; checks raise none
             _print(
                 name,
                 Finding(
                     FAILED,
-                    f"rank {os.environ['RANK']} has lost the others: {_first_line(error)}",
+                    f"rank {os.environ['RANK']} lost the connection to the others: {_first_line(error)}",
                     "check the node whose launcher ended first, and the link",
                 ),
             )
@@ -108,39 +107,40 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
     return 2 if failed else 0
 
 
-def _by_each_rank(check: Callable[[Patient], list[Finding]], leaders_only: bool = False):
-    """The check on every rank, within its time; equal findings become one line."""
+def _by_each_rank(check: Callable[[CheckContext], list[Finding]], leaders_only: bool = False):
+    """The check on every rank, within the time limit; equal findings become one line."""
 
-    def run(patient: Patient) -> list[Finding]:
+    def run(context: CheckContext) -> list[Finding]:
         mine = []
-        if patient.leader or not leaders_only:
-            mine = within(patient.seconds, lambda: check(patient))
-        return _merge(gather(mine), patient)
+        if context.leader or not leaders_only:
+            mine = findings_within(context.seconds, lambda: check(context))
+        return _merge(gather(mine), context)
 
     return run
 
 
-def _by_leaders(check: Callable[[Patient], list[Finding]]):
+def _by_leaders(check: Callable[[CheckContext], list[Finding]]):
     return _by_each_rank(check, leaders_only=True)
 
 
-def _merge(found: list[list[Finding]], patient: Patient) -> list[Finding]:
+def _merge(found: list[list[Finding]], context: CheckContext) -> list[Finding]:
+    """Each different finding once, with the names of its nodes unless it is of all."""
     where: dict[Finding, list[int]] = {}
     for rank, findings in enumerate(found):
         for finding in findings:
             nodes = where.setdefault(finding, [])
-            if patient.nodes[rank] not in nodes:
-                nodes.append(patient.nodes[rank])
+            if context.nodes[rank] not in nodes:
+                nodes.append(context.nodes[rank])
     return [
         finding
-        if len(nodes) == len(patient.names)
-        else Finding(finding.level, f"{', '.join(patient.names[n] for n in nodes)}: {finding.text}", finding.fix)
+        if len(nodes) == len(context.names)
+        else Finding(finding.level, f"{', '.join(context.names[n] for n in nodes)}: {finding.text}", finding.fix)
         for finding, nodes in where.items()
     ]
 
 
-def within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """What the check finds; if it does not end in time or breaks, that is what is found."""
+def findings_within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings of the check, or one FAILED finding if it raises or does not end in time."""
     result: list[Finding] = []
 
     def work() -> None:
@@ -148,57 +148,57 @@ def within(seconds: float, check: Callable[[], list[Finding]]) -> list[Finding]:
             result.extend(check())
         except InputError as error:
             result.append(Finding(FAILED, str(error)))
-        except Exception as error:  # whatever breaks a check is what it found
+        except Exception as error:  # an error of any kind is the finding
             result.append(Finding(FAILED, f"{type(error).__name__}: {_first_line(error)}"))
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        return [
-            Finding(
-                FAILED,
-                f"no answer within {seconds:g} s",
-                "a disk or device that does not answer; look there, or give more --seconds",
-            )
-        ]
-    return result
+    if finishes_within(seconds, work):
+        return result
+    return [
+        Finding(
+            FAILED,
+            f"no answer within {seconds:g} s",
+            "check whether a disk or device does not answer, or give more --seconds",
+        )
+    ]
 
 
-def check_versions(patient: Patient) -> list[Finding]:
-    """Of every package, and of this source; equal on all ranks."""
+def check_versions(context: CheckContext) -> list[Finding]:
+    """The versions of all packages and of this source are equal on all ranks."""
     mine = {**versions(), "commit": git_commit() or "none"}
     everyone = gather(mine)
     findings = []
     for name in sorted(set().union(*everyone)):
         found: dict[str, set[str]] = {}
         for rank, theirs in enumerate(everyone):
-            node = patient.names[patient.nodes[rank]]
+            node = context.names[context.nodes[rank]]
             found.setdefault(theirs.get(name, "missing"), set()).add(node)
         if len(found) > 1:
             text = "; ".join(f"{version} on {', '.join(sorted(nodes))}" for version, nodes in sorted(found.items()))
             findings.append(
-                Finding(FAILED, f"{name}: {text}", "install the same everywhere: pip install -c constraints.txt")
+                Finding(
+                    FAILED, f"{name}: {text}", "install the same version everywhere: pip install -c constraints.txt"
+                )
             )
     text = ", ".join(f"{name} {version}" for name, version in mine.items())
     return findings or [Finding(OK, text)]
 
 
-def check_links(patient: Patient) -> list[Finding]:
-    """All-reduce within nodes, between nodes, and over all; wrong sums and slow links."""
-    measures = measure_links(patient.nodes, patient.names, patient.device, patient.seconds)
+def check_links(context: CheckContext) -> list[Finding]:
+    """All-reduce within nodes, between nodes and over all ranks: errors, wrong sums, slow links."""
+    measures = measure_links(context.nodes, context.names, context.device, context.seconds)
     if not measures:
-        return [Finding(OK, "one rank, nothing to connect")]
+        return [Finding(OK, "one rank, no links to check")]
     findings = [judge_link(measure, measures) for measure in measures]
     interfaces = {name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name in os.environ}
-    if len(patient.names) > 1 and not interfaces:
+    if len(context.names) > 1 and not interfaces:
         findings.append(
-            Finding(OK, "interfaces are left to the libraries (no GLOO_SOCKET_IFNAME, no NCCL_SOCKET_IFNAME)")
+            Finding(OK, "network interfaces are chosen by the libraries (no GLOO_SOCKET_IFNAME, no NCCL_SOCKET_IFNAME)")
         )
     return findings
 
 
 def judge_link(measure: Measure, measures: list[Measure]) -> Finding:
+    """The finding of one link, compared with the others of its kind."""
     if measure.problem:
         return Finding(
             FAILED,
@@ -216,7 +216,7 @@ def judge_link(measure: Measure, measures: list[Measure]) -> Finding:
     return Finding(OK, text)
 
 
-def _judge_clocks(patient: Patient, offsets: list[float]) -> list[Finding]:
+def _judge_clocks(context: CheckContext, offsets: list[float]) -> list[Finding]:
     if len(offsets) < 2:
         return []
     worst = max(range(len(offsets)), key=lambda node: abs(offsets[node]))
@@ -225,54 +225,54 @@ def _judge_clocks(patient: Patient, offsets: list[float]) -> list[Finding]:
         return [
             Finding(
                 WARNING,
-                f"{text} ({patient.names[worst]} from {patient.names[0]}); training "
-                "does not mind, log files and credentials do",
+                f"{text} ({context.names[worst]} from {context.names[0]}); this does "
+                "not affect training, but log times and credentials",
                 "run chrony or ntpd",
             )
         ]
     return [Finding(OK, text)]
 
 
-def check_same_output(patient: Patient) -> list[Finding]:
-    """A file that rank 0 writes must be seen from every node."""
-    token = patient.output / ".doctor-token.tmp"
+def check_same_output(context: CheckContext) -> list[Finding]:
+    """A file that rank 0 writes to --output is visible from every node."""
+    token = context.output / ".doctor-token.tmp"
     text = os.urandom(8).hex()
     if is_main():
         try:
             token.write_text(text)
         except OSError:
-            pass  # the check of the disk reports it
+            pass  # check_disk reports it
     text = gather(text)[0]
 
-    def look() -> list[Finding]:
-        deadline = time.monotonic() + min(10.0, patient.seconds / 2)  # network caches take seconds
+    def find_token() -> list[Finding]:
+        deadline = time.monotonic() + min(10.0, context.seconds / 2)  # caches of network file systems take seconds
         while time.monotonic() < deadline:
             if token.is_file() and token.read_text() == text:
-                return [Finding(OK, f"{patient.output.absolute()} is one folder")]
+                return [Finding(OK, f"{context.output.absolute()} is the same folder on all nodes")]
             time.sleep(0.1)
         return [
             Finding(
                 FAILED,
-                f"{patient.output.absolute()} is not the folder that {patient.names[0]} sees",
+                f"{context.output.absolute()} is not the folder that {context.names[0]} sees",
                 "put --output on a file system that all nodes share",
             )
         ]
 
-    findings = _by_leaders(lambda p: look())(patient)
+    findings = _by_leaders(lambda _: find_token())(context)
     if is_main():
         token.unlink(missing_ok=True)
-    return findings if len(patient.names) > 1 else [f for f in findings if f.level != OK]
+    return findings if len(context.names) > 1 else [f for f in findings if f.level != OK]
 
 
-def check_decoding(patient: Patient) -> list[Finding]:
-    """Samples per second that the reader processes of all ranks give at once."""
-    data = patient.experiment.data
+def check_decoding(context: CheckContext) -> list[Finding]:
+    """Samples per second that the reader processes of all ranks decode at the same time."""
+    data = context.experiment.data
     if data.path is None and data.blend is None:
         return []
     rate, problem = 0.0, None
     try:
-        rate = decode_rate(patient)
-    except Exception as error:  # the other ranks wait for what this one found
+        rate = decode_rate(context)
+    except Exception as error:  # the other ranks wait for this one's result
         problem = f"{type(error).__name__}: {_first_line(error)}"
     rates = gather((rate, problem))
     if problem := next((p for _, p in rates if p), None):
@@ -280,31 +280,37 @@ def check_decoding(patient: Patient) -> list[Finding]:
     total = sum(r for r, _ in rates)
     readers = counted(min(data.num_workers, cores_of_rank()), "reader process", "reader processes")
     text = f"{total:,.1f} samples/s by {readers} a rank on {os.cpu_count()} cores a node"
-    if patient.wanted is not None or patient.device.type != "cuda":
-        return [judge_decoding(total, patient.wanted, text)]
-    card = device_card(torch.cuda.get_device_name(patient.device))
-    return [judge_decoding(total, card and len(rates) * step_rate(patient.experiment, card), text, guessed=True)]
+    if context.wanted is not None or context.device.type != "cuda":
+        return [judge_decoding(total, context.wanted, text)]
+    card = device_card(torch.cuda.get_device_name(context.device))
+    predicted = len(rates) * step_rate(context.experiment, card) if card else None
+    return [judge_decoding(total, predicted, text, predicted=True)]
 
 
 def step_rate(experiment: Experiment, card: Card) -> float:
-    """Samples a second that one GPU is predicted to train, in the stage that takes most."""
+    """Predicted samples per second of one GPU, in the last stage, which trains the most."""
     model, stage = shapes(experiment), experiment.stages[-1]
     freeze(model.captioner, stage)
     stored = open_dataset(experiment.data).store == "features"
     return predicted_rate(experiment, stage, model, card, 0, stored)
 
 
-def judge_decoding(total: float, wanted: float | None, text: str, guessed: bool = False) -> Finding:
-    """Samples per second that there are against those that training wants. guessed: from shapes."""
+def judge_decoding(total: float, wanted: float | None, text: str, predicted: bool = False) -> Finding:
+    """Compare decoded samples per second with those that training needs.
+
+    Args:
+        wanted: None if unknown.
+        predicted: ``wanted`` is a prediction, so a lower rate is a warning only.
+    """
     if wanted is None:
         return Finding(OK, text)
-    text = f"{text}, {wanted:.4g} {'predicted of the GPUs' if guessed else 'wanted'}"
+    text = f"{text}, {wanted:.4g} {'predicted for the GPUs' if predicted else 'wanted'}"
     if total >= 1.2 * wanted:
         return Finding(OK, text)
     return Finding(
-        WARNING if guessed or total >= wanted else FAILED,
+        WARNING if predicted or total >= wanted else FAILED,
         text,
-        "pack with --store frames or features, or raise data.num_workers where cores are idle",
+        "pack with --store frames or features, or raise data.num_workers if cores are idle",
     )
 
 

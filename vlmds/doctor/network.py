@@ -1,9 +1,8 @@
-"""What lies between the nodes, measured by all ranks together: bandwidth, and clocks."""
+"""Measurements of `vlmds doctor` between nodes, by all ranks together: bandwidth and clocks."""
 
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,19 +11,23 @@ from itertools import combinations
 import torch
 import torch.distributed as dist
 
+from vlmds.distributed.deadline import finishes_within
 from vlmds.distributed.ranks import gather
 from vlmds.distributed.watchdog import doing
 
 ROUNDS = 5
-ALL_PAIRS = 8  # nodes; more of them are measured each with the next only
+ALL_PAIRS = 8  # up to this many nodes all pairs are measured; with more, each node with the next only
 GPU_BYTES, CPU_BYTES = 256 << 20, 16 << 20
 
 
 @dataclass(frozen=True)
 class Measure:
-    """kind: "node", "pair" or "all". gb_per_s: bus bandwidth of an all-reduce in 10^9 bytes per
-    second, that is 2 (n - 1) / n times the tensor's bytes per second for n ranks, as nccl-tests
-    count it. problem: why there is none."""
+    """The bandwidth of one group of ranks.
+
+    kind: "node", "pair" or "all". gb_per_s: bus bandwidth of an all-reduce in 10^9 bytes per second, as in
+    nccl-tests: 2 (n - 1) / n times the tensor's bytes per second for n ranks. problem: why it could not be
+    measured.
+    """
 
     kind: str
     name: str
@@ -33,11 +36,13 @@ class Measure:
 
 
 def measure_links(nodes: list[int], names: list[str], device: torch.device, seconds: float) -> list[Measure]:
-    """All-reduce within each node, between the first ranks of each pair of nodes, and over all
-    ranks, one after the other. All ranks call it; the same on each.
+    """Measure all-reduce within each node, between the first ranks of each pair of nodes, and over all
+    ranks, one after the other. All ranks call it and get the same result.
 
     Args:
-        nodes: the number of each rank's node.
+        nodes: by rank, the number of its node.
+        names: of the nodes.
+        seconds: timeout of one collective.
     """
     members = [[r for r, n in enumerate(nodes) if n == node] for node in range(len(names))]
     plans = [("node", f"within {names[n]}", ranks) for n, ranks in enumerate(members) if len(ranks) > 1]
@@ -51,13 +56,13 @@ def measure_links(nodes: list[int], names: list[str], device: torch.device, seco
 
 
 def _measure(kind: str, name: str, ranks: list[int], device: torch.device, seconds: float) -> Measure:
-    doing(f"measuring {name}")  # the watchdog's timeout is that of one measurement
+    doing(f"measuring {name}")  # restarts the watchdog's timeout
     mine: list[tuple[float, str | None]] = []
     groups: list[dist.ProcessGroup] = []
 
     def work() -> None:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # each thread has a current one of its own
+            torch.cuda.set_device(device)  # the current device belongs to a thread
         try:
             group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))  # may connect
             member = dist.get_rank() in ranks
@@ -66,21 +71,19 @@ def _measure(kind: str, name: str, ranks: list[int], device: torch.device, secon
         except RuntimeError as error:
             mine.append((0.0, str(error).splitlines()[0]))
 
-    # NCCL has no timeout while it connects. The others wait for four times the seconds.
+    # NCCL has no timeout while it connects. The timeout of the other ranks is four times the seconds.
     deadline = 3 * seconds
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(deadline)
+    finishes_within(deadline, work)
     found = mine[0] if mine else (0.0, f"no answer within {deadline:g} s")
     results = [result for rank, result in enumerate(gather(found)) if rank in ranks]
-    for group in groups:  # now nobody uses it any more
+    for group in groups:  # which no rank uses any more
         dist.destroy_process_group(group)
     problem = next((p for _, p in results if p), None)
     return Measure(kind, name, min(r for r, _ in results), problem)
 
 
 def _all_reduce_rate(group: dist.ProcessGroup, size: int, device: torch.device) -> float:
-    """In 10^9 bytes per second; raises RuntimeError for a sum that is wrong."""
+    """Bus bandwidth in 10^9 bytes per second. Raises RuntimeError if a sum is wrong."""
     count = (CPU_BYTES if device.type == "cpu" else GPU_BYTES) // 4
     values = torch.ones(count, device=device)
     times = []
@@ -92,7 +95,7 @@ def _all_reduce_rate(group: dist.ProcessGroup, size: int, device: torch.device) 
         _finish(device)
         times.append(time.monotonic() - begin)
         if not bool((values == size).all()):
-            raise RuntimeError("a sum over the ranks came out wrong")
+            raise RuntimeError("a sum over the ranks was wrong")
     return 2 * (size - 1) / size * count * 4 / statistics.median(times[1:]) / 1e9
 
 
@@ -104,8 +107,8 @@ def _finish(device: torch.device) -> None:
 def check_clocks(nodes: list[int]) -> list[float]:
     """Seconds by which each node's clock is ahead of the first node's. All ranks call it.
 
-    Every rank looks at its clock when a message has reached all, so the error is about the time
-    that a message takes; the smallest of several differences counts.
+    Every rank reads its clock when a message has reached all ranks, so the error is about the time of one
+    message. The smallest of several differences counts.
     """
     rounds = []
     for _ in range(ROUNDS):

@@ -1,5 +1,5 @@
-"""What one machine is asked by `vlmds doctor` (vlmds/doctor/cluster.py): its accelerator, limits, shared
-memory, disk and data. No check here waits for another rank."""
+"""Checks of `vlmds doctor` on one machine: accelerator, limits, shared memory, disk, models and data. None
+waits for another rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.index import CACHED_SHARDS
 from vlmds.data.loader import Batches, SampleReader
 from vlmds.distributed.cuda import driver_version, unusable_gpus
-from vlmds.distributed.ranks import place
+from vlmds.distributed.ranks import rank_and_world
 from vlmds.errors import SampleError
 from vlmds.experiments.schema import Experiment
 from vlmds.files import sync_file
@@ -37,18 +37,20 @@ WRITE_BYTES, WRITE_CHUNK = 256 << 20, 8 << 20
 
 @dataclass(frozen=True)
 class Finding:
+    """One result of a check. level: OK, WARNING or FAILED."""
+
     level: str
     text: str
     fix: str = ""
 
 
 @dataclass
-class Patient:
-    """What the checks know of this rank and its job.
+class CheckContext:
+    """Input of the checks: this rank, its job and the options.
 
-    seconds: how long one check may take. samples: dataset samples to read on each node. wanted:
-    samples per second that the training is to reach over all ranks, or None. nodes: the number of
-    each rank's node; names: of the nodes; leader: whether this rank is the first of its node.
+    seconds: time limit of one check. samples: number of dataset samples to read on each node. wanted:
+    samples per second that training should reach over all ranks, or None. nodes: by rank, the number of
+    its node. names: of the nodes. leader: whether this rank is the first of its node.
     """
 
     experiment: Experiment
@@ -62,20 +64,20 @@ class Patient:
 
     @property
     def node(self) -> int:
-        return self.nodes[place()[0]]
+        return self.nodes[rank_and_world()[0]]
 
     @property
     def leader(self) -> bool:
-        return self.nodes.index(self.node) == place()[0]
+        return self.nodes.index(self.node) == rank_and_world()[0]
 
     @property
     def local_ranks(self) -> int:
         return self.nodes.count(self.node)
 
 
-def check_accelerator(patient: Patient) -> list[Finding]:
-    """Present, usable, computes, and nobody else's memory on it."""
-    if patient.device.type == "cpu":
+def check_accelerator(context: CheckContext) -> list[Finding]:
+    """The GPU is present, usable, computes correctly, and is not used by other processes."""
+    if context.device.type == "cpu":
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             return [
                 Finding(
@@ -88,16 +90,14 @@ def check_accelerator(patient: Patient) -> list[Finding]:
             Finding(
                 WARNING,
                 "no GPU found, training would run on the CPU",
-                "install the driver, or set DS_ACCELERATOR=cpu if that is meant",
+                "install the driver, or set DS_ACCELERATOR=cpu if that is intended",
             )
         ]
-    properties = torch.cuda.get_device_properties(patient.device)
-    ones = torch.ones(1024, 1024, device=patient.device, dtype=torch.bfloat16)
+    properties = torch.cuda.get_device_properties(context.device)
+    ones = torch.ones(1024, 1024, device=context.device, dtype=torch.bfloat16)
     if not bool((ones @ ones == 1024).all()):
-        return [
-            Finding(FAILED, f"{patient.device}: a product of matrices came out wrong", "take this GPU out of service")
-        ]
-    driver = torch._C._cuda_getDriverVersion()
+        return [Finding(FAILED, f"{context.device}: a matrix product was wrong", "take this GPU out of service")]
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in the stubs
     findings = [
         Finding(
             OK,
@@ -106,24 +106,25 @@ def check_accelerator(patient: Patient) -> list[Finding]:
             f"for {torch.version.cuda}",
         )
     ]
-    free, total = torch.cuda.mem_get_info(patient.device)
-    others = total - free - torch.cuda.memory_reserved(patient.device)
+    free, total = torch.cuda.mem_get_info(context.device)
+    others = total - free - torch.cuda.memory_reserved(context.device)
     if others > 0.05 * total:
         findings.append(
             Finding(
                 WARNING,
-                f"{patient.device}: {others / GIB:.1f} GiB are in use by others",
+                f"{context.device}: {others / GIB:.1f} GiB are in use by other processes",
                 "end the processes that nvidia-smi lists",
             )
         )
-    if patient.experiment.llm.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+    if context.experiment.llm.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
         findings.append(
             Finding(FAILED, f"{properties.name} has no bfloat16", "use a GPU of compute capability 8.0 or newer")
         )
     return findings
 
 
-def check_limits(patient: Patient) -> list[Finding]:
+def check_limits(context: CheckContext) -> list[Finding]:
+    """The limit of open files is high enough for the reader processes."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= OPEN_FILES or soft == resource.RLIM_INFINITY:
         return [Finding(OK, f"{soft:,} open files")]
@@ -138,14 +139,14 @@ def check_limits(patient: Patient) -> list[Finding]:
     ]
 
 
-def check_shared_memory(patient: Patient) -> list[Finding]:
-    """Batches travel from the reader processes to the ranks through /dev/shm."""
-    data, training = patient.experiment.data, patient.experiment.training
-    sample = data.num_frames * 3 * _image_size(patient.experiment) ** 2
-    ahead = 5 * data.num_workers  # batches: four read ahead by each process, and one in its hands
-    need = patient.local_ranks * ahead * training.micro_batch * sample
+def check_shared_memory(context: CheckContext) -> list[Finding]:
+    """/dev/shm has room for the batches that go through it from the reader processes to the ranks."""
+    data, training = context.experiment.data, context.experiment.training
+    sample = data.num_frames * 3 * _image_size(context.experiment) ** 2
+    ahead = 5 * data.num_workers  # batches: per process, four read ahead and one in progress
+    need = context.local_ranks * ahead * training.micro_batch * sample
     free = shutil.disk_usage("/dev/shm").free
-    text = f"{free / GIB:.2f} GiB free in /dev/shm, readers may hold {need / GIB:.2f} GiB"
+    text = f"{free / GIB:.2f} GiB free in /dev/shm, readers may use {need / GIB:.2f} GiB"
     if free < need:
         return [
             Finding(
@@ -158,14 +159,14 @@ def check_shared_memory(patient: Patient) -> list[Finding]:
     return [Finding(OK, text)]
 
 
-def check_disk(patient: Patient) -> list[Finding]:
-    """Write speed, flushed to disk, and room for the run's checkpoints."""
-    patient.output.mkdir(parents=True, exist_ok=True)
-    path = patient.output / f".doctor-write-{patient.node}.tmp"
+def check_disk(context: CheckContext) -> list[Finding]:
+    """Write speed, including the flush to disk, and room for the run's checkpoints."""
+    context.output.mkdir(parents=True, exist_ok=True)
+    path = context.output / f".doctor-write-{context.node}.tmp"
     chunk, written, begin = os.urandom(WRITE_CHUNK), 0, time.monotonic()
     try:
         with path.open("wb") as file:
-            while written < WRITE_BYTES and time.monotonic() - begin < patient.seconds / 4:
+            while written < WRITE_BYTES and time.monotonic() - begin < context.seconds / 4:
                 written += file.write(chunk)
         flush = time.monotonic()
         sync_file(path)
@@ -175,54 +176,54 @@ def check_disk(patient: Patient) -> list[Finding]:
     findings = [
         Finding(
             OK,
-            f"{patient.output.absolute()}: {written / 1e6 / (end - begin):,.0f} MB/s "
+            f"{context.output.absolute()}: {written / 1e6 / (end - begin):,.0f} MB/s "
             f"written, fsync of {written / 1e6:,.0f} MB took {end - flush:.2f} s",
         )
     ]
-    experiment = patient.experiment
+    experiment = context.experiment
     kept = experiment.training.keep_checkpoints + 2  # the best, and the one being written
     need, captioner = 0, shapes(experiment).captioner
     for stage in experiment.stages:
         freeze(captioner, stage)
         need += kept * checkpoint_bytes(experiment, captioner)
-    free = shutil.disk_usage(patient.output).free
+    free = shutil.disk_usage(context.output).free
     text = (
         f"{free / GIB:,.1f} GiB free, {kept} checkpoints of each stage of {experiment.name} need "
         f"at most {need / GIB:,.2f} GiB"
     )
     return [
         *findings,
-        Finding(FAILED, text, "free some, choose another --output, or a smaller training.keep_checkpoints")
+        Finding(FAILED, text, "free some, choose another --output, or reduce training.keep_checkpoints")
         if free < need
         else Finding(OK, text),
     ]
 
 
-def check_models(patient: Patient) -> list[Finding]:
+def check_models(context: CheckContext) -> list[Finding]:
     """The pretrained models are on this machine, or can be downloaded."""
     findings = []
-    for section in (patient.experiment.vision, patient.experiment.llm):
+    for section in (context.experiment.vision, context.experiment.llm):
         found = presence(section)
         level = OK if found.here else FAILED if found.missing is None else WARNING
         findings.append(Finding(level, f"{section.model}: {found.text}"))
     return findings
 
 
-def check_dataset(patient: Patient) -> list[Finding]:
-    """Sizes of all shards, checksums of members all over them, and all that training would refuse
-    for this data and number of ranks."""
-    data = patient.experiment.data
+def check_dataset(context: CheckContext) -> list[Finding]:
+    """Sizes of all shards, checksums of samples spread over them, and the checks with which training would
+    refuse this data and number of ranks."""
+    data = context.experiment.data
     if data.path is None and data.blend is None:
         return [Finding(WARNING, "not checked", "pass --data DIR")]
     dataset = open_dataset(data)
     for part, shard in dataset.shards():
         part.verify([shard], "size")
-    check_experiment(patient.experiment, shapes(patient.experiment), dataset, place()[1])
+    check_experiment(context.experiment, shapes(context.experiment), dataset, rank_and_world()[1])
     begin, read, split = time.monotonic(), 0, "train"
-    reader = _reader(patient, dataset, split)
-    count = min(patient.samples, len(reader))
+    reader = _reader(context, dataset, split)
+    count = min(context.samples, len(reader))
     for number in range(count):
-        if time.monotonic() - begin > patient.seconds / 2:
+        if time.monotonic() - begin > context.seconds / 2:
             count = number
             break
         wanted = reader.order.place(number * len(reader) // count)
@@ -239,33 +240,35 @@ def check_dataset(patient: Patient) -> list[Finding]:
     ]
 
 
-def decode_rate(patient: Patient) -> float:
-    """Of this rank, after its first batch."""
-    reader = _reader(patient, open_dataset(patient.experiment.data), "train")
-    micro_batch = patient.experiment.training.micro_batch
-    rank, ranks = place()
+def decode_rate(context: CheckContext) -> float:
+    """Samples per second that this rank's reader processes decode, after the first batch."""
+    reader = _reader(context, open_dataset(context.experiment.data), "train")
+    micro_batch = context.experiment.training.micro_batch
+    rank, ranks = rank_and_world()
     batches = [range(first, first + micro_batch) for first in ((n * ranks + rank) * micro_batch for n in range(4096))]
-    begin, samples = None, 0
-    stop = time.monotonic() + patient.seconds / 2
-    workers = patient.experiment.data.num_workers
+    begin, samples, now = 0.0, 0, 0.0
+    stop = time.monotonic() + context.seconds / 2
+    workers = context.experiment.data.num_workers
     for batch in Batches(reader, batches, lambda samples: {"size": len(samples)}, workers):
         if "failure" in batch:
             raise SampleError(batch["failure"])
         now = time.monotonic()
-        if begin is None:
-            begin = now  # starting the processes does not count
+        if not begin:
+            begin = now  # the start of the processes does not count
             continue
         samples += batch["size"]
-        if now > stop or (samples >= patient.samples and now - begin > 1):
+        if now > stop or (samples >= context.samples and now - begin > 1):
             break
     return samples / (now - begin)
 
 
-def _reader(patient: Patient, dataset: Dataset, split: str) -> SampleReader:
-    data = patient.experiment.data
-    return SampleReader(dataset, split, data.num_frames, _image_size(patient.experiment), window=data.shuffle_window)
+def _reader(context: CheckContext, dataset: Dataset, split: str) -> SampleReader:
+    data = context.experiment.data
+    return SampleReader(dataset, split, data.num_frames, _image_size(context.experiment), window=data.shuffle_window)
 
 
 def _image_size(experiment: Experiment) -> int:
     vision = experiment.vision
-    return vision_half(published_or_loaded_config(vision), vision.model).image_size
+    size = vision_half(published_or_loaded_config(vision), vision.model).image_size
+    assert isinstance(size, int)  # transformers allows more, CLIP does not
+    return size

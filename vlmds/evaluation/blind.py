@@ -1,21 +1,36 @@
-"""Does the model use the video? What it says of each clip is held against what it says blind: of
-another clip's video, and of black frames."""
+"""Blind tests: caption loss and metrics with the clip's own video, with another clip's video and with
+black frames. A model that uses the video is worse without it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vlmds.evaluation.metrics import aggregate, interval, resampled_means, score_captions
+from vlmds.evaluation.scoring import ClipText
 
 BLIND = {"shuffled": ("shuffled videos", "다른 클립의 영상"), "blank": ("blank videos", "빈 영상")}
 
 
-def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any]:
-    """Does the model use the video? The caption loss and the metrics with the clip's own video,
-    another clip's and black frames. gap: how much worse blind is, with its paired 95% bootstrap
-    interval; one that holds 0 is within noise."""
+def blind_tests(
+    texts: Sequence[ClipText],
+    records: Sequence[dict],
+    captions: Sequence[str],
+    borrowed: dict[int, list],
+    partner: dict[int, str],
+    blank: dict[str | None, str],
+) -> dict[str, Any]:
+    """The caption loss and the metrics with each video. gap: how much worse the blind model is, with
+    its paired 95% bootstrap interval; an interval that contains 0 is within noise.
+
+    Args:
+        records: of the texts: "real" and "blank" are [sum, tokens] of log-probabilities.
+        captions: of the clips' own videos.
+        borrowed: {position: [sum, tokens]} with the other clip's video. partner: its caption.
+        blank: {prompt: caption of black frames}.
+    """
     found: dict[str, Any] = {"loss": {}, "metrics": {}, "warnings": []}
     for blind, others in (
         ("shuffled", [borrowed.get(t.position) for t in texts]),
@@ -23,7 +38,7 @@ def looking(texts, records, captions, borrowed, partner, blank) -> dict[str, Any
     ):
         kept = [i for i, other in enumerate(others) if other]
         if blind == "shuffled":
-            made = [partner.get(t.position) for t in texts]
+            made = [partner.get(t.position, "") for t in texts]
         else:
             made = [blank[t.prompt] for t in texts]
         if len(kept) < 2:
@@ -51,7 +66,7 @@ def doubts(evidence: dict[str, Any]) -> list[dict[str, str]]:
     """Why the model may not use the video, in English ("en") and Korean ("ko").
 
     Args:
-        evidence: what :func:`looking` found. The loss counts, and the first of its metrics.
+        evidence: of :func:`blind_tests`. The loss counts, and the first of its metrics.
     """
     found = []
     for blind, (english, korean) in BLIND.items():

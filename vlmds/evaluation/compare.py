@@ -12,20 +12,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import doubts
-from vlmds.evaluation.metrics import aggregate, characters, interval, resampled_means, score_captions
-from vlmds.evaluation.runs import Group, Run, group_runs
-from vlmds.evaluation.words import words_told
+from vlmds.evaluation.metrics import aggregate, characters, interval, resampled_means, score_captions, undefined_metrics
+from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
+from vlmds.evaluation.words import word_accuracy
 from vlmds.experiments.differences import flat_settings
+from vlmds.experiments.schema import PROJECTORS, PeftSection
 
 RESAMPLES = 10_000  # 28 pairs need p-values well below 0.05 / 28
-PROJECTORS = ("linear", "mlp", "cabstractor", "perceiver")
-ADAPTERS = ("lora", "dora")
+ADAPTERS = get_args(PeftSection.model_fields["type"].annotation)
 EXPECTED = ("name", "owner", "priority", "projector", "peft.type", "training.seed")
 """Settings that are meant to differ between experiments."""
 SAME = (
@@ -47,16 +47,20 @@ def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence
     """Everything that the report says in numbers.
 
     Args:
-        words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.words_told`.
+        words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.word_accuracy`.
 
     Raises:
-        InputError: no clip that all runs were evaluated on, or no such metric.
+        InputError: fewer than two clips that all runs were evaluated on, or no such metric.
     """
+    runs = with_unique_names(runs)
     groups = group_runs(runs)
     keys = common_keys(runs)
     scores = [[_scores(run, keys, runs) for run in group.runs] for group in groups]
     names = [n for n in scores[0][0] if all(n in s for group in scores for s in group)]
+    undefined = undefined_metrics(names)
     metric = metric or names[0]
+    if metric in undefined:
+        raise InputError(f"--metric {metric}: undefined, for the references of the clips do not differ")
     if metric not in names:
         raise InputError(f"--metric {metric}: not there; the runs share {', '.join(names)}")
     samples = {
@@ -94,6 +98,7 @@ def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence
     return {
         "metric": metric,
         "metrics": names,
+        "undefined": undefined,
         "clips": len(keys),
         "table": table,
         "pairs": pairs,
@@ -118,6 +123,11 @@ def common_keys(runs: list[Run]) -> list[str]:
         raise InputError(
             f"{', '.join(r.name for r in runs)}: no clip was evaluated in all of them; "
             "evaluate them on the same data and split"
+        )
+    if len(keys) == 1:
+        raise InputError(
+            f"{', '.join(r.name for r in runs)}: only one clip was evaluated in all of them; "
+            "a comparison needs two or more"
         )
     return keys
 
@@ -147,6 +157,12 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
                 f"평가 설정 {setting}이(가) 서로 다릅니다: {listed(values)}",
             )
     records = {run.name: json.loads((run.path / "run.json").read_text()) for run in runs}
+    ids: dict[str, list[str]] = {}
+    for name, record in records.items():
+        if "id" in record:
+            ids.setdefault(record["id"], []).append(name)
+    for copies in (", ".join(names) for names in ids.values() if len(names) > 1):
+        add(f"The same run more than once: {copies}", f"같은 모델이 두 번 이상 들어 있습니다: {copies}")
     trained = {name: str(record.get("data_fingerprint"))[:12] for name, record in records.items()}
     if len(set(trained.values())) > 1:
         add(
@@ -282,10 +298,10 @@ def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[di
         found[name] = []
         if any(v is None for v in numbers):
             continue
-        numbers = np.array(numbers)
-        edges = np.unique(np.quantile(numbers, [0, 1 / 3, 2 / 3, 1]))
+        values = np.array(numbers)
+        edges = np.unique(np.quantile(values, [0, 1 / 3, 2 / 3, 1]))
         for low, high in zip(edges[:-1], edges[1:]):
-            inside = (numbers >= low) & ((numbers < high) | (high == edges[-1]))
+            inside = (values >= low) & ((values < high) | (high == edges[-1]))
             if inside.any():
                 found[name].append(
                     {
@@ -308,11 +324,13 @@ def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[di
 def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]]) -> list[dict]:
     captions = [[group.runs[0].predictions[key]["caption"] for key in keys] for group in groups]
     references = [groups[0].runs[0].predictions[key]["references"] for key in keys]
-    told = [(chosen, words_told(captions, references, chosen)) for chosen in words]
-    for chosen, found in told:
+    accuracies = []
+    for chosen in words:
+        found = word_accuracy(captions, references, chosen)
         if found is None:
             raise InputError(f"--words {' '.join(chosen)}: no reference has any of them")
-    return [found for _, found in told]
+        accuracies.append(found)
+    return accuracies
 
 
 def _scores(run: Run, keys: list[str], runs: list[Run]) -> dict[str, np.ndarray]:
@@ -349,7 +367,7 @@ def _bootstrap(groups: list[list[np.ndarray]], name: str, resamples: int) -> np.
 
 
 def _pairs(groups: list[Group], values: list[float], samples: np.ndarray) -> list[dict]:
-    found = []
+    found: list[dict[str, Any]] = []
     for i, j in combinations(range(len(groups)), 2):
         gaps = samples[i] - samples[j]
         low, high = interval(gaps)
@@ -364,7 +382,7 @@ def _pairs(groups: list[Group], values: list[float], samples: np.ndarray) -> lis
                 "p": float(min(1.0, 2 * min(below, above) / (len(gaps) + 1))),
             }
         )
-    for pair, corrected in zip(found, holm([p["p"] for p in found]), strict=True):
+    for pair, corrected in zip(found, holm([pair["p"] for pair in found]), strict=True):
         pair["p_holm"] = corrected
     return found
 

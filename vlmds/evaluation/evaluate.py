@@ -1,22 +1,23 @@
-"""`vlmds evaluate`: a run's captions of a packed dataset, scored.
+"""Evaluation of a run: its captions of a packed dataset, scored.
 
     predictions.jsonl   one line per clip, in the order of the data
-    metrics.json        metrics with 95% intervals, whether the model looks, and all settings
+    metrics.json        metrics with 95% intervals, the blind tests, and all settings
     thumbnails/         a strip of frames of some clips, for the report
     ledger.jsonl        clips that could not be read
-    parts/              what each rank has finished; gone when the rest is there
+    settings.json       the settings of the evaluation, also of one in progress
+    parts/              finished clips of each rank; removed at the end
 
-A stopped evaluation goes on with the clips that are missing, whatever the number of ranks.
+A stopped evaluation goes on with the missing clips, on any number of ranks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,24 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
 from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
-from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
-from vlmds.evaluation.blind import looking
-from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers
+from vlmds.evaluation.blind import blind_tests
+from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers, undefined_metrics
 from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
-from vlmds.experiments.reading import load_experiment
+from vlmds.experiments.differences import changed_settings
 from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, check_writable, write
-from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.options import GenerationOptions, caption_settings
 from vlmds.inference.video_captioner import VideoCaptioner
-from vlmds.models.artifact import weights_sha256
+from vlmds.models.artifact import artifact_experiment, read_artifact, weights_sha256
 from vlmds.models.assemble import Model
 from vlmds.runs.folder import final_artifact
+from vlmds.runs.rank_jsonl import RankJsonl, json_line
 
 FORMAT, VERSION = "vlmds-evaluation", 1
 THUMBNAILS = 500
+OUTDATED = ("artifact", "weights_sha256")  # newer weights of the run replace an evaluation
+PLACES = ("run", "data")  # may be written in several ways; the hashes decide
 
 
 def evaluate_run(
@@ -53,6 +56,7 @@ def evaluate_run(
     data: str | None = None,
     split: str | None = None,
     output: str | Path | None = None,
+    name: str | None = None,
     clips: int | None = None,
     batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(),
@@ -66,96 +70,91 @@ def evaluate_run(
     Args:
         run: run folder or artifact. data: packed dataset (default: the run's own).
         split: default: "val", or the only one. clips: evaluate so many, evenly spaced.
-        output: default: RUN/evaluation/SPLIT, or DATA-SPLIT for other data than the run's.
-        again: evaluate anew what is finished already. progress: say on stderr how far it is.
+        output: default: RUN/evaluation/NAME.
+        name: default: SPLIT, or DATA-SPLIT for other data than the run's.
+        again: repeat a finished evaluation, or replace one with other settings.
+        progress: report progress on stderr.
 
     Raises:
-        InputError: no finished run, no such data or split.
+        InputError: no finished run, no such data or split, or an evaluation with other settings is
+            in the folder.
     """
+    if name is not None and (output is not None or not re.fullmatch(r"\w[\w.-]*", name)):
+        raise InputError(f"--as {name}: must be one name, of letters, digits, - _ . and without --output")
     with silenced(not progress):
-        return _evaluate_run(Path(run), data, split, output, clips, batch_size, generation, device, overrides, again)
+        started = time.perf_counter()
+        artifact = read_artifact(final_artifact(Path(run)))
+        experiment = artifact_experiment(artifact, [*overrides, *([f"data.path={absolute(data)}"] if data else [])])
+        if "RANK" in os.environ:
+            device = str(ranks.join_ranks(experiment))
+        dataset = open_dataset(experiment.data)
+        split = dataset.choose_split(split)
+        folder = Path(output or Path(run) / "evaluation" / (name or _folder_name(Path(run), dataset, split)))
+        settings = {
+            "run": str(run),
+            "artifact": artifact.folder.name,
+            "weights_sha256": weights_sha256(artifact),
+            "data": str(dataset.root),
+            "data_fingerprint": dataset.fingerprint,
+            "split": split,
+            "clips": clips,
+            **caption_settings(experiment, generation),
+            "tokenisation": [level.name for level in tokenizers()],
+        }
+        if ranks.on_main(lambda: _prepare(folder, settings, again)):
+            _say(f"{folder}: evaluated already with these settings (--again repeats it)")
+            return folder
+        captioner = VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
+        check_tower(dataset, experiment, captioner.model.tower)
+        reader = SampleReader(
+            dataset,
+            split,
+            experiment.data.num_frames,
+            captioner.model.image_size,
+            shuffle=False,
+            decode_seconds=experiment.data.decode_seconds,
+        )
+        _evaluate(folder, settings, experiment, captioner.model, reader, batch_size, generation, started)
+    return folder
 
 
-def _evaluate_run(
-    run: Path,
-    data: str | None,
-    split: str | None,
-    output: str | Path | None,
-    clips: int | None,
+def _evaluate(
+    folder: Path,
+    settings: dict[str, Any],
+    experiment: Experiment,
+    model: Model,
+    reader: SampleReader,
     batch_size: int,
     generation: GenerationOptions,
-    device: str | None,
-    overrides: Sequence[str],
-    again: bool,
-) -> Path:
-    started = time.perf_counter()
-    if "RANK" in os.environ:
-        device = str(ranks.init_distributed())
-    artifact = final_artifact(run)
-    experiment = load_experiment(
-        artifact / "experiment.yaml", [*overrides, *([f"data.path={absolute(data)}"] if data else [])]
-    )
-    dataset = open_dataset(experiment.data)
-    split = dataset.choose_split(split)
-    output = Path(output or run / "evaluation" / _folder_name(run, dataset, split))
-    settings = {
-        "run": str(run),
-        "artifact": artifact.name,
-        "weights_sha256": weights_sha256(artifact),
-        "data": str(dataset.root),
-        "data_fingerprint": dataset.fingerprint,
-        "split": split,
-        "clips": clips,
-        "prompt": experiment.data.prompt,
-        "num_frames": experiment.data.num_frames,
-        "generation": asdict(generation),
-        "vision": experiment.vision.model,
-        "llm": experiment.llm.model,
-        "llm_precision": "nf4" if experiment.llm.load_in_4bit else experiment.llm.dtype,
-        "tokenisation": [level.name for level in tokenizers()],
-    }
-    if ranks.on_main(lambda: _prepare(output, settings, again)):
-        _say(f"{output}: evaluated already with these settings (--again repeats it)")
-        return output
-    captioner = VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
-    check_tower(dataset, experiment, captioner.model.tower)
-    reader = SampleReader(
-        dataset,
-        split,
-        experiment.data.num_frames,
-        captioner.model.image_size,
-        shuffle=False,
-        decode_seconds=experiment.data.decode_seconds,
-    )
-    positions = evaluated_positions(len(reader), clips)
+    started: float,
+) -> None:
+    """Score the clips that the folder lacks, on all ranks, and write the results."""
+    positions = evaluated_positions(len(reader), settings["clips"])
     texts = _read_texts(reader, positions)
-    scorer = ClipScorer(
-        experiment, captioner.model, texts, swap_videos(texts), batch_size=batch_size, generation=generation
-    )
-    # Rank 0 alone reads what is done: another rank may have begun to write by then.
-    finished = ranks.on_main(lambda: [r["position"] for r in _read_parts(output)])
+    scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
+    parts = _parts(folder)
+    # Rank 0 alone reads the finished clips: another rank may have begun to write by then.
+    finished = ranks.on_main(lambda: [*_by_position(parts.read())])
     todo = sorted(set(positions) - set(finished))
     if finished:
-        _say(f"{output}: {len(finished)} of {counted(len(positions), 'clip')} are done already")
-    shown = set(evaluated_positions(len(positions), THUMBNAILS))
-    shown = {position for number, position in enumerate(positions) if number in shown}
-    _score_share(scorer, reader, todo, output, shown)
+        _say(f"{folder}: {len(finished)} of {counted(len(positions), 'clip')} are done already")
+    shown = {positions[number] for number in evaluated_positions(len(positions), THUMBNAILS)}
+    _score_share(scorer, reader, todo, folder, parts, shown)
     ranks.gather(None)  # a barrier over gloo, whose timeout is init_distributed's
 
     def finish() -> None:
-        records = _read_parts(output)
+        records = [*_by_position(parts.read()).values()]
         result, predictions = summarise_records(records, texts, scorer)
-        result["model"] = model_facts(captioner.model)
+        result["model"] = model_facts(model)
         result["timing"] = {
             "seconds": round(time.perf_counter() - started, 1),
-            "ranks": ranks.place()[1],
+            "ranks": ranks.rank_and_world()[1],
             "resumed": bool(finished),
         }
-        _save(output, {"format": FORMAT, "version": VERSION, "settings": settings, **result}, predictions, records)
+        _save(folder, {"format": FORMAT, "version": VERSION, "settings": settings, **result}, predictions, records)
 
     with phase("computing the metrics"):
         ranks.on_main(finish)
-    return output
 
 
 def evaluate_subset(
@@ -168,16 +167,16 @@ def evaluate_subset(
     batch_size: int = 8,
     generation: GenerationOptions = GenerationOptions(max_new_tokens=64),
 ) -> dict[str, Any]:
-    """Score a model that is in memory, in training too, on a fixed subset; on all ranks together.
+    """Score a model in memory, also during training, on a fixed subset; on all ranks together.
 
-    The model's mode is restored; neither its weights nor what is trainable nor the random state
+    The model's mode is restored. Its weights, its trainable parameters and the random state do not
     change.
 
     Args:
         reader: unshuffled, of the split. clips: evenly spaced. samples: captions to show.
 
     Returns:
-        On every rank: as metrics.json, and "samples": [{key, references, caption}].
+        On every rank: the content of metrics.json, and "samples": [{key, references, caption}].
     """
     captioner = model.captioner
     was_training = captioner.training
@@ -186,7 +185,7 @@ def evaluate_subset(
         positions = evaluated_positions(len(reader), clips)
         texts = _read_texts(reader, positions)
         scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
-        rank, world = ranks.place()
+        rank, world = ranks.rank_and_world()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
             mine = [r for batch in scorer.batches(reader, positions[rank::world]) for r in batch]
         records = [r for part in ranks.gather(mine) for r in part]
@@ -201,7 +200,7 @@ def evaluate_subset(
 def summarise_records(
     records: Sequence[dict], texts: Sequence[ClipText], scorer: ClipScorer
 ) -> tuple[dict[str, Any], list[dict]]:
-    """(what metrics.json says of all clips, the lines of predictions.jsonl).
+    """(the part of metrics.json about all clips, the lines of predictions.jsonl).
 
     Raises:
         InputError: not one clip could be read.
@@ -245,14 +244,15 @@ def summarise_records(
         "clips": len(read),
         "unreadable": len(records) - len(read),
         "metrics": summarise(scores),
+        "undefined": undefined_metrics(scores),
         "captions": describe_captions(captions),
-        "looking": looking(read, records_read, captions, borrowed, partner, blank),
+        "looking": blind_tests(read, records_read, captions, borrowed, partner, blank),
     }
     return result, predictions
 
 
 def model_facts(model: Model) -> dict[str, int]:
-    """Visual tokens per clip, and the parameters that training made."""
+    """Visual tokens per clip, and the numbers of trained parameters."""
     adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
     projector = sum(p.numel() for p in model.captioner.projector.parameters())
     return {
@@ -287,52 +287,51 @@ def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
 
 def evaluation_table(metrics: dict) -> str:
     """metrics.json for a terminal."""
+    blind = metrics["looking"]
     lines = [
         f"{counted(metrics['clips'], 'clip')}, {metrics['unreadable']:,} unreadable",
         f"{'metric':<20}{'value':>9}{'95% interval':>20}{'shuffled':>10}{'blank':>9}",
     ]
-    blind = metrics["looking"]
 
-    def row(name: str, own: dict | None, gaps: dict) -> str:
-        values = (
-            [own["value"], own["low"], own["high"]] if own else [next((g["own"] for g in gaps.values()), float("nan"))]
-        )
-        span = f"{values[1]:.2f} … {values[2]:.2f}" if own else ""
-        cells = "".join(
-            f"{gaps[b]['blind']:>{w}.2f}" if b in gaps else " " * w for b, w in (("shuffled", 10), ("blank", 9))
-        )
-        return f"{name:<20}{values[0]:>9.2f}{span:>20}{cells}"
+    def add(name: str, value: str, span: str, gaps: dict[str, dict]) -> None:
+        blind_values = (f"{gaps[test]['blind']:.2f}" if test in gaps else "–" for test in ("shuffled", "blank"))
+        lines.append(f"{name:<20}{value:>9}{span:>20}{next(blind_values):>10}{next(blind_values):>9}")
 
     for name, own in metrics["metrics"].items():
-        lines.append(row(name, own, {b: g[name] for b, g in blind["metrics"].items()}))
-    lines.append(row("caption loss", None, blind["loss"]))
+        # The interval is over the clips: one clip has none.
+        span = f"{own['low']:.2f} … {own['high']:.2f}" if metrics["clips"] > 1 else "–"
+        add(
+            name,
+            f"{own['value']:.2f}",
+            span,
+            {test: gaps[name] for test, gaps in blind["metrics"].items() if name in gaps},
+        )
+    for name in metrics.get("undefined", ()):
+        lines.append(f"{name:<20}undefined: the references of the clips do not differ")
+    add("caption loss", next((f"{gap['own']:.2f}" for gap in blind["loss"].values()), "–"), "", blind["loss"])
     lines += [f"WARNING: {warning}" for warning in blind["warnings"]]
     return "\n".join(lines)
 
 
-def _score_share(scorer: ClipScorer, reader: SampleReader, todo: list[int], output: Path, shown: set[int]) -> None:
-    """This rank's share of the clips, written batch by batch."""
+def _score_share(
+    scorer: ClipScorer, reader: SampleReader, todo: list[int], folder: Path, parts: RankJsonl, shown: set[int]
+) -> None:
+    """Score this rank's share of the clips, written batch by batch."""
 
     def thumbnail(position: int, frames: np.ndarray) -> None:
         if position in shown:
-            write(output / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
+            write(folder / "thumbnails" / f"{position:06d}.jpg", thumbnail_jpeg(frames))
 
-    rank, world = ranks.place()
-    with (
-        (output / "parts" / f"{rank:05d}.jsonl").open("a", encoding="utf-8") as file,
-        phase("evaluating", len(todo), "clips", left=True) as progress,
-    ):
-        file.write("\n")  # ends a line that a kill cut short
+    rank, world = ranks.rank_and_world()
+    with parts.appender(rank) as file, phase("evaluating", len(todo), "clips", left=True) as progress:
         for records in scorer.batches(reader, todo[rank::world], thumbnail):
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-            file.flush()
-            doing("evaluating", [record["key"] for record in records])
+            file.add(records)
             # The other ranks are about as far.
             progress.done = min(progress.done + len(records) * world, len(todo))
 
 
 def _read_texts(reader: SampleReader, positions: Sequence[int]) -> list[ClipText]:
-    """Of the clips whose text can be read."""
+    """The texts of the clips that can be read."""
     with phase("reading the captions", len(positions), "clips") as progress:
         texts = []
         for position in positions:
@@ -341,40 +340,50 @@ def _read_texts(reader: SampleReader, positions: Sequence[int]) -> list[ClipText
     return [text for text in texts if isinstance(text, ClipText)]
 
 
-def _prepare(output: Path, settings: dict, again: bool) -> bool:
-    """Make the folder ready; True if everything is there already with these settings."""
-    check_writable(output, "--output", ("parts", "thumbnails"))
-    path = output / "settings.json"
-    same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == settings
-    if same and not again and (output / "metrics.json").is_file():
-        return True
-    if not same or again:
+def _prepare(folder: Path, settings: dict, again: bool) -> bool:
+    """Prepare the folder; True if it holds a finished evaluation with these settings.
+
+    Raises:
+        InputError: it holds one with other settings.
+    """
+    check_writable(folder, "--output", ("parts", "thumbnails"))
+    path = folder / "settings.json"
+    changed: dict[str, str] = {}
+    if path.is_file() and not again:
+        changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
+        for key in PLACES:
+            changed.pop(key, None)
+        if other := [text for key, text in changed.items() if key not in OUTDATED]:
+            raise InputError(
+                f"{folder}: was evaluated with other settings ({'; '.join(other)}); "
+                "choose another place with --as NAME, or replace it with --again"
+            )
+        if not changed and (folder / "metrics.json").is_file():
+            return True
+    if changed or again:
         for name in ("parts", "thumbnails"):
-            shutil.rmtree(output / name, ignore_errors=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.json", "predictions.jsonl", "ledger.jsonl"):
-            (output / name).unlink(missing_ok=True)
-    (output / "parts").mkdir(parents=True, exist_ok=True)
+            (folder / name).unlink(missing_ok=True)
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return False
 
 
-def _read_parts(output: Path) -> list[dict]:
-    """The records of all ranks, one per clip, by position."""
-    records = {}
-    for path in sorted((output / "parts").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # empty, or cut short by a kill
-            records[record["position"]] = record
-    return [records[position] for position in sorted(records)]
+def _parts(folder: Path) -> RankJsonl:
+    return RankJsonl(folder / "parts" / "00000.jsonl", "", ".jsonl")
+
+
+def _by_position(records: Sequence[dict]) -> dict[int, dict]:
+    """One record per clip, in the order of the data."""
+    found = {record["position"]: record for record in records}
+    return dict(sorted(found.items()))
 
 
 def _save(output: Path, metrics: dict, predictions: list[dict], records: list[dict]) -> None:
     bad = [r for r in records if "unreadable" in r]
-    write(output / "ledger.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
-    write(output / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    write(output / "ledger.jsonl", "".join(map(json_line, bad)))
+    write(output / "predictions.jsonl", "".join(map(json_line, predictions)))
     write(output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(output / "parts", ignore_errors=True)  # NFS keeps what someone has open
 
@@ -386,5 +395,5 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
 
 
 def _say(text: str) -> None:
-    if ranks.place()[0] == 0:
+    if ranks.rank_and_world()[0] == 0:
         tell(f"vlmds: {text}")

@@ -1,11 +1,12 @@
-"""Caption metrics that are right for Korean, and how sure they are.
+"""Caption metrics suited to Korean, with bootstrap intervals.
 
-Korean glues particles and endings to its words, so words at whitespace hardly ever match: n-grams
-are taken over morphemes (Kiwi, the extra ``korean``) and over characters, which needs nothing.
+Korean attaches particles and endings to its words, so words split at whitespace rarely match: n-grams
+are taken over morphemes (Kiwi, the extra ``korean``) and over characters, which need no package.
 All text is NFC-normalised first (macOS writes Hangul as separate letters); nothing else is
 changed or dropped. All metrics are scaled by 100, as papers print them:
 
-- ``cider_d``: CIDEr-D (arXiv:1411.5726), document frequencies from the references given here
+- ``cider_d``: CIDEr-D (arXiv:1411.5726), document frequencies from the references given here;
+  undefined if no n-gram tells one clip from another (one clip, or the same references for all)
 - ``bleu4``: corpus BLEU-4, unsmoothed over the corpus (sacrebleu)
 - ``rouge_l``: ROUGE-L F-measure with beta 1.2, as COCO's evaluation has it
 - ``chrf++``: corpus chrF2++ (sacrebleu); its word n-grams run over morphemes, or words at whitespace
@@ -13,15 +14,15 @@ changed or dropped. All metrics are scaled by 100, as papers print them:
 METEOR is left out: its stemmer, synonyms and paraphrases do not exist for Korean, and without them
 it is another metric under the same name.
 
-A metric of many clips is a function of the mean of per-clip statistics. So a bootstrap, also a
-paired one over many models, is a matrix product.
+A metric of many clips is a function of the mean of per-clip statistics. A bootstrap, also a
+paired one over many models, is therefore a matrix product.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -98,7 +99,7 @@ class Metric:
 def score_captions(
     captions: Sequence[str], references: Sequence[Sequence[str]], levels: Sequence[Tokenizer] | None = None
 ) -> dict[str, Metric]:
-    """All metrics at all levels: {"cider_d@morpheme": …, …}.
+    """All metrics at all levels: {"cider_d@morpheme": …, …}; an undefined one is left out.
 
     Args:
         captions: one per clip, may be empty. references: one or more per clip.
@@ -119,7 +120,7 @@ def score_captions(
         if tokenizer.level == "char":  # chrF takes characters itself
             words = [normalise(c) for c in captions]
             their_words = [[normalise(r) for r in rs] for rs in references]
-        for name, (statistics, per_clip) in (
+        for name, found in (
             ("cider_d", _cider_d(hypotheses, targets)),
             (
                 "bleu4",
@@ -133,10 +134,16 @@ def score_captions(
             ("rouge_l", _rouge_l(hypotheses, targets)),
             ("chrf++", _sacre(CHRF(word_order=2), CHRF(word_order=2), words, their_words)),
         ):
-            scores[f"{name}@{tokenizer.level}"] = Metric(
-                f"{name}@{tokenizer.level}", tokenizer.name, statistics, per_clip
-            )
+            if found is not None:
+                full_name = f"{name}@{tokenizer.level}"
+                scores[full_name] = Metric(full_name, tokenizer.name, *found)
     return scores
+
+
+def undefined_metrics(defined: Collection[str]) -> list[str]:
+    """The metrics that are missing at the levels of those that are defined."""
+    levels = dict.fromkeys(name.partition("@")[2] for name in defined)
+    return [name for level in levels for metric in METRICS if (name := f"{metric}@{level}") not in defined]
 
 
 def aggregate(name: str, means: np.ndarray) -> np.ndarray:
@@ -188,11 +195,11 @@ def summarise(scores: dict[str, Metric], resamples: int = RESAMPLES) -> dict[str
 
 
 def describe_captions(captions: Sequence[str], level: Tokenizer | None = None) -> dict:
-    """Facts about the captions themselves, which need no reference.
+    """Statistics of the captions alone, without references.
 
     distinct_1, distinct_2: different n-grams over all n-grams (arXiv:1510.03055). repetition:
-    share of a caption's 4-grams that it has said before, mean over the captions
-    (arXiv:1908.04319). most_frequent: share of the captions that are the commonest one.
+    share of a caption's 4-grams that occurred earlier in it, mean over the captions
+    (arXiv:1908.04319). most_frequent: share of the most frequent caption.
     """
     level = level or tokenizers()[0]
     tokens = [level.split(c) for c in captions]
@@ -221,12 +228,14 @@ def _distinct(captions: list[list[str]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _cider_d(hypotheses: list[str], references: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+def _cider_d(hypotheses: list[str], references: list[list[str]]) -> tuple[np.ndarray, np.ndarray] | None:
     scorer = CiderScorer(n=4, sigma=6.0)
     for hypothesis, targets in zip(hypotheses, references, strict=True):
         scorer += (hypothesis, targets)
     scorer.compute_doc_freq()
-    # With one clip every idf is log(1/1) = 0: CIDEr-D is then 0 by definition.
+    # An n-gram that the references of all clips have weighs log(1) = 0. Without another, all is 0 / 0.
+    if all(count >= len(hypotheses) for count in scorer.document_frequency.values()):
+        return None
     values = 100 * np.array(scorer.compute_cider(), dtype=np.float64)
     return values[:, None], values
 

@@ -13,8 +13,9 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from vlmds.evaluation.compare import ADAPTERS, PROJECTORS, common_keys
-from vlmds.evaluation.runs import Group, Run, group_runs
+from vlmds.evaluation.compare import ADAPTERS, common_keys
+from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
+from vlmds.experiments.schema import PROJECTORS
 from vlmds.files import write
 
 THUMBNAILS = 300
@@ -40,6 +41,7 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    runs = with_unique_names(runs)
     groups = group_runs(runs)
     clips = clip_grid(groups, found["metric"], common_keys(runs))
     page = environment.get_template("report.html.j2").render(
@@ -70,14 +72,16 @@ def clip_grid(groups: list[Group], metric: str, keys: list[str]) -> list[dict]:
     clips, images, total = [], 0, 0
     for key in keys:
         lines = [group.runs[0].predictions[key] for group in groups]
-        scores = [round(line["scores"].get(metric, 0.0), 1) for line in lines]
+        # None: undefined among the clips of that evaluation.
+        scores = [None if (s := line["scores"].get(metric)) is None else round(s, 1) for line in lines]
+        known = [score for score in scores if score is not None]
         clip = {
             "key": key,
             "refs": lines[0]["references"],
             "caps": [p["caption"] for p in lines],
             "scores": scores,
             "seconds": lines[0]["duration"],
-            "spread": round(max(scores) - min(scores), 1),
+            "spread": round(max(known) - min(known), 1) if known else 0.0,
         }
         image = _thumbnail(groups, key) if images < THUMBNAILS else None
         if image and total + len(image) <= THUMBNAIL_BYTES:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     )
 
 
+def with_unique_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs, where those whose folders have the same name are named by more of their paths."""
+    paths = [run.path.absolute().parts for run in runs]
+    named = []
+    for number, (run, parts) in enumerate(zip(runs, paths, strict=True)):
+        others = [other for place, other in enumerate(paths) if place != number and other != parts]
+        length = 1
+        while any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        copies = paths[:number].count(parts)  # the same folder given again
+        name = "/".join(parts[-length:]) + (f" ({copies + 1})" if copies else "")
+        named.append(replace(run, name=name))
+    return named
+
+
 def group_runs(runs: list[Run]) -> list[Group]:
     """Runs of the same settings but for the seed, together, in the order given."""
     groups: dict[str, list[Run]] = {}
@@ -86,7 +102,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
         if run.experiment.training.seed in same:  # the same run twice is no new seed
             key += str(run.path)
         groups.setdefault(key, []).append(run)
-    made = []
+    made: list[Group] = []
     for members in groups.values():
         name = members[0].name if len(members) == 1 else members[0].experiment.name
         if name in [group.name for group in made]:

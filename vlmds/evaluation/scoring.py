@@ -1,9 +1,9 @@
-"""What a model makes of each clip: its caption, and how likely the references are to it when it
-sees the right video, another clip's video, or nothing.
+"""Scoring of clips by a model: the caption, and the likelihood of the references given the clip's
+own video, another clip's video, and black frames.
 
-A model that captions from habit scores well on easy data without looking. So every clip is also
-judged blind. Captions under swapped videos cost nothing: what a model says to clip j's video does
-not depend on whose references it is held against. Blank frames give one caption per prompt.
+A model that ignores the video can score well on easy data, hence the blind tests. Captions under
+swapped videos cost nothing: the caption of clip j's video is the same, whichever references it is
+compared with. Black frames give one caption per prompt.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmds.data.loader import Batches, SampleReader, visual_inputs
+from vlmds.data.exact_reader import Unreadable, read_exactly
+from vlmds.data.loader import Sample, SampleReader, visual_inputs
 from vlmds.data.stored import read_description
-from vlmds.errors import InputError, SampleError
+from vlmds.errors import SampleError
 from vlmds.experiments.schema import Experiment
-from vlmds.inference.generation import GenerationOptions, generate_captions
+from vlmds.inference.generation import CaptionedBatch, ClipInput, caption_batches, generate_captions
+from vlmds.inference.options import GenerationOptions
 from vlmds.models.assemble import Model
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.video.jpeg import SHOWN_QUALITY, encode_jpeg
@@ -32,22 +34,13 @@ THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 96
 
 @dataclass(frozen=True)
 class ClipText:
-    """What is known of the clip at a position without decoding it. duration: seconds."""
+    """A clip's text and length, read without decoding it. duration: seconds."""
 
     position: int
     key: str
     captions: list[str]
     prompt: str | None
     duration: float | None
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A clip that could not be read, and why."""
-
-    position: int
-    key: str
-    reason: str
 
 
 def read_text(reader: SampleReader, position: int) -> ClipText | Unreadable:
@@ -93,26 +86,6 @@ def swap_videos(texts: Sequence[ClipText], seed: int = 0) -> dict[int, int]:
     return swapped
 
 
-class ClipReader:
-    """Reads exactly the clip asked for, where training would take another one. Can be pickled."""
-
-    def __init__(self, reader: SampleReader):
-        self.reader = reader
-
-    def key(self, position: int) -> str:
-        return self.reader.row(position).key
-
-    def load(self, position: int):
-        """A Sample, or why there is none."""
-        try:
-            sample = self.reader.load(position)
-        except SampleError as error:
-            return Unreadable(position, self.key(position), str(error))
-        if sample.bad:  # a replacement
-            return Unreadable(position, self.key(position), sample.bad[0]["reason"])
-        return sample
-
-
 class ClipScorer:
     """One model on this rank.
 
@@ -120,7 +93,7 @@ class ClipScorer:
         experiment: of the model. model: put in evaluation mode by the caller.
         texts: of all clips that are evaluated. swapped: see :func:`swap_videos`.
         batch_size: clips at once; the results do not depend on it.
-        generation: how captions are written.
+        generation: options of the captions.
     """
 
     def __init__(
@@ -151,15 +124,17 @@ class ClipScorer:
     def batches(
         self, reader: SampleReader, positions: Sequence[int], thumbnail: Callable[[int, np.ndarray], None] | None = None
     ) -> Iterator[list[dict[str, Any]]]:
-        """A list of records for each batch of the positions, in order; JSON can hold them.
+        """A list of records for each batch of the positions, in order; they can be written as JSON.
 
         Args:
             thumbnail: called with each clip's position and frames, uint8 [F, 3, S, S].
         """
-        chunks = [positions[i : i + self.batch_size] for i in range(0, len(positions), self.batch_size)]
-        for items in Batches(ClipReader(reader), chunks, list, self.num_workers):
-            if isinstance(items, dict):
-                raise InputError(items["failure"])
+        batches = (
+            [self._input(item) for item in items]
+            for items in read_exactly(reader, positions, self.batch_size, self.num_workers)
+        )
+        for batch in caption_batches(self.model, self.builder, batches, self.generation):
+            items = [clip.about for clip in batch.clips]
             records = [
                 {"position": item.position, "key": item.key, "unreadable": item.reason}
                 for item in items
@@ -167,66 +142,70 @@ class ClipScorer:
             ]
             samples = [item for item in items if not isinstance(item, Unreadable)]
             if samples:
-                records += self.score([self.texts[s.position] for s in samples], visual_inputs(samples))
+                records += self.score([self.texts[sample.position] for sample in samples], batch)
             for sample in samples:
                 if thumbnail and sample.frames is not None:  # a features store has none
                     thumbnail(sample.position, sample.frames)
             yield records
 
+    def _input(self, item: Sample | Unreadable) -> ClipInput:
+        if isinstance(item, Unreadable):
+            return ClipInput(item.key, about=item)
+        inputs = {name: tensor[0] for name, tensor in visual_inputs([item]).items()}
+        return ClipInput(item.key, inputs, self.texts[item.position].prompt, item)
+
     @torch.no_grad()
-    def score(self, texts: Sequence[ClipText], inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """One record per clip; inputs: see :func:`vlmds.data.loader.visual_inputs`.
-        Log-probabilities are natural logs: of a caption its mean per token, of references [sum,
-        tokens]."""
-        features = self.model.features(inputs)
-        captions = self._generate(features, [text.prompt for text in texts])
-        records = [
-            {
-                "position": text.position,
-                "key": text.key,
-                "caption": caption,
-                "caption_log_probability": None,
-                "real": [0.0, 0],
-                "blank": [0.0, 0],
-                "lent": {},
-            }
-            for text, caption in zip(texts, captions, strict=True)
-        ]
-        jobs = []  # (row of the features, caption, prompt, where the result goes)
-        blank_row = len(texts)
-        for row, (text, record) in enumerate(zip(texts, records, strict=True)):
-            if record["caption"]:
-                jobs.append((row, record["caption"], text.prompt, (record, "caption")))
-            for caption in text.captions:
-                jobs.append((row, caption, text.prompt, (record, "real")))
-                jobs.append((blank_row, caption, text.prompt, (record, "blank")))
-            for position in self.lent.get(text.position, ()):
-                borrower = self.texts[position]
-                record["lent"][str(position)] = [0.0, 0]
-                jobs += [
-                    (row, caption, borrower.prompt, (record["lent"], str(position))) for caption in borrower.captions
-                ]
-        features = torch.cat([features, self._blank_features])
+    def score(self, texts: Sequence[ClipText], batch: CaptionedBatch) -> list[dict[str, Any]]:
+        """One record per clip of the batch that can be read. Log-probabilities are natural logs: of a
+        caption its mean per token, of references [sum, tokens]."""
+        captions = [caption for caption in batch.captions if caption is not None]
+        records: list[dict[str, Any]] = []
+        own: list[list] = []
+        jobs: list[tuple[int, str, str | None, list]] = []  # row of the features, caption, prompt, [sum, tokens]
+        for row, (text, caption) in enumerate(zip(texts, captions, strict=True)):
+            own.append([0.0, 0])
+            if caption:
+                jobs.append((row, caption, text.prompt, own[-1]))
+            real, blank = [0.0, 0], [0.0, 0]
+            for reference in text.captions:
+                jobs.append((row, reference, text.prompt, real))
+                jobs.append((len(texts), reference, text.prompt, blank))
+            lent: dict[str, list] = {str(position): [0.0, 0] for position in self.lent.get(text.position, ())}
+            for position, sums in lent.items():
+                borrower = self.texts[int(position)]
+                jobs += [(row, reference, borrower.prompt, sums) for reference in borrower.captions]
+            records.append(
+                {
+                    "position": text.position,
+                    "key": text.key,
+                    "caption": caption,
+                    "caption_log_probability": None,
+                    "real": real,
+                    "blank": blank,
+                    "lent": lent,
+                }
+            )
+        features = torch.cat([batch.features, self._blank_features])
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
             values = self._log_probabilities(
-                features[[job[0] for job in part]], [j[1] for j in part], [j[2] for j in part]
+                features[[job[0] for job in part]], [job[1] for job in part], [job[2] for job in part]
             )
-            for (*_, (target, name)), (total, tokens) in zip(part, values, strict=True):
-                if name == "caption":
-                    target["caption_log_probability"] = total / tokens
-                else:
-                    target[name][0] += total
-                    target[name][1] += tokens
+            for (*_, sums), (total, tokens) in zip(part, values, strict=True):
+                sums[0] += total
+                sums[1] += tokens
+        for record, (total, tokens) in zip(records, own, strict=True):
+            if tokens:
+                record["caption_log_probability"] = total / tokens
         return records
 
     @torch.no_grad()
     def blank_captions(self, prompts: Sequence[str | None]) -> dict[str | None, str]:
-        """What the model says to each prompt when all frames are black."""
-        return {prompt: self._generate(self._blank_features, [prompt])[0] for prompt in dict.fromkeys(prompts)}
-
-    def _generate(self, features: Tensor, prompts: Sequence[str | None]) -> list[str]:
-        return generate_captions(self.model, self.builder, features, prompts, self.generation)
+        """The caption of black frames for each prompt."""
+        return {
+            prompt: generate_captions(self.model, self.builder, self._blank_features, [prompt], self.generation)[0]
+            for prompt in dict.fromkeys(prompts)
+        }
 
     @cached_property
     def _blank_features(self) -> Tensor:

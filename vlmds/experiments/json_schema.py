@@ -1,7 +1,8 @@
-"""The JSON Schema of experiment files, and the table of all their keys, from the models of schema.py.
+"""The JSON Schema of experiment files and the table of all their keys, generated from schema.py.
 
-Both are committed (vlmds/experiments/schema.json, which the packaged files name so that editors
-complete keys, and docs/configuration.md). `vlmds schema` prints them; a test compares.
+`vlmds schema` prints them. Both are committed, and a test fails if they are out of date:
+vlmds/experiments/schema.json, with which editors complete keys of the packaged files, and
+docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from vlmds.experiments.reading import PACKAGED
 from vlmds.experiments.schema import Experiment
 
 SCHEMA_FILE = PACKAGED / "schema.json"
-_WHOLE = ("StageConfig", "BlendPart")  # items of lists, which replace lists: never given in part
+_WHOLE = ("StageConfig", "BlendPart")  # items of lists: always complete, as lists are not merged
 _LIMITS = {"exclusiveMinimum": "> {:g}", "minimum": "≥ {:g}", "exclusiveMaximum": "< {:g}", "maximum": "≤ {:g}"}
 
 Schema = dict[str, Any]
 
 
 def experiment_schema() -> Schema:
-    """The JSON Schema (2020-12) of experiment files. A file may extend another one, so it need not
-    have every key; whether all are there is checked when it is read."""
+    """The JSON Schema (2020-12) of experiment files. No key is required, as a file may extend another one;
+    missing keys are found when the file is read."""
     schema = Experiment.model_json_schema()
     schema["properties"] = {
         "extends": {
@@ -40,17 +41,17 @@ def experiment_schema() -> Schema:
             section.pop("required", None)
     projector = schema["properties"]["projector"]
     projector.pop("discriminator")
-    projector["anyOf"] = projector.pop("oneOf")  # without its type, a projector may fit several
+    projector["anyOf"] = projector.pop("oneOf")  # a projector without its type may match several
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vlmds experiment"}
 
 
 def schema_text() -> str:
-    """What SCHEMA_FILE holds."""
+    """The content of SCHEMA_FILE."""
     return json.dumps(experiment_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def configuration_page() -> str:
-    """What docs/configuration.md holds: every key with its type, default and meaning."""
+    """The content of docs/configuration.md: every key with its type, default and meaning."""
     schema = experiment_schema()
     base = yaml.safe_load((PACKAGED / "base.yaml").read_text(encoding="utf-8"))
     parts = [_INTRODUCTION]
@@ -63,7 +64,7 @@ def configuration_page() -> str:
 
 
 def _sections(schema: Schema, base: dict) -> Iterator[tuple[str, str, Schema, dict]]:
-    """(heading, first sentence, section, what base.yaml sets) in the order of the file."""
+    """(heading, first sentence, section, values of base.yaml) of each section, in the order of the schema."""
     yield "Top level", "Keys of the file itself.", schema, {}
     for key, field in schema["properties"].items():
         for section in _models(field, schema):
@@ -77,7 +78,7 @@ def _sections(schema: Schema, base: dict) -> Iterator[tuple[str, str, Schema, di
 
 
 def _models(field: Schema, schema: Schema) -> list[Schema]:
-    """The sections that a field's value may be, or be a list of."""
+    """The sections of which a field's value may be one, or a list."""
     if "$ref" in field:
         return [schema["$defs"][field["$ref"].rpartition("/")[2]]]
     inner = [*field.get("anyOf", ()), *([field["items"]] if "items" in field else ())]
@@ -86,7 +87,7 @@ def _models(field: Schema, schema: Schema) -> list[Schema]:
 
 def _rows(section: Schema, schema: Schema, base: Any) -> Iterator[str]:
     fields = section["properties"].items()
-    for key, field in sorted(fields, key=lambda item: item[0] != "type"):  # what decides the others
+    for key, field in sorted(fields, key=lambda item: item[0] != "type"):  # first: it decides the others
         models = _models(field, schema)
         if "default" in field:
             default = "below" if models and field["default"] else _value(field["default"])
@@ -95,7 +96,7 @@ def _rows(section: Schema, schema: Schema, base: Any) -> Iterator[str]:
         else:
             default = "none" if key == "extends" else "required"
         kind = _type(field, schema).replace("|", "\\|")
-        # pydantic leaves a field's description out where it is that of its section.
+        # pydantic omits a field's description if it equals that of its section.
         meaning = _text(field.get("description") or models[0]["description"])
         yield f"| `{key}` | {kind} | {default} | {meaning} |"
 
@@ -121,7 +122,7 @@ def _value(value: Any) -> str:
 
 
 def _text(description: str) -> str:
-    """A docstring in one line of Markdown."""
+    """A docstring as one line of Markdown."""
     return " ".join(description.split()).replace("``", "`").replace("|", "\\|")
 
 
@@ -129,10 +130,10 @@ _INTRODUCTION = """\
 <!-- Generated from vlmds/experiments/schema.py by `vlmds schema --markdown`; do not edit. -->
 # Configuration
 
-Which keys does an experiment file have? This page lists all of them, with type, default and meaning. It is
-generated from the models that check the files.
+This page lists every key of an experiment file, with its type, default and meaning. It is generated from the
+models that check the files.
 
-An experiment is one YAML file. It extends another file or a packaged experiment and says what differs:
+An experiment is one YAML file. It extends another file or a packaged experiment, and sets what differs:
 
 ```yaml
 extends: e7
@@ -143,15 +144,15 @@ training: {global_batch: 64}
 
 - `--exp` takes a path or the name of a packaged experiment (`e1` … `e8`, `demo`). `vlmds new my.yaml
   --projector perceiver` writes a commented file to start from.
-- Mappings are merged key by key; a list replaces the whole list. A projector of another `type` starts
-  without the old type's keys, and another `model` without the old `revision`.
-- `--set training.micro_batch=4 stages.0.lr=5e-4` overrides keys on the command line; items of a list go by
-  number, from 0.
-- A mistake is one line with file, key and the nearest valid one: `e7.yaml: projector.widht: unknown key; did
+- Mappings are merged key by key; a list replaces the whole list. Changing the projector's `type` drops the
+  keys of the old type, and changing a `model` drops its `revision`.
+- `--set training.micro_batch=4 stages.0.lr=5e-4` overrides keys on the command line; list items are
+  numbered from 0.
+- A mistake is reported in one line, with the file, the key and the nearest valid key: `e7.yaml: projector.widht: unknown key; did
   you mean 'width'?`
-- The run folder records the resolved file as `experiment.yaml`.
-- "base.yaml" marks a value that `base.yaml` sets, which all packaged experiments extend.
+- The run folder records the resolved experiment as `experiment.yaml`.
+- "(base.yaml)" marks a value set in `base.yaml`, which all packaged experiments extend.
 
-Editors with the YAML language server complete and check keys. The packaged files name the schema in their
-first line; for your own files run `vlmds schema > schema.json` once and begin each with
+Editors with a YAML language server complete and check keys. The packaged files name the schema in their
+first line; for your own files, run `vlmds schema > schema.json` once and start each file with
 `# yaml-language-server: $schema=schema.json`."""

@@ -1,27 +1,31 @@
 """Reading of experiment files.
 
 ``load_experiment("e7.yaml", ["training.micro_batch=4"])`` follows ``extends``, applies the
-overrides, and returns an :class:`~vlmds.experiments.schema.Experiment`. Every mistake is one
-:class:`InputError` line that names the file, the key and the fix.
+overrides, and returns an :class:`~vlmds.experiments.schema.Experiment`. Every mistake raises an
+:class:`InputError` of one line with the file, the key and the fix.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from vlmds.errors import InputError
-from vlmds.experiments.schema import PROJECTORS, BlendPart, Experiment, StageConfig
+from vlmds.experiments.schema import PROJECTORS, BlendPart, Experiment, Section, StageConfig
 
 PACKAGED = Path(__file__).parent
+_PRETRAINED = ("vision.", "llm.")  # sections with a model and its revision
+_DATA = {"data.path": "blend", "data.blend": "path"}  # each replaces the other
+_LISTS: dict[str, type[Section]] = {"stages": StageConfig, "blend": BlendPart}  # keys whose values are lists
 
 
 def packaged_experiments() -> list[str]:
-    """Names of the experiments that come with vlmds: demo, e1 ... e8."""
+    """Names of the packaged experiments: demo, e1 ... e8."""
     return sorted(path.stem for path in PACKAGED.glob("*.yaml") if path.stem != "base")
 
 
@@ -45,14 +49,17 @@ def load_experiment(exp: str | Path, overrides: list[str] | tuple[str, ...] = ()
 
 
 def parse_experiment(tree: dict, source: str, origins: dict[str, str] | None = None) -> Experiment:
-    """Validate a resolved tree, such as one that a run folder recorded.
+    """Validate a resolved mapping of keys, such as one that a run folder records.
+
+    Args:
+        source: file name for messages. origins: of each dotted key, the file or override that set it.
 
     Raises:
         InputError: as :func:`load_experiment`.
     """
     origins = origins or {}
 
-    def fail(key: str, problem: str):
+    def fail(key: str, problem: str) -> NoReturn:
         raise InputError(f"{_origin(origins, key) or source}: {key}: {problem}")
 
     _check_keys(tree, Experiment, "", fail)
@@ -74,7 +81,7 @@ def parse_experiment(tree: dict, source: str, origins: dict[str, str] | None = N
 
 
 def find_experiment(exp: str | Path, relative_to: Path | None = None) -> Path:
-    """The file that ``exp`` means: a path, or else the name of a packaged experiment."""
+    """The file of ``exp``: a path, or the name of a packaged experiment. Raises InputError."""
     for candidate in [(relative_to or Path()) / exp, Path(exp).expanduser()]:
         if candidate.is_file():
             return candidate
@@ -113,8 +120,8 @@ def _read_layers(path: Path, origins: dict[str, str], seen: tuple[Path, ...]) ->
 
 
 def _merge(base: dict, over: dict, source: str, origins: dict[str, str], prefix: str) -> dict:
-    """Deep merge; lists replace. A projector whose ``type`` changes starts afresh, because the old
-    type's keys mean nothing to the new one; neither does a model's ``revision`` to another model."""
+    """``over`` merged into ``base``; lists are replaced. When the projector's ``type`` changes, the keys
+    of the old type are dropped, and when a model changes, its ``revision``."""
     if prefix == "projector." and over.get("type", base.get("type")) != base.get("type"):
         base = {}
     merged = dict(base)
@@ -151,12 +158,12 @@ def _apply_override(tree: dict, override: str, origins: dict[str, str]) -> None:
         node[_list_index(node, leaf, key, override)] = value
     else:
         if key == "projector.type" and node.get("type") != value:
-            node.clear()  # as _merge does: the old type's keys mean nothing to the new one
+            node.clear()  # as in _merge: the new type has other keys
         if leaf == "model" and f"{'.'.join(parents)}." in _PRETRAINED and node.get("model") != value:
             node.pop("revision", None)
         other = _DATA.get(key)
         if other and value is not None and not origins.get(f"data.{other}", "").startswith("--set"):
-            node.pop(other, None)  # other data than the file's; two overrides are a mistake
+            node.pop(other, None)  # the override replaces the file's data; two overrides are a mistake
         node[leaf] = value
     for depth in range(1, len(parents) + 1):
         origins.setdefault(".".join(parents[:depth]), f"--set {override}")
@@ -169,17 +176,8 @@ def _list_index(items: list, part: str, where: str, override: str) -> int:
     return int(part)
 
 
-_PRETRAINED = ("vision.", "llm.")
-
-
-_DATA = {"data.path": "blend", "data.blend": "path"}  # each replaces the other
-
-
-_LISTS = {"stages": StageConfig, "blend": BlendPart}  # keys that hold lists of mappings
-
-
-def _check_keys(tree: Any, model: type[BaseModel], prefix: str, fail) -> None:
-    """Refuse unknown keys with the nearest valid one. Values are left to pydantic."""
+def _check_keys(tree: Any, model: type[BaseModel], prefix: str, fail: Callable[[str, str], NoReturn]) -> None:
+    """Refuse unknown keys, naming the nearest valid one. pydantic checks the values."""
     if not isinstance(tree, dict):
         return
     for key, value in tree.items():
@@ -204,7 +202,7 @@ def _check_keys(tree: Any, model: type[BaseModel], prefix: str, fail) -> None:
 
 
 def _origin(origins: dict[str, str], key: str) -> str | None:
-    """The file or override that set ``key`` or, failing that, its nearest parent."""
+    """The file or override that set ``key``, or else its nearest parent."""
     while key:
         if key in origins:
             return origins[key]

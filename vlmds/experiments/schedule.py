@@ -10,10 +10,13 @@ from vlmds.experiments.schema import Experiment, StageConfig
 
 
 def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:
-    """Micro-batches per optimizer step and rank. ``global_batch`` is the run's recorded one.
+    """Micro-batches per optimizer step and rank.
+
+    Args:
+        global_batch: the run's recorded one.
 
     Raises:
-        InputError: the global batch cannot be cut into equal micro-batches.
+        InputError: the global batch cannot be divided into equal micro-batches.
     """
     training = experiment.training
     wanted = global_batch or training.global_batch
@@ -29,9 +32,14 @@ def accumulation_steps(experiment: Experiment, world_size: int, global_batch: in
 
 
 def describe_batch(experiment: Experiment, world_size: int, global_batch: int | None = None) -> str:
-    """The global batch as the product of its factors and, where it follows from the number of ranks, how to
-    keep it. ``global_batch`` is the run's recorded one. Raises InputError as
-    :func:`accumulation_steps` does."""
+    """The global batch as the product of its factors and, if it depends on the number of ranks, how to fix it.
+
+    Args:
+        global_batch: the run's recorded one.
+
+    Raises:
+        InputError: as :func:`accumulation_steps`.
+    """
     accumulation = accumulation_steps(experiment, world_size, global_batch)
     micro_batch = experiment.training.micro_batch
     batch = micro_batch * accumulation * world_size
@@ -40,20 +48,23 @@ def describe_batch(experiment: Experiment, world_size: int, global_batch: int | 
         f"{counted(world_size, 'rank')}"
     )
     if experiment.training.global_batch is None:
-        text += f"; set training.global_batch={batch} to have it with any number of GPUs"
+        text += f"; set training.global_batch={batch} to keep it with any number of GPUs"
     return text
 
 
 def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
-    """Optimizer steps of a stage; a last batch that is not full wraps into the next epoch."""
-    return stage.steps or math.ceil(stage.epochs * samples / global_batch)
+    """Optimizer steps of a stage. An incomplete last batch is filled from the next epoch."""
+    if stage.steps is not None:
+        return stage.steps
+    assert stage.epochs is not None  # the schema requires one of them
+    return math.ceil(stage.epochs * samples / global_batch)
 
 
 def learning_rate(step: int, total: int, stage: StageConfig) -> float:
-    """The rate of optimizer step ``step`` (from 0) of ``total``, before the groups' factors.
+    """Learning rate of optimizer step ``step`` (from 0) of ``total``, before the factors of parameter groups.
 
-    Linear warm-up, then ``stage.schedule`` down to ``min_lr_ratio``. A pure function, so a resumed
-    run needs no scheduler state.
+    Linear warm-up, then ``stage.schedule`` down to ``min_lr_ratio``. A pure function: a resumed run
+    needs no scheduler state.
     """
     warmup = round(stage.warmup_ratio * total)
     if step < warmup:

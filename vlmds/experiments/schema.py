@@ -1,5 +1,5 @@
-"""The keys of an experiment file: type, default and meaning of each. Reading is in
-:mod:`vlmds.experiments.reading`."""
+"""The keys of an experiment file: type, default and meaning of each. :mod:`vlmds.experiments.reading` reads
+the files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 def _number(value: Any) -> Any:
-    """PyYAML follows YAML 1.1, where ``1e-3`` (no dot) is a string. Read it as the number it is."""
+    """Convert a string such as ``1e-3``, which YAML 1.1 (and so PyYAML) does not read as a number."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -18,8 +18,8 @@ def _number(value: Any) -> Any:
     return value
 
 
-Float = Annotated[float, BeforeValidator(_number)]
 PositiveFloat = Annotated[float, Field(gt=0), BeforeValidator(_number)]
+NonNegativeFloat = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
@@ -27,7 +27,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class Section(BaseModel):
-    """A mapping of the experiment file: unknown keys and wrong types are errors."""
+    """A mapping in an experiment file. Unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -36,41 +36,42 @@ class VisionConfig(Section):
     """The frozen vision tower."""
 
     model: str
-    """A repository of the Hugging Face hub (``owner/name``), or a folder in its format."""
+    """A repository on the Hugging Face hub (``owner/name``), or a folder in that format."""
     revision: str | None = None
-    """Commit, tag or branch of that repository; null takes what the hub's cache on this machine has,
-    else the newest. A run records the commit that it used. Another ``model`` starts without one."""
+    """Commit, tag or branch of that repository; null takes the version in this machine's hub cache, else the
+    newest. A run records the commit it used. Changing ``model`` resets this key."""
     feature_layer: Literal[-1, -2] = -1
-    """Layer of CLIP whose patch tokens are used: -1 the last, -2 the one below."""
+    """CLIP layer whose patch tokens are used: -1 is the last, -2 the one before it."""
     frames_per_call: PositiveInt = 64
-    """Frames that go through CLIP at once; bounds its activation memory."""
+    """Frames per forward pass of CLIP; limits its activation memory."""
     pool: PositiveInt = 1
-    """Patch features are averaged over pool x pool squares; must divide the patches of a side."""
+    """Patch features are averaged over squares of pool x pool patches; must divide the number of patches per
+    side."""
 
 
 class LinearProjector(Section):
-    """One Linear for each patch."""
+    """One Linear, applied to each patch."""
 
     type: Literal["linear"]
-    """Which projector."""
+    """Type of the projector."""
 
 
 class MLPProjector(Section):
-    """Linear, GELU, Linear for each patch."""
+    """Linear, GELU, Linear, applied to each patch."""
 
     type: Literal["mlp"]
-    """Which projector."""
+    """Type of the projector."""
 
 
 class _Resampler(Section):
     width: PositiveInt | None = None
-    """Inner width; null means the LLM's width, and no output Linear."""
+    """Inner width; null means the LLM's width, without an output Linear."""
     num_queries: PositiveInt = 64
-    """Learned queries: the visual tokens of a clip, whatever ``data.num_frames`` is."""
+    """Number of learned queries: the visual tokens per clip, independent of ``data.num_frames``."""
     num_heads: PositiveInt = 8
-    """Attention heads; must divide ``width``."""
+    """Number of attention heads; must divide ``width``."""
     temporal_embedding: bool = True
-    """Add a learned embedding of its time to each frame's features."""
+    """Add to each frame's features a learned embedding of its time."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
@@ -83,14 +84,14 @@ class CAbstractorProjector(_Resampler):
     """Learned queries, cross-attention and a feed-forward network."""
 
     type: Literal["cabstractor"]
-    """Which projector."""
+    """Type of the projector."""
 
 
 class PerceiverProjector(_Resampler):
     """Learned queries, ``depth`` blocks of cross-attention, self-attention and feed-forward."""
 
     type: Literal["perceiver"]
-    """Which projector."""
+    """Type of the projector."""
     depth: PositiveInt = 2
     """Number of blocks."""
 
@@ -98,23 +99,25 @@ class PerceiverProjector(_Resampler):
 ProjectorConfig = Annotated[
     LinearProjector | MLPProjector | CAbstractorProjector | PerceiverProjector, Field(discriminator="type")
 ]
-PROJECTORS = {get_args(cls.model_fields["type"].annotation)[0]: cls for cls in get_args(get_args(ProjectorConfig)[0])}
+PROJECTORS: dict[str, type[Section]] = {
+    get_args(cls.model_fields["type"].annotation)[0]: cls for cls in get_args(get_args(ProjectorConfig)[0])
+}
 
 
 class LanguageConfig(Section):
     """The frozen language model."""
 
     model: str
-    """A repository of the Hugging Face hub, or a folder, as in ``vision.model``."""
+    """A repository on the Hugging Face hub, or a folder, as for ``vision.model``."""
     revision: str | None = None
-    """Commit, tag or branch, as in ``vision.revision``."""
+    """Commit, tag or branch, as for ``vision.revision``."""
     load_in_4bit: bool = True
     """NF4 with double quantisation; false loads the weights in ``dtype``."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the computation, and of the weights that are not in 4 bits."""
+    """Precision of the computation, and of weights that are not in 4 bits."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """What computes attention; auto takes the newest FlashAttention that is installed, in bfloat16
-    on a GPU that it is made for, else PyTorch's own (sdpa)."""
+    """Implementation of attention; auto takes the newest installed FlashAttention that supports the GPU, in
+    bfloat16, else PyTorch's own (sdpa)."""
 
 
 class PeftSection(Section):
@@ -129,7 +132,7 @@ class PeftSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)] = 0.05
     """Dropout on the adapter's branch, in training."""
     target_modules: Annotated[list[str], Field(min_length=1)]
-    """Names of the Linears that get an adapter, in every layer."""
+    """Names of the Linear modules that get an adapter, in every layer."""
     rslora: bool = False
     """Scale the adapter by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)."""
 
@@ -140,7 +143,7 @@ class BlendPart(Section):
     path: str
     """Folder or URL written by ``vlmds pack``."""
     weight: PositiveFloat = 1.0
-    """Share of the training samples that come from here, relative to the other parts' weights."""
+    """Share of the training samples from this dataset, relative to the weights of the others."""
 
 
 class DataConfig(Section):
@@ -151,27 +154,27 @@ class DataConfig(Section):
     blend: Annotated[list[BlendPart], Field(min_length=1)] | None = None
     """Several packed datasets, mixed by weight, instead of ``path``."""
     cache_dir: str | None = None
-    """Where shards of a remote dataset are kept on this machine; null reads them remotely."""
+    """Folder on this machine in which shards of a remote dataset are cached; null reads them remotely."""
     cache_gb: PositiveFloat = 100.0
-    """Size limit of ``cache_dir`` in 10^9 bytes; the least recently used shards are deleted first.
-    Below the size of ``shuffle_window`` shards it is slow: each shard is fetched many times."""
+    """Size limit of ``cache_dir`` in 10^9 bytes; the least recently used shards are deleted first. If it is
+    less than ``shuffle_window`` shards, reading is slow, as each shard is fetched many times."""
     decode_seconds: PositiveFloat = 60.0
-    """How long the decoding of one video may take before the sample counts as unreadable."""
+    """Seconds that decoding one video may take before the sample counts as unreadable."""
     num_frames: PositiveInt = 8
-    """Frames of a clip, sampled at the centres of as many equal spans."""
+    """Frames per clip, sampled at the centres of this many equal spans."""
     prompt: str = "이 영상을 설명해주세요."
-    """The user's turn, for clips that have no prompt of their own."""
+    """Text of the user's turn, for clips without a prompt of their own."""
     max_caption_tokens: PositiveInt = 256
-    """Longer captions are cut to this length in training."""
+    """In training, longer captions are cut to this length."""
     shuffle_window: PositiveInt = 16
-    """Shards whose samples are shuffled together."""
+    """Number of shards whose samples are shuffled together."""
     num_workers: NaturalInt = 4
     """Reader processes per rank; 0 decodes in the training process."""
     max_bad_fraction: Fraction = 0.01
     """Share of unreadable samples above which all ranks stop."""
     verify: Literal["sha256", "size"] = "size"
-    """How shards are checked at every start: by size, or by reading every byte (sha256, split over
-    the ranks). What is read in training is checked against the index in any case."""
+    """How shards are checked at every start: by size, or by reading every byte (sha256, divided among the
+    ranks). Samples read in training are always checked against the index."""
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -190,116 +193,118 @@ class TrainingConfig(Section):
     """Batches, optimizer, validation, checkpoints and limits."""
 
     seed: NaturalInt = 0
-    """Of the order of the data, the fresh projector and adapter, and dropout."""
+    """Random seed of the data order, the initial projector and adapter, and dropout."""
     micro_batch: PositiveInt = 2
-    """Samples at once on one GPU."""
+    """Samples per forward pass on each GPU."""
     gradient_accumulation: PositiveInt = 4
-    """Micro-batches of one GPU per optimizer step."""
+    """Micro-batches per optimizer step on each GPU."""
     global_batch: PositiveInt | None = None
-    """Samples per optimizer step over all ranks. null: micro_batch x gradient_accumulation x
-    ranks, at the run's first start. A number takes precedence over gradient_accumulation, which is
-    then derived for any number of ranks."""
+    """Samples per optimizer step over all ranks. null: micro_batch x gradient_accumulation x ranks at the
+    run's first start. If set, gradient_accumulation is ignored, and derived from it for any number of
+    ranks."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
-    weight_decay: Annotated[float, Field(ge=0), BeforeValidator(_number)] = 0.0
-    """Of AdamW; see ``weight_decay_factors`` of a stage."""
+    """Maximum norm of the gradients; larger ones are clipped."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW; see also ``weight_decay_factors`` of a stage."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Of AdamW."""
+    """Betas of AdamW."""
     activation_checkpointing: Annotated[Literal["auto"] | bool | int, BeforeValidator(_checkpointing)] = "auto"
-    """Which layers of the LLM recompute their activations in the backward pass instead of keeping
-    them: all (true), none (false), every n-th (n); auto takes the fewest with which the stage fits
-    the GPU's memory, and none on a CPU. Results are the same."""
+    """Layers of the LLM that recompute their activations in the backward pass instead of storing them: all
+    (true), none (false), every n-th (n); auto takes the fewest with which the stage fits in GPU memory,
+    and none on a CPU. Results do not change."""
     validate_every: PositiveInt = 200
-    """Optimizer steps between validation passes; one also runs at the end of each stage."""
+    """Optimizer steps between validations; one also runs at the end of each stage."""
     evaluate_every: PositiveInt | None = None
-    """Optimizer steps between evaluations (captions and metrics) of a part of split val; one also
-    runs at the end of each stage. null: no evaluation in training."""
+    """Optimizer steps between evaluations (captions and metrics) on a part of split val; one also runs at
+    the end of each stage. null: no evaluation during training."""
     evaluate_clips: PositiveInt = 64
-    """Clips of such an evaluation."""
+    """Clips per evaluation during training."""
     evaluate_tokens: PositiveInt = 64
-    """Maximum length of its captions, in tokens."""
+    """Maximum length of the captions in evaluations during training, in tokens."""
     best_metric: str = "loss"
-    """What decides which checkpoint is the best: loss (on split val), or a metric of evaluate_every
-    such as cider_d@morpheme or chrf++@char."""
+    """Metric that selects the best checkpoint: loss (on split val), or a metric of evaluate_every such as
+    cider_d@morpheme or chrf++@char."""
     keep: Literal["last", "best"] = "last"
-    """Which weights a stage leaves as its artifact."""
+    """Weights that become the artifact of a stage."""
     early_stopping: PositiveInt | None = None
-    """A stage ends after this many evaluations of best_metric in a row without an improvement; null
-    never ends it early."""
+    """A stage ends after this many consecutive evaluations of best_metric without improvement; null: never
+    early."""
     checkpoint_every: PositiveInt = 200
     """Optimizer steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept; the best one is kept as well."""
+    """Number of newest checkpoints to keep; the best one is also kept."""
     timeout_minutes: PositiveFloat = 30
-    """How long a collective may wait before the job is ended."""
+    """Minutes that a collective may wait before the job is ended."""
     heartbeat_seconds: Annotated[float, Field(ge=4), BeforeValidator(_number)] | None = 120
-    """How long a node may be unreachable while the job waits, before the job is ended; null leaves
-    it to timeout_minutes."""
+    """Seconds that a node may be unreachable while other ranks wait for it, before the job is ended; null:
+    only timeout_minutes applies."""
     ema_decay: Annotated[float, Field(gt=0, lt=1), BeforeValidator(_number)] | None = None
-    """Keep an exponential moving average of the trainables, which validation and the artifact then
-    use; null keeps none."""
+    """Decay of an exponential moving average of the trainable weights, which validation and the artifact then
+    use; null: no average."""
     max_skipped_steps: NaturalInt = 10
-    """Optimizer steps that may be skipped for a loss or gradient that is not finite before the run
+    """Optimizer steps that may be skipped because of a loss or gradient that is not finite, before the run
     ends."""
 
     @model_validator(mode="after")
     def _best_metric_is_made(self):
         if self.best_metric != "loss" and self.evaluate_every is None:
-            raise ValueError(f"best_metric {self.best_metric} is made by evaluate_every; set it, too")
+            raise ValueError(
+                f"best_metric {self.best_metric} is computed by the evaluations in training; set evaluate_every, too"
+            )
         return self
 
 
 class LoggingConfig(Section):
-    """What is logged, and where."""
+    """What is logged, and where to."""
 
     every: PositiveInt = 10
-    """Optimizer steps between lines on the screen and writes of metrics.jsonl."""
+    """Optimizer steps between lines on the screen and writes to metrics.jsonl."""
     tensorboard: bool = True
-    """Write TensorBoard files to the run folder."""
+    """Whether to write TensorBoard files to the run folder."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases; null does not."""
+    """Weights & Biases project to log to; null: none."""
     stall_seconds: PositiveFloat = 60.0
-    """A rank that has waited this long for data logs which samples it waits for."""
+    """Seconds of waiting for data after which a rank logs the samples it waits for."""
 
 
 class KindFactors(Section):
-    """A factor for each kind of trainable parameter."""
+    """One factor for each kind of trainable parameter."""
 
-    projector: Annotated[float, Field(ge=0), BeforeValidator(_number)] = 1.0
+    projector: NonNegativeFloat = 1.0
     """The projector."""
-    lora_a: Annotated[float, Field(ge=0), BeforeValidator(_number)] = 1.0
+    lora_a: NonNegativeFloat = 1.0
     """LoRA's matrices A."""
-    lora_b: Annotated[float, Field(ge=0), BeforeValidator(_number)] = 1.0
+    lora_b: NonNegativeFloat = 1.0
     """LoRA's matrices B; LoRA+ proposes 16 for the learning rate (arXiv:2402.12354)."""
-    magnitude: Annotated[float, Field(ge=0), BeforeValidator(_number)] = 1.0
+    magnitude: NonNegativeFloat = 1.0
     """DoRA's magnitude vectors."""
 
 
 class StageConfig(Section):
-    """One stage of the schedule; stages run one after the other."""
+    """One stage of the schedule. Stages run in order."""
 
     name: Name
-    """Names its checkpoints and its artifact."""
+    """Name of the stage, its checkpoints and its artifact."""
     train: list[Literal["projector", "peft"]]
-    """What is trained: the projector, the adapter (peft), or both."""
+    """Parts to train: the projector, the adapter (peft), or both."""
     lr: PositiveFloat
     """Peak learning rate."""
     epochs: PositiveFloat | None = None
-    """Length in passes over split train. Give either epochs or steps."""
+    """Length in epochs of split train. Set either epochs or steps."""
     steps: PositiveInt | None = None
-    """Length in optimizer steps. Give either epochs or steps."""
+    """Length in optimizer steps. Set either epochs or steps."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Learning rate after the warm-up. wsd: constant, then a linear decay (arXiv:2404.06395)."""
+    """Learning-rate schedule after the warm-up. wsd: constant, then linear decay (arXiv:2404.06395)."""
     min_lr_ratio: Fraction = 0.0
-    """Where the decay ends, as a share of lr."""
+    """Final learning rate of the decay, as a share of lr."""
     decay_ratio: Fraction = 0.1
-    """Share of the steps that the decay of wsd takes."""
+    """Share of the steps in the decay of wsd."""
     lr_factors: KindFactors = KindFactors()
-    """Multiply ``lr`` for each kind of parameter."""
+    """Factors of ``lr`` for each kind of parameter."""
     weight_decay_factors: KindFactors = KindFactors()
-    """Multiply ``training.weight_decay`` for each kind of parameter."""
+    """Factors of ``training.weight_decay`` for each kind of parameter."""
 
     @model_validator(mode="after")
     def _trains_something_for_some_time(self):
@@ -311,18 +316,18 @@ class StageConfig(Section):
 
 
 class Experiment(Section):
-    """One experiment, fully resolved. ``model_dump()`` is what a run folder records."""
+    """One experiment, fully resolved. A run folder records its ``model_dump()``."""
 
     name: Name
-    """Names the run folder (runs/NAME) and the experiment in reports."""
+    """Name of the experiment in reports, and of its run folder (runs/NAME)."""
     owner: str | None = None
-    """Who runs it; ``vlmds sweep --owner`` selects by it."""
+    """Person who runs it; ``vlmds sweep --owner`` selects by it."""
     priority: int | None = None
-    """``vlmds sweep`` runs low numbers first."""
+    """Order in ``vlmds sweep``: low numbers run first."""
     vision: VisionConfig
     """The frozen vision tower."""
     projector: ProjectorConfig
-    """What turns patch features into visual tokens; ``type`` decides which other keys there are."""
+    """The module that turns patch features into visual tokens; its other keys depend on ``type``."""
     llm: LanguageConfig
     """The frozen language model."""
     peft: PeftSection
@@ -332,9 +337,9 @@ class Experiment(Section):
     training: TrainingConfig = TrainingConfig()
     """Batches, optimizer, validation, checkpoints and limits."""
     logging: LoggingConfig = LoggingConfig()
-    """What is logged, and where."""
+    """What is logged, and where to."""
     stages: Annotated[list[StageConfig], Field(min_length=1)]
-    """The schedule: one or more stages, in order. A list replaces the extended file's list."""
+    """The schedule: one or more stages, in order. It replaces the list of the extended file."""
 
     @model_validator(mode="after")
     def _stage_names_differ(self):

@@ -127,7 +127,7 @@ def _use(facts: Facts) -> str:
         )
     return text + (
         f"\n\nvLLM: `--limit-mm-per-prompt '{{\"image\": {exp.data.num_frames}}}'`; send frames "
-        "that example.py's `choose_frames` and `resize` gave."
+        "that example.py's `read_frames` returns."
     )
 
 

@@ -47,6 +47,8 @@ from vlmds.runs.folder import final_artifact
 
 FORMATS = ("vlmds", "peft", "hf-llava")
 PEFT_CARD = ("README.md",)  # an empty form
+FRAMES = ("container", "decode", "fit", "frame_table", "probe", "sampling", "upright", "webp")
+"""Modules of :mod:`vlmds.video` that choose and decode frames; example.py uses copies of them."""
 HOW_TO_LOAD = Path(__file__).parent / "bundle" / "example.py"
 
 
@@ -73,7 +75,7 @@ def export_run(
             other base weights than the artifact's.
     """
     artifact = finished_artifact(run)
-    meta, _ = read_artifact(artifact)
+    meta = read_artifact(artifact).meta
     experiment = load_experiment(artifact / "experiment.yaml", overrides)
     check_request(artifact, meta, output, format, merge)
     places = (run, artifact.parent.parent)
@@ -186,7 +188,7 @@ def _write_folded(
 
 
 def _write_merged(new: Path, artifact: Path, model: Model, published: Experiment) -> None:
-    meta, _ = read_artifact(artifact)
+    meta = read_artifact(artifact).meta
     with counted_phase("writing the language model", "files"):
         model.captioner.llm.save_pretrained(new / LLM)
     model.tokenizer.save_pretrained(new / LLM)
@@ -207,7 +209,7 @@ def _write_merged(new: Path, artifact: Path, model: Model, published: Experiment
 
 
 def write_example(folder: Path, experiment: Experiment, remote: bool) -> None:
-    """example.py, for this experiment's frames and prompt."""
+    """example.py, for this experiment's prompt and number of frames, and frames_vlmds/, its code for videos."""
     source = HOW_TO_LOAD.read_text(encoding="utf-8")
     for name, value in (
         ("NUM_FRAMES", experiment.data.num_frames),
@@ -219,6 +221,14 @@ def write_example(folder: Path, experiment: Experiment, remote: bool) -> None:
         lines[number] = f"{name} = {value!r}"
         source = "\n".join(lines) + "\n"
     (folder / "example.py").write_text(source, encoding="utf-8")
+    (folder / "frames_vlmds").mkdir()
+    package = Path(__file__).parents[1]
+    for path in (package / "errors.py", *(package / "video" / f"{name}.py" for name in FRAMES)):
+        source = path.read_text(encoding="utf-8")
+        source = source.replace("from vlmds.video.", "from .").replace("from vlmds.errors ", "from .errors ")
+        if "from vlmds" in source or "import vlmds" in source:
+            raise RuntimeError(f"{path} has changed: it cannot be exported without vlmds")
+        (folder / "frames_vlmds" / path.name).write_text(source, encoding="utf-8")
 
 
 def _exported_logits(

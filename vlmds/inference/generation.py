@@ -1,9 +1,10 @@
-"""How captions are written: greedy, beam search or sampling."""
+"""Caption generation: greedy, beam search or sampling; of one batch, and of a stream of clips."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,84 +16,90 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vlmds.errors import InputError
+from vlmds.distributed.watchdog import doing
+from vlmds.inference.options import GenerationOptions
 from vlmds.models.assemble import Model
 from vlmds.models.sequences import SequenceBuilder
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """The default is greedy search.
+@dataclass
+class ClipInput:
+    """One clip as the model gets it.
 
-    Args:
-        max_new_tokens: a caption has at most so many tokens.
-        num_beams: more than 1 is beam search.
-        temperature: more than 0 is sampling, from logits divided by it.
-        top_p: sampling takes from the fewest tokens whose probability reaches it (Holtzman et al.,
-            arXiv:1904.09751).
-        repetition_penalty: logits of tokens that the caption has already are divided by it, or
-            multiplied where negative (Keskar et al., arXiv:1909.05858); 1 is none.
-        seed: of sampling.
-
-    Raises:
-        InputError: a value out of its range, or beam search with sampling.
+    key: its name in reports. inputs: {"frames": uint8 [F, 3, S, S]} or {"features": bfloat16
+    [F·P, width]}; None if it cannot be read. prompt: None is the experiment's. about: what the
+    caller needs with the result.
     """
 
-    max_new_tokens: int = 128
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    key: str
+    inputs: dict[str, Tensor] | None = None
+    prompt: str | None = None
+    about: Any = None
 
-    def __post_init__(self):
-        for name, good, what in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("num_beams", self.num_beams >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
-            ("seed", 0 <= self.seed < 1 << 62, "0 or more"),
-        ):
-            if not good:
-                raise InputError(f"{name} {getattr(self, name)}: must be {what}")
-        if self.num_beams > 1 and self.temperature:
-            raise InputError(
-                f"num_beams {self.num_beams} with temperature {self.temperature:g}: "
-                "beam search does not sample; leave one of them out"
-            )
-        if self.top_p < 1 and not self.temperature:
-            raise InputError(f"top_p {self.top_p:g}: is of sampling; set temperature, too")
 
-    def config(self, eos_token_id: int, pad_token_id: int) -> GenerationConfig:
-        # Sampling is a search for the largest of noisy logits: see GumbelNoise.
-        return GenerationConfig(
-            do_sample=False,
-            num_beams=self.num_beams,
-            max_new_tokens=self.max_new_tokens,
-            repetition_penalty=self.repetition_penalty,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            use_cache=True,
-        )
+@dataclass
+class CaptionedBatch:
+    """A batch of clips with their captions.
 
-    def processors(self) -> LogitsProcessorList:
-        """New ones for each call of ``generate``."""
-        if not self.temperature:
-            return LogitsProcessorList()
-        warpers = [TemperatureLogitsWarper(self.temperature)]
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList([*warpers, GumbelNoise(self.seed)])
+    captions: one per clip, None for a clip that cannot be read. features: of the clips that can be
+    read, in their order, [B, N, vision width].
+    """
+
+    clips: Sequence[ClipInput]
+    captions: list[str | None]
+    features: Tensor
+
+
+def caption_batches(
+    model: Model, builder: SequenceBuilder, batches: Iterable[Sequence[ClipInput]], options: GenerationOptions
+) -> Iterator[CaptionedBatch]:
+    """Captions of the clips, batch by batch; the captions do not depend on the batches. Each batch is
+    reported to the watchdog."""
+    for batch in batches:
+        doing("captioning", [clip.key for clip in batch])
+        inputs = [clip.inputs for clip in batch if clip.inputs is not None]
+        features, made = torch.empty(0), iter(list[str]())
+        if inputs:
+            with torch.no_grad():
+                features = model.features({name: torch.stack([i[name] for i in inputs]) for name in inputs[0]})
+            prompts = [clip.prompt for clip in batch if clip.inputs is not None]
+            made = iter(generate_captions(model, builder, features, prompts, options))
+        captions = [None if clip.inputs is None else next(made) for clip in batch]
+        yield CaptionedBatch(batch, captions, features)
+        doing("waiting for clips to be read")
+
+
+def generation_config(options: GenerationOptions, eos_token_id: int, pad_token_id: int) -> GenerationConfig:
+    """The options for transformers' ``generate``; sampling is done by :func:`logits_processors`."""
+    # Sampling is a search for the largest of noisy logits: see GumbelNoise.
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=options.num_beams,
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+
+
+def logits_processors(options: GenerationOptions) -> LogitsProcessorList:
+    """Sampling by the options; new ones for each call of ``generate``."""
+    if not options.temperature:
+        return LogitsProcessorList()
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(options.temperature)]
+    if options.top_p < 1:
+        warpers.append(TopPLogitsWarper(options.top_p))
+    return LogitsProcessorList([*warpers, GumbelNoise(options.seed)])
 
 
 class GumbelNoise(LogitsProcessor):
     """Makes the largest logit a sample of their softmax (Gumbel-max; Maddison et al.,
     arXiv:1411.0030).
 
-    Every row of a batch gets the same noise, so that a caption does not depend on what it was
-    batched with. It is drawn where the logits are: a seed's captions on a GPU are others than on a
-    CPU, and may be others on another kind of GPU.
+    Every row of a batch gets the same noise, so that a caption does not depend on its batch. The
+    noise is drawn on the device of the logits: one seed gives different captions on a GPU and on a
+    CPU, and may do so on two kinds of GPU.
     """
 
     def __init__(self, seed: int):
@@ -129,8 +136,8 @@ def generate_captions(
         features,
         batch["input_ids"],
         batch["attention_mask"].to(features.device),
-        options.config(builder.eos_token_id, builder.pad_token_id),
-        logits_processor=options.processors(),
+        generation_config(options, builder.eos_token_id, builder.pad_token_id),
+        logits_processor=logits_processors(options),
         **more,
     )
     return builder.decode(ids)

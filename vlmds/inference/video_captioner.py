@@ -16,8 +16,16 @@ from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.cuda import check_gpus
 from vlmds.errors import InputError, SampleError
 from vlmds.experiments.schema import Experiment
-from vlmds.inference.generation import GenerationOptions, generate_captions
-from vlmds.models.artifact import artifact_experiment, check_tower, load_artifact, resolve_artifact
+from vlmds.inference.generation import ClipInput, caption_batches, generate_captions
+from vlmds.inference.options import GenerationOptions
+from vlmds.models.artifact import (
+    Artifact,
+    artifact_experiment,
+    check_artifact_tower,
+    load_artifact,
+    read_artifact,
+    resolve_artifact,
+)
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.runs.folder import final_artifact
@@ -38,25 +46,28 @@ class VideoCaptioner:
 
     @classmethod
     def from_pretrained(
-        cls, artifact: str | Path, *, device: str | None = None, overrides: Sequence[str] = ()
+        cls, artifact: str | Path | Artifact, *, device: str | None = None, overrides: Sequence[str] = ()
     ) -> VideoCaptioner:
         """Load an artifact and the pretrained models that it names.
 
         Args:
             artifact: a folder, or a hub repository: ``owner/name``, or ``owner/name@revision``. A
-                run folder stands for the artifact of its last finished stage.
+                run folder stands for the artifact of its last finished stage. Or an artifact
+                that has been read.
             device: default: the first GPU, else the CPU.
             overrides: of the experiment, such as ``llm.model=/models/Qwen3-8B``.
 
         Raises:
             InputError: no such artifact, a damaged one, or models that it was not trained with.
         """
-        artifact = final_artifact(resolve_artifact(artifact))
+        if not isinstance(artifact, Artifact):
+            artifact = read_artifact(final_artifact(resolve_artifact(artifact)))
         target = choose_device(device)
         experiment = artifact_experiment(artifact, overrides)
         model = load_model(experiment, target)
         load_artifact(artifact, model.captioner)
-        check_tower(artifact, experiment, model.tower)
+        assert model.tower is not None  # None only where features are stored
+        check_artifact_tower(artifact, experiment, model.tower)
         model.captioner.to(target)
         return cls(experiment, model, target)
 
@@ -77,11 +88,16 @@ class VideoCaptioner:
             batch_size: videos captioned at once; the captions do not depend on it.
             workers: decoding processes (default: one per core).
         """
-        for batch in batched(self.frames(videos, workers), batch_size):
-            frames = [item for item in batch if not isinstance(item, SampleError)]
-            captions = iter(self.caption_frames(np.stack(frames), [prompt] * len(frames), options) if frames else [])
-            for item in batch:
-                yield item if isinstance(item, SampleError) else next(captions)
+        clips = (
+            ClipInput(f"video {number}", None, about=item)
+            if isinstance(item, SampleError)
+            else ClipInput(f"video {number}", {"frames": torch.from_numpy(item)}, prompt)
+            for number, item in enumerate(self.frames(videos, workers), 1)
+        )
+        batches = batched(clips, batch_size)
+        for batch in caption_batches(self.model, self.builder, batches, options or GenerationOptions()):
+            for clip, caption in zip(batch.clips, batch.captions, strict=True):
+                yield clip.about if caption is None else caption
 
     def frames(
         self, videos: Iterable[str | Clip], workers: int | None = None, deadline: float = 60.0
@@ -128,7 +144,8 @@ class VideoCaptioner:
 
     def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions) -> Generator[str, None, str]:
         streamer = _Streamer(self.builder.tokenizer, skip_prompt=True, timeout=1.0, skip_special_tokens=True)
-        left, failures = threading.Event(), queue.SimpleQueue()
+        left = threading.Event()
+        failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
 
         def write() -> None:
             try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -29,7 +30,7 @@ from vlmds.console.progress import phase
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
-from vlmds.files import is_there, look_again, new_folder, sha256_of
+from vlmds.files import is_there, new_folder, refresh_listing, sha256_of
 from vlmds.models.captioner import Captioner
 from vlmds.models.hub import looks_local
 from vlmds.models.language import add_adapter
@@ -41,6 +42,16 @@ READABLE = (1, 2)
 
 ADAPTER = "adapter/adapter_model.safetensors"
 LLM = "llm"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that has been read, see :func:`read_artifact`. meta: artifact.json. trained: the
+    experiment as it was trained."""
+
+    folder: Path
+    meta: dict
+    trained: Experiment
 
 
 @phase("saving the artifact")
@@ -102,32 +113,33 @@ def resolve_artifact(name: str | Path) -> Path:
         ) from None
 
 
-def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
+def artifact_experiment(artifact: Path | Artifact, overrides: Sequence[str] = ()) -> Experiment:
     """The artifact's experiment, whose ``llm.model`` is the artifact's own where it holds one, and
     whose ``llm.attention`` is auto: what it was trained with may not be here.
 
     Raises:
         InputError: not an artifact, a bad override, or another LLM for one that holds its own.
     """
-    meta, trained = read_artifact(folder)
-    own = meta.get("llm")
-    overrides = ["llm.attention=auto", *_revisions(meta, trained, overrides), *overrides]
+    artifact = read_artifact(artifact)
+    path, own = artifact.folder / "experiment.yaml", artifact.meta.get("llm")
+    overrides = ["llm.attention=auto", *_revisions(artifact, overrides), *overrides]
     if own is None:
-        return load_experiment(folder / "experiment.yaml", overrides)
+        return load_experiment(path, overrides)
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(
-            f"--set llm.model: {folder} holds its own language model, into which its adapter is folded; leave it out"
+            f"--set llm.model: {artifact.folder} holds its own language model, "
+            "into which its adapter is folded; leave it out"
         )
     overrides = [text for text in overrides if not text.startswith("llm.revision=")]
-    return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])
+    return load_experiment(path, [*overrides, f"llm.model={artifact.folder / own}"])
 
 
-def _revisions(meta: dict, trained: Experiment, overrides: Sequence[str]) -> list[str]:
+def _revisions(artifact: Artifact, overrides: Sequence[str]) -> list[str]:
     """Overrides that pin the commits an artifact of version 2 was trained from, which its experiment
     does not name yet. A model that is overridden is another one."""
     found = []
-    for part, commit in (meta["lineage"].get("revisions") or {}).items():
-        section = getattr(trained, part)
+    for part, commit in (artifact.meta["lineage"].get("revisions") or {}).items():
+        section = getattr(artifact.trained, part)
         if (
             commit
             and section.revision is None
@@ -138,14 +150,16 @@ def _revisions(meta: dict, trained: Experiment, overrides: Sequence[str]) -> lis
     return found
 
 
-def read_artifact(folder: Path) -> tuple[dict, Experiment]:
-    """(artifact.json, the experiment).
+def read_artifact(artifact: Path | Artifact) -> Artifact:
+    """The artifact in a folder; one that has been read is returned as it is.
 
     Raises:
         InputError: not an artifact, or of another format version.
     """
-    path = folder / "artifact.json"
-    look_again(path)
+    if isinstance(artifact, Artifact):
+        return artifact
+    folder, path = artifact, artifact / "artifact.json"
+    refresh_listing(path)
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -155,36 +169,37 @@ def read_artifact(folder: Path) -> tuple[dict, Experiment]:
             f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
             f"vlmds reads {FORMAT} versions {' and '.join(map(str, READABLE))}"
         )
-    return meta, load_experiment(folder / "experiment.yaml")
+    return Artifact(folder, meta, load_experiment(folder / "experiment.yaml"))
 
 
-def check_tower(folder: Path, experiment: Experiment, tower: VisionTower) -> None:
+def check_artifact_tower(artifact: Path | Artifact, experiment: Experiment, tower: VisionTower) -> None:
     """Raise :class:`InputError`, naming both, unless the artifact was trained on the features of
     this tower. experiment: the one in use, which may name another ``vision.model``."""
-    meta, trained = read_artifact(folder)
-    recorded = meta["lineage"].get("tower")
+    artifact = read_artifact(artifact)
+    recorded = artifact.meta["lineage"].get("tower")
     if recorded not in (None, tower.fingerprint()):
         raise InputError(
-            f"{folder}: was trained on features of vision.model {trained.vision.model} "
+            f"{artifact.folder}: was trained on features of vision.model {artifact.trained.vision.model} "
             f"({recorded[:12]}), but {experiment.vision.model} is another tower "
             f"({tower.fingerprint()[:12]})"
         )
 
 
 @phase("loading the artifact")
-def load_artifact(folder: Path, captioner: Captioner) -> None:
+def load_artifact(artifact: Path | Artifact, captioner: Captioner) -> None:
     """Load an artifact's weights into a captioner, which gains the adapter if there is one.
 
     Raises:
         InputError: a file is damaged, or its tensors are not exactly the captioner's.
     """
-    meta, experiment = read_artifact(folder)
+    artifact = read_artifact(artifact)
+    folder, meta = artifact.folder, artifact.meta
     projector = captioner.projector
     for name, key, width in (("vision", "vision.model", projector.vision_dim), ("llm", "llm.model", projector.llm_dim)):
         if meta[f"{name}_width"] != width:
             raise InputError(
                 f"{folder}: its projector was trained for {key} of width {meta[f'{name}_width']}, "
-                f"but {getattr(experiment, name).model} has hidden_size {width}"
+                f"but {getattr(artifact.trained, name).model} has hidden_size {width}"
             )
     path = folder / "projector.safetensors"
     tensors = _read(path)
@@ -194,7 +209,7 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
     if not meta["adapter"]:
         return
     if not isinstance(captioner.llm, PeftModel):
-        captioner.llm = add_adapter(captioner.llm, experiment.peft)
+        captioner.llm = add_adapter(captioner.llm, artifact.trained.peft)
     path = folder / ADAPTER
     tensors = _read(path)
     expected = get_peft_model_state_dict(captioner.llm, save_embedding_layers=False)
@@ -203,14 +218,14 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
     set_peft_model_state_dict(captioner.llm, tensors)
 
 
-def weights_sha256(folder: Path) -> str:
+def weights_sha256(artifact: Path | Artifact) -> str:
     """What tells an artifact's trained weights from any other's. Raises InputError."""
-    return "-".join(sha256[:16] for sha256 in read_artifact(folder)[0]["files"].values())
+    return "-".join(sha256[:16] for sha256 in read_artifact(artifact).meta["files"].values())
 
 
-def projector_sha256(folder: Path) -> str:
+def projector_sha256(artifact: Path | Artifact) -> str:
     """What tells an artifact's projector from any other. Raises InputError."""
-    return read_artifact(folder)[0]["files"]["projector.safetensors"]
+    return read_artifact(artifact).meta["files"]["projector.safetensors"]
 
 
 def _read(path: Path) -> dict[str, Tensor]:

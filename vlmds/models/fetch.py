@@ -38,14 +38,14 @@ from tqdm import tqdm
 
 from vlmds.console.progress import phase, tell
 from vlmds.console.quiet import quietly
-from vlmds.console.units import size_text
+from vlmds.console.text import size_text
 from vlmds.distributed.ranks import gather, on_each_cache, on_main, together
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
-from vlmds.files import look_again, write
+from vlmds.files import refresh_listing, write
 from vlmds.models.hub import (
     SMALL,
-    Section,
+    ModelSection,
     cached_folder,
     commit_of,
     hub_cache,
@@ -68,7 +68,7 @@ VISIBLE_SECONDS = 90.0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def config_folder(section: Section) -> Path:
+def config_folder(section: ModelSection) -> Path:
     """A folder with the model's config.json, which alone is downloaded if it is not here.
 
     Raises:
@@ -90,7 +90,7 @@ def config_folder(section: Section) -> Path:
     return folder
 
 
-def model_folder(section: Section) -> Path:
+def model_folder(section: ModelSection) -> Path:
     """The folder that the model is loaded from; what is missing of it is downloaded.
 
     Raises:
@@ -179,7 +179,7 @@ def _commits(experiment: Experiment, recorded: Mapping[str, str | None]) -> dict
     return commits
 
 
-def _note(section: Section, commit: str | None) -> None:
+def _note(section: ModelSection, commit: str | None) -> None:
     """Note in the cache which commit the model's revision stands for, as huggingface_hub does, so
     that a later start finds it without a network."""
     if commit is None or is_commit(section.revision):
@@ -190,7 +190,7 @@ def _note(section: Section, commit: str | None) -> None:
             write(path, commit)
 
 
-def _wait_until_visible(sections: Iterable[Section]) -> None:
+def _wait_until_visible(sections: Iterable[ModelSection]) -> None:
     """What another node downloaded may show late on a network drive."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     for section in sections:
@@ -200,7 +200,7 @@ def _wait_until_visible(sections: Iterable[Section]) -> None:
                     f"{key_of(section)}: another process has downloaded {section.model}, "
                     f"but it does not show in {hub_cache()} here; start again"
                 )
-            look_again(snapshot(section.model, section.revision or "main"))
+            refresh_listing(snapshot(section.model, section.revision or "main"))
             time.sleep(0.5)
 
 
@@ -211,7 +211,7 @@ class Repository:
     commit: str
     sizes: dict[str, int]
 
-    def to_download(self, section: Section) -> int:
+    def to_download(self, section: ModelSection) -> int:
         """About how many bytes are missing here; an index of weights is not read for it, but every
         file of its kind counted."""
         folder = snapshot(section.model, self.commit)
@@ -227,7 +227,7 @@ class Repository:
         return sum(self.sizes[name] for name in wanted if not (folder / name).is_file())
 
 
-def ask_hub(section: Section, timeout: float = ASK_SECONDS) -> Repository:
+def ask_hub(section: ModelSection, timeout: float = ASK_SECONDS) -> Repository:
     """What the hub has under the model's name and revision.
 
     Raises:
@@ -266,7 +266,7 @@ class Presence:
     text: str
 
 
-def presence(section: Section, timeout: float = 5.0) -> Presence:
+def presence(section: ModelSection, timeout: float = 5.0) -> Presence:
     """What a start will find. timeout: seconds for the hub to answer. Raises InputError: a path
     without a model."""
     folder = cached_folder(section)
@@ -286,7 +286,7 @@ def presence(section: Section, timeout: float = 5.0) -> Presence:
     )
 
 
-def download(section: Section, report: Callable[[str], None] = lambda text: None) -> Path:
+def download(section: ModelSection, report: Callable[[str], None] = lambda text: None) -> Path:
     """Bring the newest commit of ``revision`` (null: of the main branch) into the cache, as far as it
     is not there. Returns its folder.
 
@@ -318,7 +318,7 @@ def download(section: Section, report: Callable[[str], None] = lambda text: None
     return folder
 
 
-def _bring(section: Section, found: Repository, files: Iterable[str], report: Callable[[str], None]) -> None:
+def _bring(section: ModelSection, found: Repository, files: Iterable[str], report: Callable[[str], None]) -> None:
     """Download those of the files that are not in the cache, also over a connection that breaks."""
     folder = snapshot(section.model, found.commit)
     missing = [file for file in files if not (folder / file).is_file()]
@@ -330,7 +330,7 @@ def _bring(section: Section, found: Repository, files: Iterable[str], report: Ca
 
         def advance(count: float) -> None:
             shown.advance(count)
-            report(shown.under_way())
+            report(shown.progress_line())
 
         def absent() -> list[str]:
             return [file for file in missing if not (folder / file).is_file()]
@@ -358,7 +358,7 @@ def _bring(section: Section, found: Repository, files: Iterable[str], report: Ca
                 time.sleep(wait)
 
 
-def _check_room(section: Section, wanted: int) -> None:
+def _check_room(section: ModelSection, wanted: int) -> None:
     """Raise InputError if the cache's disk has no room for so many bytes."""
     if (free := _free_bytes()) < wanted:
         raise InputError(
@@ -425,7 +425,7 @@ class _Interrupted(Exception):
 
 
 @contextmanager
-def _translated(section: Section) -> Iterator[None]:
+def _translated(section: ModelSection) -> Iterator[None]:
     """Turn the hub's errors into one line with the fix.
 
     Raises:

@@ -20,7 +20,7 @@ from vlmds.errors import InputError
 from vlmds.experiments.schema import LanguageConfig, VisionConfig
 from vlmds.files import denied
 
-Section = VisionConfig | LanguageConfig
+ModelSection = VisionConfig | LanguageConfig
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where transformers looks for a model's weights; the first of them that is there counts."""
@@ -28,7 +28,7 @@ SMALL = (".json", ".txt", ".model", ".jinja")
 """How the names of configurations, tokenizers, chat templates and image processors end."""
 
 
-def key_of(section: Section) -> str:
+def key_of(section: ModelSection) -> str:
     """The experiment's key for it: ``vision.model`` or ``llm.model``."""
     return "vision.model" if isinstance(section, VisionConfig) else "llm.model"
 
@@ -58,7 +58,7 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def cached_folder(section: Section) -> Path | None:
+def cached_folder(section: ModelSection) -> Path | None:
     """The folder that the model is loaded from, if all of it is on this machine.
 
     Raises:
@@ -86,7 +86,7 @@ def cached_folder(section: Section) -> Path | None:
         raise InputError(f"{key}: {denied(hub_cache())}") from None
 
 
-def missing_file(folder: Path, section: Section) -> str | None:
+def missing_file(folder: Path, section: ModelSection) -> str | None:
     """The first file that loading needs and that is not in the folder, None if all are there."""
     needed = ["config.json"]
     if isinstance(section, VisionConfig):
@@ -100,7 +100,7 @@ def missing_file(folder: Path, section: Section) -> str | None:
     return next((name for name in weights if name not in names), None) if weights else WEIGHTS[0]
 
 
-def weight_names(section: Section, names: Collection[str], path_of: Callable[[str], Path]) -> list[str]:
+def weight_names(section: ModelSection, names: Collection[str], path_of: Callable[[str], Path]) -> list[str]:
     """The files that transformers takes the weights from, sorted; empty if it finds none.
 
     Args:
@@ -128,7 +128,7 @@ def weight_names(section: Section, names: Collection[str], path_of: Callable[[st
     )
 
 
-def weight_files(section: Section, folder: Path) -> list[Path]:
+def weight_files(section: ModelSection, folder: Path) -> list[Path]:
     """The files in ``folder`` that the model's weights are loaded from, sorted.
 
     Raises:

@@ -12,7 +12,7 @@ from vlmds.console.progress import phase
 from vlmds.console.quiet import quietly
 from vlmds.errors import InputError
 from vlmds.models.fetch import config_folder
-from vlmds.models.hub import Section, key_of
+from vlmds.models.hub import ModelSection, key_of
 
 # The shapes of the two models that the packaged experiments name, as published in their
 # config.json. `vlmds plan` and the full-size tests use them where the hub cannot be reached.
@@ -55,7 +55,7 @@ def loading(key: str, name: str):
         raise InputError(f"{key}: cannot load {name}: {reason[:300]}") from error
 
 
-def load_weights(model_class, section: Section, folder: Path, **options):
+def load_weights(model_class, section: ModelSection, folder: Path, **options):
     """``model_class.from_pretrained(folder)``, but a weight that is missing or does not have the shape
     of config.json is an error, never a random initialisation.
 
@@ -101,7 +101,7 @@ def counted_phase(what: str, unit: str):
             transformers_logging.set_tqdm_hook(before)
 
 
-def load_config(section: Section) -> PretrainedConfig:
+def load_config(section: ModelSection) -> PretrainedConfig:
     """The model's configuration, for which config.json alone is downloaded if it is not here.
 
     Raises:
@@ -112,6 +112,6 @@ def load_config(section: Section) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder)
 
 
-def published_or_loaded_config(section: Section) -> PretrainedConfig:
+def published_or_loaded_config(section: ModelSection) -> PretrainedConfig:
     """As :func:`load_config`, but never asks the network for a model whose shape is known here."""
     return PUBLISHED_SHAPES.get(section.model) or load_config(section)

@@ -31,13 +31,13 @@ from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
-from vlmds.files import as_path, check_writable
+from vlmds.files import as_path, check_writable, is_url
 from vlmds.packing.finish import finish
 from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.packing.pack import PackSummary
 from vlmds.packing.shards import PackOptions, Shard, json_line, unfinished, write_shard
-from vlmds.video.decode_work import Reply
+from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import RESIZER
 from vlmds.video.pool import DecodePool
 from vlmds.video.sampling import SAMPLER
@@ -103,7 +103,7 @@ def convert(
     """
     begin = time.monotonic()
     index, out = ShardIndex.open(source), as_path(out)
-    if not hasattr(out, "fs"):
+    if not is_url(out):
         check_writable(out, "OUT")
     target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
     sources = [_Source(position, info) for split in index.splits for position, info in enumerate(index.shards(split))]
@@ -237,7 +237,7 @@ def _shard(info: ShardInfo, target: Target) -> Shard:
 
 def _made(
     index: ShardIndex, sources: list[_Source], target: Target, tower: VisionTower | None, pool: DecodePool, workers: int
-) -> Iterator[Reply]:
+) -> Iterator[VideoReply]:
     """The new members of all samples of these shards, in order, read and decoded ahead."""
 
     def rows() -> Iterator[SampleRow]:
@@ -285,7 +285,7 @@ def _read_jpegs(index: ShardIndex, rows: Iterable[SampleRow], threads: int) -> I
 
 def _encoded(
     tower: VisionTower, frames: Iterator[np.ndarray | SampleError], rows: Iterator[SampleRow], target: Target
-) -> Iterator[Reply]:
+) -> Iterator[VideoReply]:
     """One shard's samples through the tower. A batch never reaches into the next shard, so that a
     shard's features do not depend on which others are made in the same process."""
     size = max(1, tower.frames_per_call // target.num_frames)
@@ -296,9 +296,9 @@ def _encoded(
             features = iter(tower(pixels).to("cpu", torch.bfloat16))
         for item, row in zip(batch, rows):
             if isinstance(item, SampleError):
-                yield Reply(str(item))
+                yield VideoReply(str(item))
             else:
-                yield Reply(
+                yield VideoReply(
                     None, {name: getattr(row, name) for name in FACTS}, {EXTENSION: encode_features(next(features))}
                 )
 
@@ -316,7 +316,7 @@ def _manifest_row(row: SampleRow, told: dict[str, Any]) -> ManifestRow:
     )
 
 
-def _with_facts(replies: Iterator[Reply], told: list[dict[str, Any]]) -> Iterator[Reply]:
+def _with_facts(replies: Iterator[VideoReply], told: list[dict[str, Any]]) -> Iterator[VideoReply]:
     """The replies, with the facts that the source told of each sample: of the original video, which
     may be another file than the one that a video store keeps."""
     for facts, reply in zip(told, replies):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
 from vlmds.errors import InputError
-from vlmds.files import replacing, sha256_of, temporary_owner, write
+from vlmds.files import is_url, replacing, sha256_of, temporary_owner, write
 from vlmds.packing.manifest import Known, Manifest, ManifestRow, Reject
 from vlmds.packing.shard_plan import PLANS
 from vlmds.packing.shards import MARKERS, Shard, json_line, read_marker
@@ -194,7 +194,7 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
 def remove_leftovers(out: Path) -> None:
     """Remove temporary files of writers that are dead: of this machine those whose process is
     gone, of others those a day old. A live writer's file stays."""
-    if hasattr(out, "fs"):
+    if is_url(out):
         return  # `replacing` leaves none at a URL
     for path in out.rglob(".*.tmp"):
         ours, pid = temporary_owner(path)

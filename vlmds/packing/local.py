@@ -7,7 +7,7 @@ from pathlib import Path
 from vlmds.console.progress import Phase, phase
 from vlmds.packing.manifest import ManifestRow
 from vlmds.packing.shards import PackOptions, Shard, write_shard
-from vlmds.video.decode_work import Reply, Request
+from vlmds.video.decode_work import VideoReply, VideoRequest
 from vlmds.video.pool import DecodePool
 
 
@@ -22,9 +22,9 @@ def pack_here(out: Path, shards: list[Shard], options: PackOptions, workers: int
             write_shard(out, shard, replies)
 
 
-def request(row: ManifestRow, options: PackOptions) -> Request:
+def request(row: ManifestRow, options: PackOptions) -> VideoRequest:
     """What a decoding process is to make of a manifest row."""
-    return Request(
+    return VideoRequest(
         row.video,
         row.start,
         row.end,
@@ -36,7 +36,7 @@ def request(row: ManifestRow, options: PackOptions) -> Request:
     )
 
 
-def counting(replies: Iterable[Reply], shown: Phase) -> Iterator[Reply]:
+def counting(replies: Iterable[VideoReply], shown: Phase) -> Iterator[VideoReply]:
     """The same replies, each counted."""
     rejected = 0
     for reply in replies:

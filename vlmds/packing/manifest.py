@@ -7,11 +7,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from vlmds.errors import InputError
-from vlmds.files import as_path
+from vlmds.files import as_path, is_url, path_in
 
 COLUMNS = ("video", "caption", "id", "start", "end", "split", "prompt")
 MAX_KEY = 80  # characters; with the longest member extension a ustar name still fits in 99
@@ -97,7 +97,7 @@ def read_manifest(
         if name not in columns:
             raise InputError(f"{path}: no column {name!r}; it has {', '.join(columns) or 'none'}")
 
-    folder = path.parent if hasattr(path, "fs") else path.resolve().parent
+    folder = path.parent if is_url(path) else path.resolve().parent
     ids = _Ids({str(r["id"]) for r in records if not _is_missing(r.get("id"))}, known or Known())
     rows, rejects = [], []
     for number, record in enumerate(records, 1):
@@ -179,7 +179,7 @@ def _row(
     if split is not None and not re.fullmatch(r"[0-9A-Za-z_-]+", split):
         raise _BadRow(f"bad split: {split!r}; use letters, digits, - and _")
 
-    video = source if "://" in source else str(folder / source)
+    video = source if is_url(source) else str(folder / source)
     sample_id = ids.claim(number, _text(record, "id"), video, (source, start, end))
     if split is None:
         split = "val" if _unit_interval(sample_id) < val_fraction else "train"
@@ -236,7 +236,7 @@ class _Ids:
         return key
 
     def _defaults(self, source: str) -> Iterator[str]:
-        stem = PurePosixPath(source.split("?")[0] if "://" in source else source).stem
+        stem = path_in(source).stem
         if stem not in self._stems:
             self._stems[stem] = 1
             yield stem

@@ -15,7 +15,7 @@ from typing import Any
 from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.errors import InputError
-from vlmds.files import as_path, check_writable, driver_advice
+from vlmds.files import as_path, check_writable, driver_advice, is_url
 from vlmds.packing.finish import Base, Finished, finish
 from vlmds.packing.local import pack_here
 from vlmds.packing.manifest import ManifestRow, Reject, read_manifest
@@ -123,7 +123,7 @@ def _pack(
     deadline: float,
 ) -> PackSummary:
     begin = time.monotonic()
-    if not hasattr(out, "fs"):
+    if not is_url(out):
         check_writable(out, "OUT")
     with phase("reading the manifest"):
         work = _plan(manifest, out, options, val_fraction, dedup, append, retry)
@@ -188,7 +188,7 @@ def _plan(
 def _check_drivers(rows: list[ManifestRow]) -> None:
     """Raise InputError if a driver for the rows' URLs is not installed: no row is to be rejected
     for that. (A protocol that nobody knows is a mistake in the row.)"""
-    for url in {row.video.partition("://")[0]: row.video for row in rows if "://" in row.video}.values():
+    for url in {row.video.partition("://")[0]: row.video for row in rows if is_url(row.video)}.values():
         if advice := driver_advice(url):
             raise InputError(f"{url}: {advice}")
 

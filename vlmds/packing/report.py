@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from vlmds.console.units import size_text
+from vlmds.console.text import size_text
 from vlmds.data.coverage import coverage_lines
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.stored import decode_stored, pixels_of, read_description, read_jpeg

@@ -18,7 +18,7 @@ from vlmds.data.index import VERSION
 from vlmds.errors import InputError
 from vlmds.files import replacing, write
 from vlmds.packing.manifest import ManifestRow, Reject
-from vlmds.video.decode_work import Reply
+from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import RESIZER
 from vlmds.video.jpeg import QUALITY
 from vlmds.video.sampling import SAMPLER
@@ -129,7 +129,7 @@ def read_marker(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged; delete it to pack its shard again") from None
 
 
-def write_shard(out: Path, shard: Shard, replies: Iterator[Reply]) -> None:
+def write_shard(out: Path, shard: Shard, replies: Iterator[VideoReply]) -> None:
     """Write the shard's tar, unless it has no sample, and then its marker. Takes a reply for each
     of its rows.
 
@@ -201,7 +201,7 @@ class TarWriter:
         self.offset += len(data)
 
 
-def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Reply) -> dict[str, Any]:
+def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: VideoReply) -> dict[str, Any]:
     """Append a sample's members and return its row of the index."""
     facts = dict(reply.facts)
     content = facts.pop("content", None)

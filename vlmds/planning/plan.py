@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vlmds.console.text import counted
-from vlmds.console.units import size_text
+from vlmds.console.text import counted, size_text
 from vlmds.data.alike import converted, tower_keys
 from vlmds.data.coverage import coverage_lines
 from vlmds.data.dataset import Dataset, open_dataset

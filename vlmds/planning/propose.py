@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmds.console.text import counted
-from vlmds.console.units import size_text
+from vlmds.console.text import counted, size_text
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.assemble import Shapes

@@ -1,13 +1,13 @@
-"""The run folder: what one run of one experiment records, and where a restart goes on.
+"""The run folder: the record of one run of an experiment, from which a restart resumes.
 
 experiment.yaml   the resolved experiment
-run.json          a name of its own, global batch, what it is trained from (data fingerprint,
-                  hashes of the base weights, how frames are sampled, checkpoint or run that it
-                  grew from), and for each start: versions, git commit, world size, command
-                  line, what computes attention
+run.json          an id, the global batch, what it is trained from (data fingerprint, hashes of
+                  the base weights, sampling of frames, the checkpoint or run it started from),
+                  and for each start: versions, git commit, world size, command line and the
+                  implementation of attention
 metrics.jsonl     one line per optimizer step, per validation and per evaluation
-samples.jsonl     captions made in training, if training.evaluate_every is set
-ledger.jsonl      every sample that could not be read, and when
+samples.jsonl     captions made during training, if training.evaluate_every is set
+ledger.jsonl      every sample that could not be read, with stage and step
 tensorboard/  checkpoints/  artifacts/{stage}/
 """
 
@@ -41,11 +41,11 @@ WRITTEN = (
     "tensorboard",
     "checkpoints",
     "artifacts",
-)  # as the run goes on; what is written anew needs the folder alone
+)  # appended to during the run; files that are replaced need a writable folder only
 
-# Keys that may differ when a run is resumed: they do not change what is learned. The size of a
-# micro-batch may, too: the global batch is the run's. Data and models may be moved: their content is
-# compared by fingerprints.
+# Keys that may differ when a run is resumed, as they do not change what is learned. The micro-batch may
+# differ because the run's global batch is fixed. Data and models may be moved: their content is compared
+# by fingerprints.
 HARMLESS = (
     "owner",
     "priority",
@@ -81,7 +81,7 @@ HARMLESS = (
 
 @dataclass
 class RunFolder:
-    """An opened run. record: what run.json holds."""
+    """An opened run. record: the content of run.json."""
 
     path: Path
     record: dict
@@ -110,7 +110,7 @@ class RunFolder:
         write(self.path / "run.json", json.dumps(self.record, indent=2, ensure_ascii=False) + "\n")
 
     def begin(self, experiment: Experiment) -> None:
-        """Write what this start is of."""
+        """Write the experiment and the record at the start."""
         write(self.path / "experiment.yaml", to_yaml(experiment))
         self.update()
 
@@ -130,8 +130,8 @@ class RunFolder:
         self._ledger.add(records)
 
     def rewind(self, stages: list[str], stage: int, step: int) -> None:
-        """Drop the metrics and ledger lines of steps that will be taken (again) from here on:
-        ``step`` optimizer steps of stage number ``stage`` stand."""
+        """Remove the metrics, samples and ledger lines of steps after ``step`` of stage number ``stage``, which
+        will be repeated."""
         for name in ("metrics.jsonl", "samples.jsonl", "ledger.jsonl"):
             path = self.path / name
             if not path.is_file():
@@ -141,32 +141,31 @@ class RunFolder:
                 try:
                     record = json.loads(line)
                 except ValueError:
-                    continue  # the last line of a process that was killed
+                    continue  # an incomplete last line of a process that was killed
                 if (stages.index(record["stage"]), record["step"]) <= (stage, step):
                     kept.append(line)
             write(path, "".join(kept))
 
 
 def check_run_folder(path: Path) -> None:
-    """Raise :class:`InputError` unless this user can write a run there, or go on with the one that
-    is there."""
+    """Raise :class:`InputError` unless this user can write a run there, or resume the one there."""
     check_writable(path, "--output", WRITTEN)
 
 
 def open_run(
     path: Path, experiment: Experiment, resume: str, *, origin: dict, world_size: int, command: list[str]
 ) -> RunFolder:
-    """A new run, or the one in the folder to go on with it; one process calls it. Nothing is
-    written before :meth:`RunFolder.begin`: a start that is refused leaves no run behind.
+    """A new run, or the existing one in the folder, to resume it. One process calls it. Nothing is written
+    before :meth:`RunFolder.begin`, so a refused start leaves no run behind.
 
     Args:
-        resume: "auto" goes on with what is there, "never" wants a new folder.
+        resume: "auto" resumes an existing run, "never" requires a new folder.
         origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
             ``sampling``, ``weights`` and ``revisions``.
 
     Raises:
-        InputError: ``never``, but the folder holds a run; or the run there is of another
-            experiment or other data.
+        InputError: ``never``, but the folder has a run; or that run is of another experiment, other data
+            or other base weights.
     """
     training = experiment.training
     record_path = path / "run.json"
@@ -174,14 +173,14 @@ def open_run(
         wanted = training.global_batch or (training.micro_batch * training.gradient_accumulation * world_size)
         record = {"id": secrets.token_hex(4), "global_batch": wanted, **origin, "starts": []}
     elif resume == "never":
-        raise InputError(f"--output {path}: holds a run already and --resume is never; choose another folder")
+        raise InputError(f"--output {path}: already has a run, and --resume is never; choose another folder")
     else:
         record = RunFolder.read(path)
         check_same_experiment(path, experiment)
         if record["data_fingerprint"] != origin["data_fingerprint"]:
             raise InputError(
                 f"data: {experiment.data.path or 'the blend'} is not the data that {path} was "
-                "started on; give that data, or another --output"
+                "started with; give that data, or choose another --output"
             )
         check_base_weights(record["weights"], origin["weights"], experiment, path)
         if training.global_batch not in (None, record["global_batch"]):
@@ -203,10 +202,10 @@ def open_run(
 
 
 def final_artifact(path: Path) -> Path:
-    """The artifact that ``--run path`` means: the folder itself, or the run's last finished stage.
+    """The artifact of ``--run path``: the folder itself, or that of the run's last finished stage.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no artifact.
     """
     if is_artifact(path):
         return path
@@ -227,7 +226,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the source that runs, "-dirty" appended if it was changed; None outside git."""
+    """Git commit of this source code, with "-dirty" if it has uncommitted changes; None outside git."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -242,18 +241,19 @@ def git_commit() -> str | None:
 
 
 def check_same_experiment(path: Path, experiment: Experiment) -> None:
-    """Raise :class:`InputError`, naming the keys, if the run at ``path`` is of an experiment that
-    would learn something else."""
+    """Raise :class:`InputError`, naming the keys, if the run at ``path`` is of an experiment that learns
+    something else: one that differs in other keys than HARMLESS."""
     changed = differing_keys(load_experiment(path / "experiment.yaml"), experiment, but=HARMLESS)
     if changed:
         raise InputError(
-            f"{path}: was started as another experiment ({'; '.join(changed)}); "
+            f"{path}: was started with other settings ({'; '.join(changed)}); "
             "undo the change or choose another --output"
         )
 
 
 def check_base_weights(old: dict[str, str], new: dict[str, str], experiment: Experiment, run: Path) -> None:
-    """Raise :class:`InputError`, naming the file, unless ``run`` was started from these weights."""
+    """Raise :class:`InputError`, naming the file, if the weights that ``run`` was trained from (``old``)
+    differ from the current ones (``new``)."""
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             part, file = name.split("/")

@@ -1,4 +1,4 @@
-"""Files that grow by a line of JSON for each thing that happened."""
+"""JSON Lines files to which records are appended during a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vlmds.console.progress import tell
 
 
 class Journal:
-    """Such a file. A full disk does not end the training: what it would not take is reported once, kept,
-    and written with what comes next."""
+    """One such file. A full disk does not end the training: the failure is reported once, and the records
+    are kept in memory and written with the next ones."""
 
     def __init__(self, path: Path):
         self.path = path
         self._kept: list[str] = []
 
     def add(self, records: list[dict]) -> None:
-        """Append these records, after those that are kept. The file never ends in half a line."""
+        """Append these records, after those kept in memory. The file never ends in an incomplete line."""
         lines = self._kept + [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
         if not lines:
             return
@@ -27,8 +27,8 @@ class Journal:
         except OSError as error:
             if not self._kept:
                 tell(
-                    f"vlmds: WARNING: {self.path}: {error.strerror}; training goes on, and what "
-                    "should stand there is written as soon as there is room"
+                    f"vlmds: WARNING: {self.path}: {error.strerror}; training goes on, and the "
+                    "records are written as soon as there is room"
                 )
             self._kept = lines
         else:
@@ -36,9 +36,9 @@ class Journal:
 
 
 def append(path: Path, data: bytes) -> None:
-    """All of it or nothing. Raises OSError.
+    """Append all of the data or, with an OSError, none of it.
 
-    On NFS, appending is safe for one writer only: a run's files are rank 0's.
+    On NFS, appending is safe for one writer only: only rank 0 writes a run's files.
     """
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -47,7 +47,7 @@ def append(path: Path, data: bytes) -> None:
             written = 0
             while written < len(data):
                 written += os.write(file, data[written:])
-            os.close(os.dup(file))  # which is where NFS reports a full disk; else it does nothing
+            os.close(os.dup(file))  # NFS reports a full disk here; otherwise without effect
         except OSError:
             os.ftruncate(file, size)
             raise

@@ -1,7 +1,7 @@
-"""What a run was trained from: the base weights, the data, the stage before.
+"""The lineage of a run: its base weights, its data, and the stage before.
 
-``run.json`` records it at the first start. A later start, and ``--from RUN``, compare: a projector
-means nothing to another vision tower, and an adapter nothing to another language model.
+``run.json`` records it at the first start. Later starts and ``--from RUN`` compare: a projector only
+works with its vision tower, and an adapter only with its language model.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from vlmds.models.hub import weight_files
 from vlmds.models.language import load_tokenizer
 from vlmds.runs.folder import RunFolder, check_base_weights
 
-# What a projector of an earlier stage depends on: these keys, the base weights and the sampling.
+# A projector of an earlier stage depends on these keys, the base weights and the sampling.
 PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.prompt")
 
 
 def base_files(experiment: Experiment) -> dict[str, Path]:
-    """The weight files of the pretrained models on this machine, by what they are and their names.
+    """The weight files of the pretrained models on this machine, by "vision/NAME" or "llm/NAME".
 
     Raises:
-        InputError: a model has none.
+        InputError: a model has no weight files.
     """
     return {
         f"{part}/{path.name}": path
@@ -43,12 +43,20 @@ def base_files(experiment: Experiment) -> dict[str, Path]:
 
 
 def recorded_revisions(experiment: Experiment, *runs: Path | None) -> dict[str, str | None]:
-    """The commits of the pretrained models that the first of the runs which is there was trained
-    from, of those models that have the same name in the experiment; empty if none is there, or it
-    was begun before commits were recorded. Raises InputError: the run is damaged."""
+    """The commits of the pretrained models that an earlier run was trained from.
+
+    Args:
+        runs: folders of earlier runs; the first that exists counts.
+
+    Returns:
+        By "vision" and "llm", for models that have the same name in the experiment. Empty if there is no
+        earlier run, or it was begun before commits were recorded.
+
+    Raises:
+        InputError: the run is damaged.
+    """
     run = next((run for run in runs if run is not None and (run / "run.json").is_file()), None)
-    revisions = RunFolder.read(run).get("revisions") if run else None
-    if not revisions:
+    if run is None or not (revisions := RunFolder.read(run).get("revisions")):
         return {}
     theirs = load_experiment(run / "experiment.yaml")
     return {
@@ -59,11 +67,12 @@ def recorded_revisions(experiment: Experiment, *runs: Path | None) -> dict[str, 
 
 
 def base_weights(experiment: Experiment) -> dict[str, str]:
-    """sha256 of every file of the pretrained models, and of the tokenizer, by what it is and its
-    name. All ranks call it and share the reading; each machine reads its own files.
+    """sha256 of every weight file, by "vision/NAME" or "llm/NAME", and of the tokenizer ("llm/tokenizer").
+
+    All ranks call it. Each machine reads its own files, divided among its ranks.
 
     Raises:
-        InputError: on every rank, if a file is missing or two machines have different ones.
+        InputError: on every rank, if a file is missing or differs between two machines.
     """
     files = together(lambda: base_files(experiment))
     places = gather((machine(), platform.node()))
@@ -77,20 +86,22 @@ def base_weights(experiment: Experiment) -> dict[str, str]:
             first, expected = found.setdefault(name, (host, value))
             if value != expected:
                 raise shared_error(
-                    f"{name.split('/')[0]}.model: {host} has another {name} than "
+                    f"{name.split('/')[0]}.model: {name} on {host} differs from that on "
                     f"{first}; give all machines the same files"
                 )
     return {name: value for name, (_, value) in sorted(found.items())}
 
 
 def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str, dict]:
-    """``--from RUN``: what :func:`inherit` takes from another run instead of training it, all stages
-    but the last that are not there yet: by stage, what the run's record says of it. Nothing is
-    written.
+    """The stages that ``--from RUN`` takes from another run instead of training them: all except the last
+    that this run does not have yet. Nothing is written.
+
+    Returns:
+        By stage, its origin for the run's record; the argument of :func:`inherit`.
 
     Raises:
-        InputError: the other run has not finished them, or its projector was trained for another
-            projector, vision tower, language model, number of frames, prompt or sampling.
+        InputError: the other run has not finished a stage, or trained it with another projector,
+            vision tower, language model, number of frames, prompt or sampling.
     """
     record = RunFolder.read(other)
     taken = {}
@@ -98,22 +109,24 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
         source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
         if not is_artifact(source):
             raise InputError(f"--from {other}: it has no finished stage {stage.name}")
-        meta, theirs = read_artifact(source)
+        stage_artifact = read_artifact(source)
+        meta, theirs = stage_artifact.meta, stage_artifact.trained
         keys = PROJECTOR_KEYS + (("peft",) if meta["adapter"] else ())
         if changed := differing_keys(theirs, experiment, only=keys):
-            raise InputError(f"--from {other}: its stage {stage.name} was trained otherwise ({'; '.join(changed)})")
+            raise InputError(
+                f"--from {other}: its stage {stage.name} was trained with other settings ({'; '.join(changed)})"
+            )
         if record["sampling"] != run.record["sampling"]:
             raise InputError(
-                f"--from {other}: its frames were sampled or resized otherwise "
+                f"--from {other}: its frames were sampled or resized differently "
                 f"({record['sampling']}, not {run.record['sampling']})"
             )
         check_base_weights(record["weights"], run.record["weights"], experiment, other)
-        ours = projector_sha256(source)
+        ours = projector_sha256(stage_artifact)
         if is_artifact(target):
             if projector_sha256(target) != ours:
                 raise InputError(
-                    f"--from {other}: {run.path} has a stage {stage.name} already, "
-                    "and it is another one; choose another --output"
+                    f"--from {other}: {run.path} already has another stage {stage.name}; choose another --output"
                 )
             continue
         taken[stage.name] = {"run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}
@@ -121,7 +134,7 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
 
 
 def inherit(taken: dict[str, dict], run: RunFolder) -> None:
-    """Copy those stages. What they were goes into the run's record, which the caller writes."""
+    """Copy these stages, and add their origin to the run's record, which the caller writes."""
     for name, origin in taken.items():
         with new_folder(run.artifact(name)) as new:
             copy_files(Path(origin["run"]) / "artifacts" / name, new)
@@ -129,9 +142,9 @@ def inherit(taken: dict[str, dict], run: RunFolder) -> None:
 
 
 def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
-    """What stage ``number`` of the run is trained from; its checkpoints and artifact record it."""
+    """What stage ``number`` of the run is trained from, as its checkpoints and artifact record it."""
     lineage = {name: run.record[name] for name in ("weights", "sampling", "data_fingerprint")}
-    lineage["revisions"] = run.record.get("revisions")  # None: a run begun before they were kept
+    lineage["revisions"] = run.record.get("revisions")  # None: the run was begun before they were recorded
     if number:
         parent = experiment.stages[number - 1].name
         lineage["parent"] = {"stage": parent, "projector_sha256": projector_sha256(run.artifact(parent))}
@@ -139,17 +152,17 @@ def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
 
 
 def check_parent(lineage: dict, recorded: dict, where: Path) -> None:
-    """Raise :class:`InputError` if a checkpoint of a stage grew from another parent stage."""
+    """Raise :class:`InputError` if a checkpoint was trained from another parent stage than the current one."""
     if lineage.get("parent") != recorded.get("parent"):
         parent = (lineage.get("parent") or recorded["parent"])["stage"]
         raise InputError(
-            f"{where}: was trained from another {parent} than the one in artifacts/ "
-            "now; restore that artifact, or delete the checkpoints of this stage"
+            f"{where}: was trained from another {parent} than the current one in "
+            "artifacts/; restore that artifact, or delete the checkpoints of this stage"
         )
 
 
 def tokenizer_sha256(llm: LanguageConfig) -> str:
-    """Of the vocabulary, how text is cut, and the chat template."""
+    """sha256 of the tokenizer (vocabulary and rules) and the chat template."""
     tokenizer = load_tokenizer(llm)
     described = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(described.encode()).hexdigest()

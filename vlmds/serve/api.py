@@ -1,4 +1,4 @@
-"""The JSON endpoints: a caption for a video in the chat format of OpenAI's API.
+"""JSON endpoints: captions of videos in the chat format of OpenAI's API.
 
     POST /caption   also as /v1/chat/completions
     GET  /models    also as /v1/models
@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -30,12 +30,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from vlmds.errors import SampleError
+from vlmds.inference.options import GenerationOptions
 from vlmds.serve.fetch import fetch
 from vlmds.serve.loaded import Busy, Models, RequestError
 
 UPLOADS = 4  # bodies read at once; others wait before theirs is
 READING = 600.0  # seconds that a body may take to arrive
-DRAINING = 5.0  # seconds for which the rest of a body that was refused is read, so that it's heard
+DRAINING = 5.0  # seconds for which the rest of a refused body is read; the client then gets the answer
 
 
 class _Strict(BaseModel):
@@ -62,14 +63,14 @@ class _Message(_Strict):
 
 
 class _Options(_Strict):
-    """What a form may have besides its file. Fields as in OpenAI's chat completions."""
+    """Fields of a form besides its file, named as in OpenAI's chat completions."""
 
     model: str | None = None
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    max_tokens: int = GenerationOptions.max_new_tokens
+    temperature: float = GenerationOptions.temperature
+    top_p: float = GenerationOptions.top_p
+    repetition_penalty: float = GenerationOptions.repetition_penalty
+    seed: int = GenerationOptions.seed
     stream: bool = False
 
 
@@ -108,10 +109,7 @@ def add_api(app: FastAPI, models: Models, folder: Path) -> None:
             prompt, generation = models.options(
                 ask.prompt,
                 max_new_tokens=options.max_tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                repetition_penalty=options.repetition_penalty,
-                seed=options.seed,
+                **options.model_dump(include={"temperature", "top_p", "repetition_penalty", "seed"}),
             )
             await run_sync(models.facts, ask.video)
             frames = await run_sync(models.frames, ask.video, captioner)
@@ -190,7 +188,7 @@ async def _read(request: Request, models: Models, file) -> _Ask:
 
 
 async def _drain(request: Request, most: int) -> None:
-    """Read on for a while: who sends without listening would else see a broken connection only."""
+    """Read on for a while: a client that is still sending would see only a broken connection."""
     with anyio.move_on_after(DRAINING):
         while most > 0:
             message = await request.receive()
@@ -221,7 +219,7 @@ async def _read_json(request: Request, models: Models, file) -> _Ask:
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError):
-        raise RequestError("the request is no JSON") from None
+        raise RequestError("the request is not JSON") from None
     ask = _valid(_Chat, body)
     if ask.max_completion_tokens is not None:  # the newer name
         ask.max_tokens = ask.max_completion_tokens
@@ -261,9 +259,9 @@ def _valid(schema: type[_Options], values: Any) -> Any:
         raise RequestError(f"{where}: {first['msg']}" if where else first["msg"]) from None
 
 
-async def _pieces(written: Generator[str, None, str]) -> AsyncIterator[tuple[str, str | None]]:
-    """The pieces, each with None, and last an empty one with the reason why the caption ended. The
-    writing ends when this does."""
+async def _pieces(written: Generator[str, None, str]) -> AsyncGenerator[tuple[str, str | None]]:
+    """The pieces, each with None, and at last an empty one with the reason why the caption ended.
+    Closing this ends the generation."""
 
     def step() -> tuple[str, str | None]:
         try:
@@ -281,9 +279,11 @@ async def _pieces(written: Generator[str, None, str]) -> AsyncIterator[tuple[str
             await run_sync(written.close)
 
 
-async def _events(request: Request, answer: _Answer, first: tuple, rest: AsyncIterator[tuple]) -> AsyncIterator[str]:
+async def _events(
+    request: Request, answer: _Answer, first: tuple[str, str | None], rest: AsyncGenerator[tuple[str, str | None]]
+) -> AsyncIterator[str]:
     try:
-        yield _event(answer.piece(*first, role=True))
+        yield _event(answer.piece(first[0], first[1], role=True))
         async for piece, reason in rest:
             if await request.is_disconnected():
                 return
@@ -308,7 +308,7 @@ class _Answer:
     def __init__(self, model: str):
         self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, reason: str) -> dict[str, Any]:
+    def whole(self, text: str, reason: str | None) -> dict[str, Any]:
         return {
             **self._base,
             "object": "chat.completion",
@@ -330,31 +330,21 @@ def _error(message: str, status: int) -> dict[str, Any]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """The endpoints' errors are JSON in OpenAI's form: what happened, never where in the code."""
+    """Make the endpoints' errors JSON in OpenAI's form, without details of the code."""
 
     def reply(message: str, status: int) -> JSONResponse:
         return JSONResponse({"error": _error(message, status)}, status)
 
-    async def on_request(_, error: RequestError) -> JSONResponse:
-        return reply(str(error), error.status)
-
-    async def on_sample(_, error: SampleError) -> JSONResponse:
-        return reply(f"this video cannot be captioned: {error}", 422)
-
-    async def on_busy(_, error: Busy) -> JSONResponse:
-        return reply("too many requests are waiting; try again in a moment", 503)
-
-    async def on_http(_, error: HTTPException) -> JSONResponse:
-        return reply(str(error.detail), error.status_code)
-
-    async def on_bug(_, error: Exception) -> JSONResponse:
+    async def answer(_, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestError):
+            return reply(str(error), error.status)
+        if isinstance(error, SampleError):
+            return reply(f"this video cannot be captioned: {error}", 422)
+        if isinstance(error, Busy):
+            return reply("too many requests are waiting; try again in a moment", 503)
+        if isinstance(error, HTTPException):
+            return reply(str(error.detail), error.status_code)
         return reply("internal error; see the server's log", 500)
 
-    for kind, handler in (
-        (RequestError, on_request),
-        (SampleError, on_sample),
-        (Busy, on_busy),
-        (HTTPException, on_http),
-        (Exception, on_bug),
-    ):
-        app.add_exception_handler(kind, handler)
+    for kind in (RequestError, SampleError, Busy, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

@@ -1,4 +1,4 @@
-"""`vlmds serve`: a page to try runs on a video, and the same as JSON."""
+"""The server of `vlmds serve`: a page that captions videos, and JSON endpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 
 from vlmds.console.text import install_hint
 from vlmds.errors import InputError
-from vlmds.serve.loaded import Limits, Models
+from vlmds.serve.limits import Limits
+from vlmds.serve.loaded import Models
 
 
 def serve(
@@ -33,7 +34,7 @@ def serve(
         port: 0 is a free one.
 
     Raises:
-        InputError: the serve extra is missing, the address cannot be had, or a run not be loaded.
+        InputError: the serve extra is missing, the address cannot be used, or a run cannot be loaded.
     """
     if importlib.util.find_spec("gradio") is None:
         raise InputError(f"serving needs more packages: {install_hint('serve')}")
@@ -53,7 +54,7 @@ def _run(models: Models, folder: Path, listening: socket.socket, host: str) -> N
     print(f"{', '.join(models.names)}: http://{shown}:{port} (Ctrl-C ends it)", flush=True)
     if not _is_loopback(host):
         print(
-            "WARNING: whoever can reach this machine can use this server; it asks for no password",
+            "WARNING: anyone who can reach this machine can use this server; it has no password",
             file=sys.stderr,
             flush=True,
         )
@@ -64,8 +65,8 @@ def _run(models: Models, folder: Path, listening: socket.socket, host: str) -> N
 
 
 def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
-    """The FastAPI application. folder: private, for uploads; old ones are deleted from it, and the
-    rest by who made it."""
+    """The FastAPI application. folder: private, for uploads; it deletes old ones, and the caller
+    deletes the folder."""
     # Read by Gradio when it is imported, or when the page is made.
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
@@ -81,7 +82,7 @@ def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
     from vlmds.serve.page import add_page
 
     class PageLimit:
-        """Gradio bounds its uploads, but not its other requests."""
+        """A size limit for the page's requests; Gradio limits only its uploads."""
 
         def __init__(self, app, most: int):
             self.app, self.bounded = app, RequestBodyLimitMiddleware(app, max_body_size=most)
@@ -92,7 +93,7 @@ def make_app(models: Models, folder: Path, host: str = "127.0.0.1"):
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if _is_loopback(host):
-        # Or a web page whose name is made to point here could read the answers.
+        # Against DNS rebinding: a web page whose name resolves to this machine could read the answers.
         app.add_middleware(
             TrustedHostMiddleware, www_redirect=False, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]", host]
         )

@@ -1,65 +1,35 @@
-"""The runs that a server has loaded, and its limits."""
+"""The models that a server has loaded, and the queues of its requests."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmds.errors import InputError, SampleError
-from vlmds.inference.generation import GenerationOptions
+from vlmds.inference.options import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.models.artifact import read_artifact
 from vlmds.runs.folder import final_artifact
+from vlmds.serve.limits import Limits
 from vlmds.video.pool import video_facts
 
-WAITING = 16  # requests that may wait for, or have, the device or a decoder; more are turned away
+WAITING = 16  # requests that may use or wait for the device or a decoder; more are refused
 DECODERS = 2  # videos decoded at once
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes.
-
-    Args:
-        megabytes: of a video file. seconds: of a video.
-        urls: whether videos may be fetched from http(s) URLs that a request names.
-        tokens: most that a request may ask for. prompt: its most characters.
-        decode_seconds: that a decoder may take.
-
-    Raises:
-        InputError: a limit that lets nothing through.
-    """
-
-    megabytes: float = 200.0
-    seconds: float = 600.0
-    urls: bool = False
-    tokens: int = 1024
-    prompt: int = 4000
-    decode_seconds: float = 60.0
-
-    def __post_init__(self):
-        for option, value in (("--max-mb", self.megabytes), ("--max-seconds", self.seconds)):
-            if not 0 < value < float("inf"):
-                raise InputError(f"{option} {value:g}: must be above 0")
-
-    @property
-    def bytes(self) -> int:
-        return int(self.megabytes * 1e6)
-
-
 class Busy(Exception):
-    """Too many requests wait already."""
+    """Too many requests are waiting."""
 
 
 class RequestError(Exception):
-    """A request asks for what this server does not do. The message is for who sent it.
+    """A request that this server does not serve. The message is for the client.
 
-    status: the HTTP one.
+    status: of HTTP.
     """
 
     def __init__(self, message: str, status: int = 400):
@@ -68,7 +38,7 @@ class RequestError(Exception):
 
 
 class Models:
-    """Captioners by name, on one device, whose turns they take.
+    """Captioners by name, which take turns on one device.
 
     Args:
         captioners: by the name that requests use; the first is the default.
@@ -84,7 +54,7 @@ class Models:
         cls, runs: Sequence[Path], limits: Limits, *, device: str | None = None, overrides: Sequence[str] = ()
     ) -> Models:
         """Raises InputError: a run that cannot be loaded."""
-        artifacts = [final_artifact(run) for run in runs]  # all are looked at before one is loaded
+        artifacts = [read_artifact(final_artifact(run)) for run in runs]  # all, before one is loaded
         return cls(
             {
                 name: VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
@@ -105,8 +75,8 @@ class Models:
         return self.captioners[name]
 
     def options(self, prompt: str | None, **options) -> tuple[str | None, GenerationOptions]:
-        """The prompt (None if there is nothing in it) and the options, as a request may have them.
-        Raises RequestError."""
+        """The prompt (None if it is blank) and the options of a request. Raises RequestError: beyond the
+        limits."""
         if prompt is not None and len(prompt) > self.limits.prompt:
             raise RequestError(
                 f"the prompt has {len(prompt):,} characters; this server takes at most {self.limits.prompt:,}"
@@ -122,11 +92,11 @@ class Models:
         return prompt if prompt and prompt.strip() else None, made
 
     def facts(self, path: Path) -> dict[str, Any]:
-        """What :func:`vlmds.video.pool.video_facts` knows of a video file.
+        """The facts of :func:`vlmds.video.pool.video_facts` about a video file.
 
         Raises:
-            SampleError: it is no video, or more than the limits allow.
-            Busy
+            SampleError: not a video, or beyond the limits.
+            Busy: too many requests are waiting.
         """
         if path.stat().st_size > self.limits.bytes:
             raise SampleError(f"file too large: this server takes at most {self.limits.megabytes:g} MB")
@@ -141,7 +111,7 @@ class Models:
         return found
 
     def frames(self, path: Path, captioner: VideoCaptioner) -> np.ndarray:
-        """What this captioner sees of the video: uint8 [F, 3, S, S]. Raises SampleError, Busy."""
+        """The video's frames for this captioner, uint8 [F, 3, S, S]. Raises SampleError, Busy."""
         with self._decoders.turn():
             frames = next(captioner.frames([str(path)], workers=1, deadline=self.limits.decode_seconds))
         if isinstance(frames, SampleError):
@@ -163,7 +133,7 @@ class Models:
 
 
 class _Queue:
-    """`lanes` at a time; of the others, so many wait that they are WAITING together."""
+    """`lanes` requests at a time. Running and waiting ones are at most WAITING."""
 
     def __init__(self, lanes: int):
         self.lanes = threading.Semaphore(lanes)

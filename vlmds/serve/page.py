@@ -15,6 +15,7 @@ import numpy as np
 from fastapi import FastAPI
 
 from vlmds.errors import SampleError
+from vlmds.inference.options import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.serve.korean import in_korean
 from vlmds.serve.loaded import Busy, Models, RequestError
@@ -137,7 +138,12 @@ class _Page:
                     )
                     with gr.Accordion(_text("options"), open=False):
                         tokens = gr.Slider(
-                            1, models.limits.tokens, value=128, step=1, label=_text("tokens"), elem_id="tokens"
+                            1,
+                            models.limits.tokens,
+                            value=GenerationOptions.max_new_tokens,
+                            step=1,
+                            label=_text("tokens"),
+                            elem_id="tokens",
                         )
                         temperature = gr.Slider(0, 2, value=0, step=0.1, label=_text("temperature"))
                     with gr.Row():
@@ -199,7 +205,7 @@ class _Page:
     ) -> Iterator[dict[Any, str]]:
         """What is to be shown, as it comes."""
         text = TEXTS[_language(request)]
-        cleared = {self.frames: "", **dict.fromkeys(self.captions, "")}
+        cleared: dict[Any, str] = dict.fromkeys([self.frames, *self.captions], "")
         if not video:
             yield {self.state: _state(text["none"], bad=True)}
             return
@@ -209,8 +215,8 @@ class _Page:
         yield {self.state: _state(text["reading"]), **cleared}
         begin = time.monotonic()
         try:
-            prompt, options = self.models.options(prompt, max_new_tokens=int(tokens), temperature=float(temperature))
-            yield from self._write(Path(video), runs, prompt, options, text)
+            asked, options = self.models.options(prompt, max_new_tokens=int(tokens), temperature=float(temperature))
+            yield from self._write(Path(video), runs, asked, options, text)
         except (SampleError, RequestError) as error:
             why = in_korean(str(error)) if text is TEXTS["ko"] else str(error)
             yield {self.state: _state(text["bad"].format(why=why), bad=True)}
@@ -263,7 +269,7 @@ def _take_uploads_only(block: gr.blocks.Block) -> None:
             raise gr.Error("uploads only", print_exception=False)
         return await move(path)
 
-    block.async_move_resource_to_block_cache = guarded
+    block.async_move_resource_to_block_cache = guarded  # type: ignore[assignment, method-assign]  # no other hook
 
 
 def _text(name: str):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from vlmds.distributed.ranks import gather, place
+from vlmds.distributed.ranks import gather, rank_and_world
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.assemble import shapes
 from vlmds.models.captioner import Captioner
@@ -28,7 +28,7 @@ def checkpointed_layers(experiment: Experiment, stage: StageConfig, stored_featu
     if device.type != "cuda":
         return 0
     free = min(gather(free_bytes(device))) - LATER_BYTES
-    return _fewest(experiment, stage, stored_features, free, place()[1])
+    return _fewest(experiment, stage, stored_features, free, rank_and_world()[1])
 
 
 def free_bytes(device: torch.device) -> int:

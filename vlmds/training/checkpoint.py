@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vlmds.console.progress import phase, tell
 from vlmds.distributed.ranks import on_main, together
 from vlmds.errors import InputError
-from vlmds.files import look_again, publish_folder, remove_folder, sha256_of, sync_file
+from vlmds.files import publish_folder, refresh_listing, remove_folder, sha256_of, sync_file
 from vlmds.training.ema import WeightAverage
 
 VERSION = 1
@@ -146,7 +146,7 @@ def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None
 
 def _load(folder: Path, engine, average: WeightAverage | None) -> None:
     """This rank's part of :func:`load_checkpoint`."""
-    look_again(folder / "checkpoint.json")  # another machine has just written it, or may have
+    refresh_listing(folder / "checkpoint.json")  # another machine has just written it, or may have
     meta = json.loads((folder / "checkpoint.json").read_text())
     pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
     for entry in meta["files"]:

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,18 +21,17 @@ from vlmds.console.progress import phase, tell
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_tower
-from vlmds.distributed import watchdog
 from vlmds.distributed.cores import cores_of_rank
-from vlmds.distributed.lost_ranks import connection_lost
-from vlmds.distributed.ranks import gather, init_distributed, is_main, on_main, place, shared_error, together
+from vlmds.distributed.failures import run_on_ranks
+from vlmds.distributed.ranks import gather, is_main, join_ranks, on_main, shared_error, together
 from vlmds.distributed.stop_request import StopRequest
-from vlmds.distributed.watchdog import doing, note_failure, report_failure, report_lost_rank
-from vlmds.errors import InputError, Stopped
+from vlmds.distributed.watchdog import doing
+from vlmds.errors import InputError
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schedule import accumulation_steps, describe_batch
 from vlmds.experiments.schema import Experiment
-from vlmds.files import absolute, copy_files, new_folder, unusable_place
+from vlmds.files import absolute, copy_files, new_folder
 from vlmds.models.assemble import Shapes, load_model, shapes
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
@@ -62,58 +60,28 @@ DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal with a checkpoint saved.
-    After any other failure the process ends: with 2 if a disk or a path cannot be used, else with 1
-    after a report of what it was doing.
+    """Returns the exit code: see :func:`vlmds.distributed.failures.run_on_ranks`.
 
     Args:
         args: of :func:`vlmds.cli.training.add_train`.
     """
-    try:
-        overrides = list(args.set)
-        if args.data is not None:
-            overrides.append(f"data.path={absolute(args.data)}")
-        experiment = load_experiment(args.exp, overrides)
-        if args.plan:
-            if is_main():
-                from vlmds.planning.plan import plan_experiment
+    return run_on_ranks(lambda: start(args))
 
-                tell(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
-            return 0
-        train(experiment, Path(args.output or Path("runs") / experiment.name), args)
-    except (InputError, Stopped) as error:
+
+def start(args: argparse.Namespace) -> int:
+    """Train, or with ``--plan`` print the plan only. Raises InputError, Stopped."""
+    overrides = list(args.set)
+    if args.data is not None:
+        overrides.append(f"data.path={absolute(args.data)}")
+    experiment = load_experiment(args.exp, overrides)
+    if args.plan:
         if is_main():
-            tell(f"vlmds: {error}", sys.stderr)
-        elif not getattr(error, "shared", True) and os.environ.get("LOCAL_RANK") == "0":
-            # What only this node finds, such as a file that is not on it; rank 0 may still be waiting.
-            tell(f"vlmds: rank {os.environ['RANK']}: {error}", sys.stderr)
-        if not getattr(error, "shared", True):
-            note_failure()
-        leave()
-        return 2 if isinstance(error, InputError) else 3
-    except BaseException as error:
-        code = report_end(error)
-        if code == 1 or place()[1] > 1:
-            # Taking the process groups down would wait for ranks that are not coming.
-            os._exit(code)
-        leave()
-        return code
-    leave()
+            from vlmds.planning.plan import plan_experiment
+
+            tell(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
+        return 0
+    train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     return 0
-
-
-def report_end(error: BaseException) -> int:
-    """Print on stderr what ends this rank, and note it for the others. Returns the exit code."""
-    if line := unusable_place(error):
-        tell(f"vlmds: {line}" if is_main() else f"vlmds: rank {os.environ['RANK']}: {line}", sys.stderr)
-        note_failure()
-        return 2
-    if connection_lost(error):
-        report_lost_rank()
-    else:
-        tell(traceback.format_exc(), sys.stderr)
-        report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
-    return 1
 
 
 def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> None:
@@ -124,9 +92,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     """
     stop = StopRequest()
     with phase("waiting for all ranks"):
-        device = init_distributed(
-            experiment.training.timeout_minutes, experiment.logging.stall_seconds, experiment.training.heartbeat_seconds
-        )
+        device = join_ranks(experiment)
     config = together(lambda: find_ds_config(args.ds_config))
     check_same_everywhere(experiment, config)
     on_main(lambda: check_run_folder(output))
@@ -219,13 +185,6 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
     ]
     where = f"--exp: {'; '.join(keys)}" if keys else f"--ds-config {ds_config}: another file"
     raise shared_error(f"{where} on ranks 0 and {other}; give all nodes the same")
-
-
-def leave() -> None:
-    """Leave the other ranks; the process may go on with other things."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    watchdog.stop()
 
 
 def verify(dataset: Dataset, experiment: Experiment) -> None:

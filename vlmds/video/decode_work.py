@@ -1,8 +1,8 @@
-"""What a decoding process does with one video: make what a store keeps of it, or its frames."""
+"""The work of a decoding process on one video: the members that a store keeps of it, or its frames."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import SampleError
+from vlmds.files import driver_advice, is_url
 from vlmds.video import repair
 from vlmds.video.decode import decode_decord, decode_frames
 from vlmds.video.fit import resize_frames
@@ -22,7 +23,7 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 
 
 @dataclass(frozen=True)
-class Request:
+class VideoRequest:
     """A video to prepare; see `vlmds.packing.pack.pack` for the options.
 
     store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
@@ -52,32 +53,31 @@ class FramesRequest:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A reason for rejection, or facts about the video and its members {extension: bytes, or a view
-    of them}."""
+class VideoReply:
+    """A reason for rejection, or facts about the video and its members {extension: bytes}."""
 
     reason: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes | memoryview] = field(default_factory=dict)
+    members: Mapping[str, bytes | memoryview] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         return sum(len(member) for member in self.members.values())
 
 
-def prepare(request: Request, data: bytes, more_time: Callable[[float], None] | None = None) -> Reply:
+def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float], None] | None = None) -> VideoReply:
     """Probe the video (a file's bytes) and make its members. Raises SampleError.
 
-    more_time: told how many more seconds it takes than most, if it does (see `repair.mend`).
+    more_time: called with the additional seconds that a repair may take (see `repair.repair_video`).
     """
     info = probe(data)
     if request.store == "facts":
-        return Reply(facts=_facts(info))
+        return VideoReply(facts=_facts(info))
     if request.store == "pixels":
-        return Reply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
+        return VideoReply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
-        reply = _prepare_video(request, data, info, more_time)
+        reply = _kept_video(request, data, info, more_time)
         reply.facts["content"] = content
         return reply
 
@@ -88,33 +88,36 @@ def prepare(request: Request, data: bytes, more_time: Callable[[float], None] | 
         | {"content": content}
         | {"decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     )
-    return Reply(None, facts, encode_jpegs(images, request.quality))
+    assert request.quality is not None
+    return VideoReply(None, facts, encode_jpegs(images, request.quality))
 
 
-def _images(request: Request, data: bytes, info: VideoInfo) -> np.ndarray:
+def _images(request: VideoRequest, data: bytes, info: VideoInfo) -> np.ndarray:
     """uint8 [num_frames, 3, size, size]"""
-    # PyAV, for it reports damage that decord passes over.
+    # PyAV: it reports damage that decord ignores.
     frames = decode_frames(data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
     return resize_frames(frames, request.image_size)
 
 
-def _prepare_video(request: Request, data: bytes, info: VideoInfo, more_time: Callable[[float], None] | None) -> Reply:
-    """The file itself, or what `repair.mend` makes of it."""
+def _kept_video(
+    request: VideoRequest, data: bytes, info: VideoInfo, more_time: Callable[[float], None] | None
+) -> VideoReply:
+    """The file itself, or what `repair.repair_video` makes of it."""
     span = (request.num_frames, request.start, request.end)
     pick(info, *span)
-    mended = repair.mend(data, info, request.start, request.end, more_time)
+    repaired = repair.repair_video(data, info, request.start, request.end, more_time)
     extension = _extension(request.video, info.container)
-    facts = {}
-    if mended is not None:
-        data, info = mended.data, mended.info
+    facts: dict[str, Any] = {}
+    if repaired is not None:
+        data, info = repaired.data, repaired.info
         extension = "mkv" if "matroska" in info.container else "mp4"
-        span = (request.num_frames, mended.start, mended.end)
+        span = (request.num_frames, repaired.start, repaired.end)
         # The span of the file that is kept, in place of the manifest's.
-        facts = {"repair": mended.facts, "start": mended.start, "end": mended.end}
+        facts = {"repair": repaired.facts, "start": repaired.start, "end": repaired.end}
     facts |= _facts(info) | {"timing": info.timing()}
     if request.verify:
         facts["decoder"] = _verified_decoder(data, info, span)
-    return Reply(None, facts, {extension: data})
+    return VideoReply(None, facts, {extension: data})
 
 
 def _facts(info: VideoInfo) -> dict[str, Any]:
@@ -130,8 +133,9 @@ def _facts(info: VideoInfo) -> dict[str, Any]:
     }
 
 
-def read_frames(data: bytes, request: FramesRequest) -> Reply:
+def read_frames(data: bytes, request: FramesRequest) -> VideoReply:
     """The frames of a packed video. Raises SampleError."""
+    table: FrameTable
     if request.described is None:
         table = probe(data)
     else:
@@ -139,10 +143,10 @@ def read_frames(data: bytes, request: FramesRequest) -> Reply:
             table = FrameTable.from_described(request.described)
         except ValueError as error:
             raise SampleError(f"its description cannot be read: timing: {error}") from None
-    if request.decoder != "decord":  # what packing found wins, but decord needs the probe's consent
+    if request.decoder != "decord":  # packing found that decord fails on this file
         table = replace(table, decoder="pyav")
     frames = decode_frames(data, table, request.num_frames, request.start, request.end)
-    return Reply(members={"rgb": resize_frames(frames, request.image_size).tobytes()})
+    return VideoReply(members={"rgb": resize_frames(frames, request.image_size).tobytes()})
 
 
 def _verified_decoder(data: bytes, info: VideoInfo, span: tuple) -> str:
@@ -160,7 +164,7 @@ def _verified_decoder(data: bytes, info: VideoInfo, span: tuple) -> str:
 def read_file(path: str) -> bytes:
     """The bytes of a local file or URL."""
     try:
-        data = _read_url(path) if "://" in path else _read_local(Path(path))
+        data = _read_url(path) if is_url(path) else _read_local(Path(path))
     except FileNotFoundError:
         raise SampleError("file not found") from None
     if not data:
@@ -173,8 +177,8 @@ def read_file(path: str) -> bytes:
 def _read_local(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            # Not simply MAX_BYTES: so many would be reserved first, which takes longer than reading.
-            size = os.fstat(file.fileno()).st_size or MAX_BYTES  # 0: a pipe, that has none
+            # Not MAX_BYTES for every file: reserving so many takes longer than reading.
+            size = os.fstat(file.fileno()).st_size or MAX_BYTES  # 0: a pipe has no size
             return file.read(min(size, MAX_BYTES))
     except FileNotFoundError:
         raise
@@ -184,8 +188,6 @@ def _read_local(path: Path) -> bytes:
 
 def _read_url(url: str) -> bytes:
     import fsspec
-
-    from vlmds.files import driver_advice
 
     if advice := driver_advice(url):
         raise SampleError(f"file cannot be read: {advice}")

@@ -1,7 +1,7 @@
-"""Which frames a video has and how to get at them: found by probing, kept by packing.
+"""The frame table: which frames a video has and how to reach them.
 
-Probing reads every packet. A packed video needs none of that: its description (the sample's json,
-which the index's crc32 covers) has a "timing" that says the same.
+Probing finds it by reading every packet. Packing keeps it in the sample's description (its json, which
+the index's crc32 covers) as "timing", and a packed video is not probed again.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ DESCRIBED = ("width", "height", "rotation", "frames", "timing")  # what `from_de
 class FrameTable:
     """What decoding needs to know of a video.
 
-    width, height: as displayed, after rotation. rotation: degrees clockwise to apply for display
-    (0, 90, 180, 270). duration: seconds. decoder: "decord" or "pyav".
+    width, height: of the upright picture (see `vlmds.video.upright`). rotation: degrees clockwise to
+    apply for display (0, 90, 180, 270). mirrored: turned upside down before that. duration: seconds.
+    decoder: "decord" or "pyav".
     ticks: int64 [frames], sorted display times as the file has them, in units of `time_base`
     (seconds).
     by_pts: a decoded frame's time is found in pts; otherwise the k-th decoded frame has pts[k].
@@ -32,6 +33,7 @@ class FrameTable:
     width: int
     height: int
     rotation: int
+    mirrored: bool
     duration: float
     decoder: str
     time_base: Fraction
@@ -43,6 +45,11 @@ class FrameTable:
     def frames(self) -> int:
         """Number of displayable frames."""
         return len(self.ticks)
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Width and height of the picture before it is turned; its pixels are square."""
+        return (self.height, self.width) if self.rotation in (90, 270) else (self.width, self.height)
 
     @cached_property
     def start_time(self) -> float:
@@ -64,9 +71,9 @@ class FrameTable:
         return self.ticks * self.time_base.numerator / self.time_base.denominator
 
     def timing(self) -> dict[str, Any]:
-        """What a description has beside the other facts of the video, as JSON; a few dozen bytes
-        at a constant frame rate, some 4 per frame otherwise."""
-        return {
+        """What `from_described` needs beside width, height, rotation and frames, as JSON: a few dozen
+        bytes at a constant frame rate, some 4 per frame otherwise."""
+        timing: dict[str, Any] = {
             "time_base": [self.time_base.numerator, self.time_base.denominator],
             "ticks": _packed(self.ticks),
             "keys": _packed(self.keys),
@@ -74,10 +81,11 @@ class FrameTable:
             "duration": self.duration,
             "cleared": self.decoder == "decord",
         }
+        return timing | ({"mirrored": True} if self.mirrored else {})
 
     @classmethod
     def from_described(cls, described: dict[str, Any]) -> "FrameTable":
-        """The table of a packed video from its description. Raises ValueError: it is none."""
+        """The table of a packed video from its description. Raises ValueError: it is not a valid one."""
         try:
             width, height, rotation, frames = (
                 int(described[name]) for name in ("width", "height", "rotation", "frames")
@@ -86,8 +94,8 @@ class FrameTable:
             base, duration = Fraction(*timing["time_base"]), float(timing["duration"])
             ticks, keys = _unpacked(timing["ticks"]), _unpacked(timing["keys"])
             decoder = "decord" if timing["cleared"] else "pyav"
-            by_pts = bool(timing["by_pts"])
-        except (KeyError, TypeError, ArithmeticError) as error:
+            by_pts, mirrored = bool(timing["by_pts"]), bool(timing.get("mirrored"))
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         for wrong, what in (
             (not (0 < width and 0 < height and width * height <= MAX_PIXELS), "size"),
@@ -98,7 +106,7 @@ class FrameTable:
         ):
             if wrong:
                 raise ValueError(f"bad {what}")
-        return cls(width, height, rotation, duration, decoder, base, ticks, by_pts, keys)
+        return cls(width, height, rotation, mirrored, duration, decoder, base, ticks, by_pts, keys)
 
 
 def _rising(numbers: np.ndarray) -> bool:
@@ -106,7 +114,7 @@ def _rising(numbers: np.ndarray) -> bool:
 
 
 def _packed(numbers: np.ndarray) -> list[int | list[int]]:
-    """The differences of successive numbers, that of the first to 0; [d, n] is n times d."""
+    """The differences of successive numbers, beginning with the first's to 0; [d, n] is n times d."""
     packed: list[int | list[int]] = []
     for difference, group in groupby(np.diff(numbers, prepend=0).tolist()):
         count = sum(1 for _ in group)

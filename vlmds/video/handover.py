@@ -1,5 +1,5 @@
-"""Hand bytes to another process as the descriptor of an anonymous file: nobody copies them through
-a socket."""
+"""The transfer of bytes to another process: as the descriptor of an anonymous file, not through a
+socket."""
 
 import mmap
 import os
@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 
 
-def give(connection: Connection, parts: list[bytes]) -> None:
+def give(connection: Connection, parts: list[bytes | memoryview]) -> None:
     """Send bytes that :func:`take` receives."""
     connection.send([len(part) for part in parts])
     if any(parts):
@@ -19,7 +19,7 @@ def give(connection: Connection, parts: list[bytes]) -> None:
 
 
 def take(connection: Connection) -> list[memoryview]:
-    """What :func:`give` sent; may be written to. It lives as long as any view of it."""
+    """What :func:`give` sent, as writable views; the memory is freed with the last of them."""
     sizes = connection.recv()
     if not any(sizes):
         return [memoryview(b"")] * len(sizes)

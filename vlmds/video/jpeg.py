@@ -1,4 +1,4 @@
-"""JPEGs: the one encoder, and its qualities."""
+"""The encoding of pictures as JPEG, and its qualities."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def encode_jpegs(images: np.ndarray, quality: int) -> dict[str, bytes]:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """uint8 [3, H, W] as the address of an <img> that holds the picture itself."""
+    """uint8 [3, H, W] as a data: URI for an <img>."""
     return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image, SHOWN_QUALITY)).decode()

@@ -1,12 +1,12 @@
-"""Decode videos in child processes that may hang or crash without harm to the caller.
+"""Decoding in child processes, which may hang or crash without harm to the caller.
 
-Neither FFmpeg nor decord can be interrupted from Python, so each child asks the kernel for SIGALRM
-before it starts on a video. Its default action ends the process whatever it is doing, even when
-the parent is gone; an idle child sees the end of its socket and exits. A repair takes long where a
-video does: the child says how long it gives itself, in place of the deadline.
+Neither FFmpeg nor decord can be interrupted from Python, so each child sets an alarm (SIGALRM) before
+it starts on a video. The alarm's default action ends the process whatever it is doing, even if the
+parent has ended; an idle child sees the end of its socket and exits. A repair of a long video takes
+longer than the deadline: the child announces its own.
 
-A process that hangs in the kernel (a stuck network drive) outlives even that: a while later the
-parent gives it up and goes on without it.
+A process that hangs in the kernel (a stuck network drive) survives even the alarm: the parent gives it
+up a while later and continues without it.
 
 `DecodePool` has several children (packing, captioning), `FrameDecoder` one (a training reader).
 """
@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import SampleError
-from vlmds.video.decode_work import FramesRequest, Reply, Request
+from vlmds.video.decode_work import FramesRequest, VideoReply, VideoRequest
 from vlmds.video.handover import give, take
 
-LOOK_AHEAD = 256 << 20  # bytes of replies held back until an earlier one arrives
+LOOK_AHEAD = 256 << 20  # bytes of replies that wait for an earlier one
 LIFETIME = 2000  # videos after which a child is replaced: the decoders leak a few KB on some files
 START = 300.0  # seconds that a child may take to start: Python may lie on a slow network drive
 GRACE = 30.0  # seconds past the deadline after which the parent gives a child up
@@ -60,7 +60,7 @@ def decode_windows(
     clips: Iterable[tuple[Clip, int]], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
     """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
-    uint8 [W, F, 3, size, size], and the facts that :func:`video_facts` tells; or why it cannot be
+    uint8 [W, F, 3, size, size], and the facts as of :func:`video_facts`; or why it cannot be
     used. The file is read once for all its windows.
 
     clips: with W. num_frames: F, of a window. deadline: seconds that a clip may take.
@@ -68,10 +68,10 @@ def decode_windows(
     # The centres of W x F equal spans are those of F spans of each window.
     counts: list[int] = []
 
-    def requests() -> Iterator[Request]:
+    def requests() -> Iterator[VideoRequest]:
         for clip, windows in clips:
             counts.append(windows)
-            yield Request(clip.video, clip.start, clip.end, "pixels", windows * num_frames, image_size)
+            yield VideoRequest(clip.video, clip.start, clip.end, "pixels", windows * num_frames, image_size)
 
     with DecodePool(workers, deadline) as pool:
         for number, reply in enumerate(pool.map(requests())):
@@ -86,10 +86,10 @@ def decode_windows(
 def video_facts(
     videos: Iterable[str], *, workers: int, deadline: float = 60.0
 ) -> Iterator[dict[str, Any] | SampleError]:
-    """For each video (path or URL), in order, what is known of it without decoding: frames, fps,
+    """For each video (path or URL), in order, what the probe says of it: frames, fps,
     duration (seconds), width, height (as displayed), codec, rotation (degrees), decoder; or why it
     cannot be read."""
-    requests = (Request(str(video), None, None, "facts", 0, 0) for video in videos)
+    requests = (VideoRequest(str(video), None, None, "facts", 0, 0) for video in videos)
     with DecodePool(workers, deadline) as pool:
         for reply in pool.map(requests):
             yield reply.facts if reply.reason is None else SampleError(reply.reason)
@@ -128,7 +128,7 @@ class FrameDecoder:
         """The frames that stand for [start, end] (seconds; default: the video), resized.
 
         data: a video file's bytes. decoder: "pyav", or "decord" to use it where the probe clears
-        the file. described: what packing says of the file, in place of a probe (see
+        the file. described: packing's description of the file, in place of a probe (see
         `FrameTable.from_described`). Returns uint8 [num_frames, 3, image_size, image_size].
         Raises SampleError: it cannot be decoded, or its decoder hung, crashed or ran out of memory.
         """
@@ -162,33 +162,33 @@ class DecodePool:
         self._busy: dict[Connection, tuple[_Child, int]] = {}
         self._vacant = lanes  # children that may yet be started
 
-    def map(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Replies in the order of the requests. A child's death is a Reply with a reason."""
-        waiting = enumerate(requests)
-        done: dict[int, Reply] = {}
-        held = 0  # bytes in done
+    def map(self, requests: Iterable[VideoRequest]) -> Iterator[VideoReply]:
+        """Replies in the order of the requests. A child's death is a VideoReply with a reason."""
+        numbered = enumerate(requests)
+        done: dict[int, VideoReply] = {}
+        waiting_bytes = 0  # in done
         exhausted = False
         position = 0
         while True:
-            while not exhausted and (self._idle or self._vacant) and held < LOOK_AHEAD:
-                index, request = next(waiting, (None, None))
-                if request is None:
+            while not exhausted and (self._idle or self._vacant) and waiting_bytes < LOOK_AHEAD:
+                following = next(numbered, None)
+                if following is None:
                     exhausted = True
                 else:
-                    self._start(index, request)
+                    self._start(*following)
             if position in done:
                 reply = done.pop(position)
-                held -= reply.size
+                waiting_bytes -= reply.size
                 position += 1
                 yield reply
             elif self._busy:
                 for index, reply in self._answers():
                     done[index] = reply
-                    held += reply.size
+                    waiting_bytes += reply.size
             else:
                 return
 
-    def _start(self, index: int, request: Request) -> None:
+    def _start(self, index: int, request: VideoRequest) -> None:
         if self._idle:
             child = self._idle.pop()
         else:
@@ -197,15 +197,15 @@ class DecodePool:
         self._busy[child.connection] = child, index
         child.send(request)
 
-    def _answers(self) -> Iterator[tuple[int, Reply]]:
-        """Wait until a child says something or has to be given up; (index, reply) of those that are
+    def _answers(self) -> Iterator[tuple[int, VideoReply]]:
+        """Wait until a child sends a message or has to be given up; (index, reply) of those that are
         done then."""
         due = min(child.due for child, _ in self._busy.values())
-        heard = wait(list(self._busy), max(due - time.monotonic(), 0.0))
+        ready = wait(list(self._busy), max(due - time.monotonic(), 0.0))
         for connection, (child, index) in list(self._busy.items()):
-            if connection not in heard and time.monotonic() < child.due:
+            if connection not in ready and time.monotonic() < child.due:
                 continue
-            reply = child.hear() if connection in heard else child.give_up()
+            reply = child.receive() if connection in ready else child.give_up()
             if reply is None:
                 continue
             del self._busy[connection]
@@ -221,7 +221,7 @@ class DecodePool:
     def __exit__(self, *_) -> None:
         children = [*self._idle, *(child for child, _ in self._busy.values())]
         for child in children:
-            child.terminate()  # all before one is waited for
+            child.terminate()  # all of them before waiting for any
         for child in children:
             child.kill()
 
@@ -230,8 +230,8 @@ class _Child:
     """The parent's end of one child process.
 
     closed: killed, or (after a fork) left to the process that started it.
-    alive: whether it may be sent another request. due: when it is to be given up unless it has
-    said something (`time.monotonic`).
+    alive: whether it may be sent another request. due: when it is given up unless it has sent a
+    message (`time.monotonic`).
     """
 
     _all: "weakref.WeakSet[_Child]" = weakref.WeakSet()
@@ -266,7 +266,7 @@ class _Child:
     def closed(self) -> bool:
         return self.connection.closed
 
-    def send(self, request: "Request | FramesRequest", data: bytes | None = None) -> None:
+    def send(self, request: "VideoRequest | FramesRequest", data: bytes | None = None) -> None:
         """Send a request; data: the video's bytes, for a FramesRequest."""
         if self._ready:
             self._start_clock()
@@ -275,19 +275,19 @@ class _Child:
             if data is not None:
                 give(self.connection, [data])
         except OSError:
-            pass  # it died meanwhile; reply() tells
+            pass  # it has died; reply() reports that
 
-    def reply(self) -> Reply:
-        """Wait for the answer to the request. A dead child's is the reason."""
+    def reply(self) -> VideoReply:
+        """Wait for the answer to the request. If the child has died, the reason."""
         reply = None
         while reply is None:
-            heard = self.connection.poll(max(self.due - time.monotonic(), 0.0))
-            reply = self.hear() if heard else self.give_up()
+            ready = self.connection.poll(max(self.due - time.monotonic(), 0.0))
+            reply = self.receive() if ready else self.give_up()
         return reply
 
-    def hear(self) -> Reply | None:
-        """What the child says, or why it has ended; None: only that it has started, or begins a
-        repair, which takes its time. There must be something to hear, or this waits."""
+    def receive(self) -> VideoReply | None:
+        """The child's reply, or why it has ended; None: it has only started, or begins a repair, which
+        takes longer. Waits for a message if there is none."""
         try:
             if not self._ready:
                 self.connection.recv_bytes()
@@ -299,7 +299,7 @@ class _Child:
                 self._start_clock(message, "repair took too long")
                 return None
             reason, facts, extensions = message
-            reply = Reply(reason, facts, dict(zip(extensions, take(self.connection))))
+            reply = VideoReply(reason, facts, dict(zip(extensions, take(self.connection))))
         except (EOFError, OSError):
             try:
                 code = self._process.wait(timeout=5.0)  # the socket closes a moment before
@@ -311,29 +311,29 @@ class _Child:
             self.kill()
         return reply
 
-    def give_up(self) -> Reply:
-        """End a child that has said nothing until it was due; its own alarm should have struck
-        before. Returns the reason."""
+    def give_up(self) -> VideoReply:
+        """End a child that has sent no message in time; its own alarm should have ended it before.
+        Returns the reason."""
         if not self._ready:
             self.kill()
             raise RuntimeError(f"the decoding process did not start within {START:g} s")
         return self._dead(-signal.SIGALRM)
 
     def _start_clock(self, seconds: float | None = None, excess: str = "decoder hung") -> None:
-        """seconds: that the child gives itself (default: the deadline). excess: what it is if they
-        do not suffice."""
+        """seconds: the child's own deadline (default: the usual one). excess: the reason if it takes
+        longer."""
         seconds = self._deadline if seconds is None else seconds
         self.due = time.monotonic() + seconds + GRACE
         self._excess = f"{excess}: stopped after {seconds:g} s"
 
-    def _dead(self, code: int) -> Reply:
+    def _dead(self, code: int) -> VideoReply:
         self.kill()
         if not self._ready:
             raise RuntimeError(f"the decoding process did not start (exit code {code})")
         if code == -signal.SIGALRM:
-            return Reply(self._excess)
+            return VideoReply(self._excess)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return Reply(f"decoder crashed: {how}")
+        return VideoReply(f"decoder crashed: {how}")
 
     def terminate(self) -> None:
         """Ask the kernel to end the process, which takes a moment."""
@@ -350,7 +350,7 @@ class _Child:
         try:
             self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            pass  # the kernel ends it when it can; nobody waits for that
+            pass  # the kernel ends it when it can; waiting has no use
 
     def __del__(self):
         if os.getpid() == getattr(self, "_owner", None):
@@ -358,11 +358,11 @@ class _Child:
 
     @classmethod
     def _forked(cls) -> None:
-        """A forked process must not keep a copy of the sockets, or the children that are not its
-        own would not see the end of their parent."""
+        """Close the copies of the sockets in a forked process: otherwise the children of the other
+        process would not see the end of their parent."""
         for child in list(cls._all):
             child.connection.close()
-            child._process.returncode = 0  # not a child of this process: nothing to wait for
+            child._process.returncode = 0  # not a child of this process: there is no exit status
 
 
 os.register_at_fork(after_in_child=_Child._forked)

@@ -1,40 +1,41 @@
-"""Mend, when packing, what readers disagree about; cut a video to the span that is used.
+"""Repair at packing: for a video that readers decode differently, a file that all of them decode alike.
 
 Edit lists that hide frames, MPEG program and transport streams, and packets that refer to what is
-before the file's beginning give other frames in other readers. Such a file is written anew: with
-its packets copied where that gives the very same frames, and encoded again (H.264) where not. The
-same serves to cut. What was written is read back and compared, frame by frame, before it is used.
-Sound is left out. Every other file stays as it is.
+before the file's beginning give other frames in other readers. Such a file is written again: its
+packets are copied if that gives the very same frames, and otherwise encoded (H.264). The same
+function cuts a span out of a file. The new file is read back and compared, frame by frame, before it
+is used. Sound is left out. Every other file stays as it is.
 """
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import av
 import numpy as np
 
 from vlmds.errors import SampleError
-from vlmds.video.container import opened, reading, video_stream
+from vlmds.video.container import opened, reading, time_base, video_stream
 from vlmds.video.decode import all_frames
 from vlmds.video.probe import VideoInfo, probe
-from vlmds.video.sampling import pick, pick_frames
+from vlmds.video.sampling import clip_span, pick, pick_frames
+from vlmds.video.upright import upright, upright_frame
 
 CRF = 18  # of x264: visually lossless for most content
 MIN_PSNR = 30.0  # dB, of each frame that was encoded again
-# Seconds that a repair may take for each frame of the video, and for each megapixel of the frame:
-# several times what one core needs to decode it, encode it, and compare the two.
+# Seconds that a repair may take: per frame of the video, and per megapixel of each frame. Several
+# times what one core needs to decode, encode and compare.
 FRAME_SECONDS, MEGAPIXEL_SECONDS = 0.01, 0.3
 
-_STREAM_FORMATS = {"mpegts", "mpeg"}  # no table of frames: readers find the times each in its way
+_STREAM_FORMATS = {"mpegts", "mpeg"}  # without a table of frames: readers disagree about the times
 _EXACT_PIX_FMTS = {"yuv420p", "yuvj420p", "yuv444p", "yuvj444p"}  # encoded without conversion
-_CHECKED = range(1, 65)  # numbers of frames for which a span must give the same picks
+_CHECKED = range(1, 65)  # for each of these numbers of frames, a span must choose the same frames
 
 
 @dataclass(frozen=True)
-class Mended:
-    """A new file. start, end: the span in its own times, None where it is the whole file.
+class Repaired:
+    """A new file. start, end: the span in its own times (seconds); None: the file's beginning or end.
 
     method: "copy" (the original's packets) or "encode". reason: what was wrong, or "cut".
     offset: where the new file begins in the original, seconds.
@@ -42,10 +43,10 @@ class Mended:
 
     data: bytes
     info: VideoInfo
-    start: float | None
-    end: float | None
     method: str
     reason: str
+    start: float | None
+    end: float | None
     offset: float
 
     @property
@@ -54,7 +55,7 @@ class Mended:
 
 
 def flaw(info: VideoInfo) -> str | None:
-    """Why readers may disagree about the video; None if they do not."""
+    """Why readers may decode the video differently; None if they do not."""
     if info.discarded:
         return f"packets hidden by an edit list: {info.discarded}"
     if info.preroll:
@@ -64,25 +65,22 @@ def flaw(info: VideoInfo) -> str | None:
     return None
 
 
-def mend(
+def repair_video(
     data: bytes,
     info: VideoInfo,
     start: float | None = None,
     end: float | None = None,
     more_time: Callable[[float], None] | None = None,
-) -> Mended | None:
-    """A file of which any reader gives the frames of [start, end] (seconds; default: the video)
-    that the original `data` gives; None if the original may stay.
+) -> Repaired | None:
+    """A file in which every reader finds the frames of [start, end] (seconds; default: the video) of
+    `data`; None if the original can be kept.
 
-    A sound original of which a part is asked for stays too if the part cannot be had smaller.
-    more_time: told, before the work begins, how many seconds it may take.
-    Raises SampleError: the original cannot be decoded, or the new file is not like it.
+    A sound original is also kept if the span alone is not smaller. more_time: called before the work
+    begins, with the seconds that it may take. Raises SampleError: the original cannot be decoded, or
+    the new file differs from it.
     """
     reason = flaw(info)
-    begin = 0.0 if start is None else start
-    stop = info.duration if end is None else min(end, info.duration)
-    if begin >= stop:
-        raise SampleError(f"start past the end: {begin:g} s of {info.duration:g} s")
+    begin, stop = clip_span(info.duration, start, end)
     first, last = (int(i) for i in pick_frames(info.pts, np.array([begin, stop])))
     # One more frame, so that the new file does not end before the span.
     last = min(last + 1, info.frames - 1)
@@ -102,11 +100,13 @@ def mend(
     if reason and found is None:
         found = _write(data, info, 0, info.frames - 1, begin, stop, reason)
         if found is None:
-            raise SampleError("cannot be repaired: the span moves")
+            raise SampleError("cannot be repaired: the new file would give other frames")
     return found
 
 
-def _write(data: bytes, info: VideoInfo, first: int, last: int, start: float, end: float, reason: str) -> Mended | None:
+def _write(
+    data: bytes, info: VideoInfo, first: int, last: int, start: float, end: float, reason: str
+) -> Repaired | None:
     """Frames first … last as a new file; None if [start, end] would give others in it."""
     whole = (first, last) == (0, info.frames - 1)
     copied, lead = _copy(data, info, first, last)
@@ -121,9 +121,10 @@ def _write(data: bytes, info: VideoInfo, first: int, last: int, start: float, en
                 and not (whole and found.frames != info.frames)
                 and _difference(data, info, first, last, copied, found, at) == 0
             ):
-                return _spanned(Mended(copied, found, start, end, "copy", reason, 0.0), info, first, at)
+                place = _placed(found, info, first, at, (start, end))
+                return Repaired(copied, found, "copy", reason, *place) if place else None
         except SampleError:
-            pass  # encoding tells whether it is the original's fault
+            pass  # if the original is damaged, encoding fails too
     encoded = _encode(data, info, first, last)
     found = probe(encoded)
     same = found.frames == last - first + 1 and _same_times(info, found, first, last, 0)
@@ -133,26 +134,30 @@ def _write(data: bytes, info: VideoInfo, first: int, last: int, start: float, en
     psnr = 20 * np.log10(255) - 10 * np.log10(max(error, 1e-9))
     if psnr < MIN_PSNR:
         raise SampleError(f"cannot be repaired: a frame encoded again has a PSNR of {psnr:.1f} dB")
-    return _spanned(Mended(encoded, found, start, end, "encode", reason, 0.0), info, first, 0)
+    place = _placed(found, info, first, 0, (start, end))
+    return Repaired(encoded, found, "encode", reason, *place) if place else None
 
 
 def _same_times(info: VideoInfo, found: VideoInfo, first: int, last: int, at: int) -> bool:
-    """Whether the new file has frames first … last of the original from its frame `at` on, at the
-    same distances."""
+    """Whether the new file has frames first … last of the original from its frame `at` on, with the
+    same intervals."""
     want = info.pts[first : last + 1] - info.pts[first]
     have = found.pts[at : at + len(want)]
     return len(have) == len(want) and np.allclose(have - have[0], want, rtol=0, atol=1e-6)
 
 
-def _spanned(new: Mended, info: VideoInfo, first: int, at: int) -> Mended | None:
-    """The span in the new file's times; None if it would not pick the same frames."""
-    offset = float(info.pts[first] - new.info.pts[at])
-    start, end = max(new.start - offset, 0.0), new.end - offset
-    for span in ((None, None), (start, end)):
-        if all(
-            np.array_equal(pick(new.info, n, *span) - at, pick(info, n, new.start, new.end) - first) for n in _CHECKED
-        ):
-            return replace(new, start=span[0], end=span[1], offset=offset)
+def _placed(
+    found: VideoInfo, info: VideoInfo, first: int, at: int, span: tuple[float, float]
+) -> tuple[float | None, float | None, float] | None:
+    """The span of the original in the new file's times (start, end), and where the new file begins in
+    the original, seconds; None if that would choose other frames.
+
+    found: of the new file, whose frame `at` is frame `first` of the original.
+    """
+    offset = float(info.pts[first] - found.pts[at])
+    for start, end in ((None, None), (max(span[0] - offset, 0.0), span[1] - offset)):
+        if all(np.array_equal(pick(found, n, start, end) - at, pick(info, n, *span) - first) for n in _CHECKED):
+            return start, end, offset
     return None
 
 
@@ -160,9 +165,9 @@ def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> tuple[bytes | 
     """The packets from the keyframe before frame `first` to frame `last`, in a new container, and
     the time of frame `first` in it.
 
-    None where packets are not frames, or the container does not take them. Packets that an edit
-    list hides, or that refer to what is before the keyframe, are left out; whether the others can
-    do without them is for the caller to see.
+    None if packets are not frames, or the container does not take them. Packets that an edit list
+    hides, or that refer to what is before the keyframe, are left out; the caller checks whether the
+    others can be decoded without them.
     """
     if not info.by_pts:
         return None, 0.0
@@ -170,15 +175,17 @@ def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> tuple[bytes | 
     with reading("cannot be read"), opened(data) as container:
         stream = video_stream(container)
         packets = [p for p in container.demux(stream) if p.size]
-        base = stream.time_base
-        times = [float(p.pts * base) for p in packets]
+        base = time_base(stream)
+        ticks = [p.pts for p in packets if p.pts is not None]
+        if len(ticks) < len(packets):
+            return None, 0.0
+        times = [float(tick * base) for tick in ticks]
         keys = [i for i, p in enumerate(packets) if p.is_keyframe and times[i] <= begin + 1e-6]
         if not keys:
             return None, 0.0
         key = max(keys)
         stop = max(i for i, t in enumerate(times) if t <= end + 1e-6 and not packets[i].is_discard)
         kept = [p for i, p in enumerate(packets[key : stop + 1], key) if not p.is_discard and times[i] >= times[key]]
-        shift = packets[key].pts
         if not kept or not kept[0].is_keyframe:
             return None, 0.0
         buffer = io.BytesIO()
@@ -188,12 +195,13 @@ def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> tuple[bytes | 
                 copy = out.add_stream_from_template(stream)
                 copy.time_base = base
                 for packet in kept:
-                    packet.pts -= shift
+                    if packet.pts is not None:
+                        packet.pts -= ticks[key]
                     if packet.dts is not None:
-                        packet.dts -= shift
+                        packet.dts -= ticks[key]
                     packet.stream = copy
                     out.mux(packet)
-        except (av.FFmpegError, ValueError):  # a codec or packet that it does not take
+        except (av.FFmpegError, ValueError):  # a codec or packet that the container does not take
             return None, 0.0
     return buffer.getvalue(), begin - times[key]
 
@@ -201,10 +209,10 @@ def _copy(data: bytes, info: VideoInfo, first: int, last: int) -> tuple[bytes | 
 def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
     """Frames first … last, upright, as H.264 in an MP4.
 
-    Without B-frames, so that decoding and display order are one and no edit list is needed.
+    Without B-frames: decoding order is display order, and no edit list is needed.
     """
     times = info.pts - info.pts[first]
-    base = _time_base(data, times)
+    base = _exact_base(data, times)
     even = info.width % 2 == 0 and info.height % 2 == 0
     # One thread and no assembly that differs between CPUs: the same bytes on every machine.
     options = {
@@ -216,9 +224,9 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
     }
     buffer = io.BytesIO()
     with reading("cannot be repaired"), av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as out:
-        stream = None
+        stream: av.video.stream.VideoStream | None = None
         for index, frame in all_frames(data, info, first, last):
-            frame = _upright(frame, info.rotation)
+            frame = upright_frame(frame, info)
             if stream is None:
                 exact = frame.format.name in _EXACT_PIX_FMTS and (even or "444" in frame.format.name)
                 pix_fmt = frame.format.name if exact else "yuv420p" if even else "yuv444p"
@@ -230,14 +238,16 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
                 context.colorspace = frame.colorspace
                 context.color_primaries = frame.color_primaries
                 context.color_trc = frame.color_trc
-            if (frame.width, frame.height) != (info.width, info.height):
-                raise SampleError("cannot be repaired: the size of frames changes")
             if frame.format.name != pix_fmt:
                 frame = frame.reformat(format=pix_fmt)
             frame.pict_type = av.video.frame.PictureType.NONE
             frame.time_base, frame.pts = base, round(times[index] / base)
             out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
+        assert stream is not None  # all_frames raises if there is none
+        packets = stream.encode(None)
+        if last == info.frames - 1 > 0:
+            packets[-1].duration = round((info.duration - info.pts[-1]) / base)
+        out.mux(packets)
     return buffer.getvalue()
 
 
@@ -245,34 +255,12 @@ def _rate(info: VideoInfo) -> Fraction:
     return Fraction(min(max(info.fps, 1.0), 1000.0)).limit_denominator(1001)
 
 
-def _time_base(data: bytes, times: np.ndarray) -> Fraction:
-    """The stream's time base if it can state the times, else microseconds."""
+def _exact_base(data: bytes, times: np.ndarray) -> Fraction:
+    """The stream's time base if it can express the times, else microseconds."""
     with opened(data) as container:
-        base = video_stream(container).time_base
+        base = time_base(video_stream(container))
     exact = np.allclose(np.round(times / float(base)) * float(base), times, rtol=0, atol=1e-7)
     return base if exact and base.denominator < 1 << 31 else Fraction(1, 1_000_000)
-
-
-def _upright(frame: av.VideoFrame, rotation: int) -> av.VideoFrame:
-    """The frame turned clockwise by `rotation` degrees."""
-    filters = {
-        0: (),
-        90: (("transpose", "clock"),),
-        180: (("hflip", None), ("vflip", None)),
-        270: (("transpose", "cclock"),),
-    }[rotation]
-    if not filters:
-        return frame
-    graph = av.filter.Graph()
-    graph.link_nodes(
-        graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
-        ),
-        *(graph.add(name, options) for name, options in filters),
-        graph.add("buffersink"),
-    ).configure()
-    graph.push(frame)
-    return graph.pull()
 
 
 def _difference(data: bytes, info: VideoInfo, first: int, last: int, new: bytes, found: VideoInfo, at: int) -> float:
@@ -283,7 +271,7 @@ def _difference(data: bytes, info: VideoInfo, first: int, last: int, new: bytes,
         _upright_rgb(data, info, first, last), _upright_rgb(new, found, at, at + last - first), strict=True
     ):
         if a.shape != b.shape:
-            raise SampleError("cannot be repaired: the size of frames changes")
+            raise SampleError("cannot be repaired: the shape of pixels or the orientation is lost")
         if not np.array_equal(a, b):
             worst = max(worst, float(np.square(_halved(a) - _halved(b)).mean()), 1e-9)
     return worst
@@ -291,7 +279,7 @@ def _difference(data: bytes, info: VideoInfo, first: int, last: int, new: bytes,
 
 def _upright_rgb(data: bytes, info: VideoInfo, first: int, last: int) -> Iterator[np.ndarray]:
     for _, frame in all_frames(data, info, first, last):
-        yield np.rot90(frame.to_ndarray(format="rgb24"), -info.rotation // 90)
+        yield upright(frame, info)
 
 
 def _halved(rgb: np.ndarray) -> np.ndarray:

@@ -8,6 +8,18 @@ from vlmds.video.frame_table import FrameTable
 SAMPLER = "centre-of-equal-spans"
 
 
+def clip_span(duration: float, start: float | None = None, end: float | None = None) -> tuple[float, float]:
+    """The span [start, end] (seconds; default: all) of a video that lasts `duration` seconds.
+
+    An end past the video's is the video's end. Raises SampleError if start is past it.
+    """
+    start = 0.0 if start is None else start
+    end = duration if end is None else min(end, duration)
+    if start >= end:
+        raise SampleError(f"start past the end: {start:g} s of {duration:g} s")
+    return start, end
+
+
 def sample_times(num_frames: int, start: float, end: float) -> np.ndarray:
     """Centres of `num_frames` equal spans of [start, end] (seconds): float64 [num_frames]."""
     return start + (np.arange(num_frames) + 0.5) * (end - start) / num_frames
@@ -22,12 +34,8 @@ def pick_frames(pts: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def pick(info: FrameTable, num_frames: int, start: float | None = None, end: float | None = None) -> np.ndarray:
-    """Indices of the frames that stand for [start, end] (default: the video): int64 [F].
+    """Indices of the frames that stand for [start, end] (default: the video): int64 [num_frames].
 
-    An end past the video's is the video's end. Raises SampleError if start is past it.
+    Raises SampleError if start is past the video's end.
     """
-    start = 0.0 if start is None else start
-    end = info.duration if end is None else min(end, info.duration)
-    if start >= end:
-        raise SampleError(f"start past the end: {start:g} s of {info.duration:g} s")
-    return pick_frames(info.pts, sample_times(num_frames, start, end))
+    return pick_frames(info.pts, sample_times(num_frames, *clip_span(info.duration, start, end)))
