@@ -72,7 +72,7 @@ def test_unusable_gpus_are_named_with_both_versions(machine, monkeypatch):
 BROKEN = """
 import sys
 from pathlib import Path
-from vlmds import cuda
+from vlmds.distributed import cuda
 cuda.DEVICES, cuda.DRIVER = sys.argv.pop(1), Path(sys.argv.pop(1))
 from vlmds.cli import main
 sys.exit(main())

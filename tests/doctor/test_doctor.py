@@ -201,7 +201,7 @@ def test_one_machine_with_everything_wrong(models, shards, tmp_path):
 SLOW = """
 from pathlib import Path
 import torch
-from vlmds.experiments.schema import load_experiment
+from vlmds.experiments.reading import load_experiment
 from vlmds.doctor.cluster import check_links
 from vlmds.doctor.node import Patient
 from vlmds.distributed.ranks import init_distributed, is_main
@@ -241,14 +241,14 @@ HUNG = """
 import os, time
 from pathlib import Path
 import torch
-from vlmds import doctor_network
-from vlmds.experiments.schema import load_experiment
+from vlmds.doctor import network
+from vlmds.experiments.reading import load_experiment
 from vlmds.doctor.cluster import check_links
 from vlmds.doctor.node import Patient
 from vlmds.distributed.ranks import init_distributed, is_main
 
 init_distributed(4 * 0.5 / 60, probing=True)
-doctor_network._all_reduce_rate = lambda *_: time.sleep(3600)  # as NCCL waits for a connection
+network._all_reduce_rate = lambda *_: time.sleep(3600)  # as NCCL waits for a connection
 for _ in range(2):  # and the next check finds all ranks together
     found = check_links(Patient(load_experiment("e3"), Path(), 0.5, 1, None, torch.device("cpu"),
                                 [0, 1, 2], ["a", "b", "c"]))
