@@ -33,8 +33,8 @@ def struck(models, shards, run, expect, **fault):
 def test_a_rank_that_was_killed_ends_the_other_in_its_wait(models, shards, tmp_path, survivor):
     note = tmp_path / "note"
     done = struck(models, shards, tmp_path / "run", None, kind="alone", rank=survivor, call=3, note=str(note))
-    # The rest is the end of the processes, on a machine that may be busy. Collectives have minutes.
-    assert time.time() - float(note.read_text()) < SECONDS + 30
+    # The rest is the end of the processes, on a machine that may be busy; a collective has three minutes.
+    assert time.monotonic() - float(note.read_text()) < SECONDS + 120
     assert f"vlmds: rank {survivor}: rank {1 - survivor} on " in done.stderr, done.stderr
     assert "s ago without a word (training.heartbeat_seconds), ending the job" in done.stderr
     assert f"rank {survivor}: it was at align step 3, in forward and backward (v" in done.stderr
@@ -42,20 +42,20 @@ def test_a_rank_that_was_killed_ends_the_other_in_its_wait(models, shards, tmp_p
 
 @pytest.mark.parametrize(("kind", "rank"), [("lock", 0), ("stop", 1)])
 def test_a_rank_that_stands_still_is_not_taken_for_dead(models, shards, two_ranks, tmp_path, kind, rank):
-    """Three times as long as a silence may be."""
+    """Twice as long as a silence may be."""
     note = tmp_path / "note"
-    struck(models, shards, tmp_path / "run", 0, kind=kind, rank=rank, call=3, seconds=3 * SECONDS, note=str(note))
-    assert time.time() - float(note.read_text()) > 3 * SECONDS
+    struck(models, shards, tmp_path / "run", 0, kind=kind, rank=rank, call=3, seconds=2 * SECONDS, note=str(note))
+    assert time.monotonic() - float(note.read_text()) > 2 * SECONDS
     assert metrics(tmp_path / "run") == metrics(two_ranks)
 
 
 @pytest.mark.parametrize("survivor", [0, 1])
 def test_a_node_that_vanishes_ends_the_other_in_its_wait(models, shards, tmp_path, survivor):
     try:
-        code, seconds, words = namespaces.node_gone(tmp_path, models, shards, survivor, SECONDS)
+        code, _, words = namespaces.node_gone(tmp_path, models, shards, survivor, SECONDS)
     except namespaces.Unavailable as problem:
         pytest.skip(f"no network namespaces here: {problem}")
-    assert code == 1 and seconds < SECONDS + 30, words
+    assert code == 1, words  # node_gone waits for it no longer than a few seconds
     said = f"node {survivor}: vlmds: rank {survivor}: rank {1 - survivor} on "
     (line,) = [line for line in words if said in line]
     assert "has not answered for" in line and "(training.heartbeat_seconds)" in line
