@@ -2,12 +2,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests import tiny
 from tests.clips import write_manifest, write_video
+from tests.console.test_progress import Screen
 from vlmds.cli import main, packing
 from vlmds.console import progress
 
@@ -68,13 +68,14 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
     assert (process.wait(60), error) == (128 + signal.SIGPIPE, "")
 
 
-def test_slow_imports_are_announced(tmp_path, monkeypatch, capsys):
-    imported = []
+def test_slow_imports_are_announced(tmp_path, monkeypatch):
+    imported, screen = [], Screen(terminal=False, awaited="loading")
+    monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
-    monkeypatch.setattr("vlmds.cli.import_module", lambda name: (time.sleep(0.5), imported.append(name)))
+    monkeypatch.setattr("vlmds.cli.import_module", lambda name: (screen.there.wait(30), imported.append(name)))
     assert main(["evaluate", "--run", str(tmp_path)]) == 2
     assert imported == ["vlmds.evaluation.evaluate"]
-    assert capsys.readouterr().err.startswith("vlmds: loading PyTorch and transformers: ")
+    assert screen.getvalue().startswith("vlmds: loading PyTorch and transformers: ")
 
 
 def test_another_broken_pipe_is_not_hidden(monkeypatch):

@@ -98,13 +98,16 @@ def test_who_lost_the_connection_comes_back_and_who_leaves_is_not_missed(tmp_pat
 
 
 KILLED = """
-import os, signal, time
+import gc, os, signal, time
 import torch.distributed as dist
-from vlmds.distributed import ranks
+from vlmds.distributed import heartbeat, ranks
 
 ranks.init_distributed(1, heartbeat_seconds={seconds})
+if dist.get_rank() == 0:
+    (centre,) = [o for o in gc.get_objects() if isinstance(o, heartbeat.Centre)]
+    while len(centre._ranks) < 3:
+        time.sleep(0.05)
 ranks.gather(None)
-time.sleep(2)  # until all have connected
 if dist.get_rank() == 3:
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
