@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,10 +105,11 @@ def test_plan_at_full_size_without_weights(exp, capsys):
     assert f"visual tokens per clip: {tokens} " in printed
 
 
-def test_plan_shows_a_sample_with_its_loss_mask(tmp_path, capsys, qwen_tokenizer_folder):
-    assert main(["plan", "--exp", "e7", "--set", f"llm.model={qwen_tokenizer_folder}"]) == 2
-    assert "config.json" in capsys.readouterr().err  # a tokenizer is not a model
+def test_plan_shows_a_sample_with_its_loss_mask(tmp_path, capsys):
     models = tiny.make_models(tmp_path)
+    tokenizer = shutil.copytree(models / "qwen3", tmp_path / "tokenizer", ignore=shutil.ignore_patterns("config.json"))
+    assert main(["plan", "--exp", "e7", "--set", f"llm.model={tokenizer}"]) == 2
+    assert "config.json" in capsys.readouterr().err  # a tokenizer is not a model
     assert main(["plan", "--exp", "e7", "--set", f"llm.model={models / 'qwen3'}", *tiny.RESAMPLER]) == 0
     printed = capsys.readouterr().out
     assert "'한 남자가 공원에서 강아지와 산책하고 있습니다.<|im_end|>'" in printed
