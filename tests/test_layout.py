@@ -87,3 +87,8 @@ def test_the_picture_in_the_docs_has_the_rooms_in_this_order():
     listed = page[page.index("<!-- rooms -->") : page.index("<!-- /rooms -->")]
     places = [listed.index(f"`{name}`") for name in ROOMS]
     assert places == sorted(places)
+
+
+def test_tests_lie_in_the_room_of_what_they_test():
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
+    assert folders - {"contracts", "formats", "manual"} <= {*ROOMS}

@@ -1,12 +1,10 @@
 """Benchmarks run to the end on small work and give figures; what they are is for a person to read."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.training.launch import environment
+from tests.training.launch import forked
 from vlmds.bench import data
 from vlmds.bench.data import bench_data
 from vlmds.bench.generate import bench_generate
@@ -33,11 +31,12 @@ def test_data(tmp_path, capsys, monkeypatch):
 
 def test_checkpoint(tmp_path):
     """In a process of its own, for it makes a process group."""
-    code = (
+    script = tmp_path / "script.py"
+    script.write_text(
         "from pathlib import Path; from vlmds.bench.checkpoint import bench_checkpoint; "
         f"bench_checkpoint(Path({str(tmp_path)!r}), steps=4, every=2, rounds=1)"
     )
-    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=300)
+    forked(0, str(script), log=tmp_path / "log")
     found = json.loads((tmp_path / "checkpoint.json").read_text())
     relative = found["relative_step"]
     assert list(relative) == ["no checkpoints", "in the background", "in place"]

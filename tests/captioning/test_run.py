@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from PIL import Image
 from tests import tiny
 from tests.captioning.conftest import SAYINGS
 from tests.clips import change_size, hold_last_frame, picture, write_animation, write_manifest, write_video
-from tests.training.launch import forked
+from tests.training.launch import fork, forked, kill_tree
 from vlmds.captioning import pipeline
 from vlmds.captioning.job import caption_to_file
 from vlmds.captioning.outputs import CaptionFile, find_paths
@@ -221,19 +222,18 @@ def test_a_signal_stops_it_with_3_and_nothing_is_lost(artifact, folder, tmp_path
     arguments = command(
         artifact, "--data", folder, "--out", out, "--window", "0.2s", "--max-new-tokens", "40", "--batch-size", "1"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vlmds.cli", *arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE
-    )
+    process = fork(0, "-m", "vlmds.cli", *arguments, log=tmp_path / "log")
     try:
         deadline = time.monotonic() + 120
         while not out.is_file() or len(lines(out)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=120)[1]
+        os.kill(process.pid, signal.SIGTERM)
+        code = process.wait(120)
     finally:
-        process.kill()
-    assert process.returncode == 3 and "stopped; the same command goes on" in error, error
+        kill_tree(process)
+    error = (tmp_path / "log.err").read_text()
+    assert code == 3 and "stopped; the same command goes on" in error, error
     done = lines(out)
     assert 3 <= len(done) < 40
     assert main(arguments) == 2  # bad.mp4

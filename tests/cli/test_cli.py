@@ -1,13 +1,14 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests import tiny
 from tests.clips import write_manifest, write_video
+from tests.console.test_progress import Screen
 from vlmds.cli import main, packing
 from vlmds.console import progress
 
@@ -68,13 +69,14 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
     assert (process.wait(60), error) == (128 + signal.SIGPIPE, "")
 
 
-def test_slow_imports_are_announced(tmp_path, monkeypatch, capsys):
-    imported = []
+def test_slow_imports_are_announced(tmp_path, monkeypatch):
+    imported, screen = [], Screen(terminal=False, awaited="loading")
+    monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
-    monkeypatch.setattr("vlmds.cli.import_module", lambda name: (time.sleep(0.5), imported.append(name)))
+    monkeypatch.setattr("vlmds.cli.import_module", lambda name: (screen.there.wait(30), imported.append(name)))
     assert main(["evaluate", "--run", str(tmp_path)]) == 2
     assert imported == ["vlmds.evaluation.evaluate"]
-    assert capsys.readouterr().err.startswith("vlmds: loading PyTorch and transformers: ")
+    assert screen.getvalue().startswith("vlmds: loading PyTorch and transformers: ")
 
 
 def test_another_broken_pipe_is_not_hidden(monkeypatch):
@@ -103,10 +105,11 @@ def test_plan_at_full_size_without_weights(exp, capsys):
     assert f"visual tokens per clip: {tokens} " in printed
 
 
-def test_plan_shows_a_sample_with_its_loss_mask(tmp_path, capsys, qwen_tokenizer_folder):
-    assert main(["plan", "--exp", "e7", "--set", f"llm.model={qwen_tokenizer_folder}"]) == 2
-    assert "config.json" in capsys.readouterr().err  # a tokenizer is not a model
+def test_plan_shows_a_sample_with_its_loss_mask(tmp_path, capsys):
     models = tiny.make_models(tmp_path)
+    tokenizer = shutil.copytree(models / "qwen3", tmp_path / "tokenizer", ignore=shutil.ignore_patterns("config.json"))
+    assert main(["plan", "--exp", "e7", "--set", f"llm.model={tokenizer}"]) == 2
+    assert "config.json" in capsys.readouterr().err  # a tokenizer is not a model
     assert main(["plan", "--exp", "e7", "--set", f"llm.model={models / 'qwen3'}", *tiny.RESAMPLER]) == 0
     printed = capsys.readouterr().out
     assert "'한 남자가 공원에서 강아지와 산책하고 있습니다.<|im_end|>'" in printed

@@ -1,7 +1,9 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from tests.training.launch import TIMEOUT, fork
 from vlmds.demo.clips import Attributes, caption, combinations, parse_caption, subject, towards
 from vlmds.demo.run import Size, run_demo, score
 
@@ -39,7 +41,13 @@ def test_scores_of_right_and_of_blind_captions():
 
 
 @pytest.mark.distributed
-def test_a_small_demo_runs_from_clips_to_picture_and_again(tmp_path):
+def test_a_small_demo_runs_from_clips_to_picture_and_again(tmp_path, monkeypatch):
+    """The second time without the launcher."""
+
+    def forked(command, env):
+        ranks = fork(int(command[command.index("--num_gpus") + 1]), *command[5:], log=tmp_path / "again")
+        return SimpleNamespace(returncode=ranks.wait(TIMEOUT))
+
     size = Size(train_clips=24, val_clips=8, clip_steps=4, llm_steps=4)
     short = [f"stages.{n}.{k}" for n in (0, 1) for k in ("epochs=null", "steps=2")]
     results = run_demo(tmp_path, "e8", size, tuple(short))
@@ -48,5 +56,7 @@ def test_a_small_demo_runs_from_clips_to_picture_and_again(tmp_path):
     assert saved["blind"] == results["blind"]
     assert (tmp_path / "results" / "e8.png").stat().st_size > 10_000
     assert (tmp_path / "runs" / "e8" / "artifacts" / "finetune" / "adapter").is_dir()
+    monkeypatch.setattr("vlmds.demo.run.subprocess", SimpleNamespace(run=forked))
     again = run_demo(tmp_path, "e8", size, tuple(short))  # nothing is made or trained twice
     assert again["held_out"] == results["held_out"]
+    assert "nothing to do" in (tmp_path / "again.out").read_text()

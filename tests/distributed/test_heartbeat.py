@@ -33,8 +33,8 @@ def struck(models, shards, run, expect, **fault):
 def test_a_rank_that_was_killed_ends_the_other_in_its_wait(models, shards, tmp_path, survivor):
     note = tmp_path / "note"
     done = struck(models, shards, tmp_path / "run", None, kind="alone", rank=survivor, call=3, note=str(note))
-    # Ending the processes takes the rest, on a machine that may be busy. Collectives would take minutes.
-    assert time.time() - float(note.read_text()) < SECONDS + 30
+    # The rest is the end of the processes, on a machine that may be busy; a collective has three minutes.
+    assert time.monotonic() - float(note.read_text()) < SECONDS + 120
     assert f"vlmds: rank {survivor}: rank {1 - survivor} on " in done.stderr, done.stderr
     assert "s ago without reporting an error (training.heartbeat_seconds), ending the job" in done.stderr
     assert f"rank {survivor}: it was at align step 3, in forward and backward (v" in done.stderr
@@ -42,20 +42,20 @@ def test_a_rank_that_was_killed_ends_the_other_in_its_wait(models, shards, tmp_p
 
 @pytest.mark.parametrize(("kind", "rank"), [("lock", 0), ("stop", 1)])
 def test_a_stopped_rank_is_not_taken_for_lost(models, shards, two_ranks, tmp_path, kind, rank):
-    """It is stopped for three times heartbeat_seconds."""
+    """It is stopped for twice heartbeat_seconds."""
     note = tmp_path / "note"
-    struck(models, shards, tmp_path / "run", 0, kind=kind, rank=rank, call=3, seconds=3 * SECONDS, note=str(note))
-    assert time.time() - float(note.read_text()) > 3 * SECONDS
+    struck(models, shards, tmp_path / "run", 0, kind=kind, rank=rank, call=3, seconds=2 * SECONDS, note=str(note))
+    assert time.monotonic() - float(note.read_text()) > 2 * SECONDS
     assert metrics(tmp_path / "run") == metrics(two_ranks)
 
 
 @pytest.mark.parametrize("survivor", [0, 1])
 def test_the_loss_of_a_node_ends_the_other_in_its_wait(models, shards, tmp_path, survivor):
     try:
-        code, seconds, words = namespaces.node_gone(tmp_path, models, shards, survivor, SECONDS)
+        code, _, words = namespaces.node_gone(tmp_path, models, shards, survivor, SECONDS)
     except namespaces.Unavailable as problem:
         pytest.skip(f"no network namespaces here: {problem}")
-    assert code == 1 and seconds < SECONDS + 30, words
+    assert code == 1, words  # node_gone waits for it no longer than a few seconds
     said = f"node {survivor}: vlmds: rank {survivor}: rank {1 - survivor} on "
     (line,) = [line for line in words if said in line]
     assert "has not answered for" in line and "(training.heartbeat_seconds)" in line
@@ -98,13 +98,16 @@ def test_a_rank_reconnects_and_a_rank_that_left_is_not_lost(tmp_path):
 
 
 KILLED = """
-import os, signal, time
+import gc, os, signal, time
 import torch.distributed as dist
-from vlmds.distributed import ranks
+from vlmds.distributed import heartbeat, ranks
 
 ranks.init_distributed(1, heartbeat_seconds={seconds})
+if dist.get_rank() == 0:
+    (centre,) = [o for o in gc.get_objects() if isinstance(o, heartbeat.Centre)]
+    while len(centre._ranks) < 3:
+        time.sleep(0.05)
 ranks.gather(None)
-time.sleep(2)  # until all have connected
 if dist.get_rank() == 3:
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)

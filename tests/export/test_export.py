@@ -165,24 +165,28 @@ def test_a_copy_is_the_artifact_and_has_a_card(artifacts, captioners, frames, tm
 
 
 def test_the_example_captions_files_as_vlmds_does(artifacts, captioners, tmp_path):
+    """One process without vlmds runs the examples of two folders, one after the other."""
     videos = [str(write_video(tmp_path / f"{i}.mp4", frames=10 + 7 * i)) for i in range(3)]
+    examples = []
     for exp in ("e3", "e6"):
         export_run(artifacts / exp, tmp_path / exp, format="hf-llava", device="cpu")
         config = tmp_path / exp / "generation_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "max_new_tokens": TOKENS}))
-        script = (
-            "import runpy, sys; sys.modules['vlmds'] = None; sys.argv = sys.argv[1:]; "
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
-        )
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", script, str(tmp_path / exp / "example.py"), *videos],
-            check=True,
-            capture_output=True,
-            env=bare_environment(tmp_path),
-        )
+        examples.append(str(tmp_path / exp / "example.py"))
+    script = (
+        "import runpy, sys; sys.modules['vlmds'] = None\n"
+        f"for example in {examples}:\n"
+        "    sys.argv[0] = example\n"
+        "    runpy.run_path(example, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, *videos], check=True, capture_output=True, env=bare_environment(tmp_path)
+    )
+    expected = ""
+    for exp in ("e3", "e6"):
         ours = captioners[exp].caption(videos, GREEDY, workers=1)
-        expected = "".join(f"{video}\t{caption}\n" for video, caption in zip(videos, ours))
-        assert done.stdout.decode() == expected
+        expected += "".join(f"{video}\t{caption}\n" for video, caption in zip(videos, ours))
+    assert done.stdout.decode() == expected
 
 
 def test_an_nf4_experiment_is_folded_into_whole_weights(models, tmp_path):

@@ -50,7 +50,7 @@ class Table:
             script=FAULTY,
             VLMDS_TEST_FAULT=json.dumps({**fault, "note": str(struck)}),
         )
-        seconds = time.time() - float(struck.read_text())
+        seconds = time.monotonic() - float(struck.read_text())
         said = [
             line
             for line in (done.stdout + done.stderr).splitlines()

@@ -1,6 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from vlmds.demo.pretrain import train_tokenizer
 from vlmds.errors import InputError
 from vlmds.models.captioner import IGNORE, VISUAL
 from vlmds.models.sequences import SequenceBuilder
@@ -9,9 +10,12 @@ PROMPT = "이 영상을 설명해주세요."
 CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
 
 
-@pytest.fixture(scope="module")
-def tokenizer(qwen_tokenizer_folder):
-    return AutoTokenizer.from_pretrained(qwen_tokenizer_folder)
+@pytest.fixture(scope="module", params=["tiny", "qwen3"])
+def tokenizer(request):
+    """The tests' own, of the same special tokens and template; and the real one where it lies beside the project."""
+    if request.param == "tiny":
+        return train_tokenizer([], vocab_size=600)
+    return AutoTokenizer.from_pretrained(request.getfixturevalue("qwen_tokenizer_folder"))
 
 
 @pytest.fixture

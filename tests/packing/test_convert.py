@@ -195,7 +195,7 @@ def test_a_killed_conversion_goes_on(sources, tmp_path):
     out, reached = tmp_path / "out", tmp_path / "reached"
     code = (
         "import sys, time, pathlib\n"
-        "from vlmds.data import convert\n"
+        "from vlmds.packing import convert\n"
         "real = convert.write_shard\n"
         "def slow(out, shard, replies):\n"
         "    if shard.name == 'train/000002':\n"

@@ -109,14 +109,14 @@ def test_an_appending_that_was_killed_goes_on(videos, tmp_path, last):
     old = videos / "old.jsonl"
     old.write_text("".join(lines[:4]), encoding="utf-8")
     code = (
-        "import os, signal, sys\nfrom vlmds.data import merge, pack, shards\n"
+        "import os, signal, sys\nfrom vlmds.packing import finish, pack, shards\n"
         "def watched(module, name):\n"
         "    real = getattr(module, name)\n"
         "    def act(path, *rest):\n"
         "        real(path, *rest)\n"
         "        if str(path).endswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    setattr(module, name, act)\n"
-        "watched(merge, 'write'); watched(shards, 'write')\n"
+        "watched(finish, 'write'); watched(shards, 'write')\n"
         "from pathlib import Path\n"
         "replace = Path.replace\n"
         "def act(self, target):\n"

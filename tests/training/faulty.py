@@ -1,10 +1,10 @@
 """launch/train.py with a fault: VLMDS_TEST_FAULT is JSON {kind, rank, call}.
 
 The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
-the call-th sample that the rank reads; when it does, the time goes into the file "note". "load":
-the rank cannot load its language model. "full": a disk is. "wait" stands for a wait for a GPU that
-never ends; with "alone" all other ranks are killed then. "lock" (Python's own, held in C) and "stop" (SIGSTOP) are over
-after "seconds".
+the call-th sample that the rank reads; when it does, the machine's monotonic clock goes into the
+file "note". "load": the rank cannot load its language model. "full": a disk is. "wait" stands for
+a wait for a GPU that never ends; with "alone" all other ranks are killed then. "lock" (Python's
+own, held in C) and "stop" (SIGSTOP) are over after "seconds".
 """
 
 import ctypes
@@ -31,7 +31,7 @@ forward, load = Captioner.forward, SampleReader.load
 
 def strike():
     if "note" in FAULT:
-        Path(FAULT["note"]).write_text(str(time.time()))
+        Path(FAULT["note"]).write_text(str(time.monotonic()))
 
 
 def faulty_forward(self, *inputs):

@@ -1,29 +1,17 @@
 """The gradients' norm decides whether a step is taken, on all ranks, and nothing else looks at them.
 
-What is private in DeepSpeed and leaned on here (see NormChecked) fails in these tests when it
-changes.
+tests/contracts/test_deepspeed.py names what is private in DeepSpeed and used here (see NormChecked).
 """
 
-import inspect
 import json
 from pathlib import Path
 
 import pytest
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from tests.training.launch import ROOT, forked
 from tests.training.norm_worker import FAULTS
-from vlmds.training.engine import NormChecked
 
 WORKER = Path(__file__).with_name("norm_worker.py")
-
-
-@pytest.mark.parametrize(
-    "name", ["check_overflow", "update_offload_overflow_tracker", "scaled_global_norm", "reset_cpu_buffers"]
-)
-def test_deepspeed_still_has_what_is_overridden(name):
-    theirs, ours = (inspect.signature(getattr(of, name)).parameters for of in (DeepSpeedZeroOptimizer, NormChecked))
-    assert list(theirs) == list(ours)
 
 
 @pytest.mark.distributed

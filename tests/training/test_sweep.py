@@ -1,13 +1,14 @@
 """The sweep: order, sharing, and real trainings of tiny models, one of which is refused."""
 
-import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests import tiny
 from tests.evaluation.conftest import models, shards  # noqa: F401
+from tests.training.launch import TIMEOUT, fork
 from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.training import sweep
@@ -75,9 +76,13 @@ def test_bad_input_is_one_line(arguments, message, capsys):
 
 
 def test_trains_evaluates_compares_and_skips_what_is_done(models, shards, tmp_path, monkeypatch, capfd):  # noqa: F811
-    root = os.path.dirname(os.path.dirname(os.path.abspath(sweep.__file__)))
-    for key, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", root)):
-        monkeypatch.setenv(key, value)
+    """Its commands are run in forked processes."""
+
+    def run(command, env):
+        process = fork(0, *command[1:], log=tmp_path / "log", **env)
+        return SimpleNamespace(returncode=process.wait(TIMEOUT))
+
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bad.yaml").write_text(

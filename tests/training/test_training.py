@@ -68,7 +68,7 @@ def test_both_stages_train_and_leave_what_the_design_says(two_ranks):
 
 def test_one_process_equals_two_ranks(models, shards, two_ranks, tmp_path):
     """Same global batch: 1 process x 2 micro-batches, without a launcher."""
-    train(0, *arguments(models, shards, tmp_path / "one"), fresh=True)
+    train(0, *arguments(models, shards, tmp_path / "one"))
     for a, b in zip(metrics(tmp_path / "one"), metrics(two_ranks), strict=True):
         assert a.keys() == b.keys() and a["step"] == b["step"]
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_passed_over(models, shards, two_ranks, tmp_path
 
 def test_a_changed_experiment_is_refused_with_the_keys(models, shards, two_ranks, tmp_path):
     run = shutil.copytree(two_ranks, tmp_path / "run")
-    done = train(2, *arguments(models, shards, run, "stages.1.lr=1e-3"), expect=2, fresh=True)
+    done = train(2, *arguments(models, shards, run, "stages.1.lr=1e-3"), expect=2)
     assert "stages.1.lr 5e-05 -> 0.001" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("vlmds: ") == 1  # one rank speaks
     assert metrics(run) == metrics(two_ranks)

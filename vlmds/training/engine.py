@@ -147,7 +147,7 @@ class NormChecked(DeepSpeedZeroOptimizer):
     wait for each group of parameters, twice (with the optimizer on the host, for each parameter).
 
     It overrides what ``step()`` of DeepSpeed 0.19 calls and reads private state;
-    tests/training/test_norm.py fails when that changes.
+    tests/contracts/test_deepspeed.py fails when that changes.
     """
 
     def check_overflow(self, partition_gradients: bool = True) -> None:

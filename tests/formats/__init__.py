@@ -1,0 +1,1 @@
+"""Small files in the formats of released versions, which every later version must read."""
