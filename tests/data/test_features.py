@@ -12,7 +12,7 @@ from tests.clips import write_manifest, write_video
 from vlmds.cli import main
 from vlmds.data.alike import converted, tower_keys
 from vlmds.data.dataset import Dataset
-from vlmds.data.features import bytes_per_sample, check_tower, decode_features, encode_features
+from vlmds.data.features import bytes_per_sample, check_features, decode_features, encode_features
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import Batches, SampleReader, training_collate
 from vlmds.errors import InputError, SampleError
@@ -139,9 +139,9 @@ def test_reader_processes_hand_features_over(models, stores):
 
 
 def test_the_right_tower_is_let_through(models, stores):
-    check_tower(ShardIndex.open(stores / "features"), experiment_on(models))
-    check_tower(ShardIndex.open(stores / "pooled"), experiment_on(models, "vision.pool=2"))
-    check_tower(ShardIndex.open(stores / "frames"), experiment_on(models, "vision.model=/none"))
+    check_features(ShardIndex.open(stores / "features"), experiment_on(models))
+    check_features(ShardIndex.open(stores / "pooled"), experiment_on(models, "vision.pool=2"))
+    check_features(ShardIndex.open(stores / "frames"), experiment_on(models, "vision.model=/none"))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_right_tower_is_let_through(models, stores):
 def test_other_features_are_refused_without_reading_weights(models, stores, override, message):
     experiment = experiment_on(models, override, "vision.model=/nowhere")
     with pytest.raises(InputError, match=message):
-        check_tower(ShardIndex.open(stores / "features"), experiment)
+        check_features(ShardIndex.open(stores / "features"), experiment)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def other_clip(models, tmp_path_factory):
 def test_another_tower_is_refused_naming_both(models, stores, other_clip):
     experiment = experiment_on(models, f"vision.model={other_clip}")
     with pytest.raises(InputError) as caught:
-        check_tower(ShardIndex.open(stores / "features"), experiment)
+        check_features(ShardIndex.open(stores / "features"), experiment)
     message = str(caught.value)
     assert str(models / "clip") in message and str(other_clip) in message and "\n" not in message
 

@@ -13,7 +13,7 @@ from tests.clips import write_manifest, write_video
 from vlmds.bench.footprint import StepMemory
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset
-from vlmds.data.features import check_tower
+from vlmds.data.features import check_features
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
@@ -27,10 +27,10 @@ from vlmds.packing.pack import pack
 from vlmds.planning import plan
 from vlmds.planning.memory import (
     dora_norm_bytes,
-    fewest_recomputed,
     layer_activations,
     llm_bytes,
     longest,
+    recompute_interval,
     saved_bytes,
     stage_memories,
     stage_memory,
@@ -212,8 +212,8 @@ def test_every_nth_layer_lies_between_none_and_all():
     assert list(memories) == [0, 8, 4, 3, 2, 1] and sizes == sorted(sizes, reverse=True)
     assert memories[1] == parts(experiment, 1)
     for every, size in zip(memories, sizes, strict=True):
-        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for fragments
-    assert fewest_recomputed(memories, 1e12) == 0
+        assert recompute_interval({every: memories[every]}, size) is None  # no room for fragments
+    assert recompute_interval(memories, 1e12) == 0
 
 
 def test_saved_bytes_are_what_autograd_keeps():
@@ -309,7 +309,7 @@ def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_pat
         dataset = open_dataset(f"{source}-{store}")
         assert dataset.store == store and dataset.count("train") == 5
         SampleReader(dataset, "train", experiment.data.num_frames, tiny.SIDE)  # or InputError
-        check_tower(dataset, experiment)  # or InputError
+        check_features(dataset, experiment)  # or InputError
 
 
 @pytest.mark.parametrize("store", ["video", "frames", "features"])
@@ -363,6 +363,6 @@ def test_no_more_is_recomputed_than_the_memory_asks_for():
     memories = stage_memories(experiment, experiment.stages[1], model.captioner, model.tower, 1)
     totals = [sum(parts.values()) for parts in memories.values()]
     assert list(memories) == [0, 8, 4, 3, 2, 1] and totals == sorted(totals, reverse=True)
-    found = [fewest_recomputed(memories, size) for size in (1e12, 100e9, 60e9, 24e9, 8e9)]
+    found = [recompute_interval(memories, size) for size in (1e12, 100e9, 60e9, 24e9, 8e9)]
     assert found[0] == 0 and found[-1] is None
     assert found[:-1] == sorted(found[:-1], key=list(memories).index)

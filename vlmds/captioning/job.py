@@ -35,7 +35,7 @@ from vlmds.captioning.pipeline import (
 )
 from vlmds.captioning.sources import Source, find_source
 from vlmds.console.progress import phase, silenced
-from vlmds.data.features import check_tower
+from vlmds.data.features import check_features
 from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
 from vlmds.distributed.cores import cores_of_rank
@@ -90,7 +90,7 @@ class CaptionJob:
             return decoded(captioner, ranks.take_turns(work), self.workers, self.deadline)
         rank, world = ranks.place()
         data = captioner.experiment.data
-        check_tower(source.dataset, captioner.experiment, captioner.model.tower)
+        check_features(source.dataset, captioner.experiment, captioner.model.tower)
         reader = SampleReader(
             source.dataset,
             source.split,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmds.console.text import install_hint
 from vlmds.data.dataset import Dataset
-from vlmds.data.features import check_tower_keys
+from vlmds.data.features import check_feature_keys
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.evaluation.metrics import METRICS, tokenizers
@@ -52,7 +52,7 @@ def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
     all parts of a blend), frames or features are as many and as large as the model takes, those of
     a features store are of its layer and pooling, and split val is there if a key needs it."""
     training_reader(experiment, model, dataset)
-    check_tower_keys(dataset, experiment)
+    check_feature_keys(dataset, experiment)
     if dataset.store == "features":
         recorded, projector = dataset.meta["vision"], model.captioner.projector
         ours = (projector.patches, model.tower.config.hidden_size)

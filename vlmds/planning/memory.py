@@ -62,7 +62,7 @@ def outside_bytes(world_size: int) -> float:
     return CONTEXT_BYTES + (COMMUNICATOR_BYTES if world_size > 1 else 0.0)
 
 
-def fewest_recomputed(memories: dict[int, dict[str, int]], free: float) -> int | None:
+def recompute_interval(memories: dict[int, dict[str, int]], free: float) -> int | None:
     """The first of :func:`stage_memories` that fits, or None.
 
     Args:

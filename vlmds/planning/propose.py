@@ -19,7 +19,14 @@ from vlmds.models.assemble import Shapes
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card
 from vlmds.planning.flops import sample_flops
-from vlmds.planning.memory import TEXT_POSITIONS, fewest_recomputed, llm_bytes, outside_bytes, quantised, stage_memories
+from vlmds.planning.memory import (
+    TEXT_POSITIONS,
+    llm_bytes,
+    outside_bytes,
+    quantised,
+    recompute_interval,
+    stage_memories,
+)
 
 EFFICIENCY = 0.45
 """Share of a card's peak that long matrix products reach in training. Assumed."""
@@ -84,7 +91,7 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stor
             )
             tower = None if stored_features else model.tower
             memories = stage_memories(changed, stage, model.captioner, tower, gpus)
-            every = fewest_recomputed(memories, card.memory - outside_bytes(gpus))
+            every = recompute_interval(memories, card.memory - outside_bytes(gpus))
             if every is not None:
                 found.append(
                     Proposal(
