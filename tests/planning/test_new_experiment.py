@@ -21,6 +21,20 @@ def test_a_new_file_is_the_packaged_experiment_under_its_own_name(projector, ada
     assert yaml.safe_load(text)["extends"] == packaged.name
     for key in ("lr:", "epochs:", "# global_batch: 8", "validate_every: 200", "# keep: best"):
         assert key in text
+    flat = " ".join(text.replace("#", " ").split())
+    assert str(type(packaged.projector).__doc__).replace("``", "") in flat and packaged.projector.rate_advice in flat
+    assert ("num_queries: Learned queries" in flat) == hasattr(packaged.projector, "num_queries")
+
+
+def test_a_projector_without_a_packaged_experiment_extends_the_base(tmp_path, monkeypatch):
+    """As a fifth projector, right after its registration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vlmds.planning.new_experiment.packaged_experiments", lambda: ["demo", "e1", "e2"])
+    assert main(["new", "my.yaml", "--projector", "mlp", "--adapter", "dora"]) == 0
+    new = load_experiment("my.yaml")
+    assert new.model_dump(exclude={"name", "owner", "priority"}) == PAIRS["mlp", "dora"].model_dump(
+        exclude={"name", "owner", "priority"}
+    )
 
 
 def test_its_values_are_those_of_the_packaged_files(tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import CLIPVisionModel, Qwen3ForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlmds.bench.measure import in_turns, save, table
+from vlmds.bench.workload import TINY_LLM, TINY_VISION, tiny_settings
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
@@ -29,20 +30,6 @@ from vlmds.models.language import add_adapter
 from vlmds.models.vision import VisionTower
 
 NAIVE, BASELINE = "one by one, no KV cache", "one by one"
-TINY_VISION = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=112, patch_size=14
-)
-TINY_LLM = Qwen3Config(
-    vocab_size=151_936,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
-TINY_WIDTH = 128  # of a resampler
 
 
 def bench_generate(
@@ -182,16 +169,7 @@ def _real(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
 
 
 def _tiny(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
-    resampler = load_experiment(exp).projector.type in ("cabstractor", "perceiver")
-    experiment = load_experiment(
-        exp,
-        [
-            "llm.load_in_4bit=false",
-            "llm.dtype=float32",
-            *([f"projector.width={TINY_WIDTH}"] if resampler else []),
-            *overrides,
-        ],
-    )
+    experiment = load_experiment(exp, [*tiny_settings(exp), *overrides])
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     tower = VisionTower(

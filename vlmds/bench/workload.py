@@ -63,8 +63,8 @@ TINY_LLM = Qwen3Config(
     head_dim=64,
     tie_word_embeddings=False,
 )
-"""The full vocabulary, for its logits are what a straightforward implementation drowns in."""
-TINY_RESAMPLER_WIDTH = 128
+"""With the full vocabulary, whose logits take most of a straightforward implementation's memory."""
+TINY_WIDTH = 128  # inside a projector
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,15 @@ def settings(exp: str, tiny: bool, steps: int) -> list[str]:
         f"stages.{last}.schedule=constant",
     ]
     if tiny:
-        overrides += [
-            "llm.load_in_4bit=false",
-            "llm.dtype=float32",
-            "data.num_workers=1",
-            "training.gradient_accumulation=2",
-        ]
-        if load_experiment(exp).projector.type in ("cabstractor", "perceiver"):
-            overrides.append(f"projector.width={TINY_RESAMPLER_WIDTH}")
+        overrides += [*tiny_settings(exp), "data.num_workers=1", "training.gradient_accumulation=2"]
     return overrides
+
+
+def tiny_settings(exp: str) -> list[str]:
+    """Overrides that fit an experiment to the tiny models: whole weights in fp32, and a small inner
+    width of a projector that has one."""
+    width = [f"projector.width={TINY_WIDTH}"] if hasattr(load_experiment(exp).projector, "width") else []
+    return ["llm.load_in_4bit=false", "llm.dtype=float32", *width]
 
 
 def prepare(
