@@ -6,6 +6,7 @@ import yaml
 from tests import tiny
 from vlmds.cli import main
 from vlmds.experiments.reading import PACKAGED, load_experiment, packaged_experiments
+from vlmds.experiments.schema import PROJECTORS
 
 PAIRS = {(e.projector.type, e.peft.type): e for e in map(load_experiment, packaged_experiments()) if e.name != "demo"}
 
@@ -73,7 +74,7 @@ def test_its_steps_are_those_that_the_plan_counts(models, shards, tmp_path, caps
         ("내것.yaml", [], "the file's name becomes the experiment's"),
         ("no/folder.yaml", [], "does not exist; make it first"),
         ("my.yaml", ["--adapter", "qlora"], "--adapter qlora: there are dora, lora"),
-        ("my.yaml", ["--projector", "mpl"], "--projector mpl: there are cabstractor, linear, mlp"),
+        ("my.yaml", ["--projector", "mpl"], f"--projector mpl: there are {', '.join(sorted(PROJECTORS))}"),
         ("my.yaml", ["--clips", "0"], "--clips 0: must be at least 1"),
         ("my.yaml", ["--data", "nowhere"], "data.path: nowhere does not exist"),
     ],
