@@ -138,10 +138,22 @@ def test_reader_processes_hand_features_over(models, stores):
     assert torch.equal(a["features"], c["features"]) and torch.equal(b["features"], d["features"])
 
 
-def test_the_right_tower_is_let_through(models, stores):
-    check_features(ShardIndex.open(stores / "features"), experiment_on(models))
-    check_features(ShardIndex.open(stores / "pooled"), experiment_on(models, "vision.pool=2"))
-    check_features(ShardIndex.open(stores / "frames"), experiment_on(models, "vision.model=/none"))
+@pytest.mark.parametrize(("name", "pool"), [("features", 1), ("pooled", 2)])
+def test_the_experiments_tower_passes_by_its_fingerprint(models, stores, name, pool):
+    experiment, index = experiment_on(models, f"vision.pool={pool}"), ShardIndex.open(stores / name)
+    tower = load_vision_tower(experiment.vision, torch.float32, CPU)
+    assert tower.fingerprint() == index.meta["vision"]["fingerprint"]
+    check_features(index, experiment, tower)  # or InputError
+    check_features(index, experiment)
+    index.meta["vision"]["fingerprint"] = "0" * 64
+    with pytest.raises(InputError, match="is another one"):
+        check_features(index, experiment, tower)
+
+
+def test_other_stores_need_no_tower(models, stores):
+    with pytest.raises(InputError, match="/none"):
+        check_features(ShardIndex.open(stores / "features"), experiment_on(models, "vision.model=/none"))
+    check_features(ShardIndex.open(stores / "frames"), experiment_on(models, "vision.model=/none"))  # not loaded
 
 
 @pytest.mark.parametrize(
@@ -246,7 +258,7 @@ def test_a_command_names_the_towers_revision_and_the_new_place_beside_the_old(st
     assert tower_keys(VisionConfig(model="/models/clip"))["model"] == "/models/clip"
 
 
-def test_dataset_json_tells_the_tower(models, stores):
+def test_dataset_json_records_the_tower(models, stores):
     meta = json.loads((stores / "pooled" / "dataset.json").read_text())
     vision = meta["vision"]
     assert (meta["store"], meta["num_frames"], meta["image_size"]) == ("features", 4, tiny.SIDE)

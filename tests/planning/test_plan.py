@@ -290,8 +290,8 @@ def test_small_sizes_are_no_zeros(models, data, capsys):
 
 
 def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_path, monkeypatch, capsys):
-    """From a folder with a space, with neither pack's default frames nor CLIP's default layer: what
-    they make is what training takes."""
+    """From a folder with a space, with neither pack's default frames nor CLIP's default layer: they
+    make what training accepts."""
     source = tmp_path / "my data" / "video"
     shutil.copytree(data / "video", source)
     settings = [*tiny.settings(models), "vision.feature_layer=-2", "vision.pool=2"]
@@ -304,12 +304,26 @@ def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_pat
         )
         assert main(["plan", "--exp", "e1", "--data", str(source), "--set", *settings]) == 0
         printed = capsys.readouterr().out.splitlines()
-        program, *words = shlex.split(next(line for line in printed if "vlmds pack" in line))
+        place = next(number for number, line in enumerate(printed) if "vlmds pack" in line)
+        program, *words = shlex.split(printed[place])
         assert program == "vlmds" and main(words) == 0
+        assert printed[place + 1] == f"  then pass --data {source}-{store}"
         dataset = open_dataset(f"{source}-{store}")
         assert dataset.store == store and dataset.count("train") == 5
         SampleReader(dataset, "train", experiment.data.num_frames, tiny.SIDE)  # or InputError
         check_features(dataset, experiment)  # or InputError
+
+
+def test_the_commands_for_a_blend_name_the_parts_place(models, data, monkeypatch):
+    monkeypatch.setattr(
+        plan, "cheapest", lambda needs, cores: next(need for need in needs if need.price.store == "frames")
+    )
+    blend = f"data.blend=[{{path: {data / 'video'}}}, {{path: {data / 'video'}}}]"
+    printed = plan_experiment(load_experiment("e1", [*tiny.settings(models), blend]))
+    assert (
+        f"vlmds pack {data / 'video'} {data / 'video'}-frames --store frames --num-frames 4 --image-size 28" in printed
+    )
+    assert f"  then name {data / 'video'}-frames in data.blend.1.path" in printed
 
 
 @pytest.mark.parametrize("store", ["video", "frames", "features"])
@@ -326,13 +340,13 @@ def test_plan_names_the_cheapest_store_of_the_data(models, data, store, capsys):
     }[store]
     rows = {line.split("  ")[0] for line in printed.splitlines()}
     assert rows >= set(names)
-    assert "cheapest that keeps the GPUs fed with 8 cores for each: " in printed
+    assert "cheapest that keeps the GPUs busy with 8 cores for each: " in printed
     assert f"data: {data / store} ({store} store; train 5)" in printed
 
 
-def test_a_rate_that_no_store_can_serve_is_told(models, data):
+def test_a_rate_that_no_store_can_serve_is_reported(models, data):
     experiment = load_experiment("e1", tiny.settings(models, data / "frames"))
-    assert "no store keeps a GPU fed with 0.001 cores" in plan_experiment(
+    assert "no store keeps a GPU busy with 0.001 cores" in plan_experiment(
         experiment, samples_per_second=1e9, cores_per_gpu=0.001
     )
 

@@ -6,7 +6,7 @@ Shards may come from elsewhere, so every member is checked before use.
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def decode_stored(
     num_frames: int,
     image_size: int,
     quality: int | None = None,
-) -> Iterator[Reply]:
+) -> Generator[Reply, None, None]:
     """Decoded samples of a video store, in order.
 
     Args:
