@@ -62,7 +62,7 @@ def test_one_step_is_two_on_a_gpu_and_none_is_refused(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="enough"):
             train.bench_train(tmp_path, ["e3"], tiny=True, steps=steps)
     assert asked == [1, 2, 3]
-    with pytest.raises(InputError, match="--steps 0: is less than 1"):
+    with pytest.raises(InputError, match="--steps 0: must be at least 1"):
         train.bench_train(tmp_path / "none", ["e3"], tiny=True, steps=0)
     assert not (tmp_path / "none").exists()
 
