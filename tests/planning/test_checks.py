@@ -72,6 +72,11 @@ REFUSED = [
         "training.best_metric: 'cider' is no metric here",
     ),
     ("val_only", ["training.early_stopping=2"], "no split 'train'"),
+    (
+        "whole",
+        ["llm.dtype=float32", "llm.attention=flash_attention_2"],
+        "llm.attention: flash_attention_2 computes in half precision only; set llm.dtype to bfloat16",
+    ),
     ("larger", [], "its features of clip are 16 x 48 a frame, but vision.model"),
 ]
 

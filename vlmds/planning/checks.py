@@ -17,6 +17,7 @@ from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.experiments.schedule import accumulation_steps
 from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import Shapes
+from vlmds.models.attention import FLASH, choose_attention
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import check_vocabulary
 from vlmds.models.sequences import SequenceBuilder
@@ -25,7 +26,7 @@ from vlmds.models.trainable import freeze, parameter_groups
 
 def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | None, ranks: int) -> None:
     """Check all that needs no weights, tokenizer or other ranks: the global batch, what each stage
-    trains, the logging, and whether the data fits the experiment.
+    trains, attention and precision, the logging, and whether the data fits the experiment.
 
     Args:
         model: of :func:`vlmds.models.assemble.shapes`, which has checked that its parts fit each
@@ -40,6 +41,8 @@ def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | N
         freeze(model.captioner, stage)
         if not parameter_groups(model.captioner, stage, experiment.training):
             raise InputError(f"stages: {stage.name}: nothing is trainable")
+    if (name := experiment.llm.attention) in FLASH:  # as on a card that suits it
+        choose_attention(name, experiment.llm.dtype, None, FLASH[name][1][0], {name})
     if experiment.logging.wandb_project and find_spec("wandb") is None:
         raise InputError(
             f"logging.wandb_project: wandb is not installed; {install_hint('track')}, or leave the key out"
