@@ -60,8 +60,8 @@ def test_no_program_is_started(tmp_path, monkeypatch):
 
 
 def test_a_description():
-    told = read_description({"json": '{"captions": ["가"], "fps": 9}'.encode(), "mp4": b""})
-    assert told == {"captions": ["가"], "fps": 9}
+    description = read_description({"json": '{"captions": ["가"], "fps": 9}'.encode(), "mp4": b""})
+    assert description == {"captions": ["가"], "fps": 9}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_its_steps_are_those_that_the_plan_counts(models, shards, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("there.yaml", [], "there.yaml: is there already; choose another name"),
         ("e7.yaml", [], "e7 is the name of a packaged experiment"),
@@ -79,11 +79,11 @@ def test_its_steps_are_those_that_the_plan_counts(models, shards, tmp_path, caps
         ("my.yaml", ["--data", "nowhere"], "data.path: nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(name, options, told, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_is_refused_in_one_line(name, options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.yaml").write_text("mine")
     assert main(["new", name, "--projector", "mlp", *options]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
     assert (tmp_path / "there.yaml").read_text() == "mine"

@@ -137,23 +137,7 @@ def _measure(
         variants.append(Variant(name, other, "vlmds" if name == "lora" else name))
     if ranks > 1:
         variants.append(Variant(f"vlmds, {ranks} ranks", work, "vlmds", ranks))
-    results: dict[str, dict] = {}
-    for number in range(ROUNDS):
-        for variant in variants:
-            print(f"vlmds bench: {exp}: {variant.name}, round {number + 1} of {ROUNDS}", flush=True)
-            try:
-                result = _run(variant, number)
-            except RuntimeError as error:
-                if variant.name == "vlmds":
-                    raise
-                # It may be out of memory where vlmds is not; the other figures still count.
-                print(f"vlmds bench: {exp}: {error}\nvlmds bench: {variant.name} is left out")
-                results.pop(variant.name, None)
-                variants = [v for v in variants if v is not variant]
-                continue
-            best = results.setdefault(variant.name, result)
-            if result["step_seconds"] < best["step_seconds"]:
-                results[variant.name] = result
+    variants, results = _rounds(exp, variants)
     experiment = work.experiment
     differences = check_losses(
         experiment.llm.dtype, {v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1}
@@ -188,6 +172,29 @@ def _measure(
         "plan": plan,
         "linear_seconds": None if own["device"] == "CPU" else linear_seconds(own["host"], experiment, model, every),
     }
+
+
+def _rounds(exp: str, variants: list[Variant]) -> tuple[list[Variant], dict[str, dict]]:
+    """Run all variants in turns. Returns those that did not fail, and of each, by name, the result
+    with the fastest step."""
+    results: dict[str, dict] = {}
+    for number in range(ROUNDS):
+        for variant in variants:
+            print(f"vlmds bench: {exp}: {variant.name}, round {number + 1} of {ROUNDS}", flush=True)
+            try:
+                result = _run(variant, number)
+            except RuntimeError as error:
+                if variant.name == "vlmds":
+                    raise
+                # It may be out of memory where vlmds is not; the other figures still count.
+                print(f"vlmds bench: {exp}: {error}\nvlmds bench: {variant.name} is left out")
+                results.pop(variant.name, None)
+                variants = [v for v in variants if v is not variant]
+                continue
+            best = results.setdefault(variant.name, result)
+            if result["step_seconds"] < best["step_seconds"]:
+                results[variant.name] = result
+    return variants, results
 
 
 def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes, every: int) -> float | None:

@@ -82,8 +82,8 @@ class PartPosition:
 
 
 class DatasetOrder:
-    """Which sample of a split stands at which position; see :mod:`vlmds.data.order`, and for
-    several parts :mod:`vlmds.data.blend`. An epoch of a blend is as many positions as all parts
+    """The order of a split's samples; see :mod:`vlmds.data.order`, and for several parts
+    :mod:`vlmds.data.blend`. An epoch of a blend is as many positions as all parts
     have samples; each part has its own epochs, whose pace its weight sets.
 
     Args:
