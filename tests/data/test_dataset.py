@@ -79,7 +79,7 @@ def test_a_blend_reads_each_part_once_before_any_twice(two):
     dataset = Dataset([a, b], [3.0, 1.0])
     assert dataset.count("train") == 6 + 4 and dataset.count("val") == 3
     order = DatasetOrder(dataset, "train", seed=7)
-    places = [order.place(p) for p in range(4 * 10)]
+    places = [order.locate(p) for p in range(4 * 10)]
     rows = [order.row(dataset, "train", p) for p in range(4 * 10)]
     assert sum(place.part == 0 for place in places) == pytest.approx(30, abs=2)
     for part, size in ((0, 6), (1, 4)):

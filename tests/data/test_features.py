@@ -12,7 +12,7 @@ from tests.clips import write_manifest, write_video
 from vlmds.cli import main
 from vlmds.data.alike import converted, tower_keys
 from vlmds.data.dataset import Dataset
-from vlmds.data.features import bytes_per_sample, check_tower, decode_features, encode_features
+from vlmds.data.features import bytes_per_sample, check_features, decode_features, encode_features
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import Batches, SampleReader, training_collate
 from vlmds.errors import InputError, SampleError
@@ -138,10 +138,22 @@ def test_reader_processes_hand_features_over(models, stores):
     assert torch.equal(a["features"], c["features"]) and torch.equal(b["features"], d["features"])
 
 
-def test_the_right_tower_is_let_through(models, stores):
-    check_tower(ShardIndex.open(stores / "features"), experiment_on(models))
-    check_tower(ShardIndex.open(stores / "pooled"), experiment_on(models, "vision.pool=2"))
-    check_tower(ShardIndex.open(stores / "frames"), experiment_on(models, "vision.model=/none"))
+@pytest.mark.parametrize(("name", "pool"), [("features", 1), ("pooled", 2)])
+def test_the_experiments_tower_passes_by_its_fingerprint(models, stores, name, pool):
+    experiment, index = experiment_on(models, f"vision.pool={pool}"), ShardIndex.open(stores / name)
+    tower = load_vision_tower(experiment.vision, torch.float32, CPU)
+    assert tower.fingerprint() == index.meta["vision"]["fingerprint"]
+    check_features(index, experiment, tower)  # or InputError
+    check_features(index, experiment)
+    index.meta["vision"]["fingerprint"] = "0" * 64
+    with pytest.raises(InputError, match="is another one"):
+        check_features(index, experiment, tower)
+
+
+def test_other_stores_need_no_tower(models, stores):
+    with pytest.raises(InputError, match="/none"):
+        check_features(ShardIndex.open(stores / "features"), experiment_on(models, "vision.model=/none"))
+    check_features(ShardIndex.open(stores / "frames"), experiment_on(models, "vision.model=/none"))  # not loaded
 
 
 @pytest.mark.parametrize(
@@ -154,7 +166,7 @@ def test_the_right_tower_is_let_through(models, stores):
 def test_other_features_are_refused_without_reading_weights(models, stores, override, message):
     experiment = experiment_on(models, override, "vision.model=/nowhere")
     with pytest.raises(InputError, match=message):
-        check_tower(ShardIndex.open(stores / "features"), experiment)
+        check_features(ShardIndex.open(stores / "features"), experiment)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +185,7 @@ def other_clip(models, tmp_path_factory):
 def test_another_tower_is_refused_naming_both(models, stores, other_clip):
     experiment = experiment_on(models, f"vision.model={other_clip}")
     with pytest.raises(InputError) as caught:
-        check_tower(ShardIndex.open(stores / "features"), experiment)
+        check_features(ShardIndex.open(stores / "features"), experiment)
     message = str(caught.value)
     assert str(models / "clip") in message and str(other_clip) in message and "\n" not in message
 
@@ -246,7 +258,7 @@ def test_a_command_names_the_towers_revision_and_the_new_place_beside_the_old(st
     assert tower_keys(VisionConfig(model="/models/clip"))["model"] == "/models/clip"
 
 
-def test_dataset_json_tells_the_tower(models, stores):
+def test_dataset_json_records_the_tower(models, stores):
     meta = json.loads((stores / "pooled" / "dataset.json").read_text())
     vision = meta["vision"]
     assert (meta["store"], meta["num_frames"], meta["image_size"]) == ("features", 4, tiny.SIDE)

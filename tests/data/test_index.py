@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.clips import write_manifest
-from vlmds.data.index import CACHED_SHARDS, ShardIndex
+from vlmds.data.index import ShardIndex
+from vlmds.data.shard_reader import CACHED_SHARDS
 from vlmds.errors import InputError, SampleError
 from vlmds.packing.pack import pack
 

@@ -188,12 +188,12 @@ def test_a_damaged_sample_is_replaced_and_told(dataset, collate, tmp_path):
 @pytest.mark.parametrize(
     "name, data, reason",
     [
-        ("json", b'{"captions": []}', "captions are no list"),
+        ("json", b'{"captions": []}', "captions is not a list"),
         ("json", b'["x"]', "cannot be read"),
-        ("json", '{"captions": ["가"], "prompt": 5}'.encode(), "the prompt is no text"),
+        ("json", '{"captions": ["가"], "prompt": 5}'.encode(), "prompt is not a text"),
         ("0.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n", "frame 0: cannot identify"),
         ("0.jpg", None, f"{FRAMES - 1} frames, not {FRAMES}"),
-        ("mp4", None, "0 videos, not one"),
+        ("mp4", None, "0 videos instead of one"),
         ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n", "cannot be "),
     ],
 )
@@ -331,18 +331,18 @@ def test_what_a_reader_holds_is_told_while_it_is_stuck(frames_store, collate, tm
 
     def kill():
         deadline = time.monotonic() + 60
-        while not batches.holding() and time.monotonic() < deadline:
+        while not batches.in_progress() and time.monotonic() < deadline:
             time.sleep(0.01)
-        seen.append(batches.holding())
+        seen.append(batches.in_progress())
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(RuntimeError, match=f"reader process died.*has had sample {row.key} "):
+    with pytest.raises(RuntimeError, match=f"reader process died.*has been reading sample {row.key} "):
         next(reading)
     killer.join()
-    assert seen[0].startswith(f"reader 0 has had sample {row.key} (position 0) for ")
+    assert seen[0].startswith(f"reader 0 has been reading sample {row.key} (position 0) for ")
 
 
 def test_readers_outlive_signals_to_the_whole_job(dataset, collate):

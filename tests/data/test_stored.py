@@ -60,8 +60,8 @@ def test_no_program_is_started(tmp_path, monkeypatch):
 
 
 def test_a_description():
-    told = read_description({"json": '{"captions": ["가"], "fps": 9}'.encode(), "mp4": b""})
-    assert told == {"captions": ["가"], "fps": 9}
+    description = read_description({"json": '{"captions": ["가"], "fps": 9}'.encode(), "mp4": b""})
+    assert description == {"captions": ["가"], "fps": 9}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_a_description():
         ("{}", "KeyError"),
         ("[" * 100_000, "RecursionError"),
         *(
-            (json.dumps({"captions": captions}), "captions are no list of texts")
+            (json.dumps({"captions": captions}), "captions is not a list of texts")
             for captions in ([], "가", None, [1], ["가", None], {"a": "가"})
         ),
-        ('{"captions": ["가"], "prompt": 5}', "the prompt is no text"),
+        ('{"captions": ["가"], "prompt": 5}', "prompt is not a text"),
     ],
 )
 def test_a_description_that_is_none_is_refused(text, reason):
@@ -88,5 +88,5 @@ def test_a_description_that_is_none_is_refused(text, reason):
 def test_one_video():
     assert read_video({"json": b"{}", "mp4": b"x"}) == b"x"
     for members in ({"json": b"{}"}, {"mp4": b"x", "mkv": b"y"}):
-        with pytest.raises(SampleError, match="videos, not one"):
+        with pytest.raises(SampleError, match="videos instead of one"):
             read_video(members)

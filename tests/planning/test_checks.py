@@ -1,4 +1,4 @@
-"""What training refuses before it loads a weight: the plan and the doctor say the same."""
+"""Checks before a start: training, the plan and the doctor refuse the same, in the same words."""
 
 import json
 import shutil
@@ -69,19 +69,24 @@ REFUSED = [
     (
         "whole",
         ["training.best_metric=cider", "training.evaluate_every=2"],
-        "training.best_metric: 'cider' is not there",
+        "training.best_metric: 'cider' is no metric here",
     ),
     ("val_only", ["training.early_stopping=2"], "no split 'train'"),
+    (
+        "whole",
+        ["llm.dtype=float32", "llm.attention=flash_attention_2"],
+        "llm.attention: flash_attention_2 computes in half precision only; set llm.dtype to bfloat16",
+    ),
     ("larger", [], "its features of clip are 16 x 48 a frame, but vision.model"),
 ]
 
 
-@pytest.mark.parametrize(("name", "overrides", "told"), REFUSED)
-def test_the_plan_and_the_doctor_refuse_what_training_refuses(models, data, name, overrides, told, capsys, tmp_path):
+@pytest.mark.parametrize(("name", "overrides", "message"), REFUSED)
+def test_the_plan_and_the_doctor_refuse_what_training_refuses(models, data, name, overrides, message, capsys, tmp_path):
     settings = [*tiny.settings(models), *overrides]
     assert main(["plan", "--exp", "e3", "--data", str(data[name]), "--set", *settings]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]  # others tell of progress
-    assert told in error
+    error = capsys.readouterr().err.splitlines()[-1]  # the others show progress
+    assert message in error
     experiment = load_experiment("e3", [*settings, f"data.path={data[name]}"])
     context = CheckContext(experiment, tmp_path, 30, 1, None, CPU)
     (found,) = findings_within(30, lambda: check_dataset(context))
@@ -91,9 +96,9 @@ def test_the_plan_and_the_doctor_refuse_what_training_refuses(models, data, name
 @pytest.mark.distributed
 def test_training_refuses_it_in_the_same_words(models, data, tmp_path, capsys):
     run = tmp_path / "run"
-    for name, overrides, told in (REFUSED[0], REFUSED[5], REFUSED[6]):
+    for name, overrides, message in (REFUSED[0], REFUSED[5], REFUSED[6]):
         done = train(0, *arguments(models, data[name], run, *overrides), expect=2)
-        assert told in done.stderr and not run.exists()
+        assert message in done.stderr and not run.exists()
         main(["plan", "--exp", "e3", "--data", str(data[name]), "--set", *tiny.settings(models), *overrides])
         assert capsys.readouterr().err.splitlines()[-1] == done.stderr.splitlines()[-1]
 
@@ -130,15 +135,15 @@ def test_charts_at_wandb_need_wandb(models, shards, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["data.num_frames=8192"], "data.num_frames: 32,768 visual tokens, the prompt and"),
         (["data.max_caption_tokens=32768"], "llm.model .* takes 32,768; use fewer frames"),
     ],
 )
-def test_sequences_longer_than_the_model_takes(models, overrides, told):
+def test_sequences_longer_than_the_model_takes(models, overrides, message):
     experiment = load_experiment("e3", [*tiny.settings(models), *overrides])
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         sequence_builder(experiment, load_tokenizer(experiment.llm), shapes(experiment).captioner)
 
 

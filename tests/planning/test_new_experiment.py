@@ -6,6 +6,7 @@ import yaml
 from tests import tiny
 from vlmds.cli import main
 from vlmds.experiments.reading import PACKAGED, load_experiment, packaged_experiments
+from vlmds.experiments.schema import PROJECTORS
 
 PAIRS = {(e.projector.type, e.peft.type): e for e in map(load_experiment, packaged_experiments()) if e.name != "demo"}
 
@@ -21,6 +22,20 @@ def test_a_new_file_is_the_packaged_experiment_under_its_own_name(projector, ada
     assert yaml.safe_load(text)["extends"] == packaged.name
     for key in ("lr:", "epochs:", "# global_batch: 8", "validate_every: 200", "# keep: best"):
         assert key in text
+    flat = " ".join(text.replace("#", " ").split())
+    assert str(type(packaged.projector).__doc__).replace("``", "") in flat and packaged.projector.rate_advice in flat
+    assert ("num_queries: Learned queries" in flat) == hasattr(packaged.projector, "num_queries")
+
+
+def test_a_projector_without_a_packaged_experiment_extends_the_base(tmp_path, monkeypatch):
+    """As a fifth projector, right after its registration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vlmds.planning.new_experiment.packaged_experiments", lambda: ["demo", "e1", "e2"])
+    assert main(["new", "my.yaml", "--projector", "mlp", "--adapter", "dora"]) == 0
+    new = load_experiment("my.yaml")
+    assert new.model_dump(exclude={"name", "owner", "priority"}) == PAIRS["mlp", "dora"].model_dump(
+        exclude={"name", "owner", "priority"}
+    )
 
 
 def test_its_values_are_those_of_the_packaged_files(tmp_path, monkeypatch):
@@ -51,7 +66,7 @@ def test_its_steps_are_those_that_the_plan_counts(models, shards, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("there.yaml", [], "there.yaml: is there already; choose another name"),
         ("e7.yaml", [], "e7 is the name of a packaged experiment"),
@@ -59,16 +74,16 @@ def test_its_steps_are_those_that_the_plan_counts(models, shards, tmp_path, caps
         ("내것.yaml", [], "the file's name becomes the experiment's"),
         ("no/folder.yaml", [], "does not exist; make it first"),
         ("my.yaml", ["--adapter", "qlora"], "--adapter qlora: there are dora, lora"),
-        ("my.yaml", ["--projector", "mpl"], "--projector mpl: there are cabstractor, linear, mlp"),
+        ("my.yaml", ["--projector", "mpl"], f"--projector mpl: there are {', '.join(sorted(PROJECTORS))}"),
         ("my.yaml", ["--clips", "0"], "--clips 0: must be at least 1"),
         ("my.yaml", ["--data", "nowhere"], "data.path: nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(name, options, told, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_is_refused_in_one_line(name, options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.yaml").write_text("mine")
     assert main(["new", name, "--projector", "mlp", *options]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
     assert (tmp_path / "there.yaml").read_text() == "mine"

@@ -13,7 +13,7 @@ from tests.clips import write_manifest, write_video
 from vlmds.bench.footprint import StepMemory
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset
-from vlmds.data.features import check_tower
+from vlmds.data.features import check_features
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
@@ -27,10 +27,10 @@ from vlmds.packing.pack import pack
 from vlmds.planning import plan
 from vlmds.planning.memory import (
     dora_norm_bytes,
-    fewest_recomputed,
     layer_activations,
     llm_bytes,
     longest,
+    recompute_interval,
     saved_bytes,
     stage_memories,
     stage_memory,
@@ -212,8 +212,8 @@ def test_every_nth_layer_lies_between_none_and_all():
     assert list(memories) == [0, 8, 4, 3, 2, 1] and sizes == sorted(sizes, reverse=True)
     assert memories[1] == parts(experiment, 1)
     for every, size in zip(memories, sizes, strict=True):
-        assert fewest_recomputed({every: memories[every]}, size) is None  # no room for fragments
-    assert fewest_recomputed(memories, 1e12) == 0
+        assert recompute_interval({every: memories[every]}, size) is None  # no room for fragments
+    assert recompute_interval(memories, 1e12) == 0
 
 
 def test_saved_bytes_are_what_autograd_keeps():
@@ -290,8 +290,8 @@ def test_small_sizes_are_no_zeros(models, data, capsys):
 
 
 def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_path, monkeypatch, capsys):
-    """From a folder with a space, with neither pack's default frames nor CLIP's default layer: what
-    they make is what training takes."""
+    """From a folder with a space, with neither pack's default frames nor CLIP's default layer: they
+    make what training accepts."""
     source = tmp_path / "my data" / "video"
     shutil.copytree(data / "video", source)
     settings = [*tiny.settings(models), "vision.feature_layer=-2", "vision.pool=2"]
@@ -304,12 +304,26 @@ def test_commands_that_plan_gives_work_as_they_are_printed(models, data, tmp_pat
         )
         assert main(["plan", "--exp", "e1", "--data", str(source), "--set", *settings]) == 0
         printed = capsys.readouterr().out.splitlines()
-        program, *words = shlex.split(next(line for line in printed if "vlmds pack" in line))
+        place = next(number for number, line in enumerate(printed) if "vlmds pack" in line)
+        program, *words = shlex.split(printed[place])
         assert program == "vlmds" and main(words) == 0
+        assert printed[place + 1] == f"  then pass --data {source}-{store}"
         dataset = open_dataset(f"{source}-{store}")
         assert dataset.store == store and dataset.count("train") == 5
         SampleReader(dataset, "train", experiment.data.num_frames, tiny.SIDE)  # or InputError
-        check_tower(dataset, experiment)  # or InputError
+        check_features(dataset, experiment)  # or InputError
+
+
+def test_the_commands_for_a_blend_name_the_parts_place(models, data, monkeypatch):
+    monkeypatch.setattr(
+        plan, "cheapest", lambda needs, cores: next(need for need in needs if need.price.store == "frames")
+    )
+    blend = f"data.blend=[{{path: {data / 'video'}}}, {{path: {data / 'video'}}}]"
+    printed = plan_experiment(load_experiment("e1", [*tiny.settings(models), blend]))
+    assert (
+        f"vlmds pack {data / 'video'} {data / 'video'}-frames --store frames --num-frames 4 --image-size 28" in printed
+    )
+    assert f"  then name {data / 'video'}-frames in data.blend.1.path" in printed
 
 
 @pytest.mark.parametrize("store", ["video", "frames", "features"])
@@ -326,13 +340,13 @@ def test_plan_names_the_cheapest_store_of_the_data(models, data, store, capsys):
     }[store]
     rows = {line.split("  ")[0] for line in printed.splitlines()}
     assert rows >= set(names)
-    assert "cheapest that keeps the GPUs fed with 8 cores for each: " in printed
+    assert "cheapest that keeps the GPUs busy with 8 cores for each: " in printed
     assert f"data: {data / store} ({store} store; train 5)" in printed
 
 
-def test_a_rate_that_no_store_can_serve_is_told(models, data):
+def test_a_rate_that_no_store_can_serve_is_reported(models, data):
     experiment = load_experiment("e1", tiny.settings(models, data / "frames"))
-    assert "no store keeps a GPU fed with 0.001 cores" in plan_experiment(
+    assert "no store keeps a GPU busy with 0.001 cores" in plan_experiment(
         experiment, samples_per_second=1e9, cores_per_gpu=0.001
     )
 
@@ -363,6 +377,6 @@ def test_no_more_is_recomputed_than_the_memory_asks_for():
     memories = stage_memories(experiment, experiment.stages[1], model.captioner, model.tower, 1)
     totals = [sum(parts.values()) for parts in memories.values()]
     assert list(memories) == [0, 8, 4, 3, 2, 1] and totals == sorted(totals, reverse=True)
-    found = [fewest_recomputed(memories, size) for size in (1e12, 100e9, 60e9, 24e9, 8e9)]
+    found = [recompute_interval(memories, size) for size in (1e12, 100e9, 60e9, 24e9, 8e9)]
     assert found[0] == 0 and found[-1] is None
     assert found[:-1] == sorted(found[:-1], key=list(memories).index)

@@ -127,7 +127,7 @@ def test_a_rank_stuck_in_data_ends_the_job_within_the_timeout(models, shards, tm
     assert "vlmds: rank 1: still at align step 3, waiting for data" in done.stderr, done.stderr
     assert "vlmds: rank 1: no progress for 12 s" in done.stderr, done.stderr
     said = next(line for line in done.stderr.splitlines() if "rank 1: it was at align" in line)
-    assert "step 3, waiting for data" in said and "reader 0 has had sample v" in said, said
+    assert "step 3, waiting for data" in said and "reader 0 has been reading sample v" in said, said
 
 
 def test_the_watch_counts_from_its_start(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
@@ -14,11 +16,11 @@ from vlmds.models.captioner import VISUAL
 
 
 def measure_hf(work: Workload, recorder, device: torch.device) -> dict:
-    """Train LLaVA with the Trainer; called in a process of its own."""
+    """Train LLaVA with the Trainer, in a process of its own."""
     experiment, stage = work.experiment, work.experiment.stages[work.stage]
     training = experiment.training
     model = prepared(work, device)
-    image_token = model.captioner.llm.get_base_model().config.vocab_size - 1  # that no text has
+    image_token = model.captioner.llm.config.vocab_size - 1  # in no text
     samples = [
         {
             "pixel_values": batch["pixels"][row],
@@ -31,7 +33,7 @@ def measure_hf(work: Workload, recorder, device: torch.device) -> dict:
     llava = build_llava(experiment, model, image_token)
     low = experiment.llm.dtype == "bfloat16"
     for parameter in llava.parameters():
-        if parameter.requires_grad and low:  # as PEFT does: trainables in fp32 under autocast
+        if parameter.requires_grad and low:  # PEFT's default: trainables in fp32 under autocast
             parameter.data = parameter.data.float()
     recording = _Recording(recorder)
     trainer = RecordingTrainer(
@@ -66,8 +68,10 @@ def measure_hf(work: Workload, recorder, device: torch.device) -> dict:
 
 
 def build_llava(experiment: Experiment, model: Model, image_token: int) -> nn.Module:
-    """LLaVA around the weights of `model`, whose language model carries PEFT's adapter already."""
-    llm, projector = model.captioner.llm.get_base_model(), model.captioner.projector
+    """LLaVA around the weights of `model`, whose language model already has its adapter."""
+    llm = model.captioner.llm
+    projector: Any = model.captioner.projector  # Linear or MLP
+    assert model.tower is not None
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(
             LlavaConfig(
@@ -79,8 +83,8 @@ def build_llava(experiment: Experiment, model: Model, image_token: int) -> nn.Mo
                 vision_feature_layer=experiment.vision.feature_layer,
             )
         )
-    llava.model.vision_tower, llava.model.language_model = model.tower.clip, llm.model
-    llava.lm_head = llm.lm_head
+    llava.model.vision_tower, llava.model.language_model = model.tower.clip, llm.get_decoder()
+    llava.lm_head = llm.get_output_embeddings()
     if experiment.projector.type == "linear":
         llava.model.multi_modal_projector = projector.net
     else:
@@ -90,7 +94,7 @@ def build_llava(experiment: Experiment, model: Model, image_token: int) -> nn.Mo
 
 
 class RecordingTrainer(Trainer):
-    """Tells the callback the losses of a step's micro-batches, each a share of the step's mean."""
+    """A Trainer that records the losses of a step's micro-batches, each a share of the step's mean."""
 
     recording: _Recording
 

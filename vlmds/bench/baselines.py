@@ -1,21 +1,22 @@
-"""What vlmds is measured against: the same model, weights and samples, trained otherwise.
+"""Baselines of `vlmds bench train`: the same model, weights and samples, trained in other ways.
 
-reference   the textbook form, as a straightforward implementation would have it: CLIP frame by
-            frame, embeddings concatenated, an attention mask, logits at every position, the mean
-            loss; PEFT and plain DeepSpeed.
+reference   a straightforward implementation: CLIP frame by frame, embeddings concatenated, an
+            attention mask, logits at every position, the mean loss; PEFT and plain DeepSpeed.
 hf          Hugging Face's Trainer on LlavaForConditionalGeneration and PEFT; projectors linear and
-            mlp. In :mod:`vlmds.bench.baseline_hf`, whose imports the others need not hold.
+            mlp. In :mod:`vlmds.bench.baseline_hf`, for its imports.
 
-Both find their samples decoded and tokenised in memory, so they never wait for data.
+Their samples are decoded and tokenised in memory: they never wait for data.
 """
 
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import torch
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vlmds.bench.workload import Workload
 from vlmds.data.dataset import open_dataset
@@ -47,14 +48,14 @@ def check_baseline(name: str, experiment: Experiment) -> None:
 
 
 class Textbook(nn.Module):
-    """CLIP, projector and language model in one module.
+    """CLIP, projector and language model in one module: the baseline "reference".
 
     Args:
         clip, projector, llm: as the captioner has them.
         feature_layer: see :class:`~vlmds.models.vision.VisionTower`.
     """
 
-    def __init__(self, clip: nn.Module, projector: nn.Module, llm: nn.Module, feature_layer: int):
+    def __init__(self, clip: nn.Module, projector: nn.Module, llm: PreTrainedModel, feature_layer: int):
         super().__init__()
         self.clip, self.projector, self.llm = clip, projector, llm
         self.feature_layer = feature_layer
@@ -83,9 +84,10 @@ class Textbook(nn.Module):
 
 
 def measure_reference(work: Workload, recorder, device: torch.device) -> dict:
-    """Train the textbook form; called in a process of its own."""
+    """Train the baseline "reference", in a process of its own."""
     experiment, stage, clock = work.experiment, work.experiment.stages[work.stage], recorder.clock
     model = prepared(work, device)
+    assert model.tower is not None
     textbook = Textbook(
         model.tower.clip, model.captioner.projector, model.captioner.llm, experiment.vision.feature_layer
     )
@@ -111,7 +113,7 @@ def measure_reference(work: Workload, recorder, device: torch.device) -> dict:
 
 
 def _pieces(batch: dict[str, Tensor], device: torch.device) -> list[Tensor]:
-    """Arguments of :class:`Textbook`: the ids around the visual tokens."""
+    """Arguments of :class:`Textbook`: the pixels, the ids around the visual tokens, the labels."""
     ids, labels = batch["input_ids"], batch["labels"]
     places = (ids[0] == VISUAL).nonzero().flatten()
     first, end = int(places[0]), int(places[-1]) + 1
@@ -119,14 +121,15 @@ def _pieces(batch: dict[str, Tensor], device: torch.device) -> list[Tensor]:
 
 
 def prepared(work: Workload, device: torch.device) -> Model:
-    """The stage's weights, frozen as it says."""
+    """The model with the stage's weights, frozen as in the stage."""
     experiment = work.experiment
     model = load_model(experiment, device)
     load_artifact(work.artifact, model.captioner)
-    for module in model.captioner.llm.modules():  # DoRA as PEFT has it
-        for adapter, variant in getattr(module, "lora_variant", {}).items():
+    for module in model.captioner.llm.modules():  # PEFT's own DoRA
+        variants: Any = getattr(module, "lora_variant", {})
+        for adapter, variant in variants.items():
             if isinstance(variant, Dora):
-                module.lora_variant[adapter] = DoraLinearVariant()
+                variants[adapter] = DoraLinearVariant()
     freeze(model.captioner, experiment.stages[work.stage])
     checkpoint_activations(
         model.captioner, checkpointed_layers(experiment, experiment.stages[work.stage], False, device)
@@ -136,8 +139,8 @@ def prepared(work: Workload, device: torch.device) -> Model:
 
 
 def micro_batches(work: Workload, model: Model) -> list[dict[str, Tensor]]:
-    """All micro-batches of the stage on one rank, as the stage itself reads them, with normalised
-    pixels [B, F, 3, S, S] on the host."""
+    """All micro-batches of the stage on one rank, in the stage's order, with normalised pixels
+    [B, F, 3, S, S] on the host."""
     experiment = work.experiment
     data, training = experiment.data, experiment.training
     reader = SampleReader(
@@ -160,7 +163,8 @@ def micro_batches(work: Workload, model: Model) -> list[dict[str, Tensor]]:
     builder = SequenceBuilder(
         model.tokenizer, data.prompt, model.captioner.projector.num_tokens, data.max_caption_tokens
     )
-    mean, std = model.tower.mean.cpu(), model.tower.std.cpu()
+    tower: Any = model.tower  # always loaded here
+    mean, std = tower.mean.cpu(), tower.std.cpu()
     batches = []
     for number in range(len(positions)):
         samples = [reader.load(position) for position in positions[number]]
@@ -168,7 +172,7 @@ def micro_batches(work: Workload, model: Model) -> list[dict[str, Tensor]]:
         batches.append(
             {
                 **builder.collate_training([builder.training(s.caption, s.prompt) for s in samples]),
-                "pixels": ((frames.float() / 255 - mean) / std).to(model.tower.clip.dtype),
+                "pixels": ((frames.float() / 255 - mean) / std).to(tower.clip.dtype),
             }
         )
     return batches

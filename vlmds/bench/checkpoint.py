@@ -1,8 +1,8 @@
-"""`vlmds bench checkpoint`: what saving costs the training, against no saving and saving in place.
+"""`vlmds bench checkpoint`: the cost of saving in the background, against no saving and in place.
 
-One process, the MLP projector and LoRA on a tiny language model of the full vocabulary, the real
-engine and the real saver. A checkpoint is begun every few steps; the step time is the mean over
-all steps, those that begin a checkpoint included, the least of some rounds.
+One process, the MLP projector and LoRA on a tiny language model with the full vocabulary, the real
+engine and the real saver. A checkpoint starts every few steps. The step time is the mean over all
+steps, those that start a checkpoint included; the least of several rounds counts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -44,7 +45,7 @@ def bench_checkpoint(output: Path, steps: int = 30, every: int = 15, rounds: int
         ],
     )
     torch.manual_seed(0)
-    llm = Qwen3ForCausalLM(
+    llm: Any = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCABULARY,
             hidden_size=WIDTH,
@@ -56,10 +57,8 @@ def bench_checkpoint(output: Path, steps: int = 30, every: int = 15, rounds: int
             tie_word_embeddings=True,
         )
     )
-    captioner = Captioner(
-        build_projector(experiment.projector, 256, WIDTH, FRAMES, PATCHES),
-        add_adapter(llm.requires_grad_(False), experiment.peft),
-    ).to(device)
+    llm = add_adapter(llm.requires_grad_(False), experiment.peft)
+    captioner = Captioner(build_projector(experiment.projector, 256, WIDTH, FRAMES, PATCHES), llm).to(device)
     stage = experiment.stages[1]
     freeze(captioner, stage)
     engine = build_engine(captioner, experiment, stage, default_ds_config(), 1)
@@ -74,7 +73,7 @@ def bench_checkpoint(output: Path, steps: int = 30, every: int = 15, rounds: int
         }
         _run(engine, batch, None, 5, every, wait=False)
         means = dict.fromkeys(savers, float("inf"))
-        for _ in range(rounds):  # in turns, so that a slow spell of the machine hits all alike
+        for _ in range(rounds):  # in turns, to share slow spells of the machine
             for name, saver in savers.items():
                 mean = _run(engine, batch, saver, steps, every, wait=name == "in place")
                 means[name] = min(means[name], mean)
@@ -90,7 +89,7 @@ def bench_checkpoint(output: Path, steps: int = 30, every: int = 15, rounds: int
 
 
 def _run(engine, batch: tuple, saver: Saver | None, steps: int, every: int, wait: bool) -> float:
-    """Mean seconds of a step; the last checkpoint is waited for after the clock has stopped."""
+    """Mean seconds of a step, without the wait for the last checkpoint."""
     begin = time.perf_counter()
     for step in range(1, steps + 1):
         engine.backward(engine(*batch) / 100, scale_wrt_gas=False)

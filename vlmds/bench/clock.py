@@ -1,4 +1,4 @@
-"""Where a training step's time and bytes go: phases, and the collectives between ranks."""
+"""Time of a training step by phase, and bytes of the collectives between ranks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 # Bytes that one rank sends in a collective over W ranks by the ring algorithms, per byte of the
-# whole tensor: (W − 1) / W times this (Patarasuk and Yuan, 2009).
+# whole tensor and per (W − 1) / W (Patarasuk and Yuan, 2009).
 COLLECTIVES = {
     "all_reduce": 2,
     "reduce": 1,
@@ -28,9 +29,8 @@ class StepClock:
     the outer one.
 
     Args:
-        device: on a GPU both ends of a phase wait for it, so that what runs there is counted.
-            That takes overlap away, so with ``split`` False nothing waits, and what is counted is
-            the host's part.
+        device: on a GPU both ends of a phase wait for it, to count the work that runs there.
+        split: False does not wait, which would prevent overlap, and counts the host's part only.
     """
 
     def __init__(self, device: torch.device, split: bool = True):
@@ -43,6 +43,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """A context whose time counts as this phase."""
         if not self.split:
             begin = time.perf_counter()
             yield
@@ -51,7 +52,7 @@ class StepClock:
         begin = self._now()
         self._inner.append(0.0)
         try:
-            # Names the phase in a profile, too, from which memory is attributed.
+            # Also names the phase in a profile, by which StepMemory assigns memory to phases.
             with torch.autograd.profiler.record_function(f"vlmds {name}"):
                 yield
         finally:
@@ -60,7 +61,7 @@ class StepClock:
             self._inner[-1] += took
 
     def timed(self, name: str, call: Callable) -> Callable:
-        """The same function, counted as a phase."""
+        """The function ``call``, counted as a phase."""
 
         def timed(*arguments, **keywords):
             with self.phase(name):
@@ -68,9 +69,9 @@ class StepClock:
 
         return timed
 
-    def lap(self) -> dict[str, float]:
-        """Seconds by phase and bytes sent ("sent") since the last call; under "host", of the phases
-        that were not split, how long the host was in each, those inside it included."""
+    def lap(self) -> dict[str, Any]:
+        """Seconds by phase and bytes sent ("sent") since the last call. "host": the host's seconds in
+        each phase that was not split, inner phases included."""
         found = {**self._seconds, "sent": self.sent, "host": dict(self._host)}
         self._seconds.clear()
         self._host.clear()
@@ -79,7 +80,7 @@ class StepClock:
 
     def watch_collectives(self) -> None:
         """Count every collective of ``torch.distributed`` from now on, as phase "communication".
-        Must come before DeepSpeed joins the ranks, which notes some of the functions."""
+        Call it before DeepSpeed joins the ranks, which keeps references to some of the functions."""
         for name, factor in COLLECTIVES.items():
             setattr(dist, name, self._watched(getattr(dist, name), factor))
 
@@ -101,7 +102,7 @@ class StepClock:
 
 
 def _nbytes(value) -> int:
-    """Of a tensor or a list of tensors; 0 for anything else."""
+    """Bytes of a tensor or a list of tensors; 0 for anything else."""
     if isinstance(value, (list, tuple)):
         return sum(map(_nbytes, value))
     return value.nbytes if isinstance(value, torch.Tensor) else 0

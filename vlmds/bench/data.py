@@ -1,8 +1,8 @@
 """`vlmds bench data`: packing against `tar`, loading against bare decoding, store against store.
 
-All on the same files in one run: those of a manifest, or clips made here (360p, 10 s). Each figure
-is a ratio to the baseline that its table names; jobs of a table run in turns, the least time of
-each counts.
+All run on the same files: those of a manifest, or generated clips (360p, 10 s). Each figure is a
+ratio to the baseline that its table names. The jobs of a table run in turns; the least time of each
+counts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vlmds.video.probe import probe
 from vlmds.video.sampling import SAMPLER
 
 FRAMES, SIDE = 8, 336
-PACKED = 150e6  # bytes to pack: the videos are named again and again until there are so many
+PACKED = 150e6  # bytes to pack: the videos are repeated in the manifest up to this size
 VIDEO2DATASET = """\
 import sys
 from video2dataset import video2dataset
@@ -65,8 +65,8 @@ def bench_data(
 ) -> dict[str, dict[str, float]]:
     """Run it, print the tables, and write data.json to `output`.
 
-    video2dataset: a Python that can import it, to pack with it, too. Its requirements (torch 2.1)
-    don't go with vlmds's.
+    video2dataset: a Python that can import it, to pack with it too. Its requirements (torch 2.1)
+    conflict with vlmds's.
     """
     with tempfile.TemporaryDirectory(prefix="vlmds-data-") as place:
         folder = Path(place)
@@ -127,7 +127,7 @@ def _packing(folder: Path, rows: list[ManifestRow], repeats: int, video2dataset:
     def tar(out: Path) -> None:
         # GNU tar's --files-from takes any number of names.
         names = "".join(f"{row.video}\n" for row in rows).encode()
-        # A name that comes again is the same file; it is to be stored again, not as a link.
+        # A repeated file is stored again, not as a link.
         subprocess.run(
             ["tar", "-cf", str(out / "a.tar"), "-P", "--hard-dereference", "--files-from", "-"], input=names, check=True
         )
@@ -152,7 +152,7 @@ def _packing(folder: Path, rows: list[ManifestRow], repeats: int, video2dataset:
 
 
 def _video2dataset(folder: Path, rows: list[ManifestRow], python: str) -> Callable[[Path], None]:
-    """Packs local files as its users do: a table of them, as many processes as there are cores."""
+    """A job that packs local files as its users do: from a table, with a process for each core."""
     script, listed = folder / "pack_with_video2dataset.py", folder / "many.csv"
     script.write_text(VIDEO2DATASET.replace("CORES", str(len(os.sched_getaffinity(0)))))
     listed.write_text("url,caption\n" + "".join(f"{row.video},가\n" for row in rows), encoding="utf-8")
@@ -165,7 +165,7 @@ def _video2dataset(folder: Path, rows: list[ManifestRow], python: str) -> Callab
             stderr=subprocess.DEVNULL,
             env=os.environ | {"WANDB_MODE": "disabled"},
         )
-        packed = 0  # it calls a failed shard a success
+        packed = 0  # counted here: it reports a failed shard as a success
         for path in out.rglob("*.tar"):
             with tarfile.open(path) as tar:
                 packed += sum(name.endswith(".mp4") for name in tar.getnames())
@@ -176,7 +176,7 @@ def _video2dataset(folder: Path, rows: list[ManifestRow], python: str) -> Callab
 
 
 def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
-    """Seconds for a sample, in one process and the thread it has."""
+    """Seconds for a sample, in one process with one thread."""
     manifest = folder / "load.jsonl"
     manifest.write_text("".join(f'{{"video": "{row.video}", "caption": "가"}}\n' for row in rows), encoding="utf-8")
     for store in ("video", "frames"):
@@ -225,7 +225,7 @@ def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
 
 
 def _decode_plainly(data: bytes) -> np.ndarray:
-    """As a straightforward pipeline would: decord whatever the file, frames by number."""
+    """A straightforward pipeline: decord for any file, frames by number."""
     import io
 
     import decord
@@ -237,7 +237,7 @@ def _decode_plainly(data: bytes) -> np.ndarray:
 
 
 def _make_features(source: Path, out: Path) -> None:
-    """A features store of the real size with random numbers in it: no CLIP is needed to read it."""
+    """A features store of real size with random numbers, made without CLIP."""
     index = ShardIndex.open(source)
     features = torch.randn(FRAMES * PATCHES, WIDTH)
     shards = []

@@ -1,8 +1,9 @@
-"""What a training step really holds in memory, part by part, to set against ``vlmds plan``."""
+"""Measured memory of a training step, part by part, to compare with ``vlmds plan``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from vlmds.models.assemble import Model
 
 
 def resident_parts(model: Model, engine) -> dict[str, int]:
-    """Bytes of what stays from step to step, by the parts of :func:`vlmds.planning.memory.stage_memory`.
-    Tensors that share memory count once."""
+    """Bytes of the tensors that stay from step to step, by the parts of
+    :func:`vlmds.planning.memory.stage_memory`. Tensors that share memory count once."""
     llm = dict(model.captioner.llm.named_parameters())
     optimizer = engine.optimizer
     masters = list(optimizer.single_partition_of_fp32_groups)
@@ -31,7 +32,7 @@ def resident_parts(model: Model, engine) -> dict[str, int]:
 
 
 def _quantisation(parameter: Tensor) -> list[Tensor]:
-    """Scales and tables of a weight in NF4."""
+    """Scales and tables of a weight in NF4; none of another weight."""
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return []
@@ -45,11 +46,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class StepMemory:
-    """The most that one step allocates above what was there before it, and in which phase.
+    """The most bytes that one step allocates above what was there before, and in which phase.
 
-    On a GPU the allocator's own counters tell the whole (its phase they do not know); on a CPU
-    PyTorch's profiler sees every tensor come and go. What libraries take for themselves is not in
-    either.
+    On a GPU the allocator's counters give the total, without phases; on a CPU PyTorch's profiler
+    records every allocation. Neither includes memory that libraries allocate themselves.
     """
 
     def __init__(self, device: torch.device):
@@ -72,7 +72,8 @@ class StepMemory:
             self._result = {"step_bytes": peak - self._before, "phase_bytes": {}}
             return
         self._profile.stop()
-        roots = self._profile.profiler.kineto_results.experimental_event_tree()
+        profiler: Any = self._profile.profiler  # torch types its parts as optional
+        roots = profiler.kineto_results.experimental_event_tree()
         phases: dict[str, int] = {}
         _most_by_phase(roots, "between", phases)
         self._result = {"step_bytes": max(phases.values()), "phase_bytes": phases}
@@ -83,7 +84,7 @@ class StepMemory:
 
 
 def _most_by_phase(events, phase: str, found: dict[str, int]) -> None:
-    """Into `found`: the most bytes allocated while each phase ran."""
+    """Adds to `found` the most bytes that were allocated during each phase."""
     todo = [(event, phase) for event in events]
     while todo:
         event, phase = todo.pop()

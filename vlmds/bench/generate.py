@@ -1,23 +1,25 @@
 """`vlmds bench generate`: captions a second, batched against one video at a time.
 
-The experiment's own models, as the hub or `--set llm.model=…` has them, or with `--tiny` random
-ones with the full vocabulary; either way a fresh projector and adapter, for the weights change
-neither shapes nor the work. Frames are random and in memory: decoding is `vlmds bench data`'s.
-Each caption has the same number of tokens, the end of turn being forbidden before. Ways run in
-turns, the least time of each counts.
+The models are the experiment's, or with `--tiny` small random ones with the full vocabulary. The
+projector and the adapter are fresh, because their weights change neither shapes nor the work. Frames
+are random and in memory; `vlmds bench data` measures decoding. All captions have the same number of
+tokens: no earlier end of turn is allowed. The ways of generating run in turns; the least time of
+each counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import CLIPVisionModel, Qwen3ForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlmds.bench.measure import in_turns, save, table
+from vlmds.bench.workload import TINY_LLM, TINY_VISION, tiny_settings
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
@@ -29,20 +31,6 @@ from vlmds.models.language import add_adapter
 from vlmds.models.vision import VisionTower
 
 NAIVE, BASELINE = "one by one, no KV cache", "one by one"
-TINY_VISION = CLIPVisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=112, patch_size=14
-)
-TINY_LLM = Qwen3Config(
-    vocab_size=151_936,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
-TINY_WIDTH = 128  # of a resampler
 
 
 def bench_generate(
@@ -58,19 +46,19 @@ def bench_generate(
     """Run it, print the table, and write generate.json to `output`.
 
     Args:
-        tokens: of each caption. batches: sizes to try, each with as many videos as the largest.
+        tokens: of each caption. batches: batch sizes to try; the largest is the number of videos.
 
     Returns:
-        For each way captions and tokens a second, its ratio to one by one, and the shares of CLIP,
-        prefill (prompt, visual tokens and the first token) and decoding in the time; and of the
-        captions, those that are one by one's to the token, which in bfloat16 need not be all.
+        For each way: captions and tokens a second, their ratio to one by one, the shares of CLIP,
+        prefill (prompt, visual tokens and the first token) and decoding in the time, and the share
+        of captions with the same tokens as one by one, which in bfloat16 may be below 1.
     """
     captioner = (_tiny if tiny else _real)(exp, overrides)
     side, count = captioner.model.image_size, captioner.experiment.data.num_frames
     videos = max(batches)
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (videos, count, 3, side, side), np.uint8))
     jobs, captions = _jobs(captioner, frames, tokens, batches)
-    for job in jobs.values():  # kernels are chosen and memory is taken at the first call
+    for job in jobs.values():  # the first call chooses kernels and allocates memory
         job()
     seconds = in_turns(jobs, repeats)
     ways = list(captions)
@@ -111,7 +99,8 @@ def _jobs(
     captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, batches: Sequence[int]
 ) -> tuple[dict[tuple[str, str], Callable[[], None]], dict[str, list[str]]]:
     """({(way, part of the work): job}, {way: the captions of its last run})."""
-    jobs, captions = {}, {}
+    jobs: dict[tuple[str, str], Callable[[], None]] = {}
+    captions: dict[str, list[str]] = {}
 
     def add(way: str, size: int, cached: bool) -> None:
         part = frames[: _count(way, len(frames))]
@@ -140,13 +129,13 @@ def _jobs(
 
 
 def _count(way: str, videos: int) -> int:
-    """One by one each video takes the same time: a few tell enough."""
+    """Number of videos: a few one by one, where each takes the same time."""
     return min({NAIVE: 2, BASELINE: 4}.get(way, videos), videos)
 
 
 @torch.no_grad()
 def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached: bool) -> list[str]:
-    """Captions of exactly so many tokens."""
+    """Captions of exactly ``tokens`` tokens, as text of their ids."""
     builder, model = captioner.builder, captioner.model.captioner
     prompts = builder.collate_generation([None] * len(frames))
     features = captioner.model.features({"frames": frames})
@@ -158,13 +147,13 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
         ids = model.generate(features, prompt, mask, config)
     else:
         ids = _write_naively(captioner, features, prompt, tokens)
-    return [str(row) for row in ids.tolist()]  # the tokens: words do not tell all captions apart
+    return [str(row) for row in ids.tolist()]  # ids: different ids may have the same text
 
 
 def _write_naively(
     captioner: VideoCaptioner, features: torch.Tensor, prompt: torch.Tensor, tokens: int
 ) -> torch.Tensor:
-    """As a straightforward loop would: the whole sequence again for each token. int64 [B, tokens]"""
+    """A straightforward loop: the whole sequence again for each token. int64 [B, tokens]"""
     model = captioner.model.captioner
     embeds, ids = model.embed(features, prompt), []
     for _ in range(tokens):
@@ -182,35 +171,24 @@ def _real(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
 
 
 def _tiny(exp: str, overrides: Sequence[str]) -> VideoCaptioner:
-    resampler = load_experiment(exp).projector.type in ("cabstractor", "perceiver")
-    experiment = load_experiment(
-        exp,
-        [
-            "llm.load_in_4bit=false",
-            "llm.dtype=float32",
-            *([f"projector.width={TINY_WIDTH}"] if resampler else []),
-            *overrides,
-        ],
-    )
+    experiment = load_experiment(exp, [*tiny_settings(exp), *overrides])
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    clip: Any = CLIPVisionModel(TINY_VISION)
     tower = VisionTower(
-        CLIPVisionModel(TINY_VISION).to(device),
-        OPENAI_CLIP_MEAN,
-        OPENAI_CLIP_STD,
-        experiment.vision.feature_layer,
-        pool=experiment.vision.pool,
+        clip.to(device), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, experiment.vision.feature_layer, pool=experiment.vision.pool
     )
-    llm = Qwen3ForCausalLM(TINY_LLM)
-    with torch.no_grad():  # so that captions of random weights are not all alike
+    llm: Any = Qwen3ForCausalLM(TINY_LLM)
+    with torch.no_grad():  # else all captions of random weights are alike
         llm.get_input_embeddings().weight.mul_(20)
     captioner = Captioner(experiment_projector(experiment, TINY_VISION, TINY_LLM), llm).to(device)
     tokenizer = train_tokenizer([experiment.data.prompt], vocab_size=600)
-    return _with_adapter(experiment, Model(tower, captioner, tokenizer, TINY_VISION.image_size), device)
+    return _with_adapter(experiment, Model(tower, captioner, tokenizer, tower.image_size), device)
 
 
 def _with_adapter(experiment: Experiment, model: Model, device: torch.device) -> VideoCaptioner:
-    model.captioner.llm = add_adapter(model.captioner.llm.requires_grad_(False), experiment.peft)
+    llm: Any = add_adapter(model.captioner.llm.requires_grad_(False), experiment.peft)
+    model.captioner.llm = llm
     model.captioner.to(device)
     return VideoCaptioner(experiment, model, device)
 

@@ -1,8 +1,8 @@
-"""`vlmds bench scale`: what opening and reading the index costs as a dataset grows.
+"""`vlmds bench scale`: the cost of opening and reading the index as a dataset grows.
 
-Makes the index of a dataset that has no shards, and for each size asks a fresh process for: the
-seconds to open it and make the order, the memory that takes, and the seconds to find 1,000 random
-positions of the training stream with their rows of the index.
+For each size, the index of a dataset without shards is made, and a fresh process measures: the
+seconds and memory to open it and make the order, and the seconds to find 1,000 random positions of
+the training stream with their rows of the index.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _rows(shard: int, count: int, generator: np.random.Generator) -> pa.Table:
 
 
 def plot(rows: list[dict], path: Path) -> Path:
-    """The growth of each cost, against the least of it, on logarithmic axes."""
+    """Draws the growth of each cost since the smallest size, on logarithmic axes. Returns the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +164,7 @@ def plot(rows: list[dict], path: Path) -> Path:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """In a fresh process: what opening the dataset there costs."""
+    """The cost of opening the dataset, in a fresh process: seconds and bytes."""
     from vlmds.data.dataset import Dataset, DatasetOrder
     from vlmds.data.index import ShardIndex
 
@@ -173,7 +173,7 @@ def measure(folder: Path) -> dict[str, float]:
     order = DatasetOrder(dataset, "train", seed=1)
     order.row(dataset, "train", 0)
     opened = time.perf_counter()
-    # As far apart as they can be: every one is in another window of shards.
+    # Far apart: each is in another window of shards.
     for position in np.random.default_rng(1).integers(0, len(order), 1000).tolist():
         order.row(dataset, "train", position)
     read = time.perf_counter()
@@ -187,7 +187,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def _memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident bytes of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 

@@ -1,16 +1,17 @@
-"""`vlmds bench scaling`: how efficient training would be on many GPUs, from counted parts.
+"""`vlmds bench scaling`: the predicted efficiency of training on many GPUs.
 
-A step is the work of :mod:`vlmds.planning.propose` (operations at an assumed share of the card's peak, or the
-host's time where that is longer), then communication. Gradients are reduced and weights gathered
-once an optimizer step, by rings: a rank sends 2·bytes·(W−1)/W of the trainables, the least there
-is, which `vlmds bench train --ranks 2` finds, too; or 3·bytes·(W−1)/W beyond OWNER_REDUCTIONS
-ranks, where gradients are all-reduced. Between nodes a ring passes each node's links once, shared
-by its GPUs; within a node NVLink is taken to be no limit. Nothing is taken to overlap, and each hop
-between nodes takes LATENCY.
+A step is the work of :mod:`vlmds.planning.propose` (operations at an assumed share of the card's peak,
+or the host's time where that is longer), then communication. Gradients are reduced and weights
+gathered once an optimizer step, by rings: a rank sends 2·bytes·(W−1)/W of the trainables, which is
+the least possible and what `vlmds bench train --ranks 2` measures; or 3·bytes·(W−1)/W with so many
+ranks that gradients are all-reduced (:func:`vlmds.training.engine.reduces_to_owners`). Assumed: a
+ring passes each node's link once, shared by its GPUs; NVLink within a node is no limit; nothing
+overlaps; each hop between nodes takes LATENCY.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlmds.bench.measure import save, table
@@ -30,13 +31,13 @@ EXPERIMENTS = tuple(f"e{n}" for n in range(1, 9))
 
 
 def sent_bytes(trained_bytes: float, ranks: int) -> float:
-    """That each rank sends in an optimizer step."""
+    """Bytes that each rank sends in an optimizer step."""
     reduction = 1 if reduces_to_owners(ranks) else 2
     return (reduction + 1) * trained_bytes * (ranks - 1) / ranks
 
 
 def communication_seconds(trained_bytes: float, gpus: int, gigabits: float) -> float:
-    """Of an optimizer step on all ranks; 0 within one node."""
+    """Seconds of communication in an optimizer step; 0 within one node."""
     nodes = gpus // PER_NODE
     if nodes <= 1:
         return 0.0
@@ -44,12 +45,13 @@ def communication_seconds(trained_bytes: float, gpus: int, gigabits: float) -> f
     return sent_bytes(trained_bytes, gpus) / (gigabits * 1e9 / 8 * USABLE) + rings * (nodes - 1) * LATENCY
 
 
-def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
+def bench_scaling(output: Path, gpu: str, overrides: Sequence[str] = ()) -> dict:
     """Print the table, write scaling.json and scaling.png to ``output``. Raises InputError."""
     card = find_card(gpu)
-    rows, curves = [], {}
+    rows: list[dict[str, str]] = []
+    curves: dict[tuple[str, int], list[float]] = {}
     for exp in EXPERIMENTS:
-        experiment = load_experiment(exp, overrides)
+        experiment = load_experiment(exp, list(overrides))
         stage, model = experiment.stages[-1], shapes(experiment)
         every = fewest_that_fits(experiment, stage, False, card.memory, PER_NODE)
         freeze(model.captioner, stage)
@@ -65,8 +67,7 @@ def bench_scaling(output: Path, gpu: str, overrides: list[str] = ()) -> dict:
                 curves.setdefault((exp, link), []).append(efficiency)
         rows.append(row)
     print(
-        f"predicted on {card.name}, {PER_NODE} a node, micro-batch and accumulation as the "
-        "experiments have them; no overlap"
+        f"predicted on {card.name}, {PER_NODE} a node, with the experiments' micro-batch and accumulation; no overlap"
     )
     print(table(rows))
     output.mkdir(parents=True, exist_ok=True)

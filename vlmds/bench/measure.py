@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing in turns, tables, and where the results go."""
+"""Shared parts of all benchmarks: timing in turns, tables, and the files of results."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from vlmds.files import write
 
+Name = TypeVar("Name", bound=Hashable)
 
-def in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each job: the least of `repeats`, run in turns so that a slow spell of the machine
-    hits all alike."""
+
+def in_turns(jobs: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, float]:
+    """Seconds of each job: the least of `repeats`. They run in turns, to share slow spells of the
+    machine."""
     best = dict.fromkeys(jobs, float("inf"))
     for _ in range(repeats):
         for name, job in jobs.items():
@@ -24,15 +27,16 @@ def in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return best
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: Iterable[Mapping[str, object]]) -> str:
     """Rows of the same keys as a Markdown table."""
+    rows = list(rows)
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def save(output: Path, name: str, result: dict) -> Path:
-    """Write the figures, and what machine they are of, as JSON."""
+    """Write the figures, with a description of the machine, as JSON. Returns the file."""
     path = output / f"{name}.json"
     write(
         path,

@@ -1,8 +1,8 @@
-"""`vlmds bench train`: where a training step's time and memory go, against named baselines.
+"""`vlmds bench train`: time and memory of a training step by part, against named baselines.
 
-Each variant runs in a process of its own, on the same random weights and the same samples
-(:mod:`vlmds.bench.workload`); their losses must be the same to rounding before any time is looked
-at. Of each variant's timed steps the fastest counts, over rounds in turns.
+Each variant runs in a process of its own, on the same random weights and samples
+(:mod:`vlmds.bench.workload`). Times are compared only if the losses are equal up to rounding. The
+fastest of each variant's timed steps counts, over rounds in turns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from vlmds.planning.propose import LINEAR_SECONDS, host_seconds, passes
 
 BASELINES = ("reference", "hf", "lora")
 ROUNDS = 2
-# Rounding of the first loss, before any update, and of all of a few steps.
+# Relative difference allowed for rounding: of the first loss, before any update, and of later ones.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 3e-2)}
 STEP_PARTS = (
     "gradients",
@@ -47,12 +48,12 @@ STEP_PARTS = (
     "one unpacked weight",
     "first DoRA norm",
 )
-"""Of :func:`vlmds.planning.memory.stage_memories`: what comes and goes within a step."""
+"""Parts of :func:`vlmds.planning.memory.stage_memories` that are allocated within a step."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one row is of. name: "vlmds" or a baseline. code: what the worker runs."""
+    """One row of the tables. name: "vlmds" or a baseline. code: the worker's argument."""
 
     name: str
     work: Workload
@@ -65,10 +66,10 @@ def bench_train(
     exps: list[str],
     *,
     tiny: bool = False,
-    baselines: list[str] = (),
+    baselines: Sequence[str] = (),
     steps: int = 4,
     ranks: int = 1,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
 ) -> dict:
     """Run it, print the tables, and write train.json to ``output``.
 
@@ -76,27 +77,27 @@ def bench_train(
         tiny: small models with the full vocabulary of 151,669, in fp32, for a CPU.
         baselines: of BASELINES: "reference", "hf", or "lora" (the same experiment with LoRA).
         steps: timed optimizer steps of each process; on a GPU at least 2.
-        ranks: more than 1 also measures so many ranks against one.
+        ranks: a number above 1 also compares that many ranks with one.
 
     Raises:
         InputError: an experiment that a baseline cannot train, a wrong override, no step, or fewer
             GPUs than ranks.
-        RuntimeError: vlmds itself failed, or a loss is not that of the others.
+        RuntimeError: vlmds itself failed, or the losses of the variants differ.
     """
     gpus = torch.cuda.device_count()
     if not tiny and 0 < gpus < ranks:
-        raise InputError(f"--ranks {ranks}: this machine has {counted(gpus, 'GPU')}; take as many or fewer")
+        raise InputError(f"--ranks {ranks}: this machine has {counted(gpus, 'GPU')}; use at most as many")
     if steps < 1:
-        raise InputError(f"--steps {steps}: is less than 1")
+        raise InputError(f"--steps {steps}: must be at least 1")
     if gpus and steps == 1:
-        steps = 2  # one timed as it is, and one split into phases
+        steps = 2  # one timed whole, and one split into phases
     for exp in exps:
         for baseline in baselines:
-            check_baseline(baseline, load_experiment(exp, overrides))
+            check_baseline(baseline, load_experiment(exp, list(overrides)))
     output.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="train-", dir=output.absolute()))
     try:
-        found = {exp: _measure(folder, exp, tiny, list(baselines), steps, ranks, overrides) for exp in exps}
+        found = {exp: _measure(folder, exp, tiny, list(baselines), steps, ranks, list(overrides)) for exp in exps}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     rows = [(row, results["rows"][0]) for results in found.values() for row in results["rows"]]
@@ -108,7 +109,7 @@ def bench_train(
         if (measured := results["linear_seconds"]) is not None:
             print(
                 f"{exp}: the host takes at most {1e6 * measured:.0f} µs for each 4-bit Linear a pass "
-                f"(assumed: {1e6 * LINEAR_SECONDS:.0f}); less, where the GPU is the slower one"
+                f"(assumed: {1e6 * LINEAR_SECONDS:.0f}); less if the GPU is the slower one"
             )
     if ranks > 1:
         print(f"\n{table([_ranks_row(row, own) for row, own in rows if row['ranks'] > 1])}")
@@ -119,8 +120,8 @@ def bench_train(
 def _measure(
     folder: Path, exp: str, tiny: bool, baselines: list[str], steps: int, ranks: int, overrides: list[str]
 ) -> dict:
-    """{"rows": one result for each variant, "plan": bytes by part, "linear_seconds": what
-    :func:`linear_seconds` finds on a GPU}"""
+    """{"rows": one result for each variant, "plan": predicted bytes by part, "linear_seconds": of
+    :func:`linear_seconds`, on a GPU}"""
     place = folder / Path(exp).stem
 
     def made(name: str, *more: str) -> Workload:
@@ -136,23 +137,7 @@ def _measure(
         variants.append(Variant(name, other, "vlmds" if name == "lora" else name))
     if ranks > 1:
         variants.append(Variant(f"vlmds, {ranks} ranks", work, "vlmds", ranks))
-    results: dict[str, dict] = {}
-    for number in range(ROUNDS):
-        for variant in variants:
-            print(f"vlmds bench: {exp}: {variant.name}, round {number + 1} of {ROUNDS}", flush=True)
-            try:
-                result = _run(variant, number)
-            except RuntimeError as error:
-                if variant.name == "vlmds":
-                    raise
-                # Out of memory, say, where ours is not: the others' figures still count.
-                print(f"vlmds bench: {exp}: {error}\nvlmds bench: {variant.name} is left out")
-                results.pop(variant.name, None)
-                variants = [v for v in variants if v is not variant]
-                continue
-            best = results.setdefault(variant.name, result)
-            if result["step_seconds"] < best["step_seconds"]:
-                results[variant.name] = result
+    variants, results = _rounds(exp, variants)
     experiment = work.experiment
     differences = check_losses(
         experiment.llm.dtype, {v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1}
@@ -189,9 +174,32 @@ def _measure(
     }
 
 
+def _rounds(exp: str, variants: list[Variant]) -> tuple[list[Variant], dict[str, dict]]:
+    """Run all variants in turns. Returns those that did not fail, and of each, by name, the result
+    with the fastest step."""
+    results: dict[str, dict] = {}
+    for number in range(ROUNDS):
+        for variant in variants:
+            print(f"vlmds bench: {exp}: {variant.name}, round {number + 1} of {ROUNDS}", flush=True)
+            try:
+                result = _run(variant, number)
+            except RuntimeError as error:
+                if variant.name == "vlmds":
+                    raise
+                # It may be out of memory where vlmds is not; the other figures still count.
+                print(f"vlmds bench: {exp}: {error}\nvlmds bench: {variant.name} is left out")
+                results.pop(variant.name, None)
+                variants = [v for v in variants if v is not variant]
+                continue
+            best = results.setdefault(variant.name, result)
+            if result["step_seconds"] < best["step_seconds"]:
+                results[variant.name] = result
+    return variants, results
+
+
 def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes, every: int) -> float | None:
-    """What :data:`vlmds.planning.propose.LINEAR_SECONDS` would be here, or None without 4-bit weights. Too
-    much where the GPU is the slower one, for then the host waits for it.
+    """The value of :data:`vlmds.planning.propose.LINEAR_SECONDS` measured here, or None without 4-bit
+    weights. Too large if the GPU is the slower one, because the host then waits for it.
 
     Args:
         host: seconds of the host in "forward" and "backward" in a step. every: activation
@@ -205,7 +213,7 @@ def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes
 
 
 def _run(variant: Variant, number: int) -> dict:
-    """One process (or one for each rank) to its end; what it left."""
+    """Run one process, or one for each rank, to its end. Returns its result."""
     name = f"{variant.name.replace(', ', '-').replace(' ', '-')}-{number}"
     command = [sys.executable]
     if variant.ranks > 1:
@@ -219,7 +227,7 @@ def _run(variant: Variant, number: int) -> dict:
         ]
     command += ["-m", "vlmds.bench.train_worker", str(variant.work.folder), variant.code, name, str(variant.work.steps)]
     environment = {**os.environ, **cpu_environment(variant.ranks)}
-    if variant.ranks == 1:  # Trainer would take all GPUs that it sees
+    if variant.ranks == 1:  # Trainer would use all visible GPUs
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     path = variant.work.folder / f"{name}.json"
@@ -231,8 +239,8 @@ def _run(variant: Variant, number: int) -> dict:
 
 
 def check_losses(dtype: str, losses: dict[str, list[float]]) -> dict[str, float]:
-    """The largest relative difference of each variant's losses to the first variant's; raises
-    RuntimeError if one is more than rounding."""
+    """The largest relative difference of each variant's losses from the first variant's. Raises
+    RuntimeError if one exceeds rounding."""
     first, later = TOLERANCE[dtype]
     (name, expected), *others = losses.items()
     largest = {}
@@ -242,7 +250,7 @@ def check_losses(dtype: str, losses: dict[str, list[float]]) -> dict[str, float]
             if not difference <= (later if step else first):
                 raise RuntimeError(
                     f"step {step + 1}: the loss of {other} is {found[step]:.6f}, that of {name} "
-                    f"{expected[step]:.6f}: not the same training, so no time is compared"
+                    f"{expected[step]:.6f}: not the same training, so times are not compared"
                 )
         largest[other] = max(differences)
     return largest
@@ -258,9 +266,9 @@ def _heading(row: dict, tiny: bool) -> str:
 
 
 def _time_row(row: dict, own: dict) -> dict[str, str]:
-    """Against vlmds' own; absolute figures on a GPU only: a CPU's are worth nothing elsewhere."""
+    """Ratios to vlmds; absolute figures on a GPU only, as those of a CPU mean nothing elsewhere."""
     samples = row["batch"] * row["ranks"] / row["step_seconds"]
-    positions = own["positions"] * row["ranks"]  # of all ranks; baselines do not count them
+    positions = own["positions"] * row["ranks"]  # of all ranks; baselines do not report them
     reference = own["step_seconds"] * samples / row["batch"]
     cells = {
         "experiment": row["experiment"],
@@ -290,7 +298,7 @@ def _time_row(row: dict, own: dict) -> dict[str, str]:
 
 
 def _trained_bytes(row: dict) -> int:
-    """The peak without what the process held after its imports."""
+    """Peak memory above that after the imports, in bytes."""
     return row["peak_bytes"] - row["libraries_bytes"]
 
 
@@ -305,7 +313,7 @@ def _share_row(row: dict) -> dict[str, str]:
 
 
 def _memory_row(exp: str, results: dict) -> dict[str, str]:
-    """The plan's parts against what was found, in megabytes."""
+    """The plan's parts against the measured ones, in megabytes."""
     plan, own = results["plan"], results["rows"][0]
     cells, sums = {"MB, plan / measured": exp}, [0.0, 0.0]
     parts = [(part, plan[part], found) for part, found in own["resident"].items()]

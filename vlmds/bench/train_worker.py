@@ -1,5 +1,5 @@
-"""One measured process of `vlmds bench train`: `python -m vlmds.bench.train_worker FOLDER VARIANT
-NAME STEPS`. Leaves FOLDER/NAME.json, rank 0's."""
+"""The measured process of `vlmds bench train`: `python -m vlmds.bench.train_worker FOLDER VARIANT
+NAME STEPS`. Rank 0 writes FOLDER/NAME.json."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ PHASES = ("data wait", "CLIP", "forward", "backward", "communication", "optimize
 
 @dataclass
 class StepRecorder:
-    """Stands in for the run's :class:`~vlmds.training.monitor.Monitor`, which the training tells of
-    every step: notes when the step ended and where its time went.
+    """A replacement of the run's :class:`~vlmds.training.monitor.Monitor`: records the end of every
+    step and its time by phase.
 
-    The first steps are timed as they are, the others split into phases; the very last runs under
-    `memory`.
+    The first steps are timed whole, the others split into phases; the last one runs under `memory`.
     """
 
     work: Workload
@@ -101,7 +100,7 @@ class StepRecorder:
 
 
 def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) -> dict:
-    """The real stage: :class:`StageTrainer` on the packed data, with hooks around what a step calls."""
+    """Train the real stage: :class:`StageTrainer` on the packed data, its calls in a step timed."""
     experiment, number, clock = work.experiment, work.stage, recorder.clock
     model = load_model(experiment, device)
     run = work.run(dist.get_world_size())
@@ -114,11 +113,11 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
         run,
         default_ds_config(),
         device,
-        recorder,
+        recorder,  # type: ignore[arg-type]  # replaces the Monitor
         StopRequest(),
     )
     engine = trainer.engine
-    model.features = clock.timed("CLIP", model.features)
+    model.features = clock.timed("CLIP", model.features)  # type: ignore[method-assign]  # a hook
     engine.forward = clock.timed("forward", engine.forward)
     engine.backward = clock.timed("backward", engine.backward)
     engine.step = clock.timed("optimizer", engine.step)
@@ -142,9 +141,9 @@ def measure(variant: str, work: Workload) -> dict:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     clock = StepClock(device)
     clock.watch_collectives()
-    if variant != "hf":  # whose Trainer looks after its own ranks
+    if variant != "hf":  # whose Trainer sets up its own ranks
         clock.device = device = init_distributed(timeout_minutes=10)
-    libraries = peak_memory()  # so far the process has done nothing but import
+    libraries = peak_memory()  # after the imports only
     recorder = StepRecorder(work, clock, StepMemory(device))
     more = run(work, recorder, device)
     return {
@@ -170,7 +169,7 @@ def main(folder: str, variant: str, name: str, steps: str) -> None:
     if is_main():
         write(Path(folder) / f"{name}.json", json.dumps(result))
     leave()
-    os._exit(0)  # reader processes and watches need no good-bye
+    os._exit(0)  # without waiting for reader processes and watchdog threads
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""What `vlmds bench train` measures: an experiment on random weights and made clips, on disk.
+"""The workload of `vlmds bench train`: an experiment with random weights and generated clips, on disk.
 
-Everything lies in one folder, so that each measured process loads the same weights and the same
-samples by the ordinary paths: two model folders, a packed frames store, and a run folder whose
-first stage left an artifact with a projector and an adapter of random numbers.
+All is in one folder, from which each measured process loads the same weights and samples as training
+does: two model folders, a packed frames store, and a run folder whose first stage left an artifact
+with a projector and an adapter of random numbers.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import av
 import numpy as np
@@ -33,6 +34,7 @@ from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import experiment_projector, shapes
+from vlmds.models.captioner import Captioner
 from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.vision import vision_half
 from vlmds.packing.pack import pack
@@ -41,8 +43,8 @@ from vlmds.runs.folder import RunFolder
 CLIPS = 8
 CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다. 날씨는 맑고 나무 사이로 햇빛이 비칩니다."
 CAPTION_TOKENS = 32
-"""Tokens with loss in each sample, as in a Korean caption of two sentences. All samples have as
-many, so that a mean over each micro-batch, which the baselines take, is the mean over all."""
+"""Tokens with loss in each sample, as in a Korean caption of two sentences. As all samples have the same
+number, the mean over a micro-batch, which the baselines take, equals the mean over all."""
 
 TINY_VISION = CLIPVisionConfig(
     hidden_size=128,
@@ -63,14 +65,14 @@ TINY_LLM = Qwen3Config(
     head_dim=64,
     tie_word_embeddings=False,
 )
-"""The full vocabulary, for its logits are what a straightforward implementation drowns in."""
-TINY_RESAMPLER_WIDTH = 128
+"""With the full vocabulary, whose logits take most of a straightforward implementation's memory."""
+TINY_WIDTH = 128  # inside a projector
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A prepared folder. steps: timed optimizer steps of each process; two more warm up before
-    and one, whose memory is watched, comes after."""
+    """A prepared folder. steps: timed optimizer steps of each process, after two steps of warm-up and
+    before one whose memory is recorded."""
 
     folder: Path
     steps: int
@@ -82,8 +84,8 @@ class Workload:
         return self.WARM_UP + self.steps + 1
 
     def is_split(self, number: int) -> bool:
-        """Whether a GPU's step `number` (from 0) is split into phases: of the timed steps the later
-        half, of an odd number the smaller one."""
+        """Whether a GPU's step `number` (from 0) is split into phases: the later half of the timed
+        steps, rounded down."""
         return number >= self.WARM_UP + (self.steps + 1) // 2
 
     @property
@@ -92,7 +94,7 @@ class Workload:
 
     @property
     def stage(self) -> int:
-        """Number of the stage that is measured, the schedule's last."""
+        """Number of the measured stage, the schedule's last."""
         return len(self.experiment.stages) - 1
 
     def run(self, world_size: int) -> RunFolder:
@@ -104,17 +106,17 @@ class Workload:
 
     @property
     def artifact(self) -> Path:
-        """What the stage starts from."""
+        """The artifact that the stage starts from."""
         return self.folder / "run" / "artifacts" / self.experiment.stages[self.stage - 1].name
 
 
 def settings(exp: str, tiny: bool, steps: int) -> list[str]:
-    """Overrides of an experiment for a measurement of its last stage: no dropout and a constant
-    learning rate, so that all variants compute the same, and neither validation nor checkpoints."""
+    """Overrides of an experiment to measure its last stage: no dropout and a constant learning rate,
+    because all variants must compute the same, and neither validation nor checkpoints."""
     last = len(load_experiment(exp).stages) - 1
     if last == 0:
         raise InputError(
-            f"--exp {exp}: has one stage only; bench train starts its last stage from what the one before left"
+            f"--exp {exp}: has one stage only; bench train starts the last stage from the artifact of the one before"
         )
     overrides = [
         "peft.dropout=0",
@@ -129,15 +131,15 @@ def settings(exp: str, tiny: bool, steps: int) -> list[str]:
         f"stages.{last}.schedule=constant",
     ]
     if tiny:
-        overrides += [
-            "llm.load_in_4bit=false",
-            "llm.dtype=float32",
-            "data.num_workers=1",
-            "training.gradient_accumulation=2",
-        ]
-        if load_experiment(exp).projector.type in ("cabstractor", "perceiver"):
-            overrides.append(f"projector.width={TINY_RESAMPLER_WIDTH}")
+        overrides += [*tiny_settings(exp), "data.num_workers=1", "training.gradient_accumulation=2"]
     return overrides
+
+
+def tiny_settings(exp: str) -> list[str]:
+    """Overrides that fit an experiment to the tiny models: whole weights in fp32, and a small inner
+    width of a projector that has one."""
+    width = [f"projector.width={TINY_WIDTH}"] if hasattr(load_experiment(exp).projector, "width") else []
+    return ["llm.load_in_4bit=false", "llm.dtype=float32", *width]
 
 
 def prepare(
@@ -178,7 +180,7 @@ def prepare(
         else (published_or_loaded_config(base.vision), published_or_loaded_config(base.llm))
     )
     make_models(models, *shapes_of, experiment.llm.dtype)
-    vision = vision_half(load_config(experiment.vision), "vision.model")
+    vision: Any = vision_half(load_config(experiment.vision), "vision.model")
     make_data(folder, experiment.data.num_frames, vision.image_size)
     (folder / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
     dataset = open_dataset(experiment.data)
@@ -197,16 +199,18 @@ def prepare(
 
 
 def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, dtype: str) -> None:
-    """CLIP and Qwen3 with random weights, as `from_pretrained` loads them. The tokenizer is small:
-    a step costs by the model's rows of the vocabulary, not by what their names are."""
+    """CLIP and Qwen3 with random weights, in folders for `from_pretrained`. The tokenizer is small: the
+    cost of a step depends on the model's vocabulary size only."""
     if (folder / "qwen3" / "config.json").is_file():
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = train_tokenizer([CAPTION], vocab_size=600)
-    for name, make, config in (
-        ("clip", CLIPVisionModel, vision_half(vision, "vision.model")),
+    half: Any = vision_half(vision, "vision.model")
+    made: tuple[tuple[str, Callable[[Any], Any], PretrainedConfig], ...] = (
+        ("clip", CLIPVisionModel, half),
         ("qwen3", AutoModelForCausalLM.from_config, llm),
-    ):
+    )
+    for name, make, config in made:
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
@@ -216,8 +220,8 @@ def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, d
             torch.set_default_dtype(before)
         model.save_pretrained(folder / name, max_shard_size="2GB")
         del model
-        torch.cuda.empty_cache()  # the measured processes want it; no error without a GPU
-    side = vision_half(vision, "vision.model").image_size
+        torch.cuda.empty_cache()  # for the measured processes; no error without a GPU
+    side = half.image_size
     CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
         folder / "clip"
     )
@@ -225,7 +229,7 @@ def make_models(folder: Path, vision: PretrainedConfig, llm: PretrainedConfig, d
 
 
 def make_data(folder: Path, num_frames: int, side: int) -> None:
-    """A frames store of clips with moving texture; every caption is longer than what is kept."""
+    """A frames store of clips with moving texture; every caption is longer than CAPTION_TOKENS."""
     videos = folder / "videos"
     videos.mkdir()
     lines = []
@@ -254,8 +258,8 @@ def make_data(folder: Path, num_frames: int, side: int) -> None:
 
 
 def make_artifact(work: Workload, vision: CLIPVisionConfig) -> None:
-    """The artifact that the stage starts from. The adapter's B is not zero, as it would be at the
-    start, so that an error anywhere in the adapter shows in the first loss."""
+    """Write the artifact that the stage starts from. The adapter's B is random, not zero as in a fresh
+    one: an error anywhere in the adapter then shows in the first loss."""
     experiment = work.experiment
     dtype = getattr(torch, experiment.llm.dtype)
     torch.manual_seed(experiment.training.seed)
@@ -265,14 +269,15 @@ def make_artifact(work: Workload, vision: CLIPVisionConfig) -> None:
         if "lora_" not in name:
             continue
         for key, shape in [(k, p.shape) for k, p in module.named_parameters(recurse=False)]:
-            if "magnitude" in name:  # what the norm of a row of random weights is about
-                value = torch.full(shape, 0.02 * math.sqrt(experiment_width(captioner, name)))
+            if "magnitude" in name:  # about the norm of a row of random weights
+                value = torch.full(shape, 0.02 * math.sqrt(inputs_of(captioner, name)))
             else:
                 value = torch.randn(shape) * 0.02
             setattr(module, key, nn.Parameter(value.to(dtype)))
     save_artifact(work.artifact, captioner, experiment, work.artifact.name, {})
 
 
-def experiment_width(captioner: nn.Module, name: str) -> int:
-    """Inputs of the Linear that the adapter module of this name belongs to."""
-    return captioner.llm.get_submodule(name.split(".lora_")[0]).in_features
+def inputs_of(captioner: Captioner, name: str) -> int:
+    """The number of inputs of the Linear that has the adapter module of this name."""
+    module: Any = captioner.llm.get_submodule(name.split(".lora_")[0])
+    return module.in_features

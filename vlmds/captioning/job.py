@@ -25,7 +25,7 @@ from vlmds.captioning.outputs import (
 from vlmds.captioning.pipeline import DecodeTask, captions_of, decoded, packed, plan_tasks, probe, still_good, streamed
 from vlmds.captioning.sources import Selection, select_items
 from vlmds.console.progress import phase, silenced
-from vlmds.data.features import check_tower
+from vlmds.data.features import check_features
 from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
 from vlmds.distributed.cores import cores_of_rank
@@ -93,7 +93,7 @@ class CaptionJob:
             return decoded(captioner, ranks.take_turns(tasks), self.workers, self.deadline)
         rank, world = ranks.rank_and_world()
         data = captioner.experiment.data
-        check_tower(selection.dataset, captioner.experiment, captioner.model.tower)
+        check_features(selection.dataset, captioner.experiment, captioner.model.tower)
         reader = SampleReader(
             selection.dataset,
             selection.split,

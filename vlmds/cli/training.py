@@ -74,7 +74,7 @@ def add_new(commands) -> None:
     )
     add = command.add_argument
     add("path", type=Path, metavar="FILE.yaml", help="the file; its name becomes the experiment's")
-    add("--projector", required=True, metavar="TYPE", help="linear, mlp, cabstractor or perceiver")
+    add("--projector", required=True, metavar="TYPE", help="the projector's type, such as mlp")
     add("--adapter", default="lora", metavar="TYPE", help="lora or dora (default: lora)")
     size = command.add_mutually_exclusive_group()
     size.add_argument("--clips", type=int, metavar="N", help="training clips, to count the steps")

@@ -1,7 +1,7 @@
-"""Do packed datasets fit together, and an experiment; and the command that makes one of them fit.
+"""Checks that packed datasets fit together and fit an experiment, and `vlmds pack` commands that fix it.
 
-Only what dataset.json says is compared. A message names a whole command where one can be known; a
-word in capitals stands for what only the user knows, such as where the manifest lies.
+Only what dataset.json says is compared. In a command, a word in capitals stands for what only the
+user knows, such as the place of the manifest.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def check_alike(parts: Sequence[ShardIndex]) -> None:
 
 
 def check_frames(index: ShardIndex, num_frames: int, image_size: int) -> None:
-    """Raise InputError, naming the command that helps, if a frames or features store was packed
+    """Raise InputError, naming the command that fixes it, if a frames or features store was packed
     with another number of frames than the experiment's, or a frames store with another size.
-    Features of another size are another tower's, which vlmds.data.features checks."""
+    Features of another size are of another tower, which vlmds.data.features checks."""
     if index.store == "video":
         return
     wanted = {"num_frames": num_frames}
@@ -66,26 +66,26 @@ def check_frames(index: ShardIndex, num_frames: int, image_size: int) -> None:
 
 
 def same_tower(meta: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the features of both are of one tower, whatever it was called."""
+    """Whether the features of both are of one tower, whatever name it was given."""
     return meta["vision"]["fingerprint"] == other["vision"]["fingerprint"]
 
 
 def tower_keys(vision: VisionConfig) -> dict[str, Any]:
-    """What the "vision" of a dataset.json says of the experiment's tower, but what follows from its
-    weights. "model" is what `vlmds pack --vision` takes."""
+    """The "vision" of a dataset.json for the experiment's tower, without what follows from weights.
+    "model" is the value of `vlmds pack --vision`."""
     model = f"{vision.model}@{vision.revision}" if vision.revision else vision.model
     return {"model": model, "feature_layer": vision.feature_layer, "pool": vision.pool}
 
 
 def remade(index: ShardIndex, like: dict[str, Any]) -> tuple[str, str, str]:
-    """How to replace a frames or features store by one with other frames or features. They cannot
-    be made from those that it has, but from what it came from.
+    """The command that replaces a frames or features store by one with other frames or features,
+    made from the source of the store.
 
     Args:
-        like: what dataset.json is to say of the new store.
+        like: dataset.json of the new store.
 
     Returns:
-        (what it came from, the `vlmds pack` command, the new dataset's place)
+        (the source, the `vlmds pack` command, the new dataset's place)
     """
     source = "VIDEO_STORE" if like["store"] == "features" else "MANIFEST"
     out = _beside(index, "new")
@@ -93,8 +93,8 @@ def remade(index: ShardIndex, like: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def converted(index: ShardIndex, like: dict[str, Any]) -> tuple[str, str]:
-    """(the `vlmds pack` command that converts the dataset to a store such as `like`, a
-    dataset.json, describes; the new dataset's place)"""
+    """(the `vlmds pack` command that converts the dataset to the store that `like`, a dataset.json,
+    describes; the new dataset's place)"""
     out = _beside(index, like["store"])
     return _command(like, str(index.root).rstrip("/"), out), out
 
@@ -104,7 +104,7 @@ def _beside(index: ShardIndex, word: str) -> str:
 
 
 def _command(like: dict[str, Any], source: str, out: str) -> str:
-    """Ready to be pasted into a shell. source: a manifest or a packed dataset."""
+    """A `vlmds pack` command, quoted for a shell. source: a manifest or a packed dataset."""
     words = ["vlmds", "pack", source, out, "--store", like["store"]]
     if like.get("num_frames"):
         words += ["--num-frames", str(like["num_frames"])]
@@ -122,7 +122,7 @@ def _command(like: dict[str, Any], source: str, out: str) -> str:
 
 
 def _fix(parts: Sequence[ShardIndex], number: int) -> str:
-    """How one of the first part and this one becomes like the other."""
+    """The command that makes the first part and this one alike."""
     for source, target in ((number, 0), (0, number)):
         if _convertible(parts[source].meta, parts[target].meta):
             command, out = converted(parts[source], parts[target].meta)
@@ -146,7 +146,7 @@ def _sampling(meta: dict[str, Any]) -> list:
 
 
 def _described(meta: dict[str, Any], names: Sequence[str]) -> str:
-    """What it has of these keys, such as "a frames store of 8 frames at 336 px"."""
+    """The values of these keys, such as "a frames store, 8 frames at 336 px"."""
     parts = []
     if "store" in names:
         parts.append(f"a {meta['store']} store")

@@ -1,10 +1,10 @@
-"""Which part of a blend stands at which position: a pure function, as the order of samples is.
+"""The order of parts in a blend: a pure function of (seed, position), as the order of samples is.
 
 The positions are cut into blocks of BLOCK. Every block has the same number of positions for each
-part, its weight's share to the nearest 1/BLOCK (and at least one), spread evenly over the block: a
-part's n positions lie one in each nth of it, at a place drawn from (seed, block). So any stretch of
-the stream has the weights' shares to within a few samples, and where a position lies in its part's
-own stream takes no counting.
+part: its weight's share to the nearest 1/BLOCK, and at least one. They are spread evenly: of a
+part's n positions, one is in each nth of the block, at a place drawn from (seed, block). So any
+stretch of the stream has the weights' shares to within a few samples, and the position in the
+part's own stream follows without counting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 4096
 
 
 class Blend:
-    """Maps a position to (part, position in the part's stream).
+    """A map from a position to (part, position in the part's stream).
 
     Args:
         weights: one for each part, positive.
@@ -37,7 +37,7 @@ class Blend:
         return part, block * int(self.shares[part]) + int(ranks[place])
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place of a block: its part, and how many of the part's stand before it."""
+        """For each place of a block: its part, and the number of earlier places with this part."""
         if block not in self._blocks:
             draw = np.random.RandomState([self.seed % 2**32, self.seed >> 32, block, 2])
             parts = np.repeat(np.arange(len(self.shares)), self.shares)

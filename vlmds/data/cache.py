@@ -1,9 +1,8 @@
-"""Shards of a remote dataset, kept on this machine for the next epoch and the next run.
+"""The cache of a remote dataset's shards on this machine, kept for the next epoch and run.
 
-Any number of processes may share a cache folder. A shard is downloaded by one of them while the
-others that want it wait; it appears under its name when it is whole and its sha256 is right. When
-the limit is reached, the shards that were opened longest ago go; whoever still has one open can
-read it to the end.
+Any number of processes may share a cache folder. One of them downloads a shard while others that
+need it wait; the shard gets its name once it is complete and its sha256 is right. At the limit the
+shards that were opened longest ago are deleted; a process that has one open can still read it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 from vlmds.files import sha256_of
 
 BLOCK = 8 << 20  # bytes of a download at once
-# No room, no right to write, or (on some network drives) no locks.
+# No space, no permission to write, or (on some network drives) no locks.
 UNUSABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -33,19 +32,19 @@ UNUSABLE = {
 
 
 class ShardCache:
-    """A folder for at most ``limit`` bytes of shards, best on a disk of this machine: its locks
-    must work. Can be pickled."""
+    """A folder for at most ``limit`` bytes of shards, on a disk where file locks work, best one of
+    this machine. Can be pickled."""
 
     def __init__(self, folder: str | Path, limit: float):
         self.folder, self.limit = Path(folder), int(limit)
-        self._told = False
+        self._warned = False
 
     def fetch(self, source: Path, sha256: str, size: int) -> int | None:
-        """The shard at ``source`` (a UPath) as an open local file, downloaded if need be; None if
-        it cannot be kept here (disk full, larger than the limit), which is reported once.
+        """The shard at ``source`` (a UPath) as an open local file, downloaded if it is not here; None
+        if it cannot be kept (disk full, larger than the limit), which is reported once.
 
         Raises:
-            OSError: the source cannot be read, or is not what ``sha256`` says.
+            OSError: the source cannot be read, or has another ``sha256``.
         """
         path = self.folder / f"{sha256}.tar"  # by content: two datasets may share a folder
         try:
@@ -57,19 +56,19 @@ class ShardCache:
                     self._make_room(size)
                     self._download(source, path, sha256)
                 file = os.open(path, os.O_RDONLY)
-                os.utime(file)  # used last now
+                os.utime(file)  # the time of last use
                 return file
         except OSError as error:
             if error.errno not in UNUSABLE:
                 raise
-            if not self._told:
+            if not self._warned:
                 print(f"vlmds: {self.folder}: {error.strerror}; shards are read remotely", file=sys.stderr, flush=True)
-                self._told = True
+                self._warned = True
             return None
 
     def drop_if_damaged(self, sha256: str) -> bool:
-        """Read the copy of a shard again and remove it if it is not what ``sha256`` says. Returns
-        whether there was one: what was read from it may be right when it is read again."""
+        """Hash the copy of a shard and remove it if its ``sha256`` is wrong. Returns whether there was
+        a copy: if so, reading again may succeed."""
         path = self.folder / f"{sha256}.tar"
         try:
             with self._locked(f"{sha256}.lock"):
@@ -94,8 +93,8 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Remove shards until one more has room, unfinished ones that nobody is at first. (Those
-        that others are downloading at the same moment count when they are there.)"""
+        """Remove abandoned downloads, then the oldest shards, until ``size`` bytes fit. Downloads in
+        progress are not counted."""
         with self._locked("room.lock"):
             kept = []
             for file in [*self.folder.glob("*.tar"), *self.folder.glob("*.tmp")]:
@@ -116,7 +115,7 @@ class ShardCache:
                     total -= bytes_
 
     def _abandoned(self, temporary: Path) -> bool:
-        """Whether whoever was downloading this is gone."""
+        """Whether the process that was downloading this has ended."""
         with temporary.with_suffix(".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,14 +125,14 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold a lock that the kernel releases when its holder dies."""
+        """A lock that the kernel releases when its process ends."""
         with (self.folder / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
 def _blocks(source: Path) -> Iterator[bytes]:
-    """A remote file, piece by piece. Raises OSError, whatever its protocol's driver raises."""
+    """A remote file in blocks. Raises OSError, whatever its protocol's driver raises."""
     try:
         with source.open("rb") as remote:
             while block := remote.read(BLOCK):

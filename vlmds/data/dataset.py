@@ -1,4 +1,4 @@
-"""What an experiment reads: one packed dataset, or several blended by weight."""
+"""The data of an experiment: one packed dataset, or several blended by weight."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from vlmds.data.alike import check_alike
 from vlmds.data.blend import Blend
 from vlmds.data.cache import ShardCache
-from vlmds.data.index import SampleRow, ShardIndex, ShardInfo
+from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.order import SampleOrder
+from vlmds.data.shard_reader import ShardInfo
 from vlmds.errors import InputError
 from vlmds.experiments.schema import DataConfig
 from vlmds.files import as_path, is_url
@@ -22,7 +23,7 @@ from vlmds.files import as_path, is_url
 class Dataset:
     """One or several packed datasets behind one interface. Can be pickled.
 
-    parts: the packed datasets. weights: theirs in training, None for a single one.
+    parts: the packed datasets. weights: of the parts in training; None for a single part.
     fingerprint: changes with any byte of any sample, and with the weights.
     """
 
@@ -47,23 +48,23 @@ class Dataset:
         described = [[part.fingerprint, weight] for part, weight in zip(self.parts, self.weights)]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def having(self, split: str) -> list[int]:
-        """Numbers of the parts that have the split. Raises InputError if none has."""
+    def parts_with(self, split: str) -> list[int]:
+        """Numbers of the parts that have the split. Raises InputError if no part has it."""
         found = [i for i, part in enumerate(self.parts) if split in part.splits]
         if not found:
             raise InputError(f"{self.root}: no split {split!r}; it has {', '.join(self.splits)}")
         return found
 
     def choose_split(self, split: str | None) -> str:
-        """The split; None: "val", or the only one. Raises InputError if it is not there."""
+        """The split; None means "val", or the only split. Raises InputError if no part has it."""
         if split is None:
             split = self.splits[0] if len(self.splits) == 1 else "val"
-        self.having(split)
+        self.parts_with(split)
         return split
 
     def count(self, split: str) -> int:
         """Number of samples in the split, over all parts."""
-        return sum(self.parts[i].count(split) for i in self.having(split))
+        return sum(self.parts[i].count(split) for i in self.parts_with(split))
 
     def shards(self) -> list[tuple[ShardIndex, ShardInfo]]:
         """All shards of all parts and splits."""
@@ -71,9 +72,9 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a position's sample lies. part: number of the packed dataset; position: in the part's
-    own stream; epoch: of that stream."""
+class PartPosition:
+    """A position inside one part. part: number of the packed dataset; position, epoch: of the part's
+    own stream."""
 
     part: int
     position: int
@@ -81,40 +82,40 @@ class Place:
 
 
 class DatasetOrder:
-    """Which sample of a split stands at which position; see :mod:`vlmds.data.order`, and for
-    several parts :mod:`vlmds.data.blend`. An epoch of a blend is as many positions as all parts
-    have samples; each part goes through epochs of its own, at its weight's pace.
+    """The order of a split's samples; see :mod:`vlmds.data.order`, and for several parts
+    :mod:`vlmds.data.blend`. An epoch of a blend is as many positions as all parts
+    have samples; each part has its own epochs, whose pace its weight sets.
 
     Args:
         shuffle: false gives the stored order, part after part, for validation.
 
     Raises:
-        InputError: no part has the split; or, if shuffled, one has not.
+        InputError: no part has the split; or, with shuffle, a part lacks it.
     """
 
     def __init__(self, dataset: Dataset, split: str, seed: int = 0, window: int = 16, shuffle: bool = True):
-        self.numbers = dataset.having(split)
+        self.numbers = dataset.parts_with(split)
         lacking = [part.root for part in dataset.parts if split not in part.splits]
         if shuffle and lacking:
             raise InputError(
                 f"data.blend: no split {split!r} in {', '.join(map(str, lacking))}, so "
-                "its weight would count for nothing; pack it with that split, or leave "
-                "it out"
+                "its weight has no effect; pack it with that split, or leave it out"
             )
         self.orders = [
-            # The part goes into the high bits, above the stage, so that no two parts are alike.
+            # The part is in the high bits, above the stage: each part has its own seed.
             SampleOrder([shard.count for shard in dataset.parts[i].shards(split)], seed + (i << 40), window, shuffle)
             for i in self.numbers
         ]
         self.ends = list(accumulate(len(order) for order in self.orders))
         self.blend = None
-        if shuffle and len(self.orders) > 1:
+        if shuffle and dataset.weights is not None and len(self.orders) > 1:
             self.blend = Blend([dataset.weights[i] for i in self.numbers], seed)
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def place(self, position: int) -> Place:
+    def locate(self, position: int) -> PartPosition:
+        """The part that the sample at a position is in, and its position there."""
         if self.blend is not None:
             part, position = self.blend.locate(position)
         elif len(self.orders) == 1:
@@ -123,17 +124,16 @@ class DatasetOrder:
             position %= len(self)
             part = next(i for i, end in enumerate(self.ends) if position < end)
             position -= self.ends[part] - len(self.orders[part])
-        return Place(self.numbers[part], position, position // len(self.orders[part]))
+        return PartPosition(self.numbers[part], position, position // len(self.orders[part]))
 
-    def candidates(self, place: Place) -> Iterator[tuple[int, int]]:
-        """(shard, index in it) of the sample at the place, then of its replacements, which are of
-        the same part."""
+    def candidates(self, place: PartPosition) -> Iterator[tuple[int, int]]:
+        """(shard, index in it) of the sample, then of its replacements, which are in the same part."""
         order = self.orders[self.numbers.index(place.part)]
         return map(order.locate, order.replacements(place.position))
 
     def row(self, dataset: Dataset, split: str, position: int) -> SampleRow:
         """The index row of the sample at a position."""
-        place = self.place(position)
+        place = self.locate(position)
         return dataset.parts[place.part].row(split, *next(self.candidates(place)))
 
 
@@ -141,7 +141,7 @@ def open_dataset(data: DataConfig | str | Path) -> Dataset:
     """The dataset, or the blend, that the experiment names; or the one in a folder or at a URL.
 
     Raises:
-        InputError: none named, no such folder, a damaged index, or parts that do not fit.
+        InputError: no dataset is named, no such folder, a damaged index, or parts that do not fit.
     """
     if not isinstance(data, DataConfig):
         data = DataConfig(path=str(data))

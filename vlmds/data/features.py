@@ -1,8 +1,8 @@
 """The features store: the frozen tower's patch features of every sample, computed once.
 
-A sample's member `key.safetensors` holds one tensor, "features": bfloat16 [F·P, width], the F
-frames one after another, P feature vectors each. dataset.json says under "vision" which tower made
-them; features of another tower, layer or pooling are refused, for a projector cannot tell.
+A sample's member `key.safetensors` holds one tensor, "features": bfloat16 [F·P, width], P feature
+vectors for each of the F frames in order. dataset.json records under "vision" which tower made
+them. Features of another tower, layer or pooling are refused: their shape alone may not show it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ TENSOR = "features"
 
 
 def encode_features(features: Tensor) -> bytes:
-    """[F·P, width], any float dtype, as a member of a shard."""
+    """Features [F·P, width] of any float dtype, as a member of a shard."""
     return save({TENSOR: features.to("cpu", torch.bfloat16).contiguous()})
 
 
 def decode_features(members: dict[str, bytes], meta: dict[str, Any]) -> Tensor:
     """A sample's features, bfloat16 [F·P, width].
 
-    members: the sample's, {extension: bytes}. meta: dataset.json. Raises SampleError if they are
-    not of the shape that dataset.json promises.
+    members: the sample's, {extension: bytes}. meta: dataset.json. Raises SampleError if their shape
+    is not the one in dataset.json.
     """
     try:
         features = load(members[EXTENSION])[TENSOR]
@@ -50,12 +50,12 @@ def decode_features(members: dict[str, bytes], meta: dict[str, Any]) -> Tensor:
 
 
 def bytes_per_sample(num_frames: int, patches: int, width: int) -> int:
-    """Bytes of a sample's features (two a number), without the file's header."""
+    """Bytes of a sample's features (two for each number), without the file's header."""
     return 2 * num_frames * patches * width
 
 
 def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
-    """What dataset.json records under "vision". model: as the user named it."""
+    """The tower, as dataset.json records it under "vision". model: as the user named it."""
     return {
         "model": model,
         "fingerprint": tower.fingerprint(),
@@ -66,9 +66,9 @@ def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
     }
 
 
-def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> None:
+def check_feature_keys(index: ShardIndex | Dataset, experiment: Experiment) -> None:
     """Raise InputError if stored features are of another layer or pooling than the experiment's.
-    Other stores pass."""
+    Other stores pass. No weights are read."""
     if index.store != "features":
         return
     recorded = index.meta["vision"]
@@ -81,20 +81,22 @@ def check_tower_keys(index: ShardIndex | Dataset, experiment: Experiment) -> Non
             )
 
 
-def check_tower(index: ShardIndex | Dataset, experiment: Experiment, tower: VisionTower | None = None) -> None:
-    """Make sure that stored features are those of the experiment's tower; other stores pass.
+def check_features(index: ShardIndex | Dataset, experiment: Experiment, tower: VisionTower | None = None) -> None:
+    """Check that stored features are those of the experiment's tower; other stores pass.
 
     The experiment's keys are compared first, without reading weights. Then the loaded weights are
-    hashed, not their files, so that the tower's file format does not matter.
+    hashed, not their files: the tower's file format does not matter.
 
-    index: a packed dataset, or a blend, whose parts are known to be of one tower. tower: the
-    experiment's, if it is loaded anyway; otherwise it is loaded here, onto the CPU, and dropped.
+    Args:
+        index: a packed dataset, or a blend, whose parts are of one tower. tower: the experiment's,
+            if it is loaded; otherwise it is loaded onto the CPU for this check.
 
-    Raises InputError naming both towers.
+    Raises:
+        InputError: names both towers.
     """
     if index.store != "features":
         return
-    check_tower_keys(index, experiment)
+    check_feature_keys(index, experiment)
     vision, recorded = experiment.vision, index.meta["vision"]
     if tower is None:
         from vlmds.models.vision import load_vision_tower
@@ -110,7 +112,7 @@ def check_tower(index: ShardIndex | Dataset, experiment: Experiment, tower: Visi
 
 
 def _with_tower(index: ShardIndex | Dataset, vision: VisionConfig) -> str:
-    """How to make the features again with another tower."""
+    """The command that makes the features again with the experiment's tower."""
     first = index if isinstance(index, ShardIndex) else index.parts[0]
     origin, command, _ = remade(first, {**first.meta, "vision": tower_keys(vision)})
     return f"make them again from the {origin}: {command}"

@@ -1,9 +1,10 @@
-"""Find and read the samples of a packed dataset by position, without scanning its shards.
+"""The index of a packed dataset: samples by position, without a scan of its shards.
 
 The dataset may lie on another machine (any URL that fsspec knows). What it says is not trusted:
-a shard's place follows from its split and number, members are read as bytes, nothing is extracted
-or unpickled.
+a shard's place follows from its split and number.
 """
+
+from __future__ import annotations
 
 import errno
 import hashlib
@@ -11,18 +12,17 @@ import json
 import os
 import re
 import weakref
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmds.data.cache import ShardCache
-from vlmds.errors import InputError, SampleError
+from vlmds.data.shard_reader import Member, RecentlyUsed, ShardInfo, ShardReader
+from vlmds.errors import InputError
 from vlmds.files import as_path, is_url, sha256_of
 
 FORMAT, VERSION = "vlmds", 2
@@ -53,33 +53,6 @@ SCHEMA = pa.schema(
         ("status", pa.string()),
     ]
 )
-
-CACHED_SHARDS = 64  # row groups, and open files, that a process keeps
-
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """A shard as dataset.json lists it. path: relative to the dataset; bytes: the tar's size."""
-
-    split: str
-    shard: int
-    path: str
-    count: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file in a shard's tar. offset: of its data, in bytes from the tar's start."""
-
-    ext: str
-    offset: int
-    size: int
-    crc32: int
 
 
 @dataclass(frozen=True)
@@ -138,7 +111,7 @@ class ShardIndex:
         _INDEXES.add(self)
 
     @classmethod
-    def open(cls, root: str | Path, cache: ShardCache | None = None) -> "ShardIndex":
+    def open(cls, root: str | Path, cache: ShardCache | None = None) -> ShardIndex:
         """Open the dataset in the folder or at the URL `root`.
 
         Reads dataset.json and checks the footer of index.parquet, whose pages carry checksums that
@@ -191,8 +164,8 @@ class ShardIndex:
     def row(self, split: str, shard_pos: int, i: int) -> SampleRow:
         """Sample `i` of the split's shard at `shard_pos` (a position in `shards(split)`).
 
-        Raises InputError if that part of the index is damaged, or the index is no longer the one
-        that was opened.
+        Raises InputError if that part of the index is damaged, or the index has been replaced since
+        it was opened.
         """
         shard = self.shards(split)[shard_pos]
         if not 0 <= i < shard.count:
@@ -214,37 +187,8 @@ class ShardIndex:
 
     def read(self, row: SampleRow) -> dict[str, bytes]:
         """The sample's members {extension: bytes}, "json" among them, checked against the index.
-
-        Nothing is extracted or unpickled. A cached copy of the shard that is damaged is replaced,
-        and a file that another machine has replaced on a shared drive is opened again.
-        Raises SampleError naming shard, key and member.
-        """
-        try:
-            return self._read(row)
-        except SampleError as error:
-            if getattr(error.__cause__, "errno", None) != errno.ESTALE:
-                if self.cache is None or not is_url(self.root):
-                    raise
-                if not self.cache.drop_if_damaged(self._info(row.split, row.shard).sha256):
-                    raise
-            self._files.clear()
-        return self._read(row)
-
-    def _read(self, row: SampleRow) -> dict[str, bytes]:
-        path = f"{row.split}/{row.shard:06d}.tar"
-        members = {}
-        for member in row.members:
-            where = f"{path}: {row.key}.{member.ext}"
-            try:
-                data = self._files.get((row.split, row.shard))(member.offset, member.size)
-            except OSError as error:
-                raise SampleError(f"{where}: {error.strerror or error}") from error
-            if len(data) != member.size:
-                raise SampleError(f"{where}: the shard ends before it")
-            if zlib.crc32(data) != member.crc32:
-                raise SampleError(f"{where}: damaged, its crc32 is not the index's")
-            members[member.ext] = data
-        return members
+        Raises SampleError naming shard, key and member."""
+        return self._reader.read(f"{row.split}/{row.shard:06d}.tar", row.key, row.members)
 
     def verify_index(self) -> None:
         """Read all of index.parquet and check its sha256. Raises InputError."""
@@ -254,30 +198,12 @@ class ShardIndex:
 
     def verify(self, shards: Iterable[ShardInfo], level: str = "size") -> None:
         """Check shards by "size", or by "sha256" (which reads them). Raises InputError."""
-        if level not in ("size", "sha256"):
-            raise ValueError(f"level: {level!r}")
-        for shard in shards:
-            path = self.root / shard.path
-            if not path.is_file():
-                raise InputError(f"{path}: missing; run vlmds pack again to make it")
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise InputError(
-                    f"{path}: damaged, it has {size} bytes instead of {shard.bytes}; run vlmds pack again to replace it"
-                )
-            if level == "sha256" and sha256_of(path) != shard.sha256:
-                raise InputError(
-                    f"{path}: damaged, its sha256 is not the one in dataset.json; "
-                    "delete it and run vlmds pack again to make it"
-                )
+        self._reader.verify(shards, level)
 
     def _open_caches(self) -> None:
         self._index: pq.ParquetFile | None = None
-        self._by_number: dict[tuple[str, int], ShardInfo] | None = None
-        self._tables = _Cache(self._read_group, lambda table: None)
-        # A copy that has left the cache takes its room on the disk for as long as it is open.
-        copies = self.cache is not None and is_url(self.root)
-        self._files = _Cache(self._open_shard, lambda file: file.close(), 1 if copies else CACHED_SHARDS)
+        self._tables = RecentlyUsed(self._read_group, lambda table: None)
+        self._reader = ShardReader(self.root, self.meta["shards"], self.cache)
 
     def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
         path = self.root / "index.parquet"
@@ -298,33 +224,14 @@ class ShardIndex:
                 raise InputError(replaced) from None
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); run vlmds pack again") from None
 
-    def _info(self, split: str, shard: int) -> ShardInfo:
-        if self._by_number is None:
-            self._by_number = {(s.split, s.shard): s for ss in self._shards.values() for s in ss}
-        return self._by_number[split, shard]
-
-    def _open_shard(self, number: tuple[str, int]) -> "LocalFile | _RemoteFile":
-        path = self.root / f"{number[0]}/{number[1]:06d}.tar"
-        if not is_url(path):
-            return LocalFile(os.open(path, os.O_RDONLY))
-        if self.cache is not None:
-            shard = self._info(*number)
-            local = self.cache.fetch(path, shard.sha256, shard.bytes)
-            if local is not None:
-                return LocalFile(local)
-        return _RemoteFile(path)
-
     def _after_fork(self) -> None:
         """Connections to another machine belong to the parent; the child makes its own."""
         if is_url(self.root):  # asking for its .fs could make one before fsspec's own hook
             self.root = as_path(str(self.root))
             self._open_caches()
 
-    def __getstate__(self) -> tuple:
-        return self.root, self.meta, self.cache
-
-    def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)
+    def __reduce__(self) -> tuple:
+        return ShardIndex, (self.root, self.meta, self.cache)
 
 
 _INDEXES: weakref.WeakSet[ShardIndex] = weakref.WeakSet()
@@ -339,76 +246,15 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def footer_sha256(path: Path) -> str:
-    """Of a Parquet file's footer: where its columns lie, which the pages' checksums do not cover."""
+    """The sha256 of a Parquet file's footer: the places of its columns, which no page's checksum covers."""
     with path.open("rb") as file:
         return _footer_sha256(file)
 
 
-def _footer_sha256(file: "BinaryIO | pa.NativeFile") -> str:
+def _footer_sha256(file: BinaryIO | pa.NativeFile) -> str:
     file.seek(0, os.SEEK_END)
     end = file.tell()
     file.seek(max(end - 8, 0))
     length = int.from_bytes(file.read(4), "little")
     file.seek(max(end - 8 - length, 0))
     return hashlib.sha256(file.read()).hexdigest()
-
-
-class LocalFile:
-    """Reads parts of an open file, also when its name is gone. A fork shares it with its parent,
-    which is safe: pread moves no file position."""
-
-    def __init__(self, descriptor: int):
-        self._file = descriptor
-
-    def __call__(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, or fewer at the file's end. One pread gives at most 2 GiB."""
-        parts = []
-        while size and (part := os.pread(self._file, size, offset)):
-            parts.append(part)
-            size -= len(part)
-            offset += len(part)
-        return b"".join(parts)
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-class _RemoteFile:
-    """Reads parts of a file by ranged requests."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __call__(self, offset: int, size: int) -> bytes:
-        try:
-            return self._path.fs.cat_file(self._path.path, start=offset, end=offset + size)
-        except OSError:
-            raise
-        except Exception as error:  # each protocol's driver has its own
-            raise OSError(f"{type(error).__name__}: {error}") from error
-
-    def close(self) -> None:
-        pass
-
-
-class _Cache(Generic[Key, Value]):
-    """The values last used, made on demand."""
-
-    def __init__(self, make: Callable[[Key], Value], drop: Callable[[Value], None], limit: int = CACHED_SHARDS):
-        self._make, self._drop, self._limit = make, drop, limit
-        self._values: OrderedDict[Key, Value] = OrderedDict()
-
-    def get(self, key: Key) -> Value:
-        if key not in self._values:
-            self._values[key] = self._make(key)
-            if len(self._values) > self._limit:
-                self._drop(self._values.popitem(last=False)[1])
-        self._values.move_to_end(key)
-        return self._values[key]
-
-    def clear(self) -> None:
-        while self._values:
-            self._drop(self._values.popitem()[1])
-
-    def __del__(self) -> None:
-        self.clear()

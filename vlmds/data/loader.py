@@ -1,10 +1,10 @@
-"""From positions to micro-batches: read by index, decode, tokenise, in reader processes.
+"""Loading of micro-batches: samples by position, decoded and tokenised in reader processes.
 
-The pipeline is webdataset's (source, map, WebLoader); its source is not a scan of tars but the
-batches of positions that this rank owns. How a batch travels: ``Positions`` says which samples,
-``SampleReader.load`` reads and decodes one, ``collate`` stacks them, the training process gets a
-dict of tensors. What cannot be read at all travels as data, too ("failure"), so that all ranks
-learn of it and none is left waiting.
+The pipeline is webdataset's (source, map, WebLoader), but its source is the batches of positions
+that this rank owns instead of a scan of tars. ``Positions`` gives a batch's positions,
+``SampleReader.load`` reads and decodes each, ``collate`` stacks them, and the training process
+gets a dict of tensors. A batch that cannot be read is returned as {"failure": reason} and not
+raised, because all ranks have to stop together.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ from vlmds.video.pool import FrameDecoder
 class Sample:
     """One decoded sample.
 
-    frames: uint8 [F, 3, S, S]; features: bfloat16 [F·P, width], in their place, of a features
-    store. position: the one asked for. bad: a ledger record for each sample that could not be read
-    in its place.
+    frames: uint8 [F, 3, S, S]; None with a features store, which has features: bfloat16 [F·P,
+    width]. position: the requested one. bad: ledger records of the samples that this one replaces.
     """
 
     key: str
@@ -56,13 +55,13 @@ class SampleReader:
     """Reads and decodes the sample at a position of the stream. Can be pickled.
 
     Args:
-        dataset: what is packed; split: which part of it.
+        dataset, split: the samples to read.
         num_frames, image_size: frames per clip and their side in pixels.
         seed, window, shuffle: as :class:`DatasetOrder`.
-        decode_seconds: how long the decoding of one video may take.
+        decode_seconds: time limit for decoding one video.
 
     Raises:
-        InputError: a frames or features store that was packed with another number or size of frames.
+        InputError: a frames or features store was packed with another number or size of frames.
     """
 
     def __init__(
@@ -92,8 +91,8 @@ class SampleReader:
         return self.order.row(self.dataset, self.split, position)
 
     def index_of(self, position: int) -> ShardIndex:
-        """The packed dataset that the sample at a position lies in."""
-        return self.dataset.parts[self.order.place(position).part]
+        """The packed dataset that has the sample at a position."""
+        return self.dataset.parts[self.order.locate(position).part]
 
     def key(self, position: int) -> str:
         """The key of the sample at a position."""
@@ -103,10 +102,10 @@ class SampleReader:
         """The sample at ``position``, or the next of its replacements that can be read.
 
         Raises:
-            SampleError: none of the replacements can be read either.
+            SampleError: the sample and all its replacements are unreadable.
         """
         bad: list[dict] = []
-        place = self.order.place(position)
+        place = self.order.locate(position)
         index = self.dataset.parts[place.part]
         for candidate in self.order.candidates(place):
             row = index.row(self.split, *candidate)
@@ -132,15 +131,15 @@ class SampleReader:
             frames = read_jpegs(members, index.meta)
         else:
             frames = self._decode_video(row, meta, members)
-        # Clips with several captions show each in turn.
+        # A clip with several captions uses another one in each epoch.
         return Sample(
             row.key, position, frames, captions, captions[epoch % len(captions)], meta.get("prompt"), bad, features
         )
 
     def _decode_video(self, row: SampleRow, meta: dict, members: dict[str, bytes]) -> np.ndarray:
-        # Shards that an older vlmds packed do not say it: the child probes.
+        # Shards of an older vlmds lack "timing": the decoding process probes the video.
         described = {name: meta.get(name) for name in DESCRIBED} if "timing" in meta else None
-        # The decoder that packing found to be right for this file, not the one probed now.
+        # The decoder that packing chose for this file, not one that is probed now.
         return self._decoder.frames(
             read_video(members),
             num_frames=self.num_frames,
@@ -153,8 +152,8 @@ class SampleReader:
 
 
 class Positions(IterableDataset):
-    """The batches of this reader process, dealt out in turn, so that the DataLoader, which asks its
-    workers in turn, gives them back in order.
+    """The batches of this reader process: every n-th of n processes. The DataLoader takes one batch
+    from each process in turn, which restores the order.
 
     Args:
         batches: one sequence of positions per batch, in order.
@@ -171,7 +170,7 @@ class Positions(IterableDataset):
 
 
 def _outlive_signals(worker: int) -> None:
-    """A scheduler signals all processes of a job; a reader ends when its rank is done with it."""
+    """Ignore a scheduler's signals, which go to all processes of a job: the rank ends its readers."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -185,11 +184,12 @@ class Reader(Protocol):
 
 
 class Batches:
-    """Collated batches in the order of `batches` (positions), read ahead by `num_workers`
-    processes, but no more than :func:`vlmds.distributed.cores.cores_of_rank`; 0 reads in this one. The batches
-    do not depend on it. May be iterated once.
+    """Collated batches in the order of `batches` (positions), read ahead by reader processes. May be
+    iterated once. A batch that cannot be read is {"failure": reason}, after which the caller stops.
 
-    A batch that cannot be had is a dict with "failure": why; the caller must not go on then.
+    Args:
+        num_workers: reader processes, at most :func:`vlmds.distributed.cores.cores_of_rank`; 0 reads
+            in this process. The batches do not depend on it.
     """
 
     def __init__(
@@ -197,9 +197,9 @@ class Batches:
     ):
         self._reader, self._batches, self._collate = reader, batches, collate
         self._workers = min(num_workers, len(batches), cores_of_rank())
-        # What each reader process holds: position, or -1, and since when (ns of the clock that all
-        # processes of a machine share). Shared memory, so that this process can tell.
-        self._desks = torch.full((max(self._workers, 1), 2), -1, dtype=torch.int64).share_memory_()
+        # For each reader process the position it is reading, or -1, and the start in ns of the clock
+        # that all processes of a machine share; in shared memory, for `in_progress`.
+        self._reading = torch.full((max(self._workers, 1), 2), -1, dtype=torch.int64).share_memory_()
 
     def __iter__(self) -> Iterator[Any]:
         if not len(self._batches):
@@ -215,44 +215,50 @@ class Batches:
         )
         try:
             yield from loader
-        except RuntimeError as error:  # a worker's own exceptions come as they are
+        except RuntimeError as error:  # a worker's own exceptions keep their type
             if "DataLoader worker" not in str(error):
                 raise
             raise RuntimeError(
                 f"a reader process died ({' '.join(str(error).split())[:200]}; if it was killed, "
-                f"look for a lack of memory); {self.holding() or 'it held no sample'}"
+                f"check for a lack of memory); {self.in_progress() or 'it was reading no sample'}"
             ) from error
 
-    def holding(self) -> str:
-        """What the reader processes are at, the one that has taken longest first."""
+    def in_progress(self) -> str:
+        """The samples that reader processes are reading now, the slowest first; at most four."""
         now = time.monotonic_ns()
         busy = sorted(
-            (since, number, position) for number, (position, since) in enumerate(self._desks.tolist()) if position >= 0
+            (since, number, position)
+            for number, (position, since) in enumerate(self._reading.tolist())
+            if position >= 0
         )
         return "; ".join(
-            f"reader {number} has had sample {self._reader.key(position)} (position {position}) "
+            f"reader {number} has been reading sample {self._reader.key(position)} (position {position}) "
             f"for {(now - since) / 1e9:.0f} s"
             for since, number, position in busy[:4]
         )
 
     def _load(self, positions: Sequence[int]) -> Any:
         worker = get_worker_info()
-        desk = self._desks[worker.id if worker else 0]
+        slot = self._reading[worker.id if worker else 0]
         samples = []
         try:
             for position in positions:
-                desk[1], desk[0] = time.monotonic_ns(), position
+                slot[1], slot[0] = time.monotonic_ns(), position
                 samples.append(self._reader.load(position))
         except (SampleError, InputError) as error:
             return {"failure": str(error)}
         finally:
-            desk[0] = -1
+            slot[0] = -1
         return self._collate(samples)
 
 
 class TrainingPositions(Sequence):
-    """One rank's micro-batches of optimizer steps [first_step, last_step), computed on demand;
-    the keywords are those of :func:`micro_batch_positions`, and the micro-batches per step."""
+    """The positions of one rank's micro-batches in optimizer steps [first_step, last_step), computed
+    on demand.
+
+    Args:
+        accumulation: micro-batches per step. shape: keywords of :func:`micro_batch_positions`.
+    """
 
     def __init__(self, first_step: int, last_step: int, accumulation: int, rank: int, **shape: int):
         self.first_step, self.last_step = first_step, last_step
@@ -261,7 +267,7 @@ class TrainingPositions(Sequence):
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation
 
-    def __getitem__(self, number: int) -> range:
+    def __getitem__(self, number: int) -> range:  # type: ignore[override]  # no slices needed
         if not 0 <= number < len(self):
             raise IndexError(number)
         step, micro = divmod(number, self.accumulation)
@@ -269,18 +275,17 @@ class TrainingPositions(Sequence):
 
 
 def evaluation_positions(count: int, batch: int, rank: int, world_size: int) -> list[range]:
-    """One rank's batches of samples 0 … count − 1, each sample in one batch of one rank. Ranks
-    may get unequal numbers of batches, and the last batch may be smaller."""
+    """One rank's batches of samples 0 … count − 1; each sample is in one batch of one rank. Ranks may
+    get unequal numbers of batches, and the last batch may be smaller."""
     batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     return batches[rank::world_size]
 
 
 def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]:
-    """What makes a micro-batch of B samples:
+    """The function that makes a micro-batch of B samples, a dict:
 
     frames uint8 [B, F, 3, S, S] or features bfloat16 [B, F·P, width]; input_ids, labels int64
-    [B, L], right-padded; keys; positions: number of real (not padding) positions; bad: ledger
-    records.
+    [B, L], right-padded; keys; positions: their number without padding; bad: ledger records.
     """
 
     def collate(samples: list[Sample]) -> dict:
@@ -298,6 +303,7 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
 
 def visual_inputs(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """{"frames": uint8 [B, F, 3, S, S]}, or {"features": bfloat16 [B, F·P, width]}."""
-    if samples[0].features is not None:
-        return {"features": torch.stack([s.features for s in samples])}
-    return {"frames": torch.from_numpy(np.stack([s.frames for s in samples]))}
+    features = [s.features for s in samples if s.features is not None]
+    if features:
+        return {"features": torch.stack(features)}
+    return {"frames": torch.from_numpy(np.stack([s.frames for s in samples if s.frames is not None]))}

@@ -1,9 +1,9 @@
-"""Which sample stands at which position of the training stream. FINAL: runs depend on it.
+"""The order of samples in the training stream. FINAL: runs depend on it.
 
 Position p counts samples since the start of a stage. Epoch e covers positions [e·N, (e+1)·N) and
 visits each of the N samples once. The order is a pure function of (seed, epoch): shards are
 shuffled, then the samples inside each window of G consecutive shuffled shards. World size,
-micro-batch and workers only decide who reads which position, never what stands there.
+micro-batch and workers only decide which process reads a position, never which sample it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REPLACEMENT_TRIES = 16
 
 
 class SampleOrder:
-    """Maps a position to (shard, index in shard); no state, no scan, any position at once.
+    """A map from any position to (shard, index in shard), without state or a scan.
 
     Args:
         counts: samples per shard.
@@ -26,7 +26,7 @@ class SampleOrder:
         window: shards whose samples are shuffled together, G.
         shuffle: false gives the stored order, for validation.
 
-    Memory is one epoch's shard permutation and a few windows' sample permutations.
+    Memory use is one epoch's shard permutation and a few windows' sample permutations.
     """
 
     def __init__(self, counts: Sequence[int], seed: int = 0, window: int = 16, shuffle: bool = True):
@@ -69,7 +69,7 @@ class SampleOrder:
         return self._remember(("shards", epoch), make)
 
     def _permutation(self, epoch: int, first: int, size: int) -> np.ndarray:
-        """How the samples of the window that begins with shard slot ``first`` are shuffled."""
+        """The permutation of the samples in the window that begins with shard slot ``first``."""
         return self._remember(
             ("window", epoch, first), lambda: _generator(self.seed, epoch, 1, first).permutation(size)
         )

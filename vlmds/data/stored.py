@@ -1,12 +1,12 @@
-"""What is in samples that are packed already: their descriptions and their frames.
+"""Contents of packed samples: descriptions, videos and frames.
 
-Shards may come from elsewhere, so nothing is believed of a member but its bytes.
+Shards may come from elsewhere, so every member is checked before use.
 """
 
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,30 @@ def read_description(members: dict[str, bytes]) -> dict[str, Any]:
     """A sample's member "json": captions (some), prompt (may be missing) and facts of the video.
     Raises SampleError."""
     try:
-        told = json.loads(members["json"])
-        captions, prompt = told["captions"], told.get("prompt")
+        description = json.loads(members["json"])
+        captions, prompt = description["captions"], description.get("prompt")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SampleError(f"its description cannot be read: {type(error).__name__}") from None
     if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
-        raise SampleError("its description cannot be read: captions are no list of texts")
+        raise SampleError("its description cannot be read: captions is not a list of texts")
     if not isinstance(prompt, str | None):
-        raise SampleError("its description cannot be read: the prompt is no text")
-    return told
+        raise SampleError("its description cannot be read: prompt is not a text")
+    return description
 
 
 def read_video(members: dict[str, bytes]) -> bytes:
     """The video file of a sample of a video store. Raises SampleError."""
     videos = [data for extension, data in members.items() if extension != "json"]
     if len(videos) != 1:
-        raise SampleError(f"{len(videos)} videos, not one")
+        raise SampleError(f"{len(videos)} videos instead of one")
     return videos[0]
 
 
 def read_jpegs(members: dict[str, bytes], meta: dict[str, Any]) -> np.ndarray:
     """The frames of a sample of a frames store: uint8 [F, 3, S, S].
 
-    members: the sample's, {extension: bytes}. meta: dataset.json. Raises SampleError if they are
-    not of the number and size that dataset.json promises.
+    members: the sample's, {extension: bytes}. meta: dataset.json. Raises SampleError if number or
+    size is not the one in dataset.json.
     """
     number = sum(extension != "json" for extension in members)
     if number != meta["num_frames"]:
@@ -55,9 +55,9 @@ def read_jpegs(members: dict[str, bytes], meta: dict[str, Any]) -> np.ndarray:
 
 
 def read_jpeg(members: dict[str, bytes], number: int, size: int) -> np.ndarray:
-    """One of them: uint8 [3, size, size]. Raises SampleError."""
+    """Frame ``number`` of a sample of a frames store: uint8 [3, size, size]. Raises SampleError."""
     try:
-        # Of the other formats, one starts a program (EPS).
+        # JPEG only: to open EPS, Pillow starts a program.
         with Image.open(io.BytesIO(members[f"{number}.jpg"]), formats=("JPEG",)) as image:
             if image.size == (size, size):
                 return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
@@ -76,10 +76,15 @@ def decode_stored(
     num_frames: int,
     image_size: int,
     quality: int | None = None,
-) -> Iterator[VideoReply]:
-    """For each sample of a video store, in order, what `prepare_video` makes of its video for `store`:
-    "frames" (JPEGs of this quality) or "pixels"; or the reason why it cannot. A sample that cannot
-    be read from its shard is a VideoReply with a reason, too."""
+) -> Generator[VideoReply, None, None]:
+    """Decoded samples of a video store, in order.
+
+    Args:
+        store: "frames" gives JPEGs of this quality, "pixels" gives uncompressed frames.
+
+    Yields:
+        A VideoReply for each sample; with a reason if it cannot be read or decoded.
+    """
     with tempfile.TemporaryDirectory(prefix="vlmds-") as folder:
         damaged: dict[int, str] = {}
 
@@ -89,7 +94,7 @@ def decode_stored(
                 try:
                     path.write_bytes(read_video(index.read(row)))
                 except SampleError as error:
-                    damaged[number] = str(error)  # the child only finds no file
+                    damaged[number] = str(error)  # the decoding process would only report a missing file
                 yield VideoRequest(str(path), row.start, row.end, store, num_frames, image_size, quality)
 
         for number, reply in enumerate(pool.map(requests())):
@@ -98,7 +103,7 @@ def decode_stored(
 
 
 def pixels_of(reply: VideoReply, image_size: int) -> np.ndarray | SampleError:
-    """A reply to a request for "pixels" as uint8 [F, 3, image_size, image_size]."""
+    """A reply to a request for "pixels": uint8 [F, 3, image_size, image_size], or its error."""
     if reply.reason is not None:
         return SampleError(reply.reason)
     pixels = np.frombuffer(reply.members["rgb"], np.uint8)

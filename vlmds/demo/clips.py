@@ -1,9 +1,9 @@
-"""The demo's videos: one shape moves in one direction, and a Korean sentence says so.
+"""The demo's videos: one shape moves in one direction, described by a Korean sentence.
 
-Every clip is a real H.264 file. What the caption names (colour, shape, direction) is crossed with
-what it does not name (size, place, speed, background, noise, length, frame rate), so that only
-the video tells the caption. The combinations of the validation split appear nowhere in training:
-a model that merely recalls training captions gets them wrong.
+Every clip is a real H.264 file. Colour, shape and direction, which the caption names, are independent
+of size, place, speed, background, noise, length and frame rate, which it does not name: only the
+video determines the caption. The combinations of the validation split are not in training, so a model
+that only recalls training captions gets them wrong.
 """
 
 import json
@@ -44,16 +44,16 @@ TRAVEL = (0.30, 0.36)  # of the frame's side, first frame to last; short, so tha
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption names. None where a caption names no known value."""
+    """The values that a caption names; "" for one that it does not name."""
 
-    colour: str | None
-    shape: str | None
-    direction: str | None
+    colour: str
+    shape: str
+    direction: str
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One clip before rendering. Lengths are in pixels, `start` is the shape's first corner."""
+class Scene:
+    """A clip before rendering. Lengths are in pixels, `start` is the shape's first corner."""
 
     attributes: Attributes
     side: int
@@ -86,12 +86,12 @@ def subject(word: str) -> str:
 
 
 def towards(word: str) -> str:
-    """`word` as a goal of motion: 왼쪽으로, 위로; a final ㄹ takes 로 as a vowel does."""
+    """`word` as a goal of motion: 왼쪽으로, 위로; 로 follows a vowel or ㄹ."""
     return word + ("로" if final_consonant(word) in (0, 8) else "으로")
 
 
 def caption(attributes: Attributes) -> str:
-    """The one sentence that describes a clip."""
+    """The sentence that describes a clip."""
     colour, _ = COLOURS[attributes.colour]
     direction, _ = DIRECTIONS[attributes.direction]
     return f"{colour} {subject(SHAPES[attributes.shape])} {towards(direction)} 움직입니다."
@@ -103,10 +103,10 @@ _DIRECTION_WORDS = {k + p: name for name, (k, _) in DIRECTIONS.items() for p in 
 
 
 def parse_caption(text: str) -> Attributes:
-    """The attributes that `text` names, the first of each kind; a wrong particle is forgiven."""
+    """The attributes that `text` names, the first of each kind, also with a wrong particle."""
     words = text.split()
     tables = (_COLOUR_WORDS, _SHAPE_WORDS, _DIRECTION_WORDS)
-    return Attributes(*(next((t[w] for w in words if w in t), None) for t in tables))
+    return Attributes(*(next((t[w] for w in words if w in t), "") for t in tables))
 
 
 def combinations() -> tuple[list[Attributes], list[Attributes]]:
@@ -115,7 +115,8 @@ def combinations() -> tuple[list[Attributes], list[Attributes]]:
     The held-out ones form a Latin pattern: each value is held out equally often, and no pair of
     values loses more than one of its combinations, so training shows every pair.
     """
-    train, held_out = [], []
+    train: list[Attributes] = []
+    held_out: list[Attributes] = []
     indexed = product(enumerate(COLOURS), enumerate(SHAPES), enumerate(DIRECTIONS))
     for (i, colour), (j, shape), (k, direction) in indexed:
         group = held_out if (i + j + k) % 6 == 0 else train
@@ -126,32 +127,40 @@ def combinations() -> tuple[list[Attributes], list[Attributes]]:
 # --- pictures --------------------------------------------------------------------------------
 
 
-def sample_clip(attributes: Attributes, rng: np.random.Generator) -> Clip:
-    """A random clip that shows `attributes`; the shape stays inside the frame throughout."""
+def sample_scene(attributes: Attributes, rng: np.random.Generator) -> Scene:
+    """A random scene that shows `attributes`; the shape stays inside the frame."""
     side = int(rng.choice(SIDES))
     size = round(side * rng.uniform(*SHAPE_SIZE))
     travel = side * rng.uniform(*TRAVEL)
     room = side - size
-    start = []
-    for step in DIRECTIONS[attributes.direction][1]:
+
+    def start(step: int) -> float:
         low, high = {-1: (travel, room), 0: (0, room), 1: (0, room - travel)}[step]
-        start.append(float(rng.uniform(low, high)))
+        return float(rng.uniform(low, high))
+
+    x, y = DIRECTIONS[attributes.direction][1]
+    corner = start(x), start(y)
     fps = int(rng.choice(FRAME_RATES))
-    rgb = np.array(COLOURS[attributes.colour][1]) + rng.integers(-15, 16, size=3)
-    return Clip(
+    tint = np.asarray(COLOURS[attributes.colour][1]) + rng.integers(-15, 16, size=3)
+    return Scene(
         attributes=attributes,
         side=side,
         shape_size=size,
         angle=float(rng.uniform(-0.25, 0.25)),
-        start=tuple(start),
+        start=corner,
         travel=float(travel),
-        tint=tuple(int(v) for v in rgb.clip(0, 255)),
-        background=tuple(int(v) for v in rng.integers(15, 75) + rng.integers(0, 30, size=3)),
+        tint=_rgb(tint.clip(0, 255)),
+        background=_rgb(rng.integers(15, 75) + rng.integers(0, 30, size=3)),
         gradient=float(rng.uniform(-30, 30)),
         noise=float(rng.uniform(2, 10)),
         frames=round(fps * rng.uniform(*SECONDS)),
         fps=fps,
     )
+
+
+def _rgb(values: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue
 
 
 def _outline(shape: str, angle: float) -> np.ndarray:
@@ -184,32 +193,32 @@ def shape_mask(shape: str, size: int, angle: float) -> np.ndarray:
     else:
         points = (_outline(shape, angle) + 1) * (big - 1) / 2
         draw.polygon([tuple(p) for p in points.tolist()], fill=255)
-    return np.asarray(image.resize((size, size), Image.BOX), np.float32) / 255
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255
 
 
 def draw_frame(
-    clip: Clip, mask: np.ndarray, progress: float, rng: np.random.Generator
+    scene: Scene, mask: np.ndarray, progress: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The frame at `progress` (0 first … 1 last): uint8 [side, side, 3], and the shape's corner."""
-    step = DIRECTIONS[clip.attributes.direction][1]
-    x, y = (round(s + d * clip.travel * progress) for s, d in zip(clip.start, step, strict=True))
-    shade = np.linspace(-0.5, 0.5, clip.side, dtype=np.float32)[:, None, None] * clip.gradient
-    image = np.broadcast_to(shade + np.float32(clip.background), (clip.side, clip.side, 3)).copy()
-    inside = image[y : y + clip.shape_size, x : x + clip.shape_size]
-    inside += mask[:, :, None] * (np.float32(clip.tint) - inside)
-    image += rng.standard_normal(image.shape, dtype=np.float32) * clip.noise
+    step = DIRECTIONS[scene.attributes.direction][1]
+    x, y = (round(s + d * scene.travel * progress) for s, d in zip(scene.start, step, strict=True))
+    shade = np.linspace(-0.5, 0.5, scene.side, dtype=np.float32)[:, None, None] * scene.gradient
+    image = np.broadcast_to(shade + np.asarray(scene.background, np.float32), (scene.side, scene.side, 3)).copy()
+    inside = image[y : y + scene.shape_size, x : x + scene.shape_size]
+    inside += mask[:, :, None] * (np.asarray(scene.tint, np.float32) - inside)
+    image += rng.standard_normal(image.shape, dtype=np.float32) * scene.noise
     return image.clip(0, 255).astype(np.uint8), (x, y)
 
 
-def render(clip: Clip, rng: np.random.Generator) -> np.ndarray:
-    """All frames of a clip, uint8 [frames, side, side, 3]."""
-    mask = shape_mask(clip.attributes.shape, clip.shape_size, clip.angle)
-    times = np.linspace(0, 1, clip.frames)
-    return np.stack([draw_frame(clip, mask, float(t), rng)[0] for t in times])
+def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """All frames of a scene, uint8 [frames, side, side, 3]."""
+    mask = shape_mask(scene.attributes.shape, scene.shape_size, scene.angle)
+    times = np.linspace(0, 1, scene.frames)
+    return np.stack([draw_frame(scene, mask, float(t), rng)[0] for t in times])
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Write uint8 [n, height, width, 3] as H.264; one thread, so that the bytes are repeatable."""
+    """Write uint8 [n, height, width, 3] as H.264, with one thread, which makes the bytes repeatable."""
     with av.open(str(path), "w") as container:
         options = {"preset": "ultrafast", "crf": "20", "threads": "1"}
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
@@ -226,8 +235,8 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
 def make_clips(out: Path, *, train: int = 960, val: int = 96, seed: int = 0) -> Path:
     """Write `out`/clips/*.mp4 and `out`/manifest.jsonl; returns the manifest's path.
 
-    Each clip is a pure function of (seed, split, number), and the combinations of a split take
-    turns, so their counts differ by at most one.
+    Each clip is a pure function of (seed, split, number). The combinations of a split alternate:
+    their counts differ by at most one.
     """
     out = Path(out)
     (out / "clips").mkdir(parents=True, exist_ok=True)
@@ -238,9 +247,9 @@ def make_clips(out: Path, *, train: int = 960, val: int = 96, seed: int = 0) -> 
     def write(job: tuple[str, int, Attributes]) -> dict:
         split, number, attributes = job
         rng = np.random.default_rng([seed, ("train", "val").index(split), number])
-        clip = sample_clip(attributes, rng)
+        scene = sample_scene(attributes, rng)
         name = f"{split}_{number:05d}"
-        write_video(out / "clips" / f"{name}.mp4", render(clip, rng), clip.fps)
+        write_video(out / "clips" / f"{name}.mp4", render(scene, rng), scene.fps)
         text = caption(attributes)
         return {"video": f"clips/{name}.mp4", "caption": text, "id": name, "split": split}
 

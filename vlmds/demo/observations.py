@@ -1,19 +1,20 @@
-"""What the demo's language model reads before it meets a video.
+"""The pre-training texts of the demo's language model.
 
 In the demo a frozen language model must caption from visual tokens, which are mixtures: one token
-says "yellow, star, rather left, early" at once. A large language model copes with such input; a
-tiny one has to be taught. So its pre-training texts are conversations whose user turn holds
-*observations* of an imagined clip, where one position holds several words, mixed by weight:
+means "yellow, star, rather left, early" at once. A large language model can read such input; a tiny
+one has to learn it. So its pre-training texts are conversations whose user turn has *observations*
+of an imagined clip, with several words at one position, mixed by weight:
 
     처음 0.9 끝 0.1 · 노란 · 별 · 좌 0.8 우 0.2 · 상 0.5 하 0.5
 
 and whose assistant turn answers from them; motion has to be inferred from places over time. All
-combinations of attributes occur equally often: the texts alone tell nothing about a real clip.
+combinations of attributes are equally frequent: the texts give no information about a real clip.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def sentences(attributes: Attributes) -> list[str]:
 
 
 def all_sentences() -> list[str]:
-    """Every text of this little world, for the tokenizer's training."""
+    """Every text of the demo, for the tokenizer's training."""
     texts = [LEFT, RIGHT, TOP, BOTTOM, START, END, NOTHING, "user\n", "assistant\n", "\n\n"]
     texts += [*SHAPES.values(), *(k for t in (COLOURS, DIRECTIONS) for k, _ in t.values())]
     for names in product(COLOURS, SHAPES, DIRECTIONS):
@@ -78,9 +79,9 @@ def all_sentences() -> list[str]:
 def observe(attributes: Attributes, per_frame: int, ease: float, rng: np.random.Generator) -> list[Bag]:
     """Observations of an imagined clip: FRAMES × `per_frame` bags of words.
 
-    The forms vary as a projector's output may: in order of time, or shuffled with the time named;
-    places named, or the motion itself; few or many empty positions; words missing or wrong.
-    `ease` 1 … 0 goes from wide motions without gaps to these.
+    The forms vary, as a projector's output may: in order of time, or shuffled with the time named;
+    places named, or the motion itself; few or many empty positions; words missing or wrong. `ease`
+    is the difficulty, from 1 (wide motions without gaps) to 0 (all of these variations).
     """
     x, y = _path(attributes.direction, ease, rng)
     shuffled, motion_named, place_everywhere = rng.random(3) < (0.5, 0.2, 0.4)
@@ -139,8 +140,8 @@ class Batch:
     labels: torch.Tensor
 
     def embed(self, embedding: nn.Embedding, ease: float = 0.0) -> torch.Tensor:
-        """Embeddings [B, L, width]; observations get noise and a random scale, as a projector's
-        tokens are never exactly the words' embeddings."""
+        """Embeddings [B, L, width]; observations get noise and a random scale, because a
+        projector's tokens are never exactly the words' embeddings."""
         mixed = (embedding(self.ids) * self.weights[..., None]).sum(dim=2)
         rms = embedding.weight.detach().pow(2).mean().sqrt()
         size = (len(mixed), 1, 1)
@@ -150,7 +151,7 @@ class Batch:
 
 
 class Lessons:
-    """Draws batches without end, a pure function of the seed.
+    """An endless source of batches, a pure function of the seed.
 
     Args:
         tokenizer: any tokenizer with a chat template and "<|video_pad|>".
@@ -161,7 +162,7 @@ class Lessons:
         self.tokenizer = tokenizer
         self.texts = list(texts)
         self.rng = np.random.default_rng([seed, 2])
-        self.pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+        self.pad: Any = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         self.cache: dict[str, list[int]] = {}
 
     def draw(self, positions: int, ease: float) -> Batch:
@@ -194,8 +195,8 @@ class Lessons:
         return [[(i, 1.0)] for i in ids], [False] * len(ids), ids[1:] + [IGNORE]
 
     def _conversation(self, per_frame: int, ease: float) -> tuple[list, list[bool], list[int]]:
-        """Observations and a question. The answer is supervised, and so is, once two frames are
-        seen, the motion at every observation: few words of an answer tell of it."""
+        """Observations and a question. Supervised are the answer and, after two frames, the motion at
+        every observation, which few words of an answer name."""
         attributes = self._attributes()
         kind = int(self.rng.choice(3, p=[0.6, 0.1, 0.3]))
         question, answer = conversations(attributes)[kind]
@@ -203,7 +204,7 @@ class Lessons:
         if self.rng.random() < 0.5:
             video = f"<|vision_start|>{video}<|vision_end|>"
         turn = [{"role": "user", "content": video + question}]
-        text = self.tokenizer.apply_chat_template(
+        text: Any = self.tokenizer.apply_chat_template(
             turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         ids = self._ids(text)

@@ -1,4 +1,4 @@
-"""A picture of clips with their captions."""
+"""The demo's picture: clips with their captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HANGUL_FONTS = (
 
 
 def hangul_font() -> str | None:
-    """The name of an installed font with Hangul, if there is one."""
+    """The name of an installed font with Hangul; None if there is none."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return next((name for name in HANGUL_FONTS if name in installed), None)
 
@@ -57,4 +57,4 @@ def _shown(text: str, font: str | None) -> str:
     from vlmds.demo.clips import parse_caption
 
     found = parse_caption(text)
-    return f"{found.colour} {found.shape}, moves {found.direction}"
+    return f"{found.colour or '?'} {found.shape or '?'}, moves {found.direction or '?'}"

@@ -1,10 +1,10 @@
-"""Tiny CLIP and Qwen3 folders for the demo, each given a little real pre-training.
+"""Tiny CLIP and Qwen3 folders for the demo, with a little real pre-training.
 
-The demo freezes both, as a real run does, so both must know something first, as the big ones do.
+The demo freezes both, as a real run does, so both need knowledge first, as the large ones have.
 CLIP learns from drawn frames: contrastive image-text loss, plus an auxiliary head that names
-colour, shape and place for every patch. The real CLIP's patches know such things after 400M
-pictures; in one minute on a CPU they have to be told. The head is dropped when saving.
-The language model learns this little world's sentences and the chat format (`observations.py`).
+colour, shape and place for every patch. The real CLIP's patches know these after 400M pictures; one
+minute on a CPU needs direct supervision. The head is not saved.
+The language model learns the demo's sentences and the chat format (`observations.py`).
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from vlmds.demo import clips, observations
 from vlmds.files import usual_modes
 
 VERSION = 2
-"""Part of the settings' hash: raise it when a change here should discard saved models."""
+"""Part of the settings' hash: a higher number discards saved models."""
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -62,7 +63,7 @@ CHAT_TEMPLATE = """\
 PATCH = 16
 VISION = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
 TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
-LLM = dict(
+LLM: dict[str, Any] = dict(
     hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=48, tie_word_embeddings=True, max_position_embeddings=4096,
 )  # fmt: skip
@@ -70,7 +71,7 @@ LLM = dict(
 
 @dataclass(frozen=True)
 class TinyModels:
-    """Folders that `from_pretrained` loads."""
+    """Model folders for `from_pretrained`."""
 
     vision: Path
     llm: Path
@@ -146,7 +147,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1000) -> PreTrainedT
 
 
 def _optimise(step_loss, parameters, steps: int, lr: float) -> dict:
-    """AdamW with warm-up and cosine decay over `step_loss(step) -> scalar loss`; the report."""
+    """Minimise `step_loss(step) -> scalar loss` by AdamW with warm-up and cosine decay. Returns a report."""
     started = time.perf_counter()
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1)
@@ -173,7 +174,7 @@ def _optimise(step_loss, parameters, steps: int, lr: float) -> dict:
 
 @dataclass
 class Frames:
-    """Drawn frames and what they show; g is the number of patches along a side.
+    """Drawn frames and their content; g is the number of patches along a side.
 
     pixels uint8 [n, 3, side, side]; colour, shape int64 [n]; covered bool [n, g·g]: the shape lies
     on the patch; centre float32 [n, 2]: the shape's middle, 0…1; texts: one description a frame.
@@ -188,29 +189,29 @@ class Frames:
 
 
 def draw_frames(count: int, image_size: int, seed: int) -> Frames:
-    """Frames of random clips at random moments, all 36 colours × shapes alike, with JPEG's colour
-    subsampling and block noise on half of them, as decoded video has."""
+    """Frames of random scenes at random moments, all 36 colours × shapes equally likely; half of them
+    with JPEG's colour subsampling and block noise, as decoded video has."""
     rng = np.random.default_rng([seed, 1])
     colours, shapes, directions = (list(t) for t in (clips.COLOURS, clips.SHAPES, clips.DIRECTIONS))
     grid = image_size // PATCH
     pixels, colour, shape, covered, centre, texts = [], [], [], [], [], []
     for _ in range(count):
         c, s, d = (int(rng.integers(len(names))) for names in (colours, shapes, directions))
-        clip = clips.sample_clip(clips.Attributes(colours[c], shapes[s], directions[d]), rng)
-        mask = clips.shape_mask(shapes[s], clip.shape_size, clip.angle)
-        frame, (x, y) = clips.draw_frame(clip, mask, float(rng.random()), rng)
-        image = Image.fromarray(frame)
+        scene = clips.sample_scene(clips.Attributes(colours[c], shapes[s], directions[d]), rng)
+        mask = clips.shape_mask(shapes[s], scene.shape_size, scene.angle)
+        frame, (x, y) = clips.draw_frame(scene, mask, float(rng.random()), rng)
+        image: Image.Image = Image.fromarray(frame)
         if rng.random() < 0.5:
             buffer = BytesIO()
             image.save(buffer, "JPEG", quality=int(rng.integers(70, 95)))
             image = Image.open(buffer)
-        image = image.resize((image_size, image_size), Image.BICUBIC)
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
         pixels.append(np.asarray(image).transpose(2, 0, 1))
-        canvas = np.zeros((clip.side, clip.side), np.float32)
-        canvas[y : y + clip.shape_size, x : x + clip.shape_size] = mask
-        on_patch = np.asarray(Image.fromarray(canvas).resize((grid, grid), Image.BOX))
+        canvas = np.zeros((scene.side, scene.side), np.float32)
+        canvas[y : y + scene.shape_size, x : x + scene.shape_size] = mask
+        on_patch = np.asarray(Image.fromarray(canvas).resize((grid, grid), Image.Resampling.BOX))
         covered.append(on_patch.reshape(-1) > 0.08)
-        middle = (np.array([x, y]) + clip.shape_size / 2) / clip.side
+        middle = (np.array([x, y]) + scene.shape_size / 2) / scene.side
         centre.append(middle)
         colour.append(c)
         shape.append(s)
@@ -223,8 +224,8 @@ def draw_frames(count: int, image_size: int, seed: int) -> Frames:
 
 
 class PatchHead(nn.Module):
-    """Reads from every patch token the frame's colour, shape and place, and whether the shape
-    lies on this patch; training only."""
+    """A linear head on every patch token: the frame's colour, shape and place, and whether the shape
+    is on this patch; training only."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -312,7 +313,7 @@ def pretrain_llm(out: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
         keep = batch.labels != -100
         logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep).logits
         losses = F.cross_entropy(logits.flatten(0, -2), batch.labels[keep], reduction="none")
-        # Means of their own: there are many more observations than words of answers.
+        # Separate means: there are many more observations than words of answers.
         observed = batch.noisy[keep]
         return losses[~observed].mean() + losses[observed].mean() / 4
 

@@ -1,4 +1,4 @@
-"""`vlmds demo`: from nothing to captions of videos never seen, on a CPU, with the real commands."""
+"""`vlmds demo`: clips, tiny models, packing, training and captions of held-out clips, on a CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the tests run a smaller demo."""
+    """Numbers of clips and of pre-training steps; the tests run a smaller demo."""
 
     train_clips: int = 960
     val_clips: int = 96
@@ -44,19 +44,19 @@ class Size:
 def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tuple = ()) -> dict:
     """Make clips and tiny models, pack, train both stages, caption held-out clips, score.
 
-    What is there already is used again, a stopped training goes on.
+    Existing files are used again, and a stopped training resumes.
 
     Args:
         output: folder for everything.
-        exp: a packaged experiment; e1 … e8 run in tiny form: their projector and adapter type,
-            everything else from demo.yaml.
+        exp: a packaged experiment; e1 … e8 run in tiny form: with their types of projector and
+            adapter, and all else from demo.yaml.
         overrides: of the experiment.
 
     Returns:
         The results, as results/{exp}.json has them.
 
     Raises:
-        InputError: unknown experiment, or the launcher refused.
+        InputError: an unknown experiment, or training refused its input.
     """
     started = time.perf_counter()
     output = output.absolute()
@@ -98,9 +98,9 @@ def prepare_demo(output: Path, size: Size, seconds: dict[str, float]) -> Path:
 
 
 def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Path:
-    """Write output/tiny-{name}.yaml: the experiment on the demo's models.
+    """Write output/tiny-{name}.yaml: the experiment with the demo's models. Returns the file.
 
-    temporal_embedding: False makes the ablation {name}-no-time, of a resampler.
+    temporal_embedding: False makes the ablation {name}-no-time, for a resampler.
     """
     experiment = load_experiment(exp)
     name = experiment.name if temporal_embedding else f"{experiment.name}-no-time"
@@ -117,7 +117,7 @@ def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Pat
     if hasattr(experiment.projector, "num_queries"):
         projector += ", width: 192, num_queries: 32, num_heads: 4"
         lines += [
-            "stages:  # a resampler wants a lower rate than an MLP, and more steps",
+            "stages:  # a resampler needs a lower rate than an MLP, and more steps",
             "  - {name: align, train: [projector], lr: 3.0e-4, epochs: 8}",
             "  - {name: finetune, train: [projector, peft], lr: 2.0e-4, epochs: 2}",
         ]
@@ -130,8 +130,8 @@ def tiny_form(exp: str, output: Path, *, temporal_embedding: bool = True) -> Pat
 
 
 def prepare_sweep(output: Path, exps: list[str], size: Size) -> list[str]:
-    """What the demo's sweep trains on, in ``output``; returns the tiny forms of the experiments,
-    with all eight also the resamplers without embeddings of time, which cannot know a direction."""
+    """Prepare the data of the demo's sweep in ``output``. Returns the tiny forms of the experiments;
+    with all eight, also resamplers without frame-time embeddings, which cannot learn directions."""
     output.mkdir(parents=True, exist_ok=True)
     prepare_demo(output, size, {})
     forms = [tiny_form(exp.lower(), output) for exp in exps]
@@ -141,13 +141,13 @@ def prepare_sweep(output: Path, exps: list[str], size: Size) -> list[str]:
 
 
 def direction_words() -> str:
-    """For ``vlmds compare --words``."""
+    """The directions in Korean, for ``vlmds compare --words``."""
     return " ".join(korean for korean, _ in DIRECTIONS.values())
 
 
 def score(captions: list[str], references: list[str]) -> dict:
-    """Shares of exact captions and right attributes; the blind score, for which each caption is
-    held against another clip's reference; and what guessing would give."""
+    """Shares of exact captions and right attributes; the same for captions compared with another
+    clip's reference (blind); and the expected shares of guessing."""
     order = np.random.RandomState(0).permutation(len(captions))
     return {
         "clips": len(captions),
@@ -174,7 +174,7 @@ def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
     """`deepspeed --num_gpus 2 launch/train.py …`, its output passed through."""
     script = REPOSITORY / "launch" / "train.py"
     if not script.is_file():
-        raise InputError(f"{script}: not there; the demo runs from a checkout of the repository")
+        raise InputError(f"{script}: missing; the demo needs a checkout of the repository")
     command = [
         "--num_gpus",
         str(RANKS),
@@ -197,7 +197,7 @@ def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     done = subprocess.run([str(launcher), *command], env=environment)
     if done.returncode == 2:
-        raise InputError("the training refused its input, see above")
+        raise InputError("training refused its input, see above")
     if done.returncode:
         raise RuntimeError(f"training failed with exit code {done.returncode}")
 

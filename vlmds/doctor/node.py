@@ -14,8 +14,8 @@ import torch
 
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
-from vlmds.data.index import CACHED_SHARDS
 from vlmds.data.loader import Batches, SampleReader
+from vlmds.data.shard_reader import CACHED_SHARDS
 from vlmds.distributed.cuda import driver_version, unusable_gpus
 from vlmds.distributed.ranks import rank_and_world
 from vlmds.errors import SampleError
@@ -226,7 +226,7 @@ def check_dataset(context: CheckContext) -> list[Finding]:
         if time.monotonic() - begin > context.seconds / 2:
             count = number
             break
-        wanted = reader.order.place(number * len(reader) // count)
+        wanted = reader.order.locate(number * len(reader) // count)
         part = dataset.parts[wanted.part]
         row = part.row(split, *next(reader.order.candidates(wanted)))
         read += sum(len(member) for member in part.read(row).values())

@@ -27,7 +27,7 @@ import torch
 from vlmds.console.progress import phase, silenced, tell
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
-from vlmds.data.features import check_tower
+from vlmds.data.features import check_features
 from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
 from vlmds.errors import InputError
@@ -105,7 +105,7 @@ def evaluate_run(
             _say(f"{folder}: evaluated already with these settings (--again repeats it)")
             return folder
         captioner = VideoCaptioner.from_pretrained(artifact, device=device, overrides=overrides)
-        check_tower(dataset, experiment, captioner.model.tower)
+        check_features(dataset, experiment, captioner.model.tower)
         reader = SampleReader(
             dataset,
             split,

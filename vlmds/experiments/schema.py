@@ -3,7 +3,7 @@ the files."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -49,21 +49,32 @@ class VisionConfig(Section):
     side."""
 
 
-class LinearProjector(Section):
+class ProjectorSection(Section):
+    """Base class of all projector sections."""
+
+    rate_advice: ClassVar[str] = "If the loss jumps or grows, halve the rate."
+    """On the learning rate of stage align; `vlmds new` writes it above the stages."""
+
+
+class LinearProjector(ProjectorSection):
     """One Linear, applied to each patch."""
 
     type: Literal["linear"]
     """Type of the projector."""
 
 
-class MLPProjector(Section):
+class MLPProjector(ProjectorSection):
     """Linear, GELU, Linear, applied to each patch."""
 
     type: Literal["mlp"]
     """Type of the projector."""
 
 
-class _Resampler(Section):
+class _Resampler(ProjectorSection):
+    rate_advice = (
+        "A resampler needs a lower rate than an MLP, and more steps. If the loss of align stays well "
+        "above that of an mlp run, first try a third of the rate and twice the epochs."
+    )
     width: PositiveInt | None = None
     """Inner width; null means the LLM's width, without an output Linear."""
     num_queries: PositiveInt = 64

@@ -49,7 +49,7 @@ def load_model(experiment: Experiment, device: torch.device, stored_tower: str |
 
     Args:
         stored_tower: fingerprint of the tower whose features the data holds, which the caller has
-            checked (:func:`vlmds.data.features.check_tower`); then no tower is loaded.
+            checked (:func:`vlmds.data.features.check_features`); then no tower is loaded.
 
     Raises:
         InputError: a part cannot be loaded, or parts do not fit each other.

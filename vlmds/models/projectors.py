@@ -1,7 +1,6 @@
-"""The four projectors: CLIP patch features in, visual tokens in the LLM's space out.
+"""The projectors: CLIP patch features in, visual tokens in the LLM's space out.
 
-To add a fifth: write its configuration in ``config.py`` (a ``Section`` with a ``type``, listed in
-``ProjectorConfig``), its class here, and its line in ``PROJECTORS``.
+docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations

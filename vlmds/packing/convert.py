@@ -28,7 +28,8 @@ from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.data.alike import CONVERSIONS
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
-from vlmds.data.index import VERSION, SampleRow, ShardIndex, ShardInfo
+from vlmds.data.index import VERSION, SampleRow, ShardIndex
+from vlmds.data.shard_reader import ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path, check_writable, is_url

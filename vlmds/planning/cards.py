@@ -1,4 +1,4 @@
-"""What NVIDIA's data sheets say of its cards, each exact product by itself."""
+"""NVIDIA's cards by exact product: memory, speed and bandwidth from the data sheets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from vlmds.errors import InputError
 
 @dataclass(frozen=True)
 class Card:
-    """memory: bytes. flops: dense bfloat16 with fp32 accumulation, operations a second (where a
-    data sheet gives the rate with sparsity only, half of it). bandwidth: bytes a second.
-    device: what CUDA calls it (``torch.cuda.get_device_name``), without "NVIDIA "."""
+    """A card. memory: bytes. flops: dense bfloat16 with fp32 accumulation, operations a second (half
+    the rate where a data sheet gives it with sparsity only). bandwidth: bytes a second. device: the
+    name of ``torch.cuda.get_device_name``, without "NVIDIA "."""
 
     name: str
     memory: float
@@ -41,12 +41,12 @@ CARDS = {
     )
 }
 SHORT = {"h200": "h200-sxm", "h100": "h100-sxm", "a100-80": "a100-80-sxm", "a100-40": "a100-40-sxm"}
-"""Names that may stand for the SXM form."""
+"""Short names of the SXM form."""
 _DEVICES = {card.device.lower(): card for card in CARDS.values()}
 
 
 def find_card(name: str) -> Card:
-    """The card of that name, or that CUDA calls so. Raises InputError."""
+    """The card of that name, or of that CUDA name. Raises InputError."""
     lower = name.lower()
     card = CARDS.get(SHORT.get(lower, lower)) or device_card(name)
     if card is None:
@@ -55,6 +55,6 @@ def find_card(name: str) -> Card:
 
 
 def device_card(device_name: str) -> Card | None:
-    """The card that CUDA calls so, such as "NVIDIA H100 80GB HBM3". None if it is not known: of
-    another product, or of a MIG slice of one, a similar name would give wrong figures."""
+    """The card of an exact CUDA name, such as "NVIDIA H100 80GB HBM3", else None: another product or
+    a MIG slice may have a similar name and other figures."""
     return _DEVICES.get(device_name.strip().lower().removeprefix("nvidia "))

@@ -1,21 +1,23 @@
-"""What training refuses before it loads a weight; the plan and the doctor ask the same."""
+"""Checks before a start, shared by training, the plan and the doctor. They load no weights."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.console.text import install_hint
 from vlmds.data.dataset import Dataset
-from vlmds.data.features import check_tower_keys
+from vlmds.data.features import check_feature_keys
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.experiments.schedule import accumulation_steps
 from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import Shapes
+from vlmds.models.attention import FLASH, choose_attention
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import check_vocabulary
 from vlmds.models.sequences import SequenceBuilder
@@ -23,13 +25,13 @@ from vlmds.models.trainable import freeze, parameter_groups
 
 
 def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | None, ranks: int) -> None:
-    """Everything that shows without weights, a tokenizer or other ranks: the global batch, what
-    each stage trains, how the charts are kept, and whether the data is what the experiment needs.
+    """Check all that needs no weights, tokenizer or other ranks: the global batch, what each stage
+    trains, attention and precision, the logging, and whether the data fits the experiment.
 
     Args:
         model: of :func:`vlmds.models.assemble.shapes`, which has checked that its parts fit each
-            other. Its parameters are left as the last stage freezes them.
-        dataset: None leaves the data out.
+            other. Its parameters are left frozen as in the last stage.
+        dataset: None skips the checks of the data.
 
     Raises:
         InputError: names the key or the dataset.
@@ -39,6 +41,8 @@ def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | N
         freeze(model.captioner, stage)
         if not parameter_groups(model.captioner, stage, experiment.training):
             raise InputError(f"stages: {stage.name}: nothing is trainable")
+    if (name := experiment.llm.attention) in FLASH:  # as on a card that suits it
+        choose_attention(name, experiment.llm.dtype, None, FLASH[name][1][0], {name})
     if experiment.logging.wandb_project and find_spec("wandb") is None:
         raise InputError(
             f"logging.wandb_project: wandb is not installed; {install_hint('track')}, or leave the key out"
@@ -48,48 +52,45 @@ def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | N
 
 
 def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
-    """Raise InputError unless the experiment can be trained on the data: split train is there (in
-    all parts of a blend), frames or features are as many and as large as the model takes, those of
-    a features store are of its layer and pooling, and split val is there if a key needs it."""
+    """Raise InputError unless the experiment can be trained on the data: it has split train (in all
+    parts of a blend), frames or features have the model's number and size, features are of its
+    layer and pooling, and it has split val if a key needs it."""
     training_reader(experiment, model, dataset)
-    check_tower_keys(dataset, experiment)
+    config: Any = model.tower.config
+    check_feature_keys(dataset, experiment)
     if dataset.store == "features":
         recorded, projector = dataset.meta["vision"], model.captioner.projector
-        ours = (projector.patches, model.tower.config.hidden_size)
+        ours = (projector.patches, config.hidden_size)
         theirs = (recorded["patches"], recorded["width"])
         if ours != theirs:
             raise InputError(
                 f"{dataset.root}: its features of {recorded['model']} are {theirs[0]} x {theirs[1]} "
                 f"a frame, but vision.model {experiment.vision.model} makes {ours[0]} x {ours[1]}; "
-                "make them again with it, or give that tower"
+                "make them again with it, or set vision.model to that tower"
             )
     check_validation(experiment, "val" in dataset.splits, dataset.root)
 
 
 def training_reader(experiment: Experiment, model: Shapes, dataset: Dataset) -> SampleReader:
-    """What the first stage reads. Raises InputError as :class:`SampleReader`."""
+    """The reader of the first stage. Raises InputError as :class:`SampleReader`."""
     data = experiment.data
+    config: Any = model.tower.config
     return SampleReader(
-        dataset,
-        "train",
-        data.num_frames,
-        model.tower.config.image_size,
-        seed=experiment.training.seed,
-        window=data.shuffle_window,
+        dataset, "train", data.num_frames, config.image_size, seed=experiment.training.seed, window=data.shuffle_window
     )
 
 
 def sequence_builder(
     experiment: Experiment, tokenizer: PreTrainedTokenizerBase, captioner: Captioner
 ) -> SequenceBuilder:
-    """The experiment's, once it is known to suit the language model.
+    """The experiment's sequence builder, checked against the language model.
 
     Args:
-        captioner: loaded, or without storage.
+        captioner: loaded, or on the meta device.
 
     Raises:
-        InputError: the tokenizer has more tokens than the model, a chat template of another kind,
-            or the longest sequence does not fit the model.
+        InputError: the tokenizer has more tokens than the model or an unsuitable chat template, or
+            the longest sequence does not fit the model.
     """
     data, name = experiment.data, experiment.llm.model
     check_vocabulary(captioner.llm, tokenizer, name)
@@ -107,8 +108,8 @@ def sequence_builder(
 
 
 def check_validation(experiment: Experiment, has_val: bool, data: Path | str) -> None:
-    """Raise InputError, naming the key, if the settings want what this data or this installation
-    cannot give."""
+    """Raise InputError, naming the key, if the settings need what this data or this installation
+    lacks: split val, or the metric."""
     settings = experiment.training
     wanted = [
         name
@@ -130,6 +131,6 @@ def check_validation(experiment: Experiment, has_val: bool, data: Path | str) ->
     known = ["loss", *(f"{metric}@{level}" for level in levels for metric in METRICS)]
     if settings.best_metric not in known:
         raise InputError(
-            f"training.best_metric: {settings.best_metric!r} is not there; there are "
+            f"training.best_metric: {settings.best_metric!r} is no metric here; there are "
             f"{', '.join(known)} (those @morpheme need the extra korean)"
         )

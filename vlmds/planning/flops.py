@@ -1,16 +1,16 @@
 """Floating-point operations of a training step, from shapes alone. A multiply-add is two.
 
-A frozen weight costs its forward product and the gradient of its input, so about 4N operations a
-position and not the 6N of full training; a trained one costs its own gradient, too. Counted are the
-matrix products: CLIP (forward only), projector, LLM, adapter, causal attention (half of the
-square) and logits where a caption token follows. Norms, activations, embeddings and softmax are
-not. What activation checkpointing computes again is not in a model's operations, but a field of
-its own.
+A frozen weight needs its forward product and the gradient of its input: about 4N operations a
+position instead of the 6N of full training. A trained one also needs its own gradient. Counted are
+the matrix products: CLIP (forward only), projector, LLM, adapter, causal attention (half of the
+square) and logits where a caption token follows. Norms, activations, embeddings and softmax are not
+counted. Recomputation by activation checkpointing is a field of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from vlmds.models.assemble import Shapes
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Of one sample. clip: forward. projector, llm, head: forward and backward. recomputed: the
-    forward pass of the LLM's layers, which full activation checkpointing repeats."""
+    """Operations of one sample. clip: forward. projector, llm, head: forward and backward. recomputed:
+    the forward pass of the LLM's layers, which full activation checkpointing repeats."""
 
     clip: float
     projector: float
@@ -32,7 +32,7 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        """Without recomputation."""
+        """All of them, without recomputation."""
         return self.clip + self.projector + self.llm + self.head
 
 
@@ -40,15 +40,15 @@ def sample_flops(model: Shapes, positions: float, supervised: float, *, stored_f
     """Operations of one sample in a step.
 
     Args:
-        model: on the meta device, frozen as the stage says.
+        model: on the meta device, frozen as in the stage.
         positions: of the LLM's input. supervised: positions that predict a caption token.
-        stored_features: the data holds CLIP's features.
+        stored_features: the data has CLIP's features.
     """
-    base = model.captioner.llm.get_base_model()
-    config = base.config
+    llm = model.captioner.llm
+    config: Any = llm.config
     frozen = trained = 0
-    for name, module in base.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("lm_head"):
+    for name, module in llm.named_modules():
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
             if "lora_" not in name:
                 frozen += module.weight.numel()
             elif module.weight.requires_grad:
@@ -67,8 +67,8 @@ def sample_flops(model: Shapes, positions: float, supervised: float, *, stored_f
 
 
 def clip_flops(model: Shapes) -> float:
-    """Forward pass of all frames of a sample."""
-    config = model.tower.config
+    """Operations of the forward pass of all frames of a sample."""
+    config: Any = model.tower.config
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     width, wide = config.hidden_size, config.intermediate_size
     layer = 2 * tokens * (4 * width**2 + 2 * width * wide) + 4 * tokens**2 * width
@@ -77,8 +77,8 @@ def clip_flops(model: Shapes) -> float:
 
 
 def projector_flops(model: Shapes) -> float:
-    """Forward and, where it is trained, both gradients: three times the forward pass, counted by
-    running it on the meta device. CLIP's features need no gradient, which is not subtracted."""
+    """Forward and, where it is trained, both gradients: three times the forward pass, counted by a
+    run on the meta device. CLIP's features need no gradient; that is not subtracted."""
     projector = model.captioner.projector
     dtype = next(projector.parameters()).dtype
     features = torch.empty(

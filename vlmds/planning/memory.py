@@ -1,10 +1,10 @@
-"""How much memory a stage takes on each GPU, and how large a checkpoint is, from shapes alone.
+"""The memory of a stage on each GPU, and the size of a checkpoint, from shapes alone.
 
 Weights, optimizer and gradients follow from DeepSpeed's ZeRO-2 as `ds_configs/zero2.json` sets it
 and are exact. Activations are counted: one layer runs on the meta device, and the tensors that
-autograd would keep are added up. CLIP works in a stream of its own, and PyTorch's allocator keeps a
-pool for each stream: what CLIP takes is never used again by the language model, nor the other way
-round. What is outside of PyTorch (:func:`outside_bytes`) and fragmentation come on top.
+autograd would keep are added up. CLIP runs in a CUDA stream of its own, and PyTorch's allocator
+keeps a pool for each stream: CLIP and the language model never reuse each other's memory. Memory
+outside of PyTorch (:func:`outside_bytes`) and fragmentation come on top.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -24,21 +25,20 @@ from vlmds.models.loss import TOKENS
 from vlmds.models.trainable import parameter_groups
 
 TEXT_POSITIONS = 40
-"""What the chat template, a prompt and a short caption add to the visual tokens."""
+"""Positions that the chat template, a prompt and a short caption add to the visual tokens."""
 PROMPT_POSITIONS, PROMPT_CHARACTERS = 32, 16
-"""What the chat template and a prompt of so many characters add to the visual tokens and the
-caption. Each character more counts as a token, which is rather too many."""
+"""Positions that the chat template and a prompt of at most that many characters add to the visual
+tokens and the caption. Each further character counts as a token, which rather overestimates."""
 EVERY = (0, 8, 4, 3, 2, 1)
-"""What activation checkpointing may be: no layer, or every n-th; the fastest first."""
+"""Settings of activation checkpointing: no layer (0), or every n-th; the fastest first."""
 CONTEXT_BYTES, COMMUNICATOR_BYTES = 2.5e9, 1.0e9
-"""CUDA's context with the libraries' kernels and workspaces; NCCL's communicators, which one GPU
-alone does not have. Assumed, until a GPU measures them."""
+"""CUDA's context with the libraries' kernels and workspaces; NCCL's communicators, with more than
+one GPU. Assumed, not measured yet."""
 LATER_BYTES = 1.0e9
-"""The part of both that comes after :func:`vlmds.training.activations.free_bytes` was measured:
-kernels that are loaded when they are first called, workspaces, DeepSpeed's own communicators.
-Assumed."""
+"""The part of both that is allocated after :func:`vlmds.training.activations.free_bytes` is measured:
+kernels that are loaded at their first call, workspaces, DeepSpeed's own communicators. Assumed."""
 USABLE = 0.94
-"""Share of the memory that fragmentation leaves. Assumed."""
+"""Share of the memory that is left after fragmentation. Assumed."""
 _NF4_BLOCK, _NF4_BLOCKS_PER_SCALE = 64, 256
 
 
@@ -49,8 +49,8 @@ def stage_memory(
     ``data.max_caption_tokens`` allows. ``training.activation_checkpointing: auto`` counts as true.
 
     Args:
-        captioner: on the meta device, with the adapter, frozen as the stage says.
-        tower: the CLIP model on the meta device; None where the data holds its features.
+        captioner: on the meta device, with the adapter, frozen as in the stage.
+        tower: the CLIP model on the meta device; None where the data has its features.
     """
     setting = experiment.training.activation_checkpointing
     every = 1 if setting == "auto" else int(setting)
@@ -58,16 +58,16 @@ def stage_memory(
 
 
 def outside_bytes(world_size: int) -> float:
-    """What a GPU's memory holds beside PyTorch's tensors, where nothing was measured."""
+    """Bytes on a GPU beside PyTorch's tensors, where nothing was measured."""
     return CONTEXT_BYTES + (COMMUNICATOR_BYTES if world_size > 1 else 0.0)
 
 
-def fewest_recomputed(memories: dict[int, dict[str, int]], free: float) -> int | None:
-    """The first of :func:`stage_memories` that fits, or None.
+def recompute_interval(memories: dict[int, dict[str, int]], free: float) -> int | None:
+    """The first setting of :func:`stage_memories` that fits: 0 for no layer, n for every n-th; None
+    if none fits.
 
     Args:
-        free: bytes that PyTorch's allocator may take: what it has taken already counts as free,
-            what is outside of it does not.
+        free: bytes that PyTorch's allocator may take, those that it has taken already included.
     """
     room = free * USABLE
     return next((every for every, parts in memories.items() if sum(parts.values()) <= room), None)
@@ -81,13 +81,13 @@ def stage_memories(
     world_size: int,
     choices: Iterable[int] = EVERY,
 ) -> dict[int, dict[str, int]]:
-    """As :func:`stage_memory`, for several settings of activation checkpointing: of no layer (0),
-    or of every n-th."""
+    """As :func:`stage_memory`, for several settings of activation checkpointing: no layer (0), or
+    every n-th."""
     training = experiment.training
     size = getattr(torch, experiment.llm.dtype).itemsize
     partitions = partition_sizes(experiment, stage, captioner, world_size)
     trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
-    # The adapter is on `captioner` in every stage here; one that does not train it has none.
+    # `captioner` has the adapter here; in training, a stage that does not train it has none.
     frozen_projector = sum(p.numel() for p in captioner.projector.parameters() if not p.requires_grad)
     layer, layers = layer_activations(experiment, stage, captioner), _layers(captioner)
     positions = training.micro_batch * longest(experiment, captioner)
@@ -95,12 +95,12 @@ def stage_memories(
     parts = {
         "LLM weights": llm_bytes(experiment, captioner.llm),
         "CLIP weights": 0 if tower is None else size * _count(tower.parameters()),
-        # The trainables in the model's dtype stand whole on every GPU.
+        # In the model's dtype, whole on every GPU.
         "trainables": size * (trained + frozen_projector),
-        # What ZeRO-2 spreads over the ranks, in fp32.
+        # In fp32, partitioned over the ranks by ZeRO-2.
         "fp32 copies": 4 * sum(partitions),
         "Adam moments": 8 * sum(partitions),
-        # In fp32 and whole until the last micro-batch, when they are reduced.
+        # In fp32, whole until they are reduced after the last micro-batch.
         "gradients": 4 * trained,
         "gradient buckets": 0,
         "activations": _projector_activations(experiment, captioner),
@@ -113,18 +113,18 @@ def stage_memories(
     if experiment.llm.load_in_4bit:  # bitsandbytes unpacks one weight at a time
         parts["one unpacked weight"] = size * max(m.weight.numel() for m in quantised(captioner.llm))
     if experiment.peft.type == "dora" and "peft" in stage.train:
-        # In a step's first forward pass, when there are no logits and nothing else is unpacked.
+        # In a step's first forward pass, when there are no logits and no other unpacked weight.
         norm = dora_norm_bytes(experiment, captioner.llm)
         parts["first DoRA norm"] = max(0, norm - parts["logits"] - parts.get("one unpacked weight", 0))
-    # The reduction comes after the backward pass, where its tensors were (those of its stream): a
-    # bucket with all gradients in the model's dtype; then, instead of those in fp32, a copy of what
-    # goes out at once and this rank's part in fp32.
+    # The reduction comes after the backward pass and reuses its memory: first a bucket with all
+    # gradients in the model's dtype; then, in place of those in fp32, a copy of what is sent at once
+    # and this rank's part in fp32.
     reduction = size * trained + max(0, size * trained // world_size + 4 * sum(partitions) - parts["gradients"])
     passing = sum(parts.get(part, 0) for part in ("activations", "logits", "one unpacked weight", "first DoRA norm"))
     memories = {}
     for every in choices:
         recomputed = math.ceil(layers / every) if every else 0
-        # A checkpointed layer keeps its input; the one that is being recomputed, everything.
+        # A checkpointed layer keeps its input; the layer that is being recomputed keeps everything.
         kept = (layers - recomputed) * layer + recomputed * hidden + (layer if recomputed else 0)
         memories[every] = {
             **parts,
@@ -141,24 +141,24 @@ def longest(experiment: Experiment, captioner: Captioner) -> int:
 
 
 def partition_sizes(experiment: Experiment, stage: StageConfig, captioner: Captioner, world_size: int) -> list[int]:
-    """Elements of each parameter group that one rank holds: ZeRO-2 pads a group so that every
-    rank's part has the same, even number."""
+    """One rank's elements of each parameter group: ZeRO-2 pads a group to the same, even number on
+    every rank."""
     groups = parameter_groups(captioner, stage, experiment.training)
     counts = [_count(group["params"]) for group in groups]
     return [math.ceil(count / (2 * world_size)) * 2 for count in counts]
 
 
 def checkpoint_bytes(experiment: Experiment, captioner: Captioner) -> int:
-    """Tensors of a checkpoint: the trainables and both moments in fp32, and their average if the
-    experiment keeps one. Padding is not saved; frozen weights are not either."""
+    """Bytes of a checkpoint: the trainables and both moments in fp32, and their average if the
+    experiment has one. Neither padding nor frozen weights are saved."""
     trained = sum(p.numel() for p in captioner.parameters() if p.requires_grad)
     return trained * (12 if experiment.training.ema_decay is None else 16)
 
 
 def llm_bytes(experiment: Experiment, llm: nn.Module) -> int:
-    """Frozen weights of the language model, without its adapter. In NF4 every Linear but the
-    output layer takes half a byte a weight, one byte for each block of 64 and four for each 256 of
-    those (double quantisation, arXiv:2305.14314), and its look-up tables."""
+    """Bytes of the language model's frozen weights, without its adapter. In NF4 every Linear but the
+    output layer takes half a byte a weight, one byte for each block of 64, four bytes for each 256
+    blocks (double quantisation, arXiv:2305.14314), and its look-up tables."""
     size = getattr(torch, experiment.llm.dtype).itemsize
     total = size * _count(p for name, p in llm.named_parameters() if "lora_" not in name)
     if experiment.llm.load_in_4bit:
@@ -175,7 +175,7 @@ def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for the backward pass of `forward`, without the tensors `own` and
     counting storage that several saved tensors share once. Works on the meta device."""
     skip = {tensor.untyped_storage()._cdata for tensor in own}
-    saved: dict[int, Tensor] = {}  # holds the tensors, or a freed storage's address could come again
+    saved: dict[int, Tensor] = {}  # keeps the tensors: a freed storage's address could be reused
 
     def keep(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor
@@ -188,8 +188,8 @@ def saved_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps; computes nothing. On the meta device PyTorch would
-    take its unfused path, which keeps length x length scores."""
+    """An attention that saves what a fused kernel saves and computes nothing. On the meta device
+    PyTorch would take its unfused path, which saves length x length scores."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -199,7 +199,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _attention(module, query, key, value, attention_mask, **options):
-    """As transformers calls it: [B, heads, L, D] -> [B, L, heads, D]."""
+    """The attention function that transformers calls: [B, heads, L, D] -> [B, L, heads, D]."""
     return _FlashAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
@@ -207,8 +207,9 @@ AttentionInterface.register("vlmds_shapes", _attention)
 
 
 def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Captioner) -> int:
-    """What one layer of the language model keeps for one micro-batch."""
-    decoder = captioner.llm.get_base_model().model
+    """Bytes that one layer of the language model keeps for one micro-batch."""
+    llm: Any = captioner.llm  # a PeftModel
+    decoder = llm.get_decoder()
     dtype = getattr(torch, experiment.llm.dtype)
     shape = (experiment.training.micro_batch, longest(experiment, captioner), captioner.projector.llm_dim)
     hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
@@ -216,7 +217,7 @@ def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Cap
     rotation = tuple(t.to(dtype) for t in decoder.rotary_emb(hidden, positions))
     config = decoder.config
     before, config._attn_implementation = config._attn_implementation, "vlmds_shapes"
-    adapter = nullcontext() if "peft" in stage.train else captioner.llm.disable_adapter()
+    adapter = nullcontext() if "peft" in stage.train else llm.disable_adapter()
     trained = [(p, p.requires_grad) for p in captioner.parameters()]
     try:
         with adapter:
@@ -231,17 +232,19 @@ def layer_activations(experiment: Experiment, stage: StageConfig, captioner: Cap
 
 
 def dora_norm_bytes(experiment: Experiment, llm: nn.Module) -> int:
-    """The most that :func:`vlmds.models.dora._compute_norm` holds at once for one Linear of [out,
+    """The most bytes that :func:`vlmds.models.dora._compute_norm` takes at once for one Linear of [out,
     in]: B·A, made from a unit matrix of [in, in] and A; then B·A, s·B·A, W + s·B·A, and W itself if
     it is unpacked for this."""
     size, rank = getattr(torch, experiment.llm.dtype).itemsize, experiment.peft.r
     copies = 4 if experiment.llm.load_in_4bit else 3
-    shapes = [module.get_base_layer().weight.shape for module in llm.modules() if isinstance(module, LoraLayer)]
+    shapes: list[Any] = [
+        module.get_base_layer().weight.shape for module in llm.modules() if isinstance(module, LoraLayer)
+    ]
     return size * max(max(inputs * (inputs + rank + outputs), copies * outputs * inputs) for outputs, inputs in shapes)
 
 
 def _features(experiment: Experiment, captioner: Captioner) -> Tensor:
-    """CLIP's, of a micro-batch: [B, F·P, vision width] on the meta device."""
+    """CLIP's features of a micro-batch: [B, F·P, vision width] on the meta device."""
     projector = captioner.projector
     return torch.empty(
         (experiment.training.micro_batch, projector.num_frames * projector.patches, projector.vision_dim),
@@ -256,22 +259,22 @@ def _projector_activations(experiment: Experiment, captioner: Captioner) -> int:
 
 
 def _logits(experiment: Experiment, captioner: Captioner) -> int:
-    """Logits stand only where a caption token follows, here of the longest allowed caption, and no
-    more of them at once than `token_losses` takes: in fp32, in the model's dtype if that is another
-    one, and the gradient of what goes into them."""
+    """Bytes of logits, of the longest allowed caption and at most as many at once as `token_losses`
+    takes: in fp32, also in the model's dtype if that differs, and the gradient of their input."""
     tokens = experiment.training.micro_batch * (experiment.data.max_caption_tokens + 1)
-    vocabulary = captioner.llm.get_base_model().config.vocab_size
+    config: Any = captioner.llm.config
     size = getattr(torch, experiment.llm.dtype).itemsize
     return (
-        min(tokens, TOKENS) * vocabulary * (4 + (size if size < 4 else 0)) + tokens * captioner.projector.llm_dim * size
+        min(tokens, TOKENS) * config.vocab_size * (4 + (size if size < 4 else 0))
+        + tokens * captioner.projector.llm_dim * size
     )
 
 
 def _tower_activations(experiment: Experiment, tower: nn.Module) -> int:
-    """CLIP keeps nothing for a backward pass. At its peak there are, for each position of a chunk
-    of frames, the residual, queries, keys, values and their product, or the residual and the two
-    wide tensors around the activation; and the pixels in fp32, twice."""
-    config = tower.config
+    """Bytes at the peak of CLIP's forward pass, which keeps nothing: for each position of a chunk of
+    frames the residual, queries, keys, values and their product, or the residual and the two wide
+    tensors around the activation; and the pixels in fp32, twice."""
+    config: Any = tower.config
     frames = min(experiment.vision.frames_per_call, experiment.training.micro_batch * experiment.data.num_frames)
     size = getattr(torch, experiment.llm.dtype).itemsize
     positions = frames * ((config.image_size // config.patch_size) ** 2 + 1)
@@ -289,7 +292,7 @@ def quantised(llm: nn.Module) -> list[nn.Linear]:
 
 
 def _layers(captioner: Captioner) -> int:
-    return len(captioner.llm.get_base_model().model.layers)
+    return len(captioner.llm.get_decoder().layers)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

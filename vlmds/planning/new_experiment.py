@@ -1,50 +1,38 @@
-"""`vlmds new`: an experiment file of one's own, with comments on what to change and why.
+"""`vlmds new`: a new experiment file, with comments on what to change and why.
 
-Every value comes from the packaged experiment that the file extends; there is no second copy.
+Every value comes from the packaged experiment that the file extends, and every comment on the
+projector from its section in vlmds/experiments/schema.py.
 """
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, packaged_experiments
-from vlmds.experiments.schema import Experiment, Name
+from vlmds.experiments.schema import PROJECTORS, Experiment, Name, PeftSection
 
-LOOKS = 4  # validations in a short stage
-
-_PROJECTOR = {
-    "linear": "One Linear for each patch: the fewest parameters, and a visual token for every patch.",
-    "mlp": "Two Linears for each patch: a visual token for every patch.",
-    "cabstractor": "num_queries is the number of visual tokens of a clip, whatever num_frames is.",
-    "perceiver": "num_queries is the number of visual tokens of a clip, whatever num_frames is.",
-}
-_RATE = {
-    "linear": "A linear projector stands a high rate; if the loss jumps or grows, halve it.",
-    "mlp": "An MLP stands a high rate; if the loss jumps or grows, halve it.",
-    "cabstractor": "A resampler wants a lower rate than an MLP, and more steps. If the loss of align\n"
-    "# stops well above that of an mlp run, first try a third of the rate and twice the epochs.",
-}
-_RATE["perceiver"] = _RATE["cabstractor"]
+VALIDATIONS = 4  # at least, in the shortest stage
 
 
 def write_experiment(
     path: Path, projector: str, adapter: str, *, clips: int | None = None, data: str | None = None
 ) -> list[str]:
-    """Write the file; returns what to tell the user.
+    """Write the file. Returns lines for the user: the file, and the next command.
 
     Args:
-        clips: number of training clips, to count the steps. data: a packed dataset, to know it.
+        clips: number of training clips, to count the steps. data: a packed dataset, to count them.
 
     Raises:
         InputError: no such projector or adapter, no such dataset, a name that cannot be an
-            experiment's, or the file is there already.
+            experiment's, or the file exists.
     """
-    base = _packaged(projector, adapter)
+    base = _extended(projector, adapter)
     _check_name(path)
     has_val = None
     if data is not None:
@@ -65,16 +53,18 @@ def write_experiment(
     return [f"written: {path}, which extends {base.name}", f"next: vlmds plan --exp {path} --data {data or 'DIR'}"]
 
 
-def _packaged(projector: str, adapter: str) -> Experiment:
-    """The experiment of this projector and adapter among e1, e2, …"""
-    found = [load_experiment(name) for name in packaged_experiments() if name[1:].isdigit()]
-    for option, value, known in (
-        ("projector", projector, {e.projector.type for e in found}),
-        ("adapter", adapter, {e.peft.type for e in found}),
-    ):
+def _extended(projector: str, adapter: str) -> Experiment:
+    """The packaged experiment of this projector and adapter among e1, e2, …; base.yaml with them if
+    there is none."""
+    adapters = get_args(PeftSection.model_fields["type"].annotation)
+    for option, value, known in (("projector", projector, PROJECTORS), ("adapter", adapter, adapters)):
         if value not in known:
             raise InputError(f"--{option} {value}: there are {', '.join(sorted(known))}")
-    return next(e for e in found if (e.projector.type, e.peft.type) == (projector, adapter))
+    for name in packaged_experiments():
+        found = load_experiment(name)
+        if name[1:].isdigit() and (found.projector.type, found.peft.type) == (projector, adapter):
+            return found
+    return load_experiment("base", ["name=base", f"projector.type={projector}", f"peft.type={adapter}"])
 
 
 def _check_name(path: Path) -> None:
@@ -115,66 +105,82 @@ def _text(
 #   vlmds plan --exp {path.name} --data {data}                  # checks it; memory, steps, a sample
 #   deepspeed launch/train.py --exp {path.name} --data {data}   # trains it
 #
-# It extends the packaged experiment {base.name}: what is not written here is as there. A key behind
-# a "#" is switched off.
+# It extends the packaged {base.name}.yaml, which has the keys that are not written here. A key behind
+# a "#" is off.
 extends: {base.name}
 name: {path.stem}
 
-# {_PROJECTOR[base.projector.type]}
-# More visual tokens show more detail, and cost memory and time in the language model.
+{_projector(base)}
 projector: {_flow({"type": base.projector.type, **base.projector.model_dump(exclude_unset=True)})}
 
-# A larger r learns more and needs more clips; keep alpha / r, which scales the adapter. DoRA costs
-# time in every step and is worth a comparison with LoRA on your data.
+# A larger r learns more and needs more clips; keep alpha / r, which scales the adapter. DoRA makes
+# every step slower; compare it with LoRA on your data.
 peft: {_flow({name: getattr(base.peft, name) for name in ("type", "r", "alpha", "dropout")})}
 
 data:
-  num_frames: {base.data.num_frames}  # spread evenly over the clip; long clips want more
-  prompt: {_flow(base.data.prompt)}  # for clips that have none of their own
+  num_frames: {base.data.num_frames}  # spread evenly over the clip; long clips need more
+  prompt: {_flow(base.data.prompt)}  # for clips without a prompt of their own
 
 {_training(base, steps, has_val)}
 {_stages(base, steps, clips)}"""
 
 
+def _projector(base: Experiment) -> str:
+    """The comments on the projector and its keys, from the schema."""
+    section, written = type(base.projector), base.projector.model_fields_set - {"type"}
+    lines = [
+        str(section.__doc__).partition("\n\n")[0],
+        "More visual tokens show more detail, and cost memory and time in the language model.",
+        *(f"{key}: {field.description}" for key, field in section.model_fields.items() if key in written),
+    ]
+    return "\n".join(map(_comment, lines))
+
+
+def _comment(text: str) -> str:
+    return textwrap.fill(" ".join(text.replace("``", "").split()), 100, initial_indent="# ", subsequent_indent="# ")
+
+
 def _training(base: Experiment, steps: list[int] | None, has_val: bool | None) -> str:
     training = base.training
-    looks = {name: getattr(training, name) for name in ("validate_every", "checkpoint_every")}
+    every = {name: getattr(training, name) for name in ("validate_every", "checkpoint_every")}
     if steps is not None:
-        looks = {name: max(1, min(value, min(steps) // LOOKS)) for name, value in looks.items()}
+        every = {name: max(1, min(value, min(steps) // VALIDATIONS)) for name, value in every.items()}
     validation = {
         None: "needs split val: vlmds pack --val-fraction",
         True: "loss on split val",
-        False: "your data has no split val, so nothing is validated: pack it with --val-fraction",
+        False: "your data has no split val, so there is no validation: pack it with --val-fraction",
     }[has_val]
     return f"""\
 training:
-  # Samples at once on a GPU: the first to lower when memory is short (vlmds plan --gpu NAME).
+  # Samples at once on one GPU. Lower this first when memory is short (vlmds plan --gpu NAME).
   micro_batch: {training.micro_batch}
   gradient_accumulation: {training.gradient_accumulation}
   # Samples per optimizer step over all GPUs. Without this key it is micro_batch x
-  # gradient_accumulation x GPUs: the same file then learns otherwise on 8 GPUs than on 1, with the
-  # same learning rate. Set it before you compare runs; it must be a multiple of micro_batch x GPUs.
+  # gradient_accumulation x GPUs: at the same learning rate, the same file then trains differently on
+  # 8 GPUs than on 1. Set it before you compare runs; it must be a multiple of micro_batch x GPUs.
   # global_batch: {_batch(base)}
-  validate_every: {looks["validate_every"]}  # optimizer steps; {validation}
-  # keep: best  # the weights with the best validation, and not the last
-  # early_stopping: 3  # end a stage after so many validations without a better one
-  checkpoint_every: {looks["checkpoint_every"]}  # optimizer steps; a crash costs at most so many
+  validate_every: {every["validate_every"]}  # optimizer steps; {validation}
+  # keep: best  # the weights with the best validation instead of the last
+  # early_stopping: 3  # end a stage after this many validations in a row without an improvement
+  checkpoint_every: {every["checkpoint_every"]}  # optimizer steps; a crash loses at most this many
 """
 
 
 def _stages(base: Experiment, steps: list[int] | None, clips: int | None) -> str:
     lines = [
-        "# Learning rates and lengths; this list replaces the packaged one. align teaches the",
-        "# projector alone, finetune the adapter, too.",
-        f"# {_RATE[base.projector.type]}",
+        "# Learning rates and lengths; this list replaces the packaged one. align trains the projector",
+        "# alone, finetune trains projector and adapter.",
+        _comment(base.projector.rate_advice),
     ]
     few = base.training.validate_every
     if steps is None:
-        lines.append("# vlmds plan --data DIR says how many steps the epochs are.")
+        lines.append("# vlmds plan --data DIR prints the steps of these epochs.")
     else:
         lines.append(f"# Steps are those of {clips:,} clips at a global batch of {_batch(base)}.")
         if min(steps) < few:
-            lines.append(f"# Fewer than {few} are few: give more epochs, and look at the validation for when to stop.")
+            lines.append(
+                f"# Fewer than {few} are few: give more epochs, and let the validation loss decide when to stop."
+            )
     lines.append("stages:")
     for number, stage in enumerate(base.stages):
         count = f"  # {steps[number]:,} steps" if steps is not None else ""
@@ -183,6 +189,6 @@ def _stages(base: Experiment, steps: list[int] | None, clips: int | None) -> str
 
 
 def _flow(value: Any) -> str:
-    """On one line, as YAML."""
+    """The value as YAML on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=1000)
     return text.removesuffix("...\n").strip()

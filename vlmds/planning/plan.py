@@ -1,6 +1,8 @@
-"""`vlmds plan`: what an experiment will be, at full size and without weights."""
+"""`vlmds plan`: the size, memory, steps and data of an experiment, at full size and without weights."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +14,7 @@ from vlmds.data.index import SampleRow
 from vlmds.data.stored import read_description
 from vlmds.errors import InputError, SampleError
 from vlmds.experiments.schedule import accumulation_steps, describe_batch, stage_steps
-from vlmds.experiments.schema import Experiment
+from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.assemble import Shapes, shapes
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.fetch import presence
@@ -28,7 +30,8 @@ from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0
 ASSUMED_CARD = "h100"
-"""Whose predicted rate stands for an unknown one's. A fast one: the cores named then are enough."""
+"""The card whose predicted rate is used if the rate is unknown: a fast one, as its number of cores
+is enough for slower ones too."""
 EXAMPLE_CAPTION = "한 남자가 공원에서 강아지와 산책하고 있습니다."
 
 
@@ -39,18 +42,18 @@ def plan_experiment(
     cores_per_gpu: float = CORES_PER_GPU,
     gpu: str | None = None,
 ) -> str:
-    """The report: parameters, visual tokens, memory, steps per stage, what each store costs, one
+    """The report: parameters, visual tokens, memory, steps per stage, the cost of each store, one
     sample with its loss mask.
 
     Args:
         gpus: number of ranks.
         samples_per_second: training speed of one GPU, if it is known.
         cores_per_gpu: CPU cores that may decode for one GPU.
-        gpu: name of a card, to propose what suits it.
+        gpu: name of a card, to propose settings for it.
 
     Raises:
-        InputError: an unknown card; see :func:`shapes`; data.path is given and holds no dataset;
-            or whatever training would refuse (:func:`check_experiment`).
+        InputError: an unknown card, no dataset at data.path, and what :func:`shapes` and
+            :func:`check_experiment` refuse, as training does.
     """
     for name, value in (
         ("--gpus", gpus),
@@ -58,7 +61,7 @@ def plan_experiment(
         ("--cores-per-gpu", cores_per_gpu),
     ):
         if value is not None and value <= 0:
-            raise InputError(f"{name}: {value} is not more than 0")
+            raise InputError(f"{name}: {value} must be more than 0")
     data = experiment.data
     card = find_card(gpu) if gpu else None
     dataset = open_dataset(data) if data.path or data.blend else None
@@ -75,14 +78,14 @@ def plan_experiment(
     if card:
         sections.append(proposal_table(found, card, gpus, experiment))
     rate, how = samples_per_second, "given"
-    if rate is None and found:
+    if rate is None and card and found:
         rate, how = found[0].rate, f"predicted of the fastest on {card.name}"
-    hours = rate  # of an assumed card they would be worth nothing
+    hours = rate  # unknown with an assumed card
     if rate is None:
         freeze(model.captioner, experiment.stages[-1])
         assumed = find_card(ASSUMED_CARD)
         rate = predicted_rate(experiment, experiment.stages[-1], model, assumed, 0, stored)
-        how = f"predicted on {assumed.name}; give --gpu, or --samples-per-second when it is known"
+        how = f"predicted on {assumed.name}; give --gpu, or --samples-per-second if you know it"
     return "\n\n".join(
         [
             *sections,
@@ -102,7 +105,7 @@ def _heading(experiment: Experiment) -> str:
 
 
 def _presence(experiment: Experiment) -> str:
-    """Whether the models are on this machine, and how much is to be downloaded."""
+    """The models: on this machine, or how much is to be downloaded."""
     lines = ["models"]
     for section in (experiment.vision, experiment.llm):
         found = presence(section)
@@ -112,10 +115,10 @@ def _presence(experiment: Experiment) -> str:
 
 def _parameters(experiment: Experiment, model: Shapes) -> str:
     adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
-    parts = {  # name: (parameters, what a stage's `train` calls it)
-        "vision": (_count(model.tower), None),
+    parts: dict[str, tuple[int, str]] = {  # name: (parameters, name in a stage's `train`)
+        "vision": (_count(model.tower), ""),
         "projector": (_count(model.captioner.projector), "projector"),
-        "llm": (_count(model.captioner.llm) - adapter, None),
+        "llm": (_count(model.captioner.llm) - adapter, ""),
         experiment.peft.type: (adapter, "peft"),
     }
     stages = experiment.stages
@@ -134,8 +137,8 @@ def _parameters(experiment: Experiment, model: Shapes) -> str:
     return "\n".join(lines)
 
 
-def _trained(stage, captioner: Captioner) -> dict[str, int]:
-    """Trainable parameters in a stage, by what its `train` calls them."""
+def _trained(stage: StageConfig, captioner: Captioner) -> dict[str, int]:
+    """Trainable parameters in a stage, by their names in its `train`."""
     freeze(captioner, stage)
     return {
         "projector": sum(p.numel() for p in captioner.projector.parameters() if p.requires_grad),
@@ -170,9 +173,7 @@ def _memory(experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset |
         f"assumes ZeRO-2, micro-batch {training.micro_batch}, {recompute} activation checkpointing, "
         f"captions of {experiment.data.max_caption_tokens} tokens;"
     )
-    lines.append(
-        "gradient buckets count only beyond the activations, in whose place they stand; activations, logits and"
-    )
+    lines.append("gradient buckets reuse the activations' memory, and count only beyond it; activations, logits and")
     outside = "CUDA's context and workspaces" if gpus == 1 else ("CUDA's context, workspaces and NCCL's communicators")
     lines.append(f"CLIP forward are estimates; {outside} (assumed: {size_text(outside_bytes(gpus))}) and")
     lines.append(f"fragmentation (assumed: {1 - USABLE:.0%}) come on top")
@@ -180,15 +181,15 @@ def _memory(experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset |
 
 
 def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float, how: str, cores: float) -> str:
-    """What each store costs, and the cheapest that keeps the GPUs fed."""
-    vision = model.tower.config
+    """The cost of each store, and the cheapest that keeps the GPUs busy."""
+    vision: Any = model.tower.config
     projector = model.captioner.projector
     found = prices(
         dataset.parts if dataset else [], projector.num_frames, vision.image_size, projector.patches, vision.hidden_size
     )
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
-    of = counted(samples, "sample") if dataset else "per 10,000 samples"
+    of = counted(samples, "sample") if samples is not None else "per 10,000 samples"
     lines = [
         f"stores at {rate:.3g} samples/s per GPU ({how})",
         f"{'store':<22}{'a sample':>12}{of:>22}{'core-ms a sample':>18}{'cores a GPU':>13}{'read a GPU':>14}  figures",
@@ -202,12 +203,12 @@ def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate
         )
     best = cheapest(rows, cores)
     if dataset is None:
-        lines.append("which store your data needs depends on it: pass --data DIR")
+        lines.append("which store is best depends on the data: pass --data DIR")
     elif best is None:
-        lines.append(f"no store keeps a GPU fed with {cores:g} cores for each")
+        lines.append(f"no store keeps a GPU busy with {cores:g} cores for each")
     else:
         store = best.price.store
-        lines.append(f"cheapest that keeps the GPUs fed with {cores:g} cores for each: {store}")
+        lines.append(f"cheapest that keeps the GPUs busy with {cores:g} cores for each: {store}")
         if store != dataset.store:
             like = {
                 "store": store,
@@ -215,18 +216,21 @@ def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate
                 "image_size": vision.image_size,
                 "vision": tower_keys(experiment.vision),
             }
-            lines += [f"  {converted(part, like)[0]}" for part in dataset.parts]
+            for number, part in enumerate(dataset.parts):
+                command, out = converted(part, like)
+                use = f"pass --data {out}" if dataset.weights is None else f"name {out} in data.blend.{number}.path"
+                lines += [f"  {command}", f"  then {use}"]
     return "\n".join(lines)
 
 
 def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int, rate: float | None) -> str:
-    """rate: samples a second on one GPU, if it is known. Raises InputError if so many GPUs cannot
-    share the global batch."""
+    """Global batch, steps and hours of each stage, and the data. rate: samples a second on one GPU, if
+    it is known. Raises InputError if the GPUs cannot share the global batch."""
     lines = [describe_batch(experiment, gpus)]
     batch = experiment.training.micro_batch * accumulation_steps(experiment, gpus, None) * gpus
     for stage in experiment.stages:
         steps = stage.steps
-        length = counted(stage.steps, "step") if stage.steps else counted(stage.epochs, "epoch")
+        length = counted(stage.steps, "step") if stage.steps else counted(stage.epochs or 0, "epoch")
         if dataset and not stage.steps:
             samples = dataset.count("train")
             steps = stage_steps(stage, samples, batch)
@@ -248,8 +252,8 @@ def _splits(dataset: Dataset) -> str:
 
 
 def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> str:
-    """One sample as the model sees it, run by run of equal kind, with where loss falls: the first
-    that training reads, or without data an example."""
+    """One sample as the model sees it, with the positions that have loss: the first that training
+    reads, or an example without data."""
     lines, caption, prompt = ["sample: an example"], EXAMPLE_CAPTION, None
     if dataset is not None:
         try:
@@ -275,7 +279,8 @@ def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> s
 
 
 def _first_sample(experiment: Experiment, model: Shapes, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
-    """Its row, caption, and prompt of its own if it has one. Raises SampleError."""
+    """The first sample of training: row, caption, and its own prompt if it has one. Raises
+    SampleError."""
     reader = training_reader(experiment, model, dataset)
     row = reader.row(0)
     described = read_description(reader.index_of(0).read(row))
@@ -293,7 +298,7 @@ def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None) -> list[
         if not runs or runs[-1][0] != kind:
             runs.append((kind, []))
         runs[-1][1].append(token)
-    lines = [f"  {len(sequence.input_ids):,} positions; loss falls on the lines marked 'loss'"]
+    lines = [f"  {len(sequence.input_ids):,} positions; only the lines marked 'loss' have loss"]
     for kind, tokens in runs:
         text = "(visual tokens)" if kind == "visual" else repr(builder.tokenizer.decode(tokens))
         lines.append(f"  {kind:<7}{len(tokens):>6,}  {text}")

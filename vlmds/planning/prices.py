@@ -1,7 +1,7 @@
-"""What each store costs: bytes to keep and to read, and seconds of a core to make frames of them.
+"""The cost of each store: bytes to keep and to read, and a core's seconds to decode a sample.
 
-Decoding is timed on a few samples of the dataset, on this machine, in the child processes that
-decode in training too. Without data there is only a table of typical clips, and it says so.
+Decoding is timed on a few samples of the dataset, on this machine, in the decoding processes that
+training uses too. Without data there is a table of typical clips, marked as not measured.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from vlmds.video.jpeg import QUALITY, encode_jpegs
 from vlmds.video.pool import DecodePool
 
 SAMPLES = 6
-SECONDS = 30.0  # no further sample is timed after this long
+SECONDS = 30.0  # after this long no further sample is timed
 
 
 @dataclass(frozen=True)
 class Price:
-    """Of one sample in one store.
+    """The cost of one sample in one store.
 
-    name: the store, and for a typical clip which one. bytes: of its members. seconds: of one core,
-    from the bytes in memory to the tensor that a batch is made of. origin: how both are known.
+    name: the store, and the clip if it is a typical one. bytes: of its members. seconds: of one core,
+    from the bytes in memory to the tensor for a batch. origin: how both are known.
     """
 
     store: str
@@ -51,7 +51,8 @@ ASSUMED = [
 
 @dataclass(frozen=True)
 class Need:
-    """What a store asks of a machine per GPU. cores: busy with decoding; read: bytes a second."""
+    """The needs of a store per GPU. cores: busy with decoding. read: bytes a second. total: bytes of
+    all samples, if their number is known."""
 
     price: Price
     cores: float
@@ -59,11 +60,12 @@ class Need:
     total: float | None
 
     def fed_by(self, cores: float) -> bool:
+        """Whether that many cores decode as fast as the GPU trains."""
         return self.cores <= cores
 
 
 def prices(parts: Sequence[ShardIndex], num_frames: int, image_size: int, patches: int, width: int) -> list[Price]:
-    """The stores that the data is or can be converted to; typical clips if there is no data.
+    """Prices of the data's store and of those it can be converted to; of typical clips without data.
 
     parts: the packed datasets, all of one store. num_frames, image_size: of the experiment's
     frames. patches, width: of its features, P vectors a frame.
@@ -86,7 +88,7 @@ def prices(parts: Sequence[ShardIndex], num_frames: int, image_size: int, patche
 
 
 def needs(found: Sequence[Price], samples_per_second: float, samples: int | None) -> list[Need]:
-    """What each store asks for at this rate per GPU. samples: in all, to know the total size."""
+    """The needs of each store at this rate per GPU. samples: in all, for the total size."""
     return [
         Need(
             price,
@@ -99,19 +101,19 @@ def needs(found: Sequence[Price], samples_per_second: float, samples: int | None
 
 
 def cheapest(found: Sequence[Need], cores: float) -> Need | None:
-    """The smallest store that `cores` cores per GPU can decode as fast as the GPU wants it; None
-    if there is none."""
+    """The smallest store that `cores` cores per GPU decode as fast as the GPU trains; None if there is
+    none."""
     return min((need for need in found if need.fed_by(cores)), key=lambda need: need.price.bytes, default=None)
 
 
 def _video_prices(chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int) -> list[Price]:
-    """Of the data as it is, and of the frames that it would become."""
+    """Prices of the videos, and of the frames that they would become."""
     seconds, frame_sizes, frame_seconds = [], [], []
     shape = {"num_frames": num_frames, "image_size": image_size}
     begin = time.monotonic()
     for index, rows in chosen:
         with DecodePool(1, deadline=SECONDS) as pool:
-            # The first one starts the child; it is decoded again for its time.
+            # The first one starts the decoding process, so it is decoded twice and timed the second time.
             replies = decode_stored(
                 index, [rows[0], *rows], pool, store="pixels", num_frames=num_frames, image_size=image_size
             )
@@ -145,7 +147,7 @@ def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Pr
                 members = index.read(row)
                 seconds.append(_timed(read_jpegs, members, index.meta))
             except SampleError:
-                continue  # damaged since it was packed; training tells
+                continue  # damaged since it was packed; training reports it
     return Price(
         "frames",
         "frames (this data)",
@@ -174,7 +176,7 @@ def _mean_size(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> float:
 
 
 def _timed(action: Callable[..., object], *arguments: object) -> float:
-    """Seconds that the call takes: the best of three, because other processes only make it longer."""
+    """Seconds of the call, the best of three: other processes only make it slower."""
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()

@@ -1,15 +1,17 @@
-"""`vlmds plan --gpu`: micro-batch, accumulation and activation checkpointing for a card, at the
-experiment's global batch, with the memory and the speed that shapes predict.
+"""`vlmds plan --gpu`: micro-batch, accumulation and activation checkpointing for a card at the same
+global batch, with memory and speed predicted from shapes.
 
 Speed is a roofline (Williams et al., CACM 52(4), 2009): a pass over the LLM takes its operations at
 EFFICIENCY of the card's peak, or the reading of its weights where that is longer, as it is for few
-tokens; NF4 weights are besides unpacked in each pass. The host runs ahead of the GPU: a micro-batch
-takes the GPU's work, CLIP's included, or the host's (:func:`host_seconds`), whichever is longer.
+tokens; NF4 weights are also unpacked in each pass. The host runs ahead of the GPU: a micro-batch
+takes as long as the GPU's work, CLIP's included, or the host's (:func:`host_seconds`), whichever is
+longer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vlmds.console.text import counted, size_text
 from vlmds.errors import InputError
@@ -18,26 +20,34 @@ from vlmds.models.assemble import Shapes
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card
 from vlmds.planning.flops import sample_flops
-from vlmds.planning.memory import TEXT_POSITIONS, fewest_recomputed, llm_bytes, outside_bytes, quantised, stage_memories
+from vlmds.planning.memory import (
+    TEXT_POSITIONS,
+    llm_bytes,
+    outside_bytes,
+    quantised,
+    recompute_interval,
+    stage_memories,
+)
 
 EFFICIENCY = 0.45
 """Share of a card's peak that long matrix products reach in training. Assumed."""
 UNPACKING = 0.5 + 2 + 2
-"""Bytes that move for each NF4 weight in a pass: read, written in bfloat16, read again."""
+"""Bytes moved for each NF4 weight in a pass: read, written in bfloat16, read again."""
 LAUNCH_SECONDS = 5e-6
-"""That the host takes to start a kernel. Assumed."""
+"""Of the host, to start a kernel. Assumed."""
 LAYER_KERNELS = 100
-"""Of one layer of the LLM with LoRA in one pass; counted, e7's takes 102 forward and 136 backward."""
+"""Kernels of one layer of the LLM with LoRA in one pass; counted: 102 forward, 136 backward in e7."""
 LINEAR_SECONDS = 75e-6
-"""That the host takes for one 4-bit Linear with its adapter in one pass beyond launching kernels:
-Python, PEFT and bitsandbytes. Assumed, until a GPU measures it: `vlmds bench train` prints it there."""
+"""Of the host, for one 4-bit Linear with its adapter in one pass beyond launching kernels: Python, PEFT
+and bitsandbytes. Assumed; `vlmds bench train` measures it on a GPU."""
 CAPTION_POSITIONS = 24
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """micro_batch, accumulation: of one GPU. every: activation checkpointing of no layer (0) or
-    every n-th. memory: bytes at the peak. rate: samples a second on one GPU, predicted."""
+    """Settings that fit a card. micro_batch, accumulation: of one GPU. every: activation checkpointing
+    of no layer (0) or every n-th. memory: bytes at the peak. rate: samples a second on one GPU,
+    predicted."""
 
     in_4bit: bool
     micro_batch: int
@@ -48,6 +58,7 @@ class Proposal:
 
     @property
     def settings(self) -> str:
+        """As values of --set."""
         checkpointing = {0: "false", 1: "true"}.get(self.every, str(self.every))
         return (
             f"llm.load_in_4bit={str(self.in_4bit).lower()} "
@@ -58,8 +69,8 @@ class Proposal:
 
 
 def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stored_features: bool) -> list[Proposal]:
-    """What fits the card, for NF4 and whole weights; the fastest first, of equally fast ones that
-    with the largest micro-batch. The stage that takes most is the last.
+    """The settings that fit the card, for NF4 and whole weights; the fastest first, of equally fast
+    ones that with the largest micro-batch. The last stage is predicted, which takes most memory.
 
     Raises:
         InputError: the GPUs cannot share the global batch.
@@ -83,7 +94,7 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stor
             )
             tower = None if stored_features else model.tower
             memories = stage_memories(changed, stage, model.captioner, tower, gpus)
-            every = fewest_recomputed(memories, card.memory - outside_bytes(gpus))
+            every = recompute_interval(memories, card.memory - outside_bytes(gpus))
             if every is not None:
                 found.append(
                     Proposal(
@@ -119,24 +130,24 @@ def predicted_rate(
 
 
 def passes(every: int) -> float:
-    """Over the LLM in a micro-batch: forward, backward, and what of the layers is computed again.
-    every: activation checkpointing of no layer (0) or every n-th."""
+    """Passes over the LLM in a micro-batch: forward, backward, and the recomputed share of a forward
+    pass. every: activation checkpointing of no layer (0) or every n-th."""
     return 2 + (1 / every if every else 0.0)
 
 
 def host_seconds(experiment: Experiment, model: Shapes, count: float, linear: float = LINEAR_SECONDS) -> float:
-    """That the host is busy with `count` passes over the LLM, whatever the size of the micro-batch.
-    linear: seconds for each 4-bit Linear."""
-    llm = model.captioner.llm
+    """Seconds of the host for `count` passes over the LLM, for any size of the micro-batch. linear:
+    seconds for each 4-bit Linear."""
+    llm: Any = model.captioner.llm
     launching = LAUNCH_SECONDS * LAYER_KERNELS * llm.config.num_hidden_layers
     linears = len(quantised(llm)) if experiment.llm.load_in_4bit else 0
     return count * (launching + linears * linear)
 
 
 def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experiment, most: int = 10) -> str:
-    """Text for a terminal; the fastest ``most`` of each precision."""
+    """The proposals as a table for a terminal: of each precision the fastest ``most``."""
     if not found:
-        return f"{card.name}: nothing fits {card.memory / 1e9:.0f} GB, whatever the micro-batch"
+        return f"{card.name}: nothing fits {card.memory / 1e9:.0f} GB with any micro-batch"
     lines = [
         f"on {card.name} ({card.memory / 1e9:.0f} GB), {gpus} of them, at the same global batch:",
         f"{'weights':<9}{'micro-batch':>12}{'accumulation':>14}{'checkpointing':>15}"
@@ -152,7 +163,7 @@ def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experi
         )
     own = [p for p in found if p.in_4bit == current.llm.load_in_4bit]
     if own:
-        lines.append(f"fastest as the experiment has its weights: --set {own[0].settings}")
+        lines.append(f"fastest with the experiment's precision of weights: --set {own[0].settings}")
     if not found[0].in_4bit and current.llm.load_in_4bit and own:
         lines.append(
             f"whole weights would be {found[0].rate / own[0].rate:.2f} times as fast: --set {found[0].settings}"

@@ -11,7 +11,7 @@ from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.assemble import shapes
 from vlmds.models.captioner import Captioner
 from vlmds.models.trainable import freeze
-from vlmds.planning.memory import LATER_BYTES, fewest_recomputed, outside_bytes, stage_memories
+from vlmds.planning.memory import LATER_BYTES, outside_bytes, recompute_interval, stage_memories
 
 
 def checkpointed_layers(experiment: Experiment, stage: StageConfig, stored_features: bool, device: torch.device) -> int:
@@ -58,7 +58,7 @@ def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, f
     model = shapes(experiment)
     freeze(model.captioner, stage)
     memories = stage_memories(experiment, stage, model.captioner, None if stored_features else model.tower, world_size)
-    every = fewest_recomputed(memories, free)
+    every = recompute_interval(memories, free)
     return 1 if every is None else every
 
 

@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from vlmds.console.progress import phase, tell
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
-from vlmds.data.features import check_tower
+from vlmds.data.features import check_features
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.failures import run_on_ranks
 from vlmds.distributed.ranks import gather, is_main, join_ranks, on_main, shared_error, together
@@ -139,7 +139,7 @@ def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> Non
     """What :func:`check_experiment` leaves out: the tokenizer must suit the language model, and
     stored features must be of the tower. Raises InputError."""
     sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
-    check_tower(dataset, experiment)
+    check_features(dataset, experiment)
 
 
 def warn_of_readers(num_workers: int) -> None:

@@ -301,7 +301,7 @@ class StageTrainer:
         batches = Batches(self.train_reader, positions, self.collate, self.experiment.data.num_workers)
         reading = iter(batches)
         for number in range(len(positions)):
-            self._doing(first + number // self.accumulation, "waiting for data", explain=batches.holding)
+            self._doing(first + number // self.accumulation, "waiting for data", explain=batches.in_progress)
             started = time.perf_counter()
             batch = next(reading)
             self.waited += time.perf_counter() - started

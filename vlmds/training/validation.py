@@ -132,7 +132,7 @@ class Validator:
         captioner = self.model.captioner.eval()
         with self._averaged(), norms_kept(), phase("validating", unit="batches") as shown:
             for number in shown.counting(range(rounds)):
-                self._doing(step, f"validating, batch {number + 1} of {rounds}", explain=batches.holding)
+                self._doing(step, f"validating, batch {number + 1} of {rounds}", explain=batches.in_progress)
                 batch = next(reading, {})
                 failures = [batch["failure"]] if "failure" in batch else []
                 if "labels" in batch:
