@@ -6,7 +6,7 @@ import pytest
 
 from tests.training.launch import ROOT
 from vlmds.errors import InputError
-from vlmds.training.engine import resolve_ds_config
+from vlmds.training.ds_config import resolve_ds_config
 
 VALUES = {"train_batch_size": 16, "bf16.enabled": True, "zero_optimization.stage": 2}
 

@@ -1,4 +1,4 @@
-"""Looking at a stage on its way: captions, the best checkpoint, ending early."""
+"""Validation in training: captions, the best checkpoint, ending early."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from tests.training.test_training import assert_same_weights, checkpoint_tensors
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
 from vlmds.planning.checks import check_validation
-from vlmds.training.validation import Standing
+from vlmds.training.progress import ValidationState
 
 
 def test_the_best_score_is_the_first_of_the_highest():
-    standing = Standing()
+    state = ValidationState()
     for step, score in enumerate([math.nan, -3.0, -1.0, -1.0, -2.0], 1):
-        standing.add(step, score)
-    assert (standing.best, standing.best_step, standing.worse, standing.scored) == (-1.0, 3, 2, 5)
+        state.add(step, score)
+    assert (state.best, state.best_step, state.worse, state.scored) == (-1.0, 3, 2, 5)
 
 
 @pytest.mark.distributed

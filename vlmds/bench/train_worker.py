@@ -21,11 +21,15 @@ from vlmds.data.dataset import open_dataset
 from vlmds.distributed.cuda import use_expandable_segments
 from vlmds.distributed.ranks import init_distributed, is_main
 from vlmds.distributed.stop_request import StopRequest
+from vlmds.experiments.schedule import Schedule
 from vlmds.files import write
 from vlmds.models.assemble import load_model
-from vlmds.training.main import default_ds_config, leave
+from vlmds.training.context import StageContext
+from vlmds.training.ds_config import default_ds_config
+from vlmds.training.main import leave
 from vlmds.training.monitor import peak_memory
-from vlmds.training.stages import StageTrainer, prepare_stage
+from vlmds.training.stages import prepare_stage
+from vlmds.training.trainer import StageTrainer
 
 PHASES = ("data wait", "CLIP", "forward", "backward", "communication", "optimizer")
 
@@ -106,17 +110,10 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     model = load_model(experiment, device)
     run = work.run(dist.get_world_size())
     every = prepare_stage(model, experiment, number, run, device)
-    trainer = StageTrainer(
-        experiment,
-        number,
-        model,
-        open_dataset(experiment.data),
-        run,
-        default_ds_config(),
-        device,
-        recorder,
-        StopRequest(),
-    )
+    dataset = open_dataset(experiment.data)
+    schedule = Schedule.of(experiment, dist.get_world_size(), run.global_batch, dataset.count("train"))
+    stage = StageContext(experiment, number, run, schedule, device, recorder, StopRequest())
+    trainer = StageTrainer(stage, model, dataset, default_ds_config())
     engine = trainer.engine
     model.features = clock.timed("CLIP", model.features)
     engine.forward = clock.timed("forward", engine.forward)

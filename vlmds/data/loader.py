@@ -275,7 +275,7 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
 
     frames uint8 [B, F, 3, S, S] or features bfloat16 [B, F·P, width]; input_ids, labels int64
     [B, L], right-padded; keys; positions: number of real (not padding) positions; bad: ledger
-    records.
+    records; cut: keys of the samples whose caption was cut.
     """
 
     def collate(samples: list[Sample]) -> dict:
@@ -286,6 +286,7 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
             "keys": [s.key for s in samples],
             "positions": sum(len(sequence.input_ids) for sequence in sequences),
             "bad": [record for s in samples for record in s.bad],
+            "cut": [s.key for s, sequence in zip(samples, sequences, strict=True) if sequence.cut],
         }
 
     return collate

@@ -21,7 +21,7 @@ from vlmds.distributed.ranks import place
 from vlmds.errors import SampleError
 from vlmds.experiments.schema import Experiment
 from vlmds.files import sync_file
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.trainable import freeze
@@ -181,7 +181,7 @@ def check_disk(patient: Patient) -> list[Finding]:
     ]
     experiment = patient.experiment
     kept = experiment.training.keep_checkpoints + 2  # the best, and the one being written
-    need, captioner = 0, shapes(experiment).captioner
+    need, captioner = 0, meta_models(experiment).captioner
     for stage in experiment.stages:
         freeze(captioner, stage)
         need += kept * checkpoint_bytes(experiment, captioner)
@@ -217,7 +217,7 @@ def check_dataset(patient: Patient) -> list[Finding]:
     dataset = open_dataset(data)
     for part, shard in dataset.shards():
         part.verify([shard], "size")
-    check_experiment(patient.experiment, shapes(patient.experiment), dataset, place()[1])
+    check_experiment(patient.experiment, meta_models(patient.experiment), dataset, place()[1])
     begin, read, split = time.monotonic(), 0, "train"
     reader = _reader(patient, dataset, split)
     count = min(patient.samples, len(reader))

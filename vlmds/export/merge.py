@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from vlmds.console.progress import phase
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
-from vlmds.models.artifact import check_tower, load_artifact, read_artifact
+from vlmds.models.artifact import check_artifact_tower, load_artifact, read_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.hashes import weights_sha256
 from vlmds.runs.folder import check_base_weights
@@ -35,7 +35,7 @@ def load_unmerged(artifact: Path, experiment: Experiment, device: torch.device) 
     check_base(artifact, experiment)
     model = load_model(unquantised(experiment), device)
     load_artifact(artifact, model.captioner)
-    check_tower(artifact, experiment, model.tower)
+    check_artifact_tower(artifact, experiment, model.tower)
     model.captioner.to(device).eval().requires_grad_(False)
     return model
 

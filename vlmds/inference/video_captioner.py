@@ -17,7 +17,7 @@ from vlmds.distributed.cuda import check_gpus
 from vlmds.errors import InputError, SampleError
 from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import GenerationOptions, generate_captions
-from vlmds.models.artifact import artifact_experiment, check_tower, load_artifact, resolve_artifact
+from vlmds.models.artifact import artifact_experiment, check_artifact_tower, load_artifact, resolve_artifact
 from vlmds.models.assemble import Model, load_model
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.runs.folder import final_artifact
@@ -56,7 +56,7 @@ class VideoCaptioner:
         experiment = artifact_experiment(artifact, overrides)
         model = load_model(experiment, target)
         load_artifact(artifact, model.captioner)
-        check_tower(artifact, experiment, model.tower)
+        check_artifact_tower(artifact, experiment, model.tower)
         model.captioner.to(target)
         return cls(experiment, model, target)
 

@@ -31,7 +31,7 @@ from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
 from vlmds.files import is_there, look_again, new_folder, sha256_of
 from vlmds.models.captioner import Captioner
-from vlmds.models.hub import looks_local
+from vlmds.models.hub import is_local
 from vlmds.models.language import add_adapter
 from vlmds.models.vision import VisionTower
 
@@ -84,7 +84,7 @@ def resolve_artifact(name: str | Path) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if looks_local(str(name)) or str(name).count("/") != 1:
+    if is_local(str(name)) or str(name).count("/") != 1:
         raise InputError(f"{name}: no such folder; give an artifact, or owner/name of the hub")
     repository, _, revision = str(name).partition("@")
     try:
@@ -131,7 +131,7 @@ def _revisions(meta: dict, trained: Experiment, overrides: Sequence[str]) -> lis
         if (
             commit
             and section.revision is None
-            and not looks_local(section.model)
+            and not is_local(section.model)
             and not any(text.startswith(f"{part}.model=") for text in overrides)
         ):
             found.append(f"{part}.revision={commit}")
@@ -158,7 +158,7 @@ def read_artifact(folder: Path) -> tuple[dict, Experiment]:
     return meta, load_experiment(folder / "experiment.yaml")
 
 
-def check_tower(folder: Path, experiment: Experiment, tower: VisionTower) -> None:
+def check_artifact_tower(folder: Path, experiment: Experiment, tower: VisionTower) -> None:
     """Raise :class:`InputError`, naming both, unless the artifact was trained on the features of
     this tower. experiment: the one in use, which may name another ``vision.model``."""
     meta, trained = read_artifact(folder)

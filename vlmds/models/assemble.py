@@ -78,7 +78,7 @@ def experiment_projector(experiment: Experiment, vision: PretrainedConfig, llm: 
 
 
 @dataclass
-class Shapes:
+class MetaModels:
     """The experiment's models on the meta device: shapes without storage. The captioner carries
     the adapter."""
 
@@ -87,7 +87,7 @@ class Shapes:
 
 
 @phase("sizing the models")
-def shapes(experiment: Experiment) -> Shapes:
+def meta_models(experiment: Experiment) -> MetaModels:
     """Build the models without their weights.
 
     Raises:
@@ -99,4 +99,4 @@ def shapes(experiment: Experiment) -> Shapes:
         llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
         captioner = Captioner(experiment_projector(experiment, vision, language), llm)
         captioner.llm = add_adapter(llm, experiment.peft)
-        return Shapes(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))
+        return MetaModels(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))

@@ -50,8 +50,8 @@ from vlmds.models.hub import (
     commit_of,
     hub_cache,
     is_commit,
+    is_local,
     key_of,
-    looks_local,
     missing_file,
     snapshot,
     weight_names,
@@ -112,7 +112,7 @@ def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None
     """
     commits = on_main(partial(_commits, experiment, recorded or {}))
     for part, commit in commits.items():
-        if not looks_local(getattr(experiment, part).model):
+        if not is_local(getattr(experiment, part).model):
             experiment = _pinned(experiment, part, commit)
     return experiment
 
@@ -144,7 +144,7 @@ def fetch_newest(experiment: Experiment) -> Iterator[str]:
     for each when it is there. Raises InputError, as :func:`download`."""
     for section in (experiment.vision, experiment.llm):
         folder = cached_folder(section)
-        if looks_local(section.model):
+        if is_local(section.model):
             yield f"{section.model}: a folder, nothing to download"
             continue
         note = ""
@@ -169,7 +169,7 @@ def _commits(experiment: Experiment, recorded: Mapping[str, str | None]) -> dict
     commits = {}
     for part in ("vision", "llm"):
         section = getattr(experiment, part)
-        if looks_local(section.model):
+        if is_local(section.model):
             continue
         commits[part] = section.revision or recorded.get(part)
         if not is_commit(commits[part]):

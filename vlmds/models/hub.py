@@ -33,7 +33,7 @@ def key_of(section: Section) -> str:
     return "vision.model" if isinstance(section, VisionConfig) else "llm.model"
 
 
-def looks_local(name: str) -> bool:
+def is_local(name: str) -> bool:
     """Whether ``name`` is a path: it exists, or it cannot be a hub id (``owner/name``)."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
@@ -65,7 +65,7 @@ def cached_folder(section: Section) -> Path | None:
         InputError: ``model`` is a path without a model, or a path with a revision.
     """
     name, key = section.model, key_of(section)
-    if looks_local(name):
+    if is_local(name):
         if section.revision is not None:
             raise InputError(
                 f"{key.replace('.model', '.revision')}: {section.revision} names a commit of "

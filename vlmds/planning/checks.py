@@ -15,19 +15,19 @@ from vlmds.errors import InputError
 from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.experiments.schedule import accumulation_steps
 from vlmds.experiments.schema import Experiment
-from vlmds.models.assemble import Shapes
+from vlmds.models.assemble import MetaModels
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import check_vocabulary
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze, parameter_groups
 
 
-def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | None, ranks: int) -> None:
+def check_experiment(experiment: Experiment, model: MetaModels, dataset: Dataset | None, ranks: int) -> None:
     """Everything that shows without weights, a tokenizer or other ranks: the global batch, what
     each stage trains, how the charts are kept, and whether the data is what the experiment needs.
 
     Args:
-        model: of :func:`vlmds.models.assemble.shapes`, which has checked that its parts fit each
+        model: of :func:`vlmds.models.assemble.meta_models`, which has checked that its parts fit each
             other. Its parameters are left as the last stage freezes them.
         dataset: None leaves the data out.
 
@@ -47,7 +47,7 @@ def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | N
         check_data(experiment, model, dataset)
 
 
-def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
+def check_data(experiment: Experiment, model: MetaModels, dataset: Dataset) -> None:
     """Raise InputError unless the experiment can be trained on the data: split train is there (in
     all parts of a blend), frames or features are as many and as large as the model takes, those of
     a features store are of its layer and pooling, and split val is there if a key needs it."""
@@ -66,7 +66,7 @@ def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
     check_validation(experiment, "val" in dataset.splits, dataset.root)
 
 
-def training_reader(experiment: Experiment, model: Shapes, dataset: Dataset) -> SampleReader:
+def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset) -> SampleReader:
     """What the first stage reads. Raises InputError as :class:`SampleReader`."""
     data = experiment.data
     return SampleReader(

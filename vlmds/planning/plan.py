@@ -14,7 +14,7 @@ from vlmds.data.stored import read_description
 from vlmds.errors import InputError, SampleError
 from vlmds.experiments.schedule import accumulation_steps, describe_batch, stage_steps
 from vlmds.experiments.schema import Experiment
-from vlmds.models.assemble import Shapes, shapes
+from vlmds.models.assemble import MetaModels, meta_models
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.fetch import presence
 from vlmds.models.language import load_tokenizer
@@ -50,7 +50,7 @@ def plan_experiment(
         gpu: name of a card, to propose what suits it.
 
     Raises:
-        InputError: an unknown card; see :func:`shapes`; data.path is given and holds no dataset;
+        InputError: an unknown card; see :func:`meta_models`; data.path is given and holds no dataset;
             or whatever training would refuse (:func:`check_experiment`).
     """
     for name, value in (
@@ -64,7 +64,7 @@ def plan_experiment(
     card = find_card(gpu) if gpu else None
     dataset = open_dataset(data) if data.path or data.blend else None
     stored = dataset is not None and dataset.store == "features"
-    model = shapes(experiment)
+    model = meta_models(experiment)
     check_experiment(experiment, model, dataset, gpus)
     sections = [
         _heading(experiment),
@@ -111,7 +111,7 @@ def _presence(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def _parameters(experiment: Experiment, model: Shapes) -> str:
+def _parameters(experiment: Experiment, model: MetaModels) -> str:
     adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
     parts = {  # name: (parameters, what a stage's `train` calls it)
         "vision": (_count(model.tower), None),
@@ -144,7 +144,7 @@ def _trained(stage, captioner: Captioner) -> dict[str, int]:
     }
 
 
-def _memory(experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset | None) -> str:
+def _memory(experiment: Experiment, model: MetaModels, gpus: int, dataset: Dataset | None) -> str:
     """Bytes per GPU and stage, by part, and the size of a checkpoint."""
     stored = dataset is not None and dataset.store == "features"
     columns, checkpoints = [], []
@@ -180,7 +180,9 @@ def _memory(experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset |
     return "\n".join(lines)
 
 
-def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float, how: str, cores: float) -> str:
+def _stores(
+    experiment: Experiment, model: MetaModels, dataset: Dataset | None, rate: float, how: str, cores: float
+) -> str:
     """What each store costs, and the cheapest that keeps the GPUs fed."""
     vision = model.tower.config
     projector = model.captioner.projector
@@ -248,7 +250,7 @@ def _splits(dataset: Dataset) -> str:
     return f"data: {dataset.root} ({dataset.store} store; {counts})"
 
 
-def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> str:
+def _sample(experiment: Experiment, model: MetaModels, dataset: Dataset | None) -> str:
     """One sample as the model sees it, run by run of equal kind, with where loss falls: the first
     that training reads, or without data an example."""
     lines, caption, prompt = ["sample: an example"], EXAMPLE_CAPTION, None
@@ -275,7 +277,7 @@ def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> s
     return "\n".join(lines + _tokens(sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
 
 
-def _first_sample(experiment: Experiment, model: Shapes, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
+def _first_sample(experiment: Experiment, model: MetaModels, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
     """Its row, caption, and prompt of its own if it has one. Raises SampleError."""
     reader = training_reader(experiment, model, dataset)
     row = reader.row(0)

@@ -15,7 +15,7 @@ from vlmds.console.text import counted
 from vlmds.console.units import size_text
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
-from vlmds.models.assemble import Shapes
+from vlmds.models.assemble import MetaModels
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card
 from vlmds.planning.flops import sample_flops
@@ -58,7 +58,9 @@ class Proposal:
         )
 
 
-def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stored_features: bool) -> list[Proposal]:
+def proposals(
+    experiment: Experiment, model: MetaModels, card: Card, gpus: int, stored_features: bool
+) -> list[Proposal]:
     """What fits the card, for NF4 and whole weights; the fastest first, of equally fast ones that
     with the largest micro-batch. The stage that takes most is the last.
 
@@ -100,7 +102,7 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stor
 
 
 def predicted_rate(
-    experiment: Experiment, stage: StageConfig, model: Shapes, card: Card, every: int, stored_features: bool
+    experiment: Experiment, stage: StageConfig, model: MetaModels, card: Card, every: int, stored_features: bool
 ) -> float:
     """Samples a second on one GPU of this kind; communication is not counted."""
     size = experiment.training.micro_batch
@@ -125,7 +127,7 @@ def passes(every: int) -> float:
     return 2 + (1 / every if every else 0.0)
 
 
-def host_seconds(experiment: Experiment, model: Shapes, count: float, linear: float = LINEAR_SECONDS) -> float:
+def host_seconds(experiment: Experiment, model: MetaModels, count: float, linear: float = LINEAR_SECONDS) -> float:
     """That the host is busy with `count` passes over the LLM, whatever the size of the micro-batch.
     linear: seconds for each 4-bit Linear."""
     llm = model.captioner.llm

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from vlmds.distributed.ranks import gather, place
 from vlmds.experiments.schema import Experiment, StageConfig
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.captioner import Captioner
 from vlmds.models.trainable import freeze
 from vlmds.planning.memory import LATER_BYTES, fewest_recomputed, outside_bytes, stage_memories
@@ -55,7 +55,7 @@ def fewest_that_fits(
 
 
 def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, free: float, world_size: int) -> int:
-    model = shapes(experiment)
+    model = meta_models(experiment)
     freeze(model.captioner, stage)
     memories = stage_memories(experiment, stage, model.captioner, None if stored_features else model.tower, world_size)
     every = fewest_recomputed(memories, free)

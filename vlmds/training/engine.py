@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -21,96 +19,10 @@ from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.dora import weights_changed
 from vlmds.models.trainable import parameter_groups, trainable
+from vlmds.training.ds_config import experiment_ds_config
 
-OWNER_REDUCTIONS = 64
-"""Ranks up to which each part of the gradients is reduced to the rank that owns it, one after
-another: half the bytes of an all-reduce, but as many rings as ranks, each with its own latency."""
 NORM_ELEMENTS = 1 << 22
 """Gradients whose norm is computed at once; a copy of so many in float64 takes 34 MB."""
-
-
-def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
-    """Read a DeepSpeed JSON and fill in what the experiment sets.
-
-    Args:
-        path: the JSON file.
-        values: dotted key -> the experiment's value. The file may say ``"auto"``, the same value,
-            or leave the key out.
-
-    Raises:
-        InputError: unreadable file, or another value than the experiment's (both are named).
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"--ds-config {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"--ds-config {path}: not a JSON object of DeepSpeed's settings")
-    for name, setting in (
-        ("optimizer", "stages.*.lr and training.betas"),
-        ("scheduler", "stages.*.schedule"),
-        ("fp16", "llm.dtype"),
-        ("amp", "llm.dtype"),
-    ):
-        block = config.get(name)
-        if block and not (isinstance(block, dict) and block.get("enabled") is False):
-            raise InputError(
-                f"{path.name}: {name} is {json.dumps(block)}, but the experiment sets it by {setting}; delete it there"
-            )
-    for dotted, value in values.items():
-        *parents, leaf = dotted.split(".")
-        node = config
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise InputError(
-                    f"{path.name}: {part} is {json.dumps(node)}, not an object; write {{}} there or leave it out"
-                )
-        if node.get(leaf, "auto") not in ("auto", value):
-            raise InputError(
-                f"{path.name}: {dotted} is {node[leaf]!r}, but the experiment needs {value!r}; "
-                'write "auto" there or change the experiment'
-            )
-        node[leaf] = value
-    return config
-
-
-def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int, trainables: int) -> dict:
-    """The DeepSpeed JSON with all that the experiment sets; see :func:`resolve_ds_config`.
-    trainables: parameters that the stage trains."""
-    training = experiment.training
-    config = resolve_ds_config(
-        path,
-        {
-            "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
-            "train_micro_batch_size_per_gpu": training.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": training.max_grad_norm,
-            "bf16.enabled": experiment.llm.dtype == "bfloat16",
-            "zero_optimization.stage": 2,
-            "zero_optimization.compute_grad_norm": True,  # which also finds steps to skip
-        },
-    )
-    zero = config["zero_optimization"]
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
-            zero[bucket] = trainables
-    if zero.get("use_multi_rank_bucket_allreduce") == "auto":
-        zero["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(dist.get_world_size())
-    config.setdefault("steps_per_print", 10**9)  # our own monitor prints
-    # And measures: DeepSpeed's timer would wait for the GPU before every forward pass.
-    config.setdefault("timers", {"throughput": {"enabled": False}})
-    return config
-
-
-def check_ds_config(path: Path, experiment: Experiment, accumulation: int) -> None:
-    """Raise InputError if :func:`build_engine` would refuse the DeepSpeed JSON, or DeepSpeed."""
-    config = experiment_ds_config(path, experiment, accumulation, trainables=1)
-    try:
-        DeepSpeedConfig(config)
-    except (AssertionError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--ds-config {path}: DeepSpeed refuses it: {reason[:300]}") from error
 
 
 @phase("building the engine")
@@ -185,11 +97,6 @@ class NormChecked(DeepSpeedZeroOptimizer):
             for part in parts
             for piece in part.reshape(-1).split(NORM_ELEMENTS)
         ]
-
-
-def reduces_to_owners(world_size: int) -> bool:
-    """Whether ``"auto"`` reduces gradients to the ranks that own them, and not to all."""
-    return world_size <= OWNER_REDUCTIONS
 
 
 @contextmanager

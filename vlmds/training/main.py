@@ -16,7 +16,6 @@ import traceback
 from pathlib import Path
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from vlmds.console.progress import phase, tell
 from vlmds.console.text import counted
@@ -31,10 +30,10 @@ from vlmds.distributed.watchdog import doing, note_failure, report_failure, repo
 from vlmds.errors import InputError, Stopped
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
-from vlmds.experiments.schedule import accumulation_steps, describe_batch
+from vlmds.experiments.schedule import Schedule, describe_batch
 from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, copy_files, new_folder, unusable_place
-from vlmds.models.assemble import Shapes, load_model, shapes
+from vlmds.models.assemble import MetaModels, load_model, meta_models
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.language import load_tokenizer
@@ -42,7 +41,7 @@ from vlmds.planning.checks import check_experiment, sequence_builder
 from vlmds.runs.folder import RunFolder, check_run_folder, check_same_experiment, open_run
 from vlmds.runs.lineage import base_weights, inherit, inheritance, recorded_revisions
 from vlmds.training import checkpoint
-from vlmds.training.engine import check_ds_config
+from vlmds.training.ds_config import check_ds_config, find_ds_config
 from vlmds.training.stages import run_stages
 
 # Keys that may differ between nodes.
@@ -56,9 +55,6 @@ OF_A_NODE = (
     "llm.model",
     "llm.revision",
 )
-REPOSITORY = Path(__file__).resolve().parents[2]
-# An installed package has its copies; in a checkout the files lie where deepspeed's users look.
-DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -138,7 +134,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     start_from = None if args.resume in ("auto", "never") else Path(args.resume)
     earlier = (output, start_from and start_from.resolve().parent.parent, args.from_run)
     experiment = pin_models(experiment, on_main(lambda: recorded_revisions(experiment, *earlier)))
-    parts = together(lambda: shapes(experiment) if is_main() else None)
+    parts = together(lambda: meta_models(experiment) if is_main() else None)
     on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     experiment = fetch_models(experiment)
     on_main(lambda: check_models(experiment, parts, dataset))
@@ -153,7 +149,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(
         lambda: open_run(output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv)
     )
-    together(lambda: check_ds_config(config, experiment, accumulation_steps(experiment, world_size, run.global_batch)))
+    schedule = together(lambda: Schedule.of(experiment, world_size, run.global_batch, dataset.count("train")))
+    together(lambda: check_ds_config(config, experiment, schedule.accumulation))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
         tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
@@ -166,10 +163,10 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(lambda: begin(run, experiment, start_from, taken))
     _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
-    run_stages(experiment, model, dataset, run, config, device, stop)
+    run_stages(experiment, model, dataset, run, schedule, config, device, stop)
 
 
-def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> None:
+def check_models(experiment: Experiment, parts: MetaModels, dataset: Dataset) -> None:
     """What :func:`check_experiment` leaves out: the tokenizer must suit the language model, and
     stored features must be of the tower. Raises InputError."""
     sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
@@ -326,34 +323,3 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
         tell(f"vlmds: what came after {folder.name} is moved to {aside}")
         for found in later:
             found.rename(aside / f"{found.parent.name}-{found.name}")
-
-
-def find_ds_config(given: str | None) -> Path:
-    """The DeepSpeed JSON that ``--ds-config`` means: a path, or the name of one that comes with
-    vlmds; the default if it is not given."""
-    if given is None:
-        return default_ds_config()
-    if Path(given).is_file() or Path(given).name != given:
-        return Path(given)
-    return _packaged_ds_config(given.removesuffix(".json"))
-
-
-def default_ds_config() -> Path:
-    """zero2.json of ds_configs/, or on a CPU zero2_cpu.json.
-
-    The two are alike today. Both stay, since commands name each (``--ds-config zero2_cpu``), and
-    what suits a GPU, such as overlapping communication, must not change the CPU's numbers.
-    """
-    on_cpu = get_accelerator().device_name() == "cpu"
-    return _packaged_ds_config("zero2_cpu" if on_cpu else "zero2")
-
-
-def _packaged_ds_config(name: str) -> Path:
-    """Raises InputError if there is none of this name."""
-    known = {path.stem: path for folder in reversed(DS_CONFIGS) for path in folder.glob("*.json")}
-    if name not in known:
-        raise InputError(
-            f"--ds-config: {name} is neither a file nor one of those that come with "
-            f"vlmds: {', '.join(sorted(known)) or 'none is installed'}"
-        )
-    return known[name]

@@ -19,7 +19,7 @@ from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, packaged_experiments
 from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import is_artifact, weights_sha256
-from vlmds.training.main import REPOSITORY
+from vlmds.training.ds_config import REPOSITORY
 
 STOPPED = 3  # exit code of a training that a signal stopped after it saved
 
