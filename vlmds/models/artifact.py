@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +29,8 @@ from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
 from vlmds.files import is_there, look_again, new_folder, sha256_of
 from vlmds.models.captioner import Captioner
-from vlmds.models.hub import is_local
+from vlmds.models.hub import HubArtifact, cached_snapshot, is_commit, is_local, snapshot
+from vlmds.models.hub_download import ask_hub, bring, note_commit
 from vlmds.models.language import add_adapter
 from vlmds.models.vision import VisionTower
 
@@ -41,6 +40,8 @@ READABLE = (1, 2)
 
 ADAPTER = "adapter/adapter_model.safetensors"
 LLM = "llm"
+FILES = ("experiment.yaml", "artifact.json", "*.safetensors", "adapter/*", f"{LLM}/*")
+"""What of a repository is downloaded."""
 
 
 @phase("saving the artifact")
@@ -76,30 +77,41 @@ def is_artifact(folder: Path) -> bool:
 
 
 def resolve_artifact(name: str | Path) -> Path:
-    """The folder of an artifact: ``name`` itself, or a copy of the hub repository that it names
-    (``owner/name``, or ``owner/name@revision``).
+    """The folder of an artifact: ``name`` itself, or its snapshot in the hub's cache, if it is
+    ``owner/name`` or ``owner/name@revision`` of the hub. What is missing there is downloaded; where the
+    hub cannot be asked for a newer commit, the one in the cache is used.
 
     Raises:
-        InputError: no such folder, and no repository of that name that can be had.
+        InputError: no such folder, and no such repository, or one that cannot be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
     if is_local(str(name)) or str(name).count("/") != 1:
         raise InputError(f"{name}: no such folder; give an artifact, or owner/name of the hub")
     repository, _, revision = str(name).partition("@")
+    source = HubArtifact(repository, revision or None)
+    cached = cached_snapshot(source)
+    if cached is not None and not _is_complete(cached):
+        cached = None
+    if cached is not None and is_commit(revision):
+        return cached
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["experiment.yaml", "artifact.json", "*.safetensors", "adapter/*", f"{LLM}/*"],
-            )
-        )
-    except (OSError, HFValidationError, httpx.HTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{name}: neither a folder here nor a repository that can be had from the hub: {reason}"
-        ) from None
+        found = ask_hub(source)
+    except InputError:
+        if cached is not None:
+            return cached
+        raise
+    bring(source, found, [file for file in found.sizes if any(fnmatch(file, pattern) for pattern in FILES)])
+    note_commit(source, found.commit)
+    return snapshot(repository, found.commit)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files that artifact.json names are there."""
+    try:
+        return all((folder / name).is_file() for name in read_artifact(folder)[0]["files"])
+    except InputError:
+        return False
 
 
 def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experiment:

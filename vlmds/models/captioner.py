@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -25,10 +28,10 @@ class Captioner(nn.Module):
         llm: a causal language model, with or without a PEFT adapter.
     """
 
-    def __init__(self, projector: Projector, llm: PreTrainedModel):
+    def __init__(self, projector: Projector, llm: PreTrainedModel | PeftModel):
         super().__init__()
         self.projector = projector
-        self.llm = llm
+        self.llm: Any = llm  # a PeftModel passes on what it lacks to the model inside, which types cannot say
 
     def embed(self, features: Tensor, input_ids: Tensor) -> Tensor:
         """Put the visual tokens where the placeholders are.
@@ -142,7 +145,7 @@ def without_wait(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def without_mask(config: PreTrainedConfig) -> dict[str, dict]:
-    """Arguments that tell Qwen3 that its causal attention wants no mask, as it would find by
-    itself, but by looking at positions on the GPU, for which the host waits. Others find it."""
+    """Arguments by which Qwen3 knows that its causal attention needs no mask. It would find that out
+    by itself, but from positions on the GPU, for which the host waits. Empty for other models."""
     plain = config.model_type == "qwen3" and config._attn_implementation != "eager" and not config.use_sliding_window
     return {"attention_mask": {"full_attention": None}} if plain else {}

@@ -1,6 +1,6 @@
-"""Where the pretrained models lie on this machine, and which of their files are needed.
+"""Folders of the pretrained models on this machine, and which of their files are needed.
 
-Everything is loaded from a folder: the user's own, or the snapshot of one commit in the cache of the
+Every model is loaded from a folder: the user's own, or the snapshot of one commit in the cache of the
 Hugging Face hub (``HF_HOME``). A complete snapshot is used as it is, without asking the hub.
 :mod:`vlmds.models.fetch` downloads what is missing.
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from huggingface_hub import constants, resolve_revision
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
@@ -22,15 +24,29 @@ from vlmds.files import denied
 
 Section = VisionConfig | LanguageConfig
 
+
+@dataclass(frozen=True)
+class HubArtifact:
+    """An artifact on the hub. model: ``owner/name``. revision: commit, tag or branch."""
+
+    model: str
+    revision: str | None = None
+
+
+Source = Section | HubArtifact
+"""What can be downloaded."""
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where transformers looks for a model's weights; the first of them that is there counts."""
 SMALL = (".json", ".txt", ".model", ".jinja")
 """How the names of configurations, tokenizers, chat templates and image processors end."""
 
 
-def key_of(section: Section) -> str:
-    """The experiment's key for it: ``vision.model`` or ``llm.model``."""
-    return "vision.model" if isinstance(section, VisionConfig) else "llm.model"
+def key_of(source: Source) -> str:
+    """How messages name it: by the experiment's key, ``vision.model`` or ``llm.model``, or as ``artifact``."""
+    if isinstance(source, HubArtifact):
+        return "artifact"
+    return "vision.model" if isinstance(source, VisionConfig) else "llm.model"
 
 
 def is_local(name: str) -> bool:
@@ -38,8 +54,8 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def is_commit(revision: str | None) -> bool:
-    """Whether it names one commit for good, which a branch or tag does not."""
+def is_commit(revision: str | None) -> TypeGuard[str]:
+    """Whether it is the full hash of a commit, and no branch or tag, which may move."""
     return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
 
 
@@ -51,6 +67,15 @@ def hub_cache() -> Path:
 def snapshot(name: str, commit: str) -> Path:
     """Where the cache keeps this commit of a repository."""
     return hub_cache() / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / commit
+
+
+def cached_snapshot(source: Source) -> Path | None:
+    """The folder of the commit that the cache has for the source's revision, whole or not."""
+    try:
+        commit = resolve_revision(source.model, revision=source.revision, local_files_only=True).resolved
+    except (RevisionResolutionError, HFValidationError):
+        return None
+    return snapshot(source.model, commit)
 
 
 def commit_of(folder: Path) -> str | None:
@@ -75,11 +100,9 @@ def cached_folder(section: Section) -> Path | None:
         if not (folder / "config.json").is_file():
             raise InputError(f"{key}: {name} is not a model folder (no config.json in it)")
         return folder
-    try:
-        commit = resolve_revision(name, revision=section.revision, local_files_only=True).resolved
-    except (RevisionResolutionError, HFValidationError):
+    folder = cached_snapshot(section)
+    if folder is None:
         return None
-    folder = snapshot(name, commit)
     try:
         return folder if missing_file(folder, section) is None else None
     except PermissionError:

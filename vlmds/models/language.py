@@ -80,7 +80,7 @@ def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise :class:`InputError` when the tokenizer can emit ids that the model has no row for."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"llm.model: {name}: the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows"
@@ -91,7 +91,7 @@ def lora_config(peft: PeftSection) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=peft.r,
-        lora_alpha=peft.alpha,
+        lora_alpha=peft.alpha,  # type: ignore[arg-type]  # PEFT only divides it
         lora_dropout=peft.dropout,
         target_modules=list(peft.target_modules),
         use_dora=peft.type == "dora",

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -138,7 +139,7 @@ class SequenceBuilder:
         described = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return Tokenizer.from_str(json.dumps({**described, "added_tokens": []}))
 
-    def _rendered(self, messages: list[dict[str, str]], **options: bool) -> str:
+    def _rendered(self, messages: list[dict[str, str]], **options: Any) -> str:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         assert isinstance(text, str)  # as it is not tokenised
         return text

@@ -1,4 +1,4 @@
-"""Checkpoints: the trainables in fp32, their Adam moments, and where the stage stands.
+"""The format of checkpoints: the trainables in fp32, their Adam moments, and the stage's progress.
 
     checkpoints/align-0000200/
         rank-00000.safetensors ...   what each rank's ZeRO-2 partition holds, cut by parameter
@@ -91,7 +91,8 @@ def publish(temporary: Path, folder: Path, state: dict, entries: list[dict]) -> 
 
 
 def _wait_for(path: Path, size: int) -> None:
-    """Another node's file may show late on a network drive; on a disk of that node it never does."""
+    """Wait until another node's file is visible: on a network drive it may be late. On a local disk of
+    that node it never is. Raises OSError."""
     deadline = time.monotonic() + SHARED_SECONDS
     os.listdir(path.parent)  # NFS forgets with it that a name was not there
     while not path.is_file() or path.stat().st_size != size:
@@ -107,7 +108,7 @@ def prune(root: Path, stage: str, keep: int) -> None:
     scores = {
         folder: score for folder in reversed(folders) if (score := _score(folder)) is not None and math.isfinite(score)
     }
-    best = max(scores, key=scores.get) if scores else None  # of equal ones the first
+    best = max(scores, key=lambda folder: scores[folder]) if scores else None  # of equal ones the first
     for folder in folders[keep:]:
         if folder != best:
             remove_folder(folder)

@@ -1,4 +1,4 @@
-"""Energy that the GPUs take, from NVML's counter (extra ``energy``)."""
+"""Energy taken by the GPUs, from NVML's counter (extra ``energy``)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class EnergyMeter:
     def total(self) -> float | None:
         """On all ranks alike; None if a rank's GPU has no counter."""
         now = self._read()
-        known = now is not None and self._start is not None
-        taken, unknown = sum_over_ranks([now - self._start if known else 0.0, not known])
-        return None if unknown else self._before + taken
+        taken = None if now is None or self._start is None else now - self._start
+        total, unknown = sum_over_ranks([taken or 0.0, taken is None])
+        return None if unknown else self._before + total
 
 
 def gpu_counter(device: torch.device) -> Callable[[], float | None]:

@@ -39,7 +39,10 @@ def build_engine(model: nn.Module, experiment: Experiment, stage: StageConfig, d
         raise InputError(f"stages: {stage.name}: nothing is trainable")
     config = experiment_ds_config(ds_config, experiment, accumulation, trainable(model))
     optimizer = torch.optim.AdamW(
-        groups, lr=stage.lr, betas=tuple(training.betas), fused=get_accelerator().device_name() == "cuda" or None
+        groups,
+        lr=stage.lr,
+        betas=(training.betas[0], training.betas[1]),
+        fused=get_accelerator().device_name() == "cuda" or None,
     )
     optimizer.register_step_post_hook(lambda *_: weights_changed())
     for param in (p for group in groups for p in group["params"]):
@@ -88,7 +91,7 @@ class NormChecked(DeepSpeedZeroOptimizer):
         """Norms of what this rank owns of the gradients, in parts, float64 scalars."""
         if self.cpu_offload:  # noted on the GPU, when they left it
             return list(self.norm_for_param_grads.values())
-        parts = []
+        parts: list[Tensor] = []
         for number, group in self.averaged_gradients.items():
             whole = self._get_preflattened_grad_partition(number)
             parts += group if whole is None else [whole]  # what pads them is zero

@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -134,7 +135,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     start_from = None if args.resume in ("auto", "never") else Path(args.resume)
     earlier = (output, start_from and start_from.resolve().parent.parent, args.from_run)
     experiment = pin_models(experiment, on_main(lambda: recorded_revisions(experiment, *earlier)))
-    parts = together(lambda: meta_models(experiment) if is_main() else None)
+    # Only rank 0 needs them.
+    parts: Any = together(lambda: meta_models(experiment) if is_main() else None)
     on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     experiment = fetch_models(experiment)
     on_main(lambda: check_models(experiment, parts, dataset))

@@ -1,4 +1,4 @@
-"""Writes checkpoints while the training goes on.
+"""The writing of checkpoints in the background of the training.
 
 ``begin`` copies this rank's partitions to memory of the host and returns; a thread writes them. No
 rank waits for another: whether all ranks have written is one number more in the sum over ranks
@@ -39,6 +39,8 @@ class Saver:
         self._writer: threading.Thread | None = None
         self._publisher: threading.Thread | None = None  # on rank 0
         self._buffers: dict[str, Tensor] = {}
+        self._entry: dict | None = None
+        self._problem: str | None = None
         self._unsaved: str | None = None  # on rank 0: why the last one has no name
 
     def begin(self, engine, average: WeightAverage | None, step: int, state: dict) -> None:
