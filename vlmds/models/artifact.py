@@ -1,12 +1,12 @@
-"""The artifact: what a stage leaves behind and inference loads.
+"""The artifact: the result of a stage, which inference loads.
 
     experiment.yaml        the resolved experiment
     artifact.json          format version, stage, the widths the projector was trained between,
                            sha256 of each file, and the lineage: what it was trained from
     projector.safetensors
     adapter/               PEFT's own format; absent while no stage has trained an adapter
-    llm/                   the language model with the adapter folded in, of an artifact that
-                           ``vlmds export --merge`` wrote; artifact.json then says so ("llm")
+    llm/                   only from ``vlmds export --merge``: the language model with the adapter
+                           merged into it; "llm" in artifact.json names this folder
 
 Loading is strict: a missing, extra or misshapen tensor is an error.
 """
@@ -36,7 +36,7 @@ from vlmds.models.vision import VisionTower
 
 FORMAT, VERSION = "vlmds-artifact", 2
 READABLE = (1, 2)
-"""2 added "llm", and "revisions" to the lineage; without an "llm" the two are read alike."""
+"""Version 2 added "llm", and "revisions" in the lineage; otherwise the two are the same."""
 
 ADAPTER = "adapter/adapter_model.safetensors"
 LLM = "llm"
@@ -46,10 +46,10 @@ FILES = ("experiment.yaml", "artifact.json", "*.safetensors", "adapter/*", f"{LL
 
 @phase("saving the artifact")
 def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str, lineage: dict) -> None:
-    """Write the artifact; it appears whole or not at all.
+    """Write the artifact, atomically.
 
     Args:
-        lineage: JSON values: the hashes of what it was trained from.
+        lineage: JSON values: the hashes of the data and models it was trained from.
     """
     adapter = isinstance(captioner.llm, PeftModel)
     meta = {
@@ -115,11 +115,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The artifact's experiment, whose ``llm.model`` is the artifact's own where it holds one, and
-    whose ``llm.attention`` is auto: what it was trained with may not be here.
+    """The artifact's experiment. ``llm.model`` is the artifact's own language model if it has one, and
+    ``llm.attention`` is auto: the implementation that it was trained with may not be installed here.
 
     Raises:
-        InputError: not an artifact, a bad override, or another LLM for one that holds its own.
+        InputError: not an artifact, a bad override, or another LLM for one that has its own.
     """
     meta, trained = read_artifact(folder)
     own = meta.get("llm")
@@ -128,15 +128,15 @@ def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experime
         return load_experiment(folder / "experiment.yaml", overrides)
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(
-            f"--set llm.model: {folder} holds its own language model, into which its adapter is folded; leave it out"
+            f"--set llm.model: {folder} has its own language model, with the adapter merged into it; leave the override out"
         )
     overrides = [text for text in overrides if not text.startswith("llm.revision=")]
     return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])
 
 
 def _revisions(meta: dict, trained: Experiment, overrides: Sequence[str]) -> list[str]:
-    """Overrides that pin the commits an artifact of version 2 was trained from, which its experiment
-    does not name yet. A model that is overridden is another one."""
+    """Overrides that pin the commits in the lineage (version 2), except where the experiment names a
+    revision itself or the model is overridden."""
     found = []
     for part, commit in (meta["lineage"].get("revisions") or {}).items():
         section = getattr(trained, part)
@@ -216,12 +216,12 @@ def load_artifact(folder: Path, captioner: Captioner) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """What tells an artifact's trained weights from any other's. Raises InputError."""
+    """Hash that identifies an artifact's trained weights. Raises InputError."""
     return "-".join(sha256[:16] for sha256 in read_artifact(folder)[0]["files"].values())
 
 
 def projector_sha256(folder: Path) -> str:
-    """What tells an artifact's projector from any other. Raises InputError."""
+    """Hash that identifies an artifact's projector. Raises InputError."""
     return read_artifact(folder)[0]["files"]["projector.safetensors"]
 
 

@@ -21,7 +21,7 @@ IGNORE = -100
 
 
 class Captioner(nn.Module):
-    """Projector and language model: everything that the DeepSpeed engine holds.
+    """Projector and language model: the module that the DeepSpeed engine trains.
 
     Args:
         projector: maps patch features to visual tokens.
@@ -39,7 +39,7 @@ class Captioner(nn.Module):
         Args:
             features: patch features [B, N, vision_dim].
             input_ids: int64 [B, L], with ``projector.num_tokens`` VISUAL in one piece in each row.
-                Best left on the host: to find on a GPU where they are, the host waits for it.
+                Best left on the host, which otherwise waits for the GPU to find their places.
 
         Returns:
             Embeddings [B, L, llm_dim].
@@ -51,8 +51,8 @@ class Captioner(nn.Module):
         starts = visual_starts(input_ids, visual.shape[1])
         ids = without_wait(input_ids, visual.device).clamp(min=0)
         text = self.llm.get_input_embeddings()(ids)  # [B, L, llm_dim]
-        # Slices, whose places the host knows, and not a mask: its backward pass would wait for the
-        # GPU to count how much is in it.
+        # Slices at places that the host knows, not a mask, whose backward pass would wait for the
+        # GPU to count its elements.
         pieces = [
             piece
             for row, tokens, start in zip(text, visual.to(text.dtype), starts, strict=True)
@@ -137,8 +137,8 @@ def visual_starts(input_ids: Tensor, count: int) -> list[int]:
 
 
 def without_wait(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``. From the host to a GPU it is copied from pinned memory, as from
-    other memory the host may wait for all that the GPU has to do."""
+    """The tensor on ``device``. From the host to a GPU it is copied from pinned memory: with other
+    memory the host may wait for the GPU's queued work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # the same tensor, if it is pinned already
     return tensor.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""Downloads pretrained models from the Hugging Face hub into its cache.
+"""The pretrained models of an experiment: which commits, and their download from the hub.
 
-Of a repository only the small text files of the root and the weights are taken, in the one format
+Only the small text files in the repository's root and the weights are downloaded, in the one format
 that transformers would load: safetensors, else PyTorch's ``.bin``. In a job one process for each
 cache downloads, and the others wait for as long as bytes arrive.
 """
@@ -34,11 +34,11 @@ from vlmds.models.hub import (
 from vlmds.models.hub_download import ask_hub, bring, free_bytes, note_commit
 
 VISIBLE_SECONDS = 90.0
-"""Until what another node downloaded must be seen here: names on NFS may be a minute old."""
+"""Longest wait until another node's download is visible here: names on NFS may be a minute old."""
 
 
 def config_folder(section: Section) -> Path:
-    """A folder with the model's config.json, which alone is downloaded if it is not here.
+    """A folder with the model's config.json; if it is missing, that file alone is downloaded.
 
     Raises:
         InputError: as :func:`model_folder`.
@@ -63,21 +63,21 @@ def model_folder(section: Section) -> Path:
     """The folder that the model is loaded from; what is missing of it is downloaded.
 
     Raises:
-        InputError: it cannot be had; the message names the reason and the fix.
+        InputError: it cannot be downloaded; the message names the reason and the fix.
     """
     return cached_folder(section) or download(section)
 
 
 def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None = None) -> Experiment:
-    """The experiment with a commit as the ``revision`` of each model that is of the hub: the one it
-    pins itself, or that is recorded; else the one that the cache has; else the newest. All ranks of a
-    job call it alike, and get the same.
+    """The experiment with a commit as the ``revision`` of each model from the hub: the one it pins, or
+    the recorded one; else the one in the cache; else the newest. All ranks of a job call it alike, and
+    get the same.
 
     Args:
         recorded: "vision" and "llm" -> the commit that a run used before.
 
     Raises:
-        InputError: on every rank; the hub has to be asked, and cannot be, or has no such model.
+        InputError: on every rank, if the hub is needed and cannot be reached or has no such model.
     """
     commits = on_main(partial(_commits, experiment, recorded or {}))
     for part, commit in commits.items():
@@ -87,8 +87,8 @@ def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None
 
 
 def fetch_models(experiment: Experiment) -> Experiment:
-    """The experiment as :func:`pin_models` gives it, both of whose models are on this machine. All
-    ranks of a job call it alike.
+    """:func:`pin_models`, and the download of what is missing of both models on this machine. All ranks
+    of a job call it alike.
 
     Raises:
         InputError: on every rank, as :func:`model_folder`.
@@ -134,7 +134,7 @@ def _pinned(experiment: Experiment, part: str, commit: str | None) -> Experiment
 
 
 def _commits(experiment: Experiment, recorded: Mapping[str, str | None]) -> dict[str, str]:
-    """ "vision" and "llm" -> the commit to use of each that is of the hub."""
+    """ "vision" and "llm" -> the commit to use, for those from the hub."""
     commits: dict[str, str] = {}
     for part in ("vision", "llm"):
         section = getattr(experiment, part)
@@ -150,7 +150,7 @@ def _commits(experiment: Experiment, recorded: Mapping[str, str | None]) -> dict
 
 
 def _wait_until_visible(sections: Iterable[Section]) -> None:
-    """What another node downloaded may show late on a network drive."""
+    """Wait for what another node downloaded: on a network drive it may be visible late. Raises InputError."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     for section in sections:
         while cached_folder(section) is None:
@@ -165,8 +165,8 @@ def _wait_until_visible(sections: Iterable[Section]) -> None:
 
 @dataclass(frozen=True)
 class Presence:
-    """Whether a model is on this machine. here: all of it is. missing: bytes to download, None if the
-    hub could not be asked. text: one line without the model's name."""
+    """Whether a model is on this machine. here: it is, completely. missing: bytes to download, None if
+    the hub could not be asked. text: one line without the model's name."""
 
     here: bool
     missing: int | None
@@ -174,8 +174,8 @@ class Presence:
 
 
 def presence(section: Section, timeout: float = 5.0) -> Presence:
-    """What a start will find. timeout: seconds for the hub to answer. Raises InputError: a path
-    without a model."""
+    """Whether a start will find the model. timeout: of a question to the hub, in seconds. Raises
+    InputError: a path without a model."""
     folder = cached_folder(section)
     if folder is not None:
         commit = commit_of(folder)
@@ -194,11 +194,11 @@ def presence(section: Section, timeout: float = 5.0) -> Presence:
 
 
 def download(section: Section, report: Callable[[str], None] = lambda text: None) -> Path:
-    """Bring the newest commit of ``revision`` (null: of the main branch) into the cache, as far as it
-    is not there. Returns its folder.
+    """Download what the cache lacks of the newest commit of ``revision`` (null: of the main branch).
+    Returns its folder.
 
     Args:
-        report: called from another thread, with how far it is, whenever bytes have arrived.
+        report: called from another thread with a line of progress whenever bytes have arrived.
 
     Raises:
         InputError: no such repository, no permission, no network, no room.

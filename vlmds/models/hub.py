@@ -37,9 +37,9 @@ Source = Section | HubArtifact
 """What can be downloaded."""
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where transformers looks for a model's weights; the first of them that is there counts."""
+"""Files with a model's weights, or with their index, in the order of transformers' preference."""
 SMALL = (".json", ".txt", ".model", ".jinja")
-"""How the names of configurations, tokenizers, chat templates and image processors end."""
+"""Endings of the names of configurations, tokenizers, chat templates and image processors."""
 
 
 def key_of(source: Source) -> str:
@@ -60,12 +60,12 @@ def is_commit(revision: str | None) -> TypeGuard[str]:
 
 
 def hub_cache() -> Path:
-    """The folder of the hub's cache, as ``HF_HOME`` or ``HF_HUB_CACHE`` set it."""
+    """The folder of the hub's cache, set by ``HF_HOME`` or ``HF_HUB_CACHE``."""
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
 def snapshot(name: str, commit: str) -> Path:
-    """Where the cache keeps this commit of a repository."""
+    """The folder of this commit of a repository in the cache."""
     return hub_cache() / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / commit
 
 
@@ -79,12 +79,12 @@ def cached_snapshot(source: Source) -> Path | None:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder is the snapshot of; None for the user's own folder."""
+    """The commit of a snapshot folder; None for the user's own folder."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def cached_folder(section: Section) -> Path | None:
-    """The folder that the model is loaded from, if all of it is on this machine.
+    """The folder that the model is loaded from, if the model is completely on this machine, else None.
 
     Raises:
         InputError: ``model`` is a path without a model, or a path with a revision.
@@ -100,17 +100,15 @@ def cached_folder(section: Section) -> Path | None:
         if not (folder / "config.json").is_file():
             raise InputError(f"{key}: {name} is not a model folder (no config.json in it)")
         return folder
-    folder = cached_snapshot(section)
-    if folder is None:
-        return None
+    found = cached_snapshot(section)
     try:
-        return folder if missing_file(folder, section) is None else None
+        return found if found is not None and missing_file(found, section) is None else None
     except PermissionError:
         raise InputError(f"{key}: {denied(hub_cache())}") from None
 
 
 def missing_file(folder: Path, section: Section) -> str | None:
-    """The first file that loading needs and that is not in the folder, None if all are there."""
+    """The first file that loading needs and the folder lacks; None if it has all."""
     needed = ["config.json"]
     if isinstance(section, VisionConfig):
         needed.append("preprocessor_config.json")
@@ -124,11 +122,11 @@ def missing_file(folder: Path, section: Section) -> str | None:
 
 
 def weight_names(section: Section, names: Collection[str], path_of: Callable[[str], Path]) -> list[str]:
-    """The files that transformers takes the weights from, sorted; empty if it finds none.
+    """Names of the files that transformers loads the weights from, sorted; empty if there are none.
 
     Args:
         names: files of the model's folder or repository.
-        path_of: where a file with an index of the weights can be read.
+        path_of: returns the local path of an index of the weights.
 
     Raises:
         InputError: the index is damaged.

@@ -1,6 +1,6 @@
-"""Downloads of files from the Hugging Face hub into its cache, and what the hub has of a repository.
+"""Downloads of files from the Hugging Face hub into its cache, and the hub's list of a repository's files.
 
-What may pass, such as a connection that breaks, is tried again. What does not is one line with the fix.
+Temporary failures, such as a broken connection, are tried again; others are one line with the fix.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from vlmds.models.hub import SMALL, HubArtifact, Section, Source, hub_cache, is_
 
 Answer = TypeVar("Answer")
 TRIES, LONGEST_WAIT = 8, 30.0
-"""Of a download that breaks off: attempts in a row that complete no file, and the longest wait in
-seconds before the next."""
+"""Attempts in a row that complete no file before a download fails, and the longest wait between them in
+seconds."""
 ASK_SECONDS = 10.0
-"""Until the hub must have answered a question."""
+"""Time for the hub to answer a question."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A commit as the hub describes it. sizes: bytes of each file; of a model, of those in its root."""
+    """A commit of a repository. sizes: bytes of each file; of a model, only of the files in its root."""
 
     commit: str
     sizes: dict[str, int]
 
     def to_download(self, section: Section) -> int:
-        """About how many bytes are missing here; an index of weights is not read for it, but every
-        file of its kind counted."""
+        """About how many bytes are missing here: instead of reading an index of weights, every file
+        with the ending of weights is counted."""
         folder = snapshot(section.model, self.commit)
         names = {name for name in self.sizes if not name.endswith(".index.json")}
         found = weight_names(section, names, lambda name: folder / name)
@@ -71,7 +71,7 @@ class Repository:
 
 
 def ask_hub(source: Source, timeout: float = ASK_SECONDS) -> Repository:
-    """What the hub has under the source's name and revision.
+    """The newest commit of the source's revision on the hub, and its files.
 
     Raises:
         InputError: the hub cannot be asked, or it has no such repository.
@@ -100,8 +100,8 @@ def ask_hub(source: Source, timeout: float = ASK_SECONDS) -> Repository:
 
 
 def note_commit(source: Source, commit: str | None) -> None:
-    """Note in the cache which commit the model's revision stands for, as huggingface_hub does, so
-    that a later start finds it without a network."""
+    """Record in the cache which commit the source's revision stands for, as huggingface_hub does. A
+    later start then finds it without a network."""
     if commit is None or is_commit(source.revision):
         return
     path = snapshot(source.model, commit).parents[1] / "refs" / (source.revision or "main")
@@ -113,7 +113,12 @@ def note_commit(source: Source, commit: str | None) -> None:
 def bring(
     source: Source, found: Repository, files: Iterable[str], report: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Download those of the files that are not in the cache, also over a connection that breaks."""
+    """Download those of the files that are not in the cache, with retries. report: called from another
+    thread with a line of progress.
+
+    Raises:
+        InputError: no permission, no network, no room.
+    """
     folder = snapshot(source.model, found.commit)
     missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
@@ -163,7 +168,7 @@ def _check_room(source: Source, wanted: int) -> None:
 
 
 def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
-    """What ``ask`` returns or raises; a look-up of the hub's name has no timeout of its own.
+    """The result of ``ask``, which may hang: the DNS look-up of the hub's name has no timeout.
 
     Raises:
         httpx.TimeoutException: no answer in twice the time.
@@ -184,13 +189,13 @@ def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
 
 
 def free_bytes() -> int:
-    """On the disk of the hub's cache, which may not be there yet."""
+    """Free bytes on the disk of the hub's cache, whose folder may not exist yet."""
     there = next(path for path in (hub_cache(), *hub_cache().parents) if path.exists())
     return shutil.disk_usage(there).free
 
 
 def _byte_counter(advance: Callable[[float], None]) -> type[tqdm]:
-    """A progress bar that shows nothing and passes on how many bytes are written to disk."""
+    """A progress bar that shows nothing and reports how many bytes are written to disk."""
 
     class ByteCounter(tqdm):
         def __init__(self, *args, **options):
@@ -212,15 +217,15 @@ def _byte_counter(advance: Callable[[float], None]) -> type[tqdm]:
 
 
 class _Interrupted(Exception):
-    """The connection failed in a way that may pass. The message is for the user if it does not."""
+    """A temporary failure; its message is for the user if it persists."""
 
 
 @contextmanager
 def _translated(source: Source) -> Iterator[None]:
-    """Turn the hub's errors into one line with the fix.
+    """Context in which the hub's errors become one line with the fix.
 
     Raises:
-        InputError: trying again would not help. _Interrupted: it might.
+        InputError: another attempt would not help. _Interrupted: it might.
     """
     key, name = key_of(source), source.model
     log_in = "log in (hf auth login, or HF_TOKEN) with an account that may read it"
@@ -259,7 +264,7 @@ def _translated(source: Source) -> Iterator[None]:
             raise InputError(f"{line}; {log_in}") from None
         raise _Interrupted(f"{line}; try again later, or {ahead}") from None
     except (httpx.HTTPError, LocalEntryNotFoundError, RuntimeError) as error:
-        # A RuntimeError is what hf_xet makes of everything that fails under it.
+        # hf_xet raises a RuntimeError for everything that fails inside it.
         if isinstance(error, RuntimeError) and re.search("os error 28|No space left", str(error)):
             raise InputError(full) from None
         if _status(error.__cause__) in (401, 403):

@@ -1,7 +1,7 @@
-"""The four projectors: CLIP patch features in, visual tokens in the LLM's space out.
+"""The four projectors, from CLIP's patch features to visual tokens in the LLM's space.
 
-To add a fifth: write its configuration in ``config.py`` (a ``Section`` with a ``type``, listed in
-``ProjectorConfig``), its class here, and its line in ``PROJECTORS``.
+To add a fifth: write its configuration in ``vlmds/experiments/schema.py`` (a ``Section`` with a
+``type``, listed in ``ProjectorConfig``), its class here, and its line in ``PROJECTORS``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class MLP(Projector):
 
 
 class Resampler(Projector):
-    """What C-Abstractor and Perceiver share: learned queries that attend to the patch features.
+    """Base class of C-Abstractor and Perceiver: learned queries that attend to the patch features.
 
     Attention treats the features as a set, so without the learned frame-time embedding a clip and
     its reverse give the same tokens.
@@ -87,7 +87,7 @@ class Resampler(Projector):
             )
         self.num_queries = config.num_queries
         # Queries and times start at the scale of the projected features. At the customary 0.02 all
-        # queries attend alike at first, and frames look alike.
+        # queries attend alike at first, and frames cannot be distinguished.
         self.queries = nn.Parameter(torch.randn(config.num_queries, width))
         self.vision_proj = nn.Linear(vision_dim, width)
         self.frame_time = nn.Parameter(sinusoidal(num_frames, width)) if config.temporal_embedding else None

@@ -1,4 +1,4 @@
-"""Which parameters a stage trains, and in which groups the optimizer takes them."""
+"""The parameters that a stage trains, and their groups in the optimizer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ def parameter_groups(model: nn.Module, stage: StageConfig, training: TrainingCon
     """The trainable parameters of a captioner, one group for each kind there is, always in the same
     order.
 
-    A group's ``factor`` is what the stage's learning rate is multiplied with. Matrices decay;
-    biases, norms and other vectors of the projector do not, as is usual, so the projector has two
-    groups when there is weight decay.
+    A group's ``factor`` multiplies the stage's learning rate. Weight decay applies to matrices and, as
+    is usual, not to biases, norms and other vectors of the projector, which then has two groups.
     """
     groups = []
     for kind, mark in KINDS.items():

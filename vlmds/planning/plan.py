@@ -9,6 +9,7 @@ from vlmds.console.units import size_text
 from vlmds.data.alike import converted, tower_keys
 from vlmds.data.coverage import coverage_lines
 from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.features import needs_tower
 from vlmds.data.index import SampleRow
 from vlmds.data.stored import read_description
 from vlmds.errors import InputError, SampleError
@@ -146,11 +147,11 @@ def _trained(stage, captioner: Captioner) -> dict[str, int]:
 
 def _memory(experiment: Experiment, model: MetaModels, gpus: int, dataset: Dataset | None) -> str:
     """Bytes per GPU and stage, by part, and the size of a checkpoint."""
-    stored = dataset is not None and dataset.store == "features"
+    tower = model.tower if needs_tower(experiment, dataset) else None
     columns, checkpoints = [], []
     for stage in experiment.stages:
         freeze(model.captioner, stage)
-        columns.append(stage_memory(experiment, stage, model.captioner, None if stored else model.tower, gpus))
+        columns.append(stage_memory(experiment, stage, model.captioner, tower, gpus))
         checkpoints.append(checkpoint_bytes(experiment, model.captioner))
     training = experiment.training
     every = training.activation_checkpointing

@@ -6,10 +6,10 @@
 
 A tensor is named ``exp_avg/projector.net.weight/4096``: what it is, of which parameter, from which
 element on. Names instead of flat partitions make a checkpoint loadable at any world size; frozen
-weights are not in it. A folder gets its name only when all in it is on disk, so the newest folder
-that passes its checksums is the latest checkpoint: there is no pointer that could lie.
+weights are not in it. A folder gets its name only when all of it is on disk: the newest folder that
+passes its checksums is the latest checkpoint, and no pointer to it can be wrong.
 
-This module is the format; :mod:`vlmds.training.saver` writes it without stopping the training.
+This module is the format; :mod:`vlmds.training.saver` writes in the background of the training.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"  # there if training.ema_decay is set
-SHARED_SECONDS = 30.0  # after which a file that another node wrote is taken not to be on a shared disk
+SHARED_SECONDS = 30.0  # after which a missing file of another node is not on a shared disk
 
 
 @dataclass(frozen=True)
 class _Fragment:
-    """The part of a parameter that this rank's partition holds, from element ``start`` on."""
+    """The part of a parameter in this rank's partition, from element ``start`` on."""
 
     name: str
     start: int
@@ -115,7 +115,7 @@ def prune(root: Path, stage: str, keep: int) -> None:
 
 
 def _score(folder: Path) -> float | None:
-    """A checkpoint's score; a damaged one has none, and goes when it is old."""
+    """A checkpoint's score. A damaged one has none: it is removed when it is old."""
     try:
         return read_state(folder)["score"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -123,19 +123,19 @@ def _score(folder: Path) -> float | None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what a killed run was writing; nobody may be writing now."""
+    """Remove what a killed run was writing; to be called while no process writes."""
     for folder in root.glob(".*.tmp"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporary_name(folder: Path) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """The folder a checkpoint is written to before it has its name."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 @phase("loading the checkpoint")
 def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None:
-    """Put a checkpoint's weights and moments into an engine of any world size; all ranks call it.
+    """Load a checkpoint's weights and moments into an engine of any world size; all ranks call it.
 
     Raises:
         InputError: on every rank, if a parameter of the engine is not, or not wholly, in the
@@ -181,8 +181,8 @@ def optimizer_steps(engine) -> int:
 
 
 def latest_checkpoint(root: Path, stage: str) -> tuple[Path, dict] | None:
-    """The newest valid checkpoint of a stage and its state, the same on every rank; damaged ones
-    are named on rank 0 and passed over."""
+    """The newest valid checkpoint of a stage and its state, the same on every rank; rank 0 reports
+    damaged ones, which are skipped."""
 
     def newest() -> tuple[Path, dict] | None:
         for folder in checkpoints(root, stage):
@@ -227,7 +227,7 @@ def read_state(folder: Path) -> dict:
 
 
 def _flats(engine, fragment: _Fragment, average: WeightAverage | None) -> dict[str, Tensor]:
-    """Kind of tensor -> the flat partition that holds it for the fragment's group."""
+    """Kind of tensor -> the flat partition of the fragment's group with that kind."""
     values = engine.optimizer.optimizer.state[fragment.flat]
     flats = {WEIGHT: fragment.flat.data, **{moment: values[moment] for moment in MOMENTS}}
     if average is not None:
@@ -255,7 +255,7 @@ def _fragments(engine) -> Iterator[_Fragment]:
 
 
 def _fill(target: Tensor, start: int, pieces: list[tuple[int, int, Path, str]]) -> int:
-    """Copy elements [start, start + len(target)) from the pieces; how many were not found."""
+    """Copy elements [start, start + len(target)) from the pieces. Returns how many were not found."""
     end, missing = start + len(target), len(target)
     for first, length, path, key in pieces:
         low, high = max(start, first), min(end, first + length)

@@ -13,7 +13,7 @@ from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# An installed package has its copies; in a checkout the files lie where deepspeed's users look.
+# An installed package has its copies; in a checkout the files are where users of DeepSpeed expect them.
 DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
 OWNER_REDUCTIONS = 64
 """Ranks up to which each part of the gradients is reduced to the rank that owns it, one after
@@ -21,8 +21,8 @@ another: half the bytes of an all-reduce, but as many rings as ranks, each with 
 
 
 def find_ds_config(given: str | None) -> Path:
-    """The DeepSpeed JSON that ``--ds-config`` means: a path, or the name of one that comes with
-    vlmds; the default if it is not given."""
+    """The DeepSpeed JSON of ``--ds-config``: a path, or the name of one that comes with vlmds; the
+    default if it is not given. Raises InputError: an unknown name."""
     if given is None:
         return default_ds_config()
     if Path(given).is_file() or Path(given).name != given:
@@ -33,8 +33,8 @@ def find_ds_config(given: str | None) -> Path:
 def default_ds_config() -> Path:
     """zero2.json of ds_configs/, or on a CPU zero2_cpu.json.
 
-    The two are alike today. Both stay, since commands name each (``--ds-config zero2_cpu``), and
-    what suits a GPU, such as overlapping communication, must not change the CPU's numbers.
+    The two are alike today. Both stay: commands name each (``--ds-config zero2_cpu``), and settings for
+    a GPU, such as overlapping communication, must not change results on a CPU.
     """
     on_cpu = get_accelerator().device_name() == "cpu"
     return _packaged_ds_config("zero2_cpu" if on_cpu else "zero2")
@@ -99,7 +99,7 @@ def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
 
 def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int, trainables: int) -> dict:
     """The DeepSpeed JSON with all that the experiment sets; see :func:`resolve_ds_config`.
-    trainables: parameters that the stage trains."""
+    trainables: number of parameters that the stage trains."""
     training = experiment.training
     config = resolve_ds_config(
         path,
@@ -136,5 +136,5 @@ def check_ds_config(path: Path, experiment: Experiment, accumulation: int) -> No
 
 
 def reduces_to_owners(world_size: int) -> bool:
-    """Whether ``"auto"`` reduces gradients to the ranks that own them, and not to all."""
+    """Whether ``"auto"`` reduces gradients to the ranks that own them, instead of to all."""
     return world_size <= OWNER_REDUCTIONS

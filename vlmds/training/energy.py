@@ -22,7 +22,7 @@ class EnergyMeter:
         self._start = read()
 
     def total(self) -> float | None:
-        """On all ranks alike; None if a rank's GPU has no counter."""
+        """Joules so far, the same on all ranks; None if a rank's GPU has no counter."""
         now = self._read()
         taken = None if now is None or self._start is None else now - self._start
         total, unknown = sum_over_ranks([taken or 0.0, taken is None])
@@ -30,9 +30,9 @@ class EnergyMeter:
 
 
 def gpu_counter(device: torch.device) -> Callable[[], float | None]:
-    """Reads the joules that a GPU has taken since its driver was loaded (Volta and later); reads
-    None on a CPU, without nvidia-ml-py, from GPUs that do not count, and from a part of a GPU (MIG):
-    the counter is the whole one's."""
+    """A function that returns the joules a GPU has taken since its driver was loaded (Volta and later).
+    It returns None on a CPU, without nvidia-ml-py, on GPUs without a counter, and on a part of a GPU
+    (MIG), where the counter is that of the whole GPU."""
     if device.type != "cuda":
         return lambda: None
     try:
@@ -53,10 +53,10 @@ def gpu_counter(device: torch.device) -> Callable[[], float | None]:
 
 
 def _in_parts(handle) -> bool:
-    """Whether a GPU is divided. CUDA may call a part of it by the whole one's UUID."""
+    """Whether a GPU is divided (MIG). CUDA may report the whole GPU's UUID for a part of it."""
     import pynvml
 
     try:
         return pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
-    except pynvml.NVMLError:  # a GPU that cannot be
+    except pynvml.NVMLError:  # a GPU without MIG
         return False

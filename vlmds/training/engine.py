@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: build it, step it, take it down without a trace."""
+"""The DeepSpeed engine: how it is built, reduces gradients once a step, and is taken down completely."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ class NormChecked(DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO-2 optimizer, which skips a step, on all ranks, whose gradients are not all
     finite. Here their norm decides it, and the host waits for the GPU once a step, to read it.
 
-    DeepSpeed first searches every parameter's gradient for what is no number, and then computes
-    norms, which are no numbers either if a gradient is none: thousands of small operations, and a
-    wait for each group of parameters, twice (with the optimizer on the host, for each parameter).
+    DeepSpeed first searches every parameter's gradient for values that are not finite, and then
+    computes norms, which are not finite either if a gradient is not: thousands of small operations, and
+    a wait for each group of parameters, twice (with the optimizer on the host, for each parameter).
 
     It overrides what ``step()`` of DeepSpeed 0.19 calls and reads private state;
     tests/training/test_norm.py fails when that changes.
     """
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
-        """No search: right after it ``step()`` looks at the norm."""
+        """No search: right after it ``step()`` checks the norm."""
 
     def update_offload_overflow_tracker(self, grad: Tensor | None) -> None:
         """No search while gradients go to the host, either."""
 
     def reset_cpu_buffers(self) -> None:
-        """With the optimizer on the host also the gradients of a step that was skipped: DeepSpeed
-        would add those of the next steps to them, which then are no numbers either."""
+        """With the optimizer on the host, discard also the gradients of a skipped step: DeepSpeed
+        would add the next steps' gradients to them, which then are not finite either."""
         super().reset_cpu_buffers()
         self.averaged_gradients.clear()
 
@@ -88,8 +88,8 @@ class NormChecked(DeepSpeedZeroOptimizer):
         return squares.sqrt().float().cpu()
 
     def _own_norms(self) -> list[Tensor]:
-        """Norms of what this rank owns of the gradients, in parts, float64 scalars."""
-        if self.cpu_offload:  # noted on the GPU, when they left it
+        """Norms of this rank's share of the gradients, in parts, float64 scalars."""
+        if self.cpu_offload:  # computed on the GPU before they left it
             return list(self.norm_for_param_grads.values())
         parts: list[Tensor] = []
         for number, group in self.averaged_gradients.items():
@@ -104,7 +104,7 @@ class NormChecked(DeepSpeedZeroOptimizer):
 
 @contextmanager
 def reduced_once(engine) -> Iterator[None]:
-    """The backward passes of one optimizer step go inside; ``engine.step()`` follows, once.
+    """Context of the backward passes of one optimizer step; one ``engine.step()`` follows it.
 
     ZeRO-2 by itself reduces the gradients of every micro-batch over the ranks. Here they add up on
     their rank in fp32, and are rounded to the model's dtype and reduced at the end.
@@ -114,13 +114,13 @@ def reduced_once(engine) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            # With nothing to reduce this rank can go down at once, instead of waiting for others.
+            # With nothing to reduce, this rank can end at once instead of waiting for others.
             engine.optimizer.zero_grad()
             raise
 
 
 def release(engine) -> None:
-    """Destroy the engine and everything that it hung onto the model.
+    """Destroy the engine and all that it attached to the model.
 
     ``destroy()`` leaves forward hooks, gradient hooks and buffers behind, and with them the whole
     engine and its optimizer states. The caller must drop its own reference too.
@@ -156,7 +156,7 @@ def set_learning_rate(engine, lr: float) -> None:
 
 
 def seed_micro_batch(seed: int, stage: int, step: int, micro: int, rank: int) -> None:
-    """Seed dropout as a function of where we are, so that a resumed run needs no saved RNG."""
+    """Seed dropout as a function of the position in the run: a resumed run needs no saved RNG state."""
     generator = torch.Generator().manual_seed(
         hash((seed, stage, step, micro, rank)) % 2**63  # hash of ints is the same in any process
     )

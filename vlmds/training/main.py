@@ -1,7 +1,7 @@
-"""The command `deepspeed launch/train.py --exp e7.yaml`: one experiment, whole schedule.
+"""The command `deepspeed launch/train.py --exp e7.yaml`: one experiment, its whole schedule.
 
-The arguments, the checks, the models, the run folder, the stages: in this order, so that a mistake
-is found before the slow part, and a start that is refused leaves nothing behind. See
+The arguments, the checks, the models, the run folder, the stages, in this order: a mistake is found
+before the slow part, and a refused start leaves nothing behind. See
 docs/training.md for what each argument does.
 """
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from vlmds.console.progress import phase, tell
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
-from vlmds.data.features import check_tower
+from vlmds.data.features import check_tower, needs_tower
 from vlmds.distributed import watchdog
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.lost_ranks import connection_lost
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     after a report of what it was doing.
 
     Args:
-        args: of :func:`vlmds.cli.training.add_train`.
+        args: the arguments of :func:`vlmds.cli.training.add_train`.
     """
     try:
         overrides = list(args.set)
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
         if is_main():
             tell(f"vlmds: {error}", sys.stderr)
         elif not getattr(error, "shared", True) and os.environ.get("LOCAL_RANK") == "0":
-            # What only this node finds, such as a file that is not on it; rank 0 may still be waiting.
+            # An error of this node only, such as a missing file; rank 0 may still be waiting.
             tell(f"vlmds: rank {os.environ['RANK']}: {error}", sys.stderr)
         if not getattr(error, "shared", True):
             note_failure()
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     except BaseException as error:
         code = report_end(error)
         if code == 1 or place()[1] > 1:
-            # Taking the process groups down would wait for ranks that are not coming.
+            # Destroying the process groups would wait for ranks that never come.
             os._exit(code)
         leave()
         return code
@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def report_end(error: BaseException) -> int:
-    """Print on stderr what ends this rank, and note it for the others. Returns the exit code."""
+    """Print the error that ends this rank on stderr, and note it for the other ranks. Returns the exit code."""
     if line := unusable_place(error):
         tell(f"vlmds: {line}" if is_main() else f"vlmds: rank {os.environ['RANK']}: {line}", sys.stderr)
         note_failure()
@@ -158,9 +158,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
     warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
-    stored = None
-    if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
-        stored = dataset.meta["vision"]["fingerprint"]
+    stored = None if needs_tower(experiment, dataset) else dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     run = on_main(lambda: begin(run, experiment, start_from, taken))
     _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
@@ -169,14 +167,14 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
 
 
 def check_models(experiment: Experiment, parts: MetaModels, dataset: Dataset) -> None:
-    """What :func:`check_experiment` leaves out: the tokenizer must suit the language model, and
-    stored features must be of the tower. Raises InputError."""
+    """Checks that need the models' files: the tokenizer must suit the language model, and stored
+    features must be those of the tower. Raises InputError."""
     sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
     check_tower(dataset, experiment)
 
 
 def warn_of_readers(num_workers: int) -> None:
-    """Say if rank 0 starts fewer reader processes than asked for
+    """Warn if rank 0 starts fewer reader processes than configured
     (:class:`vlmds.data.loader.Batches`)."""
     cores = cores_of_rank()
     if is_main() and num_workers > cores:
@@ -188,8 +186,8 @@ def warn_of_readers(num_workers: int) -> None:
 
 
 def note_attention(run: RunFolder, attention: str, remark: str) -> None:
-    """Record and print what ``llm.attention`` is here, and the remark of :func:`attention_for`; a
-    warning has a line of its own."""
+    """Record and print the implementation of attention in use, and the remark of
+    :func:`attention_for`; a warning has a line of its own."""
     run.note(attention=attention)
     warning = remark.startswith("WARNING: ")
     tell(f"vlmds: attention: {attention}{f' ({remark})' if remark and not warning else ''}")
@@ -198,8 +196,8 @@ def note_attention(run: RunFolder, attention: str, remark: str) -> None:
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
-    """Raise InputError, naming the keys, on all ranks unless all have the same experiment, but for
-    where things lie on their nodes, and the same DeepSpeed JSON."""
+    """Raise InputError on all ranks, naming the keys, unless all have the same experiment (paths of
+    data and models may differ) and the same DeepSpeed JSON."""
     content = ds_config.read_bytes() if ds_config.is_file() else b""
     settings = {
         key: value
@@ -221,14 +219,14 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
 
 
 def leave() -> None:
-    """Leave the other ranks; the process may go on with other things."""
+    """Leave the process groups and stop the watchdog; the process may go on, as in a notebook."""
     if dist.is_initialized():
         dist.destroy_process_group()
     watchdog.stop()
 
 
 def verify(dataset: Dataset, experiment: Experiment) -> None:
-    """Check this rank's share of the shards and indexes, so that damage is found before training."""
+    """Check this rank's share of the shards and indexes. Raises InputError if one is damaged."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if experiment.data.verify == "sha256":
         for part in dataset.parts[rank::world_size]:
@@ -242,14 +240,15 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
 def check_origin(
     run: RunFolder, experiment: Experiment, start_from: Path | None, from_run: Path | None
 ) -> dict[str, dict]:
-    """Check what the run is to grow from; nothing is written. Returns the stages to inherit."""
+    """Check the checkpoint and the run that this run starts from; nothing is written. Returns the
+    stages to inherit."""
     if start_from is not None and not grew_from(run, start_from):
         check_adoptable(start_from, experiment, run)
     return inheritance(from_run, experiment, run) if from_run is not None else {}
 
 
 def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken: dict[str, dict]) -> RunFolder:
-    """Write the run, and take over what it grows from. Returns the run.
+    """Write the run, and take over the stages and the checkpoint that it starts from. Returns the run.
 
     Raises:
         InputError: meanwhile another start has begun a run there.
@@ -281,7 +280,7 @@ def grew_from(run: RunFolder, folder: Path) -> bool:
 
 
 def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> None:
-    """Raise InputError unless the checkpoint ``folder`` is sound and of a run like this one."""
+    """Raise InputError unless the checkpoint ``folder`` is intact and this run could have written it."""
     problem = checkpoint.check(folder)
     if problem:
         raise InputError(f"--resume {folder}: not a usable checkpoint: {problem}")
@@ -305,8 +304,8 @@ def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> Non
 
 
 def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
-    """Make ready to start from the checkpoint ``folder``: of another run, whose finished stages are
-    copied here; or of this one, whose later checkpoints and artifacts are moved out of the way."""
+    """Prepare the start from the checkpoint ``folder``. If it is of another run, that one's finished
+    stages are copied here; if it is of this one, later checkpoints and artifacts are moved aside."""
     names = [stage.name for stage in experiment.stages]
     number = names.index(checkpoint.read_state(folder)["stage"])
     other = folder.resolve().parent.parent
