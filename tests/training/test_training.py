@@ -18,7 +18,7 @@ from vlmds.experiments.reading import load_experiment
 from vlmds.files import sha256_of
 from vlmds.runs.folder import RunFolder
 from vlmds.training import checkpoint
-from vlmds.training.main import begin
+from vlmds.training.origin import begin
 
 pytestmark = pytest.mark.distributed
 
