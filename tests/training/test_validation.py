@@ -41,17 +41,17 @@ def test_captions_in_training_change_nothing_of_it(models, shards, two_ranks, tm
     records = metrics(run)
     assert [r for r in records if r["kind"] != "eval"] == metrics(two_ranks)
     assert_same_weights(weights(run), weights(two_ranks))
-    looks = [r for r in records if r["kind"] == "eval"]
-    assert [(r["stage"], r["step"]) for r in looks] == [
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    assert [(r["stage"], r["step"]) for r in evaluations] == [
         (stage, step) for stage in ("align", "finetune") for step in (3, 6)
     ]
-    for record in looks:
+    for record in evaluations:
         assert record["clips"] == 3 and record["chrf++@char"] >= 0 and "loss_gap_blank" in record
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert {(s["stage"], s["step"]) for s in samples} == {(r["stage"], r["step"]) for r in looks}
+    assert {(s["stage"], s["step"]) for s in samples} == {(r["stage"], r["step"]) for r in evaluations}
     assert all(s["references"] and isinstance(s["caption"], str) for s in samples)
     assert "finetune step 3/6  " in done.stdout and any((run / "tensorboard").iterdir())
-    scores = {r["step"]: r["chrf++@char"] for r in looks if r["stage"] == "finetune"}
+    scores = {r["step"]: r["chrf++@char"] for r in evaluations if r["stage"] == "finetune"}
     state = json.loads((run / "checkpoints" / "finetune-0000006" / "checkpoint.json").read_text())
     assert state["state"]["score"] == scores[6]
     assert state["state"]["progress"]["standing"]["best"] == max(scores.values())

@@ -71,7 +71,10 @@ def describe_batch(experiment: Experiment, world_size: int, global_batch: int | 
 
 def stage_steps(stage: StageConfig, samples: int, global_batch: int) -> int:
     """Optimizer steps of a stage; a last batch that is not full wraps into the next epoch."""
-    return stage.steps or math.ceil(stage.epochs * samples / global_batch)
+    if stage.steps is not None:
+        return stage.steps
+    assert stage.epochs is not None  # a stage has one of the two
+    return math.ceil(stage.epochs * samples / global_batch)
 
 
 def learning_rate(step: int, total: int, stage: StageConfig) -> float:

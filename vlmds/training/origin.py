@@ -19,7 +19,7 @@ def check_origin(
 ) -> dict[str, dict]:
     """Check the checkpoint and the run that this run starts from; nothing is written. Returns the
     stages to inherit."""
-    if start_from is not None and not grew_from(run, start_from):
+    if start_from is not None and not started_from(run, start_from):
         check_adoptable(start_from, experiment, run)
     return inheritance(from_run, experiment, run) if from_run is not None else {}
 
@@ -35,7 +35,7 @@ def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken
             f"--output {run.path}: another start has begun a run there meanwhile; "
             "choose another --output, or start again to go on with that one"
         )
-    again = start_from is not None and grew_from(run, start_from)
+    again = start_from is not None and started_from(run, start_from)
     if again:
         tell(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
     elif start_from is not None:
@@ -50,7 +50,7 @@ def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken
     return run
 
 
-def grew_from(run: RunFolder, folder: Path) -> bool:
+def started_from(run: RunFolder, folder: Path) -> bool:
     """Whether an earlier start of the run has taken the checkpoint ``folder`` over."""
     origin = run.record.get("resumed_from", {})
     return origin.get("checkpoint") == str(folder.resolve())

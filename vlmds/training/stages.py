@@ -45,7 +45,7 @@ def run_stages(
     """All stages that are not finished.
 
     Raises:
-        InputError: the checkpoint that the run grew from (``--resume PATH``) is needed, and gone.
+        InputError: the checkpoint that the run started from (``--resume PATH``) is needed, and gone.
         Stopped: on all ranks, when a rank was asked to stop; a checkpoint is saved.
     """
     names = [stage.name for stage in experiment.stages]
@@ -79,10 +79,10 @@ def run_stages(
 
 def resumable(run: RunFolder, stage: str) -> tuple[Path, dict] | None:
     """The checkpoint that the stage goes on from, and its state: the newest of the run, else the one
-    that the run grew from; None if there is none. The same on every rank.
+    that the run started from; None if there is none. The same on every rank.
 
     Raises:
-        InputError: on every rank, if the run grew from a checkpoint that cannot be used any more.
+        InputError: on every rank, if the run started from a checkpoint that cannot be used any more.
     """
     found = checkpoint.latest_checkpoint(run.checkpoints, stage)
     origin = run.record.get("resumed_from", {})
@@ -92,7 +92,7 @@ def resumable(run: RunFolder, stage: str) -> tuple[Path, dict] | None:
     problem = on_main(lambda: checkpoint.check(folder))
     if problem:
         raise shared_error(
-            f"{run.path}: grew from {folder}, which cannot be used ({problem}); restore it, or choose another --output"
+            f"{run.path}: was started from {folder}, which cannot be used ({problem}); restore it, or choose another --output"
         )
     return folder, checkpoint.read_state(folder)
 
