@@ -64,24 +64,23 @@ class SequenceBuilder:
         self._added = tokenizer.get_added_vocab()  # control tokens: text -> id
         self._check_end_of_turn()
         user = [{"role": "user", "content": _VISUAL_MARK + _TEXT_MARK}]
-        self._before, mark, self._after = self._rendered(
-            user, add_generation_prompt=True, enable_thinking=False
-        ).partition(_VISUAL_MARK + _TEXT_MARK)
+        text = self._rendered(user, add_generation_prompt=True, enable_thinking=False)
+        self._before, mark, after = text.partition(_VISUAL_MARK + _TEXT_MARK)
         if not mark:
             raise InputError("llm.model: the chat template does not keep the user's text as it is")
-        # Text of the template up to its next control token is encoded together with the prompt.
-        self._joined = min((self._after.find(token) for token in self._added if token in self._after), default=None)
+        # The template's text up to its next control token is encoded together with the prompt.
+        end = min((after.find(token) for token in self._added if token in after), default=len(after))
+        self._joined, self._after = after[:end], after[end:]
 
     def render(self, prompt: str | None = None) -> tuple[str, str]:
         """The user's turn as text: what stands before and what stands after the visual tokens."""
-        return self._before, (self.prompt if prompt is None else prompt) + self._after
+        return self._before, self._text(prompt) + self._after
 
     def prompt_ids(self, prompt: str | None = None) -> list[int]:
         """Token ids up to where the caption begins."""
-        _, text = self.render(prompt)
-        end = len(text) if self._joined is None else len(text) - len(self._after) + self._joined
         visual = [VISUAL] * self.num_visual_tokens
-        return self._encode(self._before) + visual + self._encode_text(text[:end]) + self._encode(text[end:])
+        text = self._encode_text(self._text(prompt))
+        return self._encode(self._before) + visual + text + self._encode(self._after)
 
     def training(self, caption: str, prompt: str | None = None) -> TokenSequence:
         """Prompt, caption and end of turn.
@@ -121,16 +120,19 @@ class SequenceBuilder:
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def _text(self, prompt: str | None) -> str:
+        return (self.prompt if prompt is None else prompt) + self._joined
+
     def _encode(self, text: str) -> list[int]:
-        """Text of the chat template, in which control tokens are what they say."""
+        """Token ids of the chat template's text, with its control tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_text(self, text: str) -> list[int]:
-        """Text of a user, in which nothing is a control token."""
+        """Token ids of a user's text, without any control token."""
         ids = self._encode(text)
-        return (
-            ids if set(ids).isdisjoint(self._added.values()) else self._plain.encode(text, add_special_tokens=False).ids
-        )
+        if set(ids).isdisjoint(self._added.values()):
+            return ids
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _plain(self) -> Tokenizer:
