@@ -28,6 +28,7 @@ from vlmds.models.hub import (
     is_local,
     key_of,
     missing_file,
+    pretrained_models,
     snapshot,
     weight_names,
 )
@@ -80,9 +81,10 @@ def pin_models(experiment: Experiment, recorded: Mapping[str, str | None] | None
         InputError: on every rank, if the hub is needed and cannot be reached or has no such model.
     """
     commits = on_main(partial(_commits, experiment, recorded or {}))
-    for part, commit in commits.items():
-        if not is_local(getattr(experiment, part).model):
-            experiment = _pinned(experiment, part, commit)
+    for part, section in pretrained_models(experiment).items():
+        if part in commits and not is_local(section.model):  # a node may have a folder of that name
+            pinned = section.model_copy(update={"revision": commits[part]})
+            experiment = experiment.model_copy(update={part: pinned})
     return experiment
 
 
@@ -94,7 +96,7 @@ def fetch_models(experiment: Experiment) -> Experiment:
         InputError: on every rank, as :func:`model_folder`.
     """
     experiment = pin_models(experiment)
-    sections = (experiment.vision, experiment.llm)
+    sections = pretrained_models(experiment).values()
 
     def work(report: Callable[[str], None]) -> None:
         for section in sections:
@@ -111,7 +113,7 @@ def fetch_models(experiment: Experiment) -> Experiment:
 def fetch_newest(experiment: Experiment) -> Iterator[str]:
     """Download the newest commit of both models, or the one that the experiment pins. Yields a line
     for each when it is there. Raises InputError, as :func:`download`."""
-    for section in (experiment.vision, experiment.llm):
+    for section in pretrained_models(experiment).values():
         folder = cached_folder(section)
         if is_local(section.model):
             yield f"{section.model}: a folder, nothing to download"
@@ -128,16 +130,10 @@ def fetch_newest(experiment: Experiment) -> Iterator[str]:
         yield f"{section.model}: commit {commit_of(folder)}, {size_text(size)}, in {folder}{note}"
 
 
-def _pinned(experiment: Experiment, part: str, commit: str | None) -> Experiment:
-    section = getattr(experiment, part).model_copy(update={"revision": commit})
-    return experiment.model_copy(update={part: section})
-
-
 def _commits(experiment: Experiment, recorded: Mapping[str, str | None]) -> dict[str, str]:
     """ "vision" and "llm" -> the commit to use, for those from the hub."""
     commits: dict[str, str] = {}
-    for part in ("vision", "llm"):
-        section = getattr(experiment, part)
+    for part, section in pretrained_models(experiment).items():
         if is_local(section.model):
             continue
         commit = section.revision or recorded.get(part)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 
 from vlmds.errors import InputError
-from vlmds.experiments.schema import LanguageConfig, VisionConfig
+from vlmds.experiments.schema import Experiment, LanguageConfig, VisionConfig
 from vlmds.files import denied
 
 Section = VisionConfig | LanguageConfig
@@ -47,6 +47,11 @@ def key_of(source: Source) -> str:
     if isinstance(source, HubArtifact):
         return "artifact"
     return "vision.model" if isinstance(source, VisionConfig) else "llm.model"
+
+
+def pretrained_models(experiment: Experiment) -> dict[str, Section]:
+    """The experiment's sections of pretrained models, by name."""
+    return {"vision": experiment.vision, "llm": experiment.llm}
 
 
 def is_local(name: str) -> bool:

@@ -37,6 +37,7 @@ from vlmds.files import absolute, unusable_place
 from vlmds.models.assemble import MetaModels, load_model, meta_models
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
+from vlmds.models.hub import pretrained_models
 from vlmds.models.language import load_tokenizer
 from vlmds.planning.checks import check_experiment, sequence_builder
 from vlmds.runs.folder import RunFolder, check_run_folder, open_run
@@ -145,7 +146,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
         "weights": base_weights(experiment),
-        "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision},
+        "revisions": {part: section.revision for part, section in pretrained_models(experiment).items()},
     }
     world_size = dist.get_world_size()
     run = on_main(
