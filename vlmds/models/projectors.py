@@ -6,6 +6,8 @@ To add a fifth: write its configuration in ``vlmds/experiments/schema.py`` (a ``
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class Projector(nn.Module):
         patches: patch tokens per frame, P.
     """
 
-    def __init__(self, config, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__()
         self.num_frames, self.patches = num_frames, patches
         self.vision_dim, self.llm_dim = vision_dim, llm_dim
@@ -51,22 +53,22 @@ class Projector(nn.Module):
 class Linear(Projector):
     """One Linear per patch token (LLaVA, arXiv:2304.08485)."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         self.net = nn.Linear(vision_dim, llm_dim)
 
-    def project(self, features):
+    def project(self, features: Tensor) -> Tensor:
         return self.net(features)
 
 
 class MLP(Projector):
     """Linear, GELU, Linear per patch token (LLaVA-1.5, arXiv:2310.03744)."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         self.net = nn.Sequential(nn.Linear(vision_dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim))
 
-    def project(self, features):
+    def project(self, features: Tensor) -> Tensor:
         return self.net(features)
 
 
@@ -77,7 +79,7 @@ class Resampler(Projector):
     its reverse give the same tokens.
     """
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         width = config.width or llm_dim
         if width % config.num_heads:
@@ -97,7 +99,7 @@ class Resampler(Projector):
     def num_tokens(self) -> int:
         return self.num_queries
 
-    def project(self, features):
+    def project(self, features: Tensor) -> Tensor:
         memory = self.vision_proj(features)  # [B, F*P, width]
         if self.frame_time is not None:
             memory = memory + self.frame_time.repeat_interleave(self.patches, dim=0)
@@ -122,13 +124,13 @@ def sinusoidal(length: int, width: int) -> Tensor:
 class CAbstractor(Resampler):
     """Cross-attention and a feed-forward network, each with residual and LayerNorm."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         width = self.queries.shape[-1]
         self.cross = _Attention(width, config.num_heads)
         self.ffn = _FeedForward(width)
 
-    def resample(self, queries, memory):
+    def resample(self, queries: Tensor, memory: Tensor) -> Tensor:
         return self.ffn(self.cross(queries, memory))
 
 
@@ -137,7 +139,7 @@ class Perceiver(Resampler):
     LayerNorm, then a final LayerNorm (Perceiver, arXiv:2103.03206; Flamingo's resampler,
     arXiv:2204.14198)."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         width = self.queries.shape[-1]
         self.layers = nn.ModuleList(
@@ -152,8 +154,9 @@ class Perceiver(Resampler):
         )
         self.norm = nn.LayerNorm(width)
 
-    def resample(self, queries, memory):
+    def resample(self, queries: Tensor, memory: Tensor) -> Tensor:
         for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
             queries = layer["cross"](queries, memory)
             queries = layer["self"](queries, queries)
             queries = layer["ffn"](queries)
@@ -168,7 +171,7 @@ class _Attention(nn.Module):
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, queries, memory):
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         attended, _ = self.attention(queries, memory, memory, need_weights=False)
         return self.norm(queries + attended)
 
@@ -181,7 +184,7 @@ class _FeedForward(nn.Module):
         self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.net(x))
 
 

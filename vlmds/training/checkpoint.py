@@ -33,6 +33,7 @@ from vlmds.distributed.ranks import on_main, together
 from vlmds.errors import InputError
 from vlmds.files import look_again, publish_folder, remove_folder, sha256_of, sync_file
 from vlmds.training.ema import WeightAverage
+from vlmds.training.engine import Engine
 
 VERSION = 1
 WEIGHT = "weight"
@@ -52,7 +53,7 @@ class _Fragment:
     place: slice  # in flat
 
 
-def fragments_to_save(engine, average: WeightAverage | None) -> dict[str, Tensor]:
+def fragments_to_save(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
     """This rank's tensors under the names they have in a checkpoint: views, not copies."""
     tensors = {}
     for fragment in _fragments(engine):
@@ -134,7 +135,7 @@ def temporary_name(folder: Path) -> Path:
 
 
 @phase("loading the checkpoint")
-def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None:
+def load_checkpoint(folder: Path, engine: Engine, average: WeightAverage | None) -> None:
     """Load a checkpoint's weights and moments into an engine of any world size; all ranks call it.
 
     Raises:
@@ -145,7 +146,7 @@ def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None
     engine.optimizer.update_lp_params()
 
 
-def _load(folder: Path, engine, average: WeightAverage | None) -> None:
+def _load(folder: Path, engine: Engine, average: WeightAverage | None) -> None:
     """This rank's part of :func:`load_checkpoint`."""
     look_again(folder / "checkpoint.json")  # another machine has just written it, or may have
     meta = json.loads((folder / "checkpoint.json").read_text())
@@ -173,7 +174,7 @@ def _load(folder: Path, engine, average: WeightAverage | None) -> None:
                 )
 
 
-def optimizer_steps(engine) -> int:
+def optimizer_steps(engine: Engine) -> int:
     """Optimizer steps taken, as Adam's bias correction counts them."""
     optimizer = engine.optimizer.optimizer
     states = [optimizer.state[flat] for flat in engine.optimizer.single_partition_of_fp32_groups]
@@ -226,7 +227,7 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / "checkpoint.json").read_text())["state"]
 
 
-def _flats(engine, fragment: _Fragment, average: WeightAverage | None) -> dict[str, Tensor]:
+def _flats(engine: Engine, fragment: _Fragment, average: WeightAverage | None) -> dict[str, Tensor]:
     """Kind of tensor -> the flat partition of the fragment's group with that kind."""
     values = engine.optimizer.optimizer.state[fragment.flat]
     flats = {WEIGHT: fragment.flat.data, **{moment: values[moment] for moment in MOMENTS}}
@@ -235,14 +236,14 @@ def _flats(engine, fragment: _Fragment, average: WeightAverage | None) -> dict[s
     return flats
 
 
-def _fragments(engine) -> Iterator[_Fragment]:
+def _fragments(engine: Engine) -> Iterator[_Fragment]:
     """The pieces of parameters in this rank's partitions, in the order of the parameter groups."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
     zero = engine.optimizer
     groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
     for group, (flat, params) in enumerate(groups):
         for param in params:
-            mapping = param._hp_mapping  # None where the whole parameter is another rank's
+            mapping = param._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed; None where the whole parameter is another rank's
             if mapping is not None:
                 place = mapping.hp_fragment_address
                 yield _Fragment(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from vlmds.training.engine import Engine
+
 
 class WeightAverage:
     """Exponential moving average of this rank's fp32 partitions.
@@ -18,7 +20,7 @@ class WeightAverage:
     flats: fp32, one for each parameter group, of the shape of the group's partition.
     """
 
-    def __init__(self, engine, decay: float):
+    def __init__(self, engine: Engine, decay: float):
         self._zero, self.decay = engine.optimizer, decay
         self.flats = [flat.detach().clone() for flat in self._partitions]
 

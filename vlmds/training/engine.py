@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -25,8 +26,51 @@ NORM_ELEMENTS = 1 << 22
 """Gradients whose norm is computed at once; a copy of so many in float64 takes 34 MB."""
 
 
+class ZeroOptimizer(Protocol):
+    """What vlmds uses of DeepSpeed's ZeRO-2 optimizer; the partitions and groups are private there.
+
+    optimizer: the wrapped AdamW. overflow: the last step was skipped. single_partition_of_fp32_groups:
+    this rank's fp32 partition of each parameter group. bit16_groups: each group's parameters, in the
+    model's dtype.
+    """
+
+    optimizer: torch.optim.Optimizer
+    overflow: bool
+    param_groups: list[dict[str, Any]]
+    single_partition_of_fp32_groups: list[nn.Parameter]
+    bit16_groups: list[list[nn.Parameter]]
+
+    def update_lp_params(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+class Engine(Protocol):
+    """What vlmds uses of DeepSpeed's engine."""
+
+    module: nn.Module
+    optimizer: ZeroOptimizer
+    forward: Callable[..., Tensor]
+    backward: Callable[..., object]
+    step: Callable[[], object]
+
+    def __call__(self, *inputs: Tensor) -> Tensor: ...
+
+    def train(self) -> object: ...
+
+    def get_global_grad_norm(self) -> Tensor | float: ...
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
+
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]: ...
+
+    def destroy(self) -> None: ...
+
+
 @phase("building the engine")
-def build_engine(model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path, accumulation: int):
+def build_engine(
+    model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path, accumulation: int
+) -> Engine:
     """A ZeRO-2 engine around ``model``, whose trainable parameters are those with
     ``requires_grad``, in the groups of :func:`parameter_groups`.
 
@@ -103,7 +147,7 @@ class NormChecked(DeepSpeedZeroOptimizer):
 
 
 @contextmanager
-def reduced_once(engine) -> Iterator[None]:
+def reduced_once(engine: Engine) -> Iterator[None]:
     """Context of the backward passes of one optimizer step; one ``engine.step()`` follows it.
 
     ZeRO-2 by itself reduces the gradients of every micro-batch over the ranks. Here they add up on
@@ -119,7 +163,7 @@ def reduced_once(engine) -> Iterator[None]:
             raise
 
 
-def release(engine) -> None:
+def release(engine: Engine) -> None:
     """Destroy the engine and all that it attached to the model.
 
     ``destroy()`` leaves forward hooks, gradient hooks and buffers behind, and with them the whole
@@ -150,7 +194,7 @@ def release(engine) -> None:
     get_accelerator().empty_cache()
 
 
-def set_learning_rate(engine, lr: float) -> None:
+def set_learning_rate(engine: Engine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["factor"]
 

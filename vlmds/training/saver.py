@@ -20,6 +20,7 @@ from vlmds.console.progress import phase
 from vlmds.distributed.ranks import gather
 from vlmds.training import checkpoint
 from vlmds.training.ema import WeightAverage
+from vlmds.training.engine import Engine
 
 
 class Saver:
@@ -43,7 +44,7 @@ class Saver:
         self._problem: str | None = None
         self._unsaved: str | None = None  # on rank 0: why the last one has no name
 
-    def begin(self, engine, average: WeightAverage | None, step: int, state: dict) -> None:
+    def begin(self, engine: Engine, average: WeightAverage | None, step: int, state: dict) -> None:
         """Start to write the checkpoint of optimizer step ``step``; ``state`` is JSON values, the
         same on every rank."""
         self._settle()

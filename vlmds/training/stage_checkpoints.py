@@ -9,6 +9,7 @@ from vlmds.runs.lineage import check_parent, stage_lineage
 from vlmds.training import checkpoint
 from vlmds.training.context import StageContext
 from vlmds.training.ema import WeightAverage
+from vlmds.training.engine import Engine
 from vlmds.training.progress import StageProgress
 from vlmds.training.saver import Saver
 
@@ -19,7 +20,7 @@ class StageCheckpoints:
     saver: writes them in the background. lineage: what the stage is trained from.
     """
 
-    def __init__(self, stage: StageContext, engine, average: WeightAverage | None):
+    def __init__(self, stage: StageContext, engine: Engine, average: WeightAverage | None):
         self._stage, self._engine, self._average = stage, engine, average
         keep = stage.experiment.training.keep_checkpoints
         self.saver = Saver(stage.run.checkpoints, stage.name, keep, stage.monitor.say)
