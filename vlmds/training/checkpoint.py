@@ -243,8 +243,8 @@ def _fragments(engine: Engine) -> Iterator[_Fragment]:
     groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
     for group, (flat, params) in enumerate(groups):
         for param in params:
-            mapping = param._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed; None where the whole parameter is another rank's
-            if mapping is not None:
+            mapping = param._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed
+            if mapping is not None:  # else the whole parameter is another rank's
                 place = mapping.hp_fragment_address
                 yield _Fragment(
                     names[id(param)],
