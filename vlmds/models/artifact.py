@@ -128,7 +128,8 @@ def artifact_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experime
         return load_experiment(folder / "experiment.yaml", overrides)
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(
-            f"--set llm.model: {folder} has its own language model, with the adapter merged into it; leave the override out"
+            f"--set llm.model: {folder} has its own language model, with the adapter merged into it; "
+            "leave the override out"
         )
     overrides = [text for text in overrides if not text.startswith("llm.revision=")]
     return load_experiment(folder / "experiment.yaml", [*overrides, f"llm.model={folder / own}"])

@@ -92,7 +92,8 @@ def resumable(run: RunFolder, stage: str) -> tuple[Path, dict] | None:
     problem = on_main(lambda: checkpoint.check(folder))
     if problem:
         raise shared_error(
-            f"{run.path}: was started from {folder}, which cannot be used ({problem}); restore it, or choose another --output"
+            f"{run.path}: was started from {folder}, which cannot be used ({problem}); "
+            "restore it, or choose another --output"
         )
     return folder, checkpoint.read_state(folder)
 
