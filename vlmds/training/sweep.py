@@ -155,17 +155,17 @@ def run_jobs(
         if job.trained and job.evaluated:
             job.state = "done before"
             continue
-        for doing, command in (
+        for task, command in (
             ("training", train_command(job, data, launcher)),
             ("evaluation", evaluate_command(job, data, launcher, evaluate_options)),
         ):
-            if doing == "training" and job.trained:
+            if task == "training" and job.trained:
                 continue
-            job.state = doing
+            job.state = task
             tell(f"vlmds: {job.name}: {shlex.join(command)}")
             code = subprocess.run(command, env=environment).returncode
             if code:
-                job.state = f"{doing} stopped" if code == STOPPED else f"{doing} failed ({code})"
+                job.state = f"{task} stopped" if code == STOPPED else f"{task} failed ({code})"
                 codes.append(code if code in (2, STOPPED) else 1)
                 break
         else:
