@@ -59,7 +59,7 @@ def test_the_rank_with_the_least_free_memory_decides_for_all(tmp_path: Path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, torch\n"
-        "from vlmds.experiments.schema import load_experiment\n"
+        "from vlmds.experiments.reading import load_experiment\n"
         "from vlmds.training import activations\n"
         "from vlmds.distributed.ranks import init_distributed\n"
         "init_distributed(3)\n"
