@@ -35,7 +35,7 @@ def test_a_wheel_has_the_deepspeed_jsons_and_finds_them(tmp_path):
     assert not (place / "tests").exists() and not (place / "ds_configs").exists()
 
     code = (
-        "from vlmds.training.main import find_ds_config as find\n"
+        "from vlmds.training.ds_config import find_ds_config as find\n"
         "for given in (None, 'zero2', 'zero2_offload', 'zero2_offload.json'): print(find(given))"
     )
     done = subprocess.run(

@@ -16,7 +16,7 @@ from vlmds.bench.clock import StepClock
 from vlmds.bench.many_gpus import bench_scaling, communication_seconds, sent_bytes
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 
 SMALL = ["data.num_frames=2", "training.gradient_accumulation=1"]
 
@@ -168,7 +168,7 @@ def test_the_assumed_time_of_a_linear_is_what_a_gpu_would_give():
     """Out of the host's seconds that 123 µs make comes 123 µs, with any recomputation; whole
     weights have no such time."""
     experiment = load_experiment("e7")
-    model = shapes(experiment)
+    model = meta_models(experiment)
     for every in (0, 1, 3):
         # 36 layers of 7 Linears and 100 kernels of 5 µs.
         micro = (2 + (1 / every if every else 0)) * 36 * (7 * 123e-6 + 100 * 5e-6)

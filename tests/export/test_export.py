@@ -123,7 +123,7 @@ def test_a_merged_folder_holds_its_own_llm(artifacts, captioners, frames, tmp_pa
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, ours[name]), name
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "llm").chat_template
-    with pytest.raises(InputError, match="holds its own language model"):
+    with pytest.raises(InputError, match="has its own language model"):
         VideoCaptioner.from_pretrained(tmp_path / "out", overrides=["llm.model=elsewhere"])
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from tests import hub as hubs
 from tests import tiny
@@ -19,7 +20,7 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-def test_a_pushed_folder_loads_by_its_name(hub, tmp_path, capsys):
+def test_a_pushed_folder_loads_by_its_name(hub, tmp_path, monkeypatch, capsys):
     models = tiny.make_models(tmp_path / "models")
     original = made(models, tmp_path / "run", "e8").state_dict()
     code = main(
@@ -33,7 +34,19 @@ def test_a_pushed_folder_loads_by_its_name(hub, tmp_path, capsys):
         assert torch.equal(loaded[name], tensor), name
     folder = resolve_artifact("team/e8@main")
     assert not (folder / "README.md").exists()  # only what loading needs
-    with pytest.raises(InputError, match="team/none: neither a folder here nor a repository"):
+    # A newer commit is taken; without a hub, the newest one that is here.
+    commit = hub.commit("team/e8", {**hub.find("team/e8", "main")[1], "adapter/notes.txt": b"newer"})
+    newer = resolve_artifact("team/e8")
+    assert newer.name == commit and (newer / "adapter" / "notes.txt").read_bytes() == b"newer"
+    assert resolve_artifact(f"team/e8@{folder.name}") == folder
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert resolve_artifact("team/e8") == newer
+        (newer / "projector.safetensors").unlink()
+        with pytest.raises(InputError, match="artifact: team/e8 is not complete in .* HF_HUB_OFFLINE"):
+            resolve_artifact("team/e8")
+    assert resolve_artifact("team/e8") == newer and (newer / "projector.safetensors").is_file()
+    with pytest.raises(InputError, match="artifact: http.* has no repository team/none, or it is private"):
         resolve_artifact("team/none")
 
 
@@ -49,7 +62,7 @@ def test_without_a_network_one_line_says_so(tmp_path, monkeypatch, capsys):
     assert "--push-to-hub team/e1: " in error and "hf upload team/e1" in error
     assert (tmp_path / "out" / "artifact.json").is_file()
     for name, message in (
-        ("team/e1", "neither a folder here nor a repository"),
+        ("team/e1", "artifact: team/e1 is not complete in .* cannot be reached .*; copy its folder"),
         ("./nowhere", "no such folder"),
         ("nowhere", "no such folder"),
     ):

@@ -49,7 +49,7 @@ def test_a_micro_batch_of_one_takes_sdpa_and_says_why():
     assert remark.startswith("WARNING: ") and "set llm.attention to auto" in remark
 
 
-def test_transformers_looks_at_the_positions_of_a_batch_of_one_only():
+def test_transformers_reads_the_positions_of_a_batch_of_one_only():
     """What that choice rests on."""
     from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
@@ -80,7 +80,7 @@ def test_the_start_says_which_attention_and_why(capsys):
 
 
 @pytest.mark.parametrize(
-    "wanted, dtype, major, installed, told",
+    "wanted, dtype, major, installed, message",
     [
         ("flash_attention_2", "bfloat16", 9, {"flash_attention_3"}, "pip install flash-attn, or set"),
         ("flash_attention_3", "bfloat16", 9, {"flash_attention_2"}, "pip install flash-attn-3, or set"),
@@ -89,10 +89,10 @@ def test_the_start_says_which_attention_and_why(capsys):
         ("flash_attention_2", "bfloat16", None, BOTH, "needs a GPU"),
     ],
 )
-def test_one_named_that_cannot_run_is_refused_with_the_fix(wanted, dtype, major, installed, told):
+def test_one_named_that_cannot_run_is_refused_with_the_fix(wanted, dtype, major, installed, message):
     with pytest.raises(InputError) as error:
         choose_attention(wanted, dtype, 2, major, installed)
-    assert str(error.value).startswith(f"llm.attention: {wanted} ") and told in str(error.value)
+    assert str(error.value).startswith(f"llm.attention: {wanted} ") and message in str(error.value)
     assert str(error.value).endswith("or set llm.attention to auto")
 
 

@@ -16,7 +16,7 @@ from tests import tiny
 from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
-from vlmds.models import fetch
+from vlmds.models import hub_download
 from vlmds.models.assemble import load_model
 from vlmds.models.fetch import download, fetch_models, model_folder, pin_models, presence
 from vlmds.models.hub import cached_folder, commit_of, snapshot
@@ -118,8 +118,8 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(hub, monkeypatch):
 
 
 def test_a_download_that_breaks_off_is_tried_again(hub, monkeypatch, capfd):
-    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(fetch, "TRIES", 3)
+    monkeypatch.setattr(hub_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_download, "TRIES", 3)
     reports = []
     hub.broken = 2  # downloads of a weight file that the hub answers with 500
     download(experiment().vision, reports.append)
@@ -135,7 +135,7 @@ def test_a_download_that_breaks_off_is_tried_again(hub, monkeypatch, capfd):
 
 def test_a_listing_that_fails_is_no_empty_repository(hub, monkeypatch):
     """With a folder of the commit there, huggingface_hub then returns it as if all were there."""
-    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_download.time, "sleep", lambda seconds: None)
     commit, files = hub.find(QWEN, "main")
     folder = snapshot(QWEN, commit)
     folder.mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_a_disk_that_fills_up_is_one_line(hub, monkeypatch):
         with open("/dev/full", "wb", buffering=0) as file:
             file.write(b"0")
 
-    monkeypatch.setattr(fetch, "snapshot_download", full)  # no disk of a test's own can be filled
+    monkeypatch.setattr(hub_download, "snapshot_download", full)  # no disk of a test's own can be filled
     with pytest.raises(InputError, match="the disk of .* is full; free some, or set HF_HOME"):
         fetch_models(experiment())
 
@@ -293,7 +293,7 @@ def test_newer_commits_are_asked_for_where_that_is_possible(hub, monkeypatch, ca
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     waiting = threading.Event()
-    monkeypatch.setattr(fetch.HfApi, "model_info", lambda *_, **__: waiting.wait())  # as DNS may
+    monkeypatch.setattr(hub_download.HfApi, "model_info", lambda *_, **__: waiting.wait())  # as DNS may
     with pytest.raises(InputError, match="cannot be reached .no answer within 0 s"):
-        fetch.ask_hub(experiment().llm, timeout=0.05)
+        hub_download.ask_hub(experiment().llm, timeout=0.05)
     waiting.set()

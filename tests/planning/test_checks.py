@@ -15,7 +15,7 @@ from vlmds.doctor.cluster import findings_within
 from vlmds.doctor.node import FAILED, OK, CheckContext, check_dataset
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.language import load_tokenizer
 from vlmds.models.vision import load_vision_tower
 from vlmds.packing.convert import convert
@@ -144,14 +144,14 @@ def test_charts_at_wandb_need_wandb(models, shards, monkeypatch):
 def test_sequences_longer_than_the_model_takes(models, overrides, message):
     experiment = load_experiment("e3", [*tiny.settings(models), *overrides])
     with pytest.raises(InputError, match=message):
-        sequence_builder(experiment, load_tokenizer(experiment.llm), shapes(experiment).captioner)
+        sequence_builder(experiment, load_tokenizer(experiment.llm), meta_models(experiment).captioner)
 
 
 def test_the_plan_shows_the_first_sample_that_training_reads(models, data, capsys):
     """Seed 0: position 0 of the shuffled stream; its own prompt and caption, and its times."""
     settings = tiny.settings(models)
     experiment = load_experiment("e3", [*settings, f"data.path={data['whole']}"])
-    reader = training_reader(experiment, shapes(experiment), open_dataset(experiment.data))
+    reader = training_reader(experiment, meta_models(experiment), open_dataset(experiment.data))
     sample, row = reader.load(0), reader.row(0)
     main(["plan", "--exp", "e3", "--data", str(data["whole"]), "--set", *settings])
     printed = capsys.readouterr().out

@@ -5,7 +5,7 @@ from safetensors import safe_open
 
 from tests import tiny
 from vlmds.experiments.reading import load_experiment
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.trainable import freeze
 from vlmds.planning.memory import checkpoint_bytes, partition_sizes
 
@@ -17,7 +17,7 @@ def test_a_real_checkpoint_has_the_planned_size(models, two_ranks, number):
     """Two ranks: the bytes of all tensors, and what ZeRO-2 gave to the first rank."""
     experiment = load_experiment("e3", tiny.settings(models))
     stage = experiment.stages[number]
-    captioner = shapes(experiment).captioner
+    captioner = meta_models(experiment).captioner
     freeze(captioner, stage)
     total, first = 0, dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), 0)
     for rank in (0, 1):

@@ -18,7 +18,7 @@ from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
 from vlmds.models import dora
-from vlmds.models.assemble import load_model, shapes
+from vlmds.models.assemble import load_model, meta_models
 from vlmds.models.language import add_adapter, load_language_model
 from vlmds.models.trainable import freeze
 from vlmds.models.vision import load_vision_tower
@@ -75,7 +75,7 @@ def data(models, tmp_path_factory):
 
 
 def parts(experiment, number, world_size=1, tower=True):
-    model = shapes(experiment)
+    model = meta_models(experiment)
     stage = experiment.stages[number]
     freeze(model.captioner, stage)
     return stage_memory(experiment, stage, model.captioner, model.tower if tower else None, world_size)
@@ -104,7 +104,7 @@ def test_llm_bytes_are_those_of_the_loaded_model(models, exp, four_bit):
             nested = state.state2
             tensors = [state.absmax, state.code, state.offset, nested.absmax, nested.code]
             real += sum(tensor.nbytes for tensor in tensors)
-    assert real == llm_bytes(experiment, shapes(experiment).captioner.llm)
+    assert real == llm_bytes(experiment, meta_models(experiment).captioner.llm)
 
 
 def test_what_a_stage_trains_and_keeps(models):
@@ -130,7 +130,7 @@ def test_what_a_stage_trains_and_keeps(models):
 def test_a_layer_keeps_on_a_cpu_what_was_counted_on_the_meta_device(models, exp, number):
     experiment = load_experiment(exp, [*tiny.settings(models), "peft.dropout=0.05"])
     stage = experiment.stages[number]
-    planned = shapes(experiment).captioner
+    planned = meta_models(experiment).captioner
     freeze(planned, stage)
     captioner = load_model(experiment, CPU).captioner
     if "peft" in stage.train:
@@ -162,7 +162,7 @@ def test_a_dora_norm_takes_what_was_counted(tmp_path, four_bit):
             dora._compute_norm(module, "default", torch.float32)
             memory.stop()
             most = max(most, memory.result()["step_bytes"])
-    planned = shapes(experiment).captioner
+    planned = meta_models(experiment).captioner
     assert dora_norm_bytes(experiment, planned.llm) == pytest.approx(most, rel=0.02)
 
 
@@ -205,7 +205,7 @@ def test_activations_follow_checkpointing_length_and_batch():
 
 def test_every_nth_layer_lies_between_none_and_all():
     experiment = load_experiment("e3")
-    model = shapes(experiment)
+    model = meta_models(experiment)
     freeze(model.captioner, experiment.stages[1])
     memories = stage_memories(experiment, experiment.stages[1], model.captioner, model.tower, 1)
     sizes = [sum(parts.values()) for parts in memories.values()]
@@ -284,7 +284,9 @@ def test_small_sizes_are_no_zeros(models, data, capsys):
     stored = next(line for line in printed.splitlines() if line.startswith("frames (this data)"))
     assert re.match(r"frames \(this data\) +\d\.\d\d kB +\d+\.?\d* kB ", stored), stored
     clip = next(line for line in printed.splitlines() if line.startswith("CLIP weights"))
-    bytes_of_clip = 4 * sum(p.numel() for p in shapes(load_experiment("e4", tiny.settings(models))).tower.parameters())
+    bytes_of_clip = 4 * sum(
+        p.numel() for p in meta_models(load_experiment("e4", tiny.settings(models))).tower.parameters()
+    )
     assert clip.split()[2:] == [f"{bytes_of_clip / 1e3:.0f}", "kB"] * 2
     assert re.search(r"first DoRA norm +0 B +\d", printed)
 
@@ -372,7 +374,7 @@ def test_plan_of_no_dataset_is_refused(tmp_path):
 
 def test_no_more_is_recomputed_than_the_memory_asks_for():
     experiment = load_experiment("e3")
-    model = shapes(experiment)
+    model = meta_models(experiment)
     freeze(model.captioner, experiment.stages[1])
     memories = stage_memories(experiment, experiment.stages[1], model.captioner, model.tower, 1)
     totals = [sum(parts.values()) for parts in memories.values()]

@@ -8,7 +8,7 @@ from tests import tiny
 from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
-from vlmds.models.assemble import load_model, shapes
+from vlmds.models.assemble import load_model, meta_models
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
 from vlmds.models.sequences import SequenceBuilder
@@ -46,7 +46,7 @@ def test_operations_are_those_that_run(models, exp, stage):
         for op, count in counter.get_flop_counts()["Global"].items()
         if "scaled_dot_product" not in str(op) and "bmm" not in str(op)
     )
-    shape = shapes(experiment)
+    shape = meta_models(experiment)
     if not stage:  # the adapter does not exist then
         shape.captioner.llm = shape.captioner.llm.unload()
         shape.captioner.llm.get_base_model = lambda: shape.captioner.llm
@@ -65,7 +65,7 @@ def test_operations_are_those_that_run(models, exp, stage):
 
 def test_a_larger_card_takes_more_and_nothing_fits_a_small_one():
     experiment = load_experiment("e3")
-    shape = shapes(experiment)
+    shape = meta_models(experiment)
     large = proposals(experiment, shape, find_card("H200"), 1, False)
     small = proposals(experiment, shape, find_card("rtx4090"), 1, False)
     assert {p.in_4bit for p in large} == {True, False} and {p.in_4bit for p in small} == {True}
@@ -79,7 +79,7 @@ def test_a_larger_card_takes_more_and_nothing_fits_a_small_one():
 def test_of_equally_fast_ones_the_largest_micro_batch_is_proposed():
     """With 64 visual tokens a small micro-batch waits for weights and launches."""
     experiment = load_experiment("e7")
-    found = proposals(experiment, shapes(experiment), find_card("h200"), 1, False)
+    found = proposals(experiment, meta_models(experiment), find_card("h200"), 1, False)
     assert [p.micro_batch for p in found if not p.in_4bit][0] == 8
     rates = {p.micro_batch: p.rate for p in found if not p.in_4bit}
     assert rates[8] > rates[2] > rates[1]
@@ -91,7 +91,7 @@ def test_with_few_visual_tokens_the_host_is_the_slower_one():
 
     def rate(exp, card, every=0, *overrides):
         experiment = load_experiment(exp, overrides)
-        model = shapes(experiment)
+        model = meta_models(experiment)
         freeze(model.captioner, experiment.stages[1])
         return predicted_rate(experiment, experiment.stages[1], model, find_card(card), every, False)
 
@@ -104,7 +104,7 @@ def test_with_few_visual_tokens_the_host_is_the_slower_one():
 
 
 def test_a_long_prompt_takes_memory():
-    model = shapes(load_experiment("e7")).captioner
+    model = meta_models(load_experiment("e7")).captioner
     assert longest(load_experiment("e7", [f"data.prompt={'가' * 1016}"]), model) == (
         longest(load_experiment("e7"), model) + 1000
     )

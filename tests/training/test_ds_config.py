@@ -6,7 +6,7 @@ import pytest
 
 from tests.training.launch import ROOT
 from vlmds.errors import InputError
-from vlmds.training.engine import resolve_ds_config
+from vlmds.training.ds_config import resolve_ds_config
 
 VALUES = {"train_batch_size": 16, "bf16.enabled": True, "zero_optimization.stage": 2}
 
@@ -18,7 +18,7 @@ def test_auto_takes_the_experiments_values(name):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         ({"train_batch_size": 32}, "train_batch_size is 32, but the experiment needs 16"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but the experiment needs 2"),
@@ -32,12 +32,12 @@ def test_auto_takes_the_experiments_values(name):
         ([1], "not a JSON object"),
     ],
 )
-def test_what_contradicts_the_experiment_is_refused_with_both(tmp_path, content, told):
+def test_what_contradicts_the_experiment_is_refused_with_both(tmp_path, content, message):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     with pytest.raises(InputError) as error:
         resolve_ds_config(path, VALUES)
-    assert told in str(error.value) and "ds.json" in str(error.value)
+    assert message in str(error.value) and "ds.json" in str(error.value)
 
 
 def test_switched_off_is_as_good_as_absent(tmp_path):

@@ -1,4 +1,4 @@
-"""What goes wrong in training, on real ranks: nothing hangs, and the cause is told."""
+"""What goes wrong in training, on real ranks: nothing hangs, and the cause is reported."""
 
 import json
 import os
@@ -92,18 +92,18 @@ def test_too_many_skipped_steps_end_the_run(models, shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, told, fresh",
+    "kind, message, fresh",
     [
         ("exception", "vlmds: rank 1: RuntimeError: injected failure", False),
         ("kill", "rank 1 died while it was at align step 3, in forward and backward (v", True),
     ],
 )
-def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, told, fresh):
+def test_a_rank_that_fails_takes_the_job_down_and_is_named(models, shards, tmp_path, kind, message, fresh):
     """Under a launcher, which ends the other rank, and without one. In the second of two
     micro-batches: the gradients of the first are waiting to be reduced."""
     args = arguments(models, shards, tmp_path / "run", "training.micro_batch=1")
     done = train_with_fault(2, args, None, fresh, kind=kind, rank=1, call=6)
-    assert told in done.stderr, done.stderr
+    assert message in done.stderr, done.stderr
     assert "at align step 3, in forward and backward (v" in done.stderr  # with the samples
     again = "run the same command again to continue"
     if kind == "kill":
@@ -180,7 +180,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(models, shards, two_ranks, tm
         subprocess.run(["umount", str(run / "checkpoints")], check=True, timeout=30)
 
 
-def test_a_stop_without_a_checkpoint_is_not_told_as_one_with(models, shards, tmp_path):
+def test_a_stop_without_a_checkpoint_is_not_reported_as_one_with(models, shards, tmp_path):
     """A scheduler starts what ended with 3 again, here for ever."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

@@ -1,10 +1,13 @@
 """Training on stored features, without a vision tower."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests import tiny
 from tests.training.launch import arguments, metrics, train
+from vlmds.data.features import needs_tower
 from vlmds.experiments.reading import load_experiment
 from vlmds.models.vision import load_vision_tower
 from vlmds.packing.convert import convert
@@ -36,3 +39,15 @@ def test_features_of_another_pooling_are_refused_before_training(models, feature
     done = train(0, *arguments(models, features, tmp_path / "run", "vision.pool=2"), expect=2)
     assert "vision.pool 1, but the experiment has 2" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "store, settings, needed",
+    [
+        ("frames", [], True),
+        ("features", [], False),
+        ("features", ["training.evaluate_every=5"], True),  # captions of black frames
+    ],
+)
+def test_when_training_loads_the_tower(store, settings, needed):
+    assert needs_tower(load_experiment("e1", settings), SimpleNamespace(store=store)) is needed

@@ -18,7 +18,7 @@ from vlmds.experiments.reading import load_experiment
 from vlmds.files import sha256_of
 from vlmds.runs.folder import RunFolder
 from vlmds.training import checkpoint
-from vlmds.training.main import begin
+from vlmds.training.origin import begin
 
 pytestmark = pytest.mark.distributed
 
@@ -198,7 +198,7 @@ def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
     configs[1].write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "large"}}))
     configs[2].write_text(json.dumps({"zero_optimization": {"compute_grad_norm": False}}))
     run = tmp_path / "run"
-    for more, told in (
+    for more, message in (
         (["training.global_batch=3"], "training.global_batch: 3"),
         (["--ds-config", str(configs[0])], "zero_optimization.stage is 3"),
         (["--ds-config", str(configs[1])], f"{configs[1]}: DeepSpeed refuses it"),
@@ -207,7 +207,7 @@ def test_a_refused_start_leaves_no_run_behind(models, shards, tmp_path):
         (["--resume", "/nowhere"], "--resume /nowhere: not a usable checkpoint"),
     ):
         done = train(0, *arguments(models, shards, run), *more, expect=2)
-        assert told in done.stderr.splitlines()[-1] and not run.exists(), more
+        assert message in done.stderr.splitlines()[-1] and not run.exists(), more
 
 
 def test_models_that_cannot_be_loaded_leave_no_run_behind(models, shards, tmp_path):
@@ -356,7 +356,7 @@ def test_the_average_of_the_weights_is_what_the_artifact_gets(models, shards, tm
 
 
 def checkpoint_tensors(folder, kind):
-    """Parameter name -> flat tensor of that kind, put together from the ranks' pieces."""
+    """Parameter name -> flat tensor of that kind, joined from the ranks' pieces."""
     pieces = {}
     for file in folder.glob("*.safetensors"):
         for key, tensor in load_file(file).items():

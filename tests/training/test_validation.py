@@ -1,4 +1,4 @@
-"""Looking at a stage on its way: captions, the best checkpoint, ending early."""
+"""Validation in training: captions, the best checkpoint, ending early."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from tests.training.test_training import assert_same_weights, checkpoint_tensors
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
 from vlmds.planning.checks import check_validation
-from vlmds.training.validation import Standing
+from vlmds.training.progress import ValidationState
 
 
 def test_the_best_score_is_the_first_of_the_highest():
-    standing = Standing()
+    state = ValidationState()
     for step, score in enumerate([math.nan, -3.0, -1.0, -1.0, -2.0], 1):
-        standing.add(step, score)
-    assert (standing.best, standing.best_step, standing.worse, standing.scored) == (-1.0, 3, 2, 5)
+        state.add(step, score)
+    assert (state.best, state.best_step, state.worse, state.scored) == (-1.0, 3, 2, 5)
 
 
 @pytest.mark.distributed
@@ -41,17 +41,17 @@ def test_captions_in_training_change_nothing_of_it(models, shards, two_ranks, tm
     records = metrics(run)
     assert [r for r in records if r["kind"] != "eval"] == metrics(two_ranks)
     assert_same_weights(weights(run), weights(two_ranks))
-    looks = [r for r in records if r["kind"] == "eval"]
-    assert [(r["stage"], r["step"]) for r in looks] == [
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    assert [(r["stage"], r["step"]) for r in evaluations] == [
         (stage, step) for stage in ("align", "finetune") for step in (3, 6)
     ]
-    for record in looks:
+    for record in evaluations:
         assert record["clips"] == 3 and record["chrf++@char"] >= 0 and "loss_gap_blank" in record
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert {(s["stage"], s["step"]) for s in samples} == {(r["stage"], r["step"]) for r in looks}
+    assert {(s["stage"], s["step"]) for s in samples} == {(r["stage"], r["step"]) for r in evaluations}
     assert all(s["references"] and isinstance(s["caption"], str) for s in samples)
     assert "finetune step 3/6  " in done.stdout and any((run / "tensorboard").iterdir())
-    scores = {r["step"]: r["chrf++@char"] for r in looks if r["stage"] == "finetune"}
+    scores = {r["step"]: r["chrf++@char"] for r in evaluations if r["stage"] == "finetune"}
     state = json.loads((run / "checkpoints" / "finetune-0000006" / "checkpoint.json").read_text())
     assert state["state"]["score"] == scores[6]
     assert state["state"]["progress"]["standing"]["best"] == max(scores.values())

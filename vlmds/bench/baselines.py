@@ -30,8 +30,8 @@ from vlmds.models.dora import Dora
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
+from vlmds.training.ds_config import default_ds_config
 from vlmds.training.engine import build_engine
-from vlmds.training.main import default_ds_config
 
 HF_PROJECTORS = ("linear", "mlp")
 

@@ -23,8 +23,8 @@ from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.language import add_adapter
 from vlmds.models.projectors import build_projector
 from vlmds.models.trainable import freeze
+from vlmds.training.ds_config import default_ds_config
 from vlmds.training.engine import build_engine
-from vlmds.training.main import default_ds_config
 from vlmds.training.saver import Saver
 
 ROUNDS = 4

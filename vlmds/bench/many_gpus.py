@@ -16,12 +16,12 @@ from pathlib import Path
 
 from vlmds.bench.measure import save, table
 from vlmds.experiments.reading import load_experiment
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import find_card
 from vlmds.planning.propose import predicted_rate
 from vlmds.training.activations import fewest_that_fits
-from vlmds.training.engine import reduces_to_owners
+from vlmds.training.ds_config import reduces_to_owners
 
 GPUS, PER_NODE = (8, 64, 512), 8
 LINKS = (200, 400)  # Gb/s for each node
@@ -52,7 +52,7 @@ def bench_scaling(output: Path, gpu: str, overrides: Sequence[str] = ()) -> dict
     curves: dict[tuple[str, int], list[float]] = {}
     for exp in EXPERIMENTS:
         experiment = load_experiment(exp, list(overrides))
-        stage, model = experiment.stages[-1], shapes(experiment)
+        stage, model = experiment.stages[-1], meta_models(experiment)
         every = fewest_that_fits(experiment, stage, False, card.memory, PER_NODE)
         freeze(model.captioner, stage)
         rate = predicted_rate(experiment, stage, model, card, every, False)

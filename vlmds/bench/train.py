@@ -27,7 +27,7 @@ from vlmds.distributed.ranks import cpu_environment, free_port
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
-from vlmds.models.assemble import Shapes, shapes
+from vlmds.models.assemble import MetaModels, meta_models
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import device_card
 from vlmds.planning.flops import sample_flops
@@ -142,7 +142,7 @@ def _measure(
     differences = check_losses(
         experiment.llm.dtype, {v.name: results[v.name]["losses"] for v in variants if v.work is work and v.ranks == 1}
     )
-    model = shapes(experiment)
+    model = meta_models(experiment)
     freeze(model.captioner, experiment.stages[work.stage])
     own = results["vlmds"]
     every = own["recomputed_every"]
@@ -197,7 +197,7 @@ def _rounds(exp: str, variants: list[Variant]) -> tuple[list[Variant], dict[str,
     return variants, results
 
 
-def linear_seconds(host: dict[str, float], experiment: Experiment, model: Shapes, every: int) -> float | None:
+def linear_seconds(host: dict[str, float], experiment: Experiment, model: MetaModels, every: int) -> float | None:
     """The value of :data:`vlmds.planning.propose.LINEAR_SECONDS` measured here, or None without 4-bit
     weights. Too large if the GPU is the slower one, because the host then waits for it.
 

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,14 @@ from vlmds.data.dataset import open_dataset
 from vlmds.distributed.cuda import use_expandable_segments
 from vlmds.distributed.ranks import init_distributed, is_main, leave
 from vlmds.distributed.stop_request import StopRequest
+from vlmds.experiments.schedule import Schedule
 from vlmds.files import write
 from vlmds.models.assemble import load_model
-from vlmds.training.main import default_ds_config
+from vlmds.training.context import StageContext
+from vlmds.training.ds_config import default_ds_config
 from vlmds.training.monitor import peak_memory
-from vlmds.training.stages import StageTrainer, prepare_stage
+from vlmds.training.stages import prepare_stage
+from vlmds.training.trainer import StageTrainer
 
 PHASES = ("data wait", "CLIP", "forward", "backward", "communication", "optimizer")
 
@@ -105,17 +109,11 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     model = load_model(experiment, device)
     run = work.run(dist.get_world_size())
     every = prepare_stage(model, experiment, number, run, device)
-    trainer = StageTrainer(
-        experiment,
-        number,
-        model,
-        open_dataset(experiment.data),
-        run,
-        default_ds_config(),
-        device,
-        recorder,  # type: ignore[arg-type]  # replaces the Monitor
-        StopRequest(),
-    )
+    dataset = open_dataset(experiment.data)
+    schedule = Schedule.of(experiment, dist.get_world_size(), run.global_batch, dataset.count("train"))
+    monitor: Any = recorder  # it records what a Monitor reports
+    stage = StageContext(experiment, number, run, schedule, device, monitor, StopRequest())
+    trainer = StageTrainer(stage, model, dataset, default_ds_config())
     engine = trainer.engine
     model.features = clock.timed("CLIP", model.features)  # type: ignore[method-assign]  # a hook
     engine.forward = clock.timed("forward", engine.forward)

@@ -33,7 +33,7 @@ from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import save_artifact
-from vlmds.models.assemble import experiment_projector, shapes
+from vlmds.models.assemble import experiment_projector, meta_models
 from vlmds.models.captioner import Captioner
 from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.vision import vision_half
@@ -263,7 +263,7 @@ def make_artifact(work: Workload, vision: CLIPVisionConfig) -> None:
     experiment = work.experiment
     dtype = getattr(torch, experiment.llm.dtype)
     torch.manual_seed(experiment.training.seed)
-    captioner = shapes(experiment).captioner
+    captioner = meta_models(experiment).captioner
     captioner.projector = experiment_projector(experiment, vision, captioner.llm.config).to(dtype)
     for name, module in captioner.llm.named_modules():
         if "lora_" not in name:

@@ -66,6 +66,12 @@ def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
     }
 
 
+def needs_tower(experiment: Experiment, dataset: Dataset | None) -> bool:
+    """Whether training loads the vision tower: not for stored features, unless
+    ``training.evaluate_every`` makes it caption black frames. dataset: None counts as one of frames."""
+    return dataset is None or dataset.store != "features" or experiment.training.evaluate_every is not None
+
+
 def check_feature_keys(index: ShardIndex | Dataset, experiment: Experiment) -> None:
     """Raise InputError if stored features are of another layer or pooling than the experiment's.
     Other stores pass. No weights are read."""

@@ -285,7 +285,8 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
     """The function that makes a micro-batch of B samples, a dict:
 
     frames uint8 [B, F, 3, S, S] or features bfloat16 [B, F·P, width]; input_ids, labels int64
-    [B, L], right-padded; keys; positions: their number without padding; bad: ledger records.
+    [B, L], right-padded; keys; positions: number of real (not padding) positions; bad: ledger
+    records; cut: keys of the samples whose caption was cut.
     """
 
     def collate(samples: list[Sample]) -> dict:
@@ -296,6 +297,7 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
             "keys": [s.key for s in samples],
             "positions": sum(len(sequence.input_ids) for sequence in sequences),
             "bad": [record for s in samples for record in s.bad],
+            "cut": [s.key for s, sequence in zip(samples, sequences, strict=True) if sequence.cut],
         }
 
     return collate

@@ -24,7 +24,7 @@ from vlmds.inference.generation import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.packing.pack import pack
 from vlmds.runs.folder import final_artifact
-from vlmds.training.main import REPOSITORY
+from vlmds.training.ds_config import REPOSITORY
 
 ATTRIBUTES = ("colour", "shape", "direction")
 IMAGE_SIZE = 64

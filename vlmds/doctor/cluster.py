@@ -38,7 +38,7 @@ from vlmds.doctor.node import (
 )
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card, device_card
 from vlmds.planning.propose import predicted_rate
@@ -289,7 +289,7 @@ def check_decoding(context: CheckContext) -> list[Finding]:
 
 def step_rate(experiment: Experiment, card: Card) -> float:
     """Predicted samples per second of one GPU, in the last stage, which trains the most."""
-    model, stage = shapes(experiment), experiment.stages[-1]
+    model, stage = meta_models(experiment), experiment.stages[-1]
     freeze(model.captioner, stage)
     stored = open_dataset(experiment.data).store == "features"
     return predicted_rate(experiment, stage, model, card, 0, stored)

@@ -21,7 +21,7 @@ from vlmds.distributed.ranks import rank_and_world
 from vlmds.errors import SampleError
 from vlmds.experiments.schema import Experiment
 from vlmds.files import sync_file
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.trainable import freeze
@@ -182,7 +182,7 @@ def check_disk(context: CheckContext) -> list[Finding]:
     ]
     experiment = context.experiment
     kept = experiment.training.keep_checkpoints + 2  # the best, and the one being written
-    need, captioner = 0, shapes(experiment).captioner
+    need, captioner = 0, meta_models(experiment).captioner
     for stage in experiment.stages:
         freeze(captioner, stage)
         need += kept * checkpoint_bytes(experiment, captioner)
@@ -218,7 +218,7 @@ def check_dataset(context: CheckContext) -> list[Finding]:
     dataset = open_dataset(data)
     for part, shard in dataset.shards():
         part.verify([shard], "size")
-    check_experiment(context.experiment, shapes(context.experiment), dataset, rank_and_world()[1])
+    check_experiment(context.experiment, meta_models(context.experiment), dataset, rank_and_world()[1])
     begin, read, split = time.monotonic(), 0, "train"
     reader = _reader(context, dataset, split)
     count = min(context.samples, len(reader))

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of a run on its ranks.
+
+    global_batch: samples per optimizer step, over all ranks. accumulation: micro-batches per
+    optimizer step and rank. totals: optimizer steps of each stage.
+    """
+
+    global_batch: int
+    accumulation: int
+    totals: tuple[int, ...]
+
+    @classmethod
+    def of(cls, experiment: Experiment, world_size: int, global_batch: int, samples: int) -> Schedule:
+        """``global_batch``: the run's recorded one; ``samples``: of split train. Raises InputError as
+        :func:`accumulation_steps` does."""
+        totals = tuple(stage_steps(stage, samples, global_batch) for stage in experiment.stages)
+        return cls(global_batch, accumulation_steps(experiment, world_size, global_batch), totals)
+
+    def steps_before(self, number: int) -> int:
+        """Optimizer steps of the stages before stage ``number``."""
+        return sum(self.totals[:number])
 
 
 def accumulation_steps(experiment: Experiment, world_size: int, global_batch: int | None) -> int:

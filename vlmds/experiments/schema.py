@@ -176,7 +176,10 @@ class DataConfig(Section):
     prompt: str = "이 영상을 설명해주세요."
     """Text of the user's turn, for clips without a prompt of their own."""
     max_caption_tokens: PositiveInt = 256
-    """In training, longer captions are cut to this length."""
+    """Longer captions are cut to this length in training. Cut ones end without an end-of-turn token;
+    each stage logs how many there were, and the run's ledger.jsonl names the samples."""
+    max_cut_fraction: Fraction | None = None
+    """Share of cut captions above which all ranks stop; null sets no limit."""
     shuffle_window: PositiveInt = 16
     """Number of shards whose samples are shuffled together."""
     num_workers: NaturalInt = 4

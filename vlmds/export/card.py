@@ -15,7 +15,7 @@ from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.experiments.schema import Experiment
 from vlmds.export.parity import Parity
 from vlmds.models.artifact import weights_sha256
-from vlmds.models.hub import looks_local
+from vlmds.models.hub import is_local
 
 REMOTE = "remote"
 """The kind of folder that `--format hf-llava` gives where LLaVA's architecture does not fit."""
@@ -64,7 +64,7 @@ def model_card(facts: Facts) -> str:
 def _front_matter(facts: Facts) -> str:
     exp = facts.experiment
     library, relation = FRONT[facts.kind]
-    bases = [name for name in (exp.llm.model, exp.vision.model) if not looks_local(name)]
+    bases = [name for name in (exp.llm.model, exp.vision.model) if not is_local(name)]
     front = {
         "language": "ko",
         "library_name": library,

@@ -2,5 +2,5 @@
 
 import logging
 
-# Said at every start on a CPU: an optional kernel, which would come from the hub, is not there.
+# On a CPU it warns at every start that an optional kernel from the hub is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

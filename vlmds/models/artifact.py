@@ -1,12 +1,12 @@
-"""The artifact: what a stage leaves behind and inference loads.
+"""The artifact: the result of a stage, which inference loads.
 
     experiment.yaml        the resolved experiment
     artifact.json          format version, stage, the widths the projector was trained between,
                            sha256 of each file, and the lineage: what it was trained from
     projector.safetensors
     adapter/               PEFT's own format; absent while no stage has trained an adapter
-    llm/                   the language model with the adapter folded in, of an artifact that
-                           ``vlmds export --merge`` wrote; artifact.json then says so ("llm")
+    llm/                   only from ``vlmds export --merge``: the language model with the adapter
+                           merged into it; "llm" in artifact.json names this folder
 
 Loading is strict: a missing, extra or misshapen tensor is an error.
 """
@@ -16,11 +16,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,16 +30,19 @@ from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
 from vlmds.files import is_there, new_folder, refresh_listing, sha256_of
 from vlmds.models.captioner import Captioner
-from vlmds.models.hub import looks_local
+from vlmds.models.hub import HubArtifact, cached_snapshot, is_commit, is_local, snapshot
+from vlmds.models.hub_download import ask_hub, bring, note_commit
 from vlmds.models.language import add_adapter
 from vlmds.models.vision import VisionTower
 
 FORMAT, VERSION = "vlmds-artifact", 2
 READABLE = (1, 2)
-"""2 added "llm", and "revisions" to the lineage; without an "llm" the two are read alike."""
+"""Version 2 added "llm", and "revisions" in the lineage; otherwise the two are the same."""
 
 ADAPTER = "adapter/adapter_model.safetensors"
 LLM = "llm"
+FILES = ("experiment.yaml", "artifact.json", "*.safetensors", "adapter/*", f"{LLM}/*")
+"""What of a repository is downloaded."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Artifact:
 
 @phase("saving the artifact")
 def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, stage: str, lineage: dict) -> None:
-    """Write the artifact; it appears whole or not at all.
+    """Write the artifact, atomically.
 
     Args:
-        lineage: JSON values: the hashes of what it was trained from.
+        lineage: JSON values: the hashes of the data and models it was trained from.
     """
     adapter = isinstance(captioner.llm, PeftModel)
     meta = {
@@ -87,38 +88,49 @@ def is_artifact(folder: Path) -> bool:
 
 
 def resolve_artifact(name: str | Path) -> Path:
-    """The folder of an artifact: ``name`` itself, or a copy of the hub repository that it names
-    (``owner/name``, or ``owner/name@revision``).
+    """The folder of an artifact: ``name`` itself, or its snapshot in the hub's cache, if it is
+    ``owner/name`` or ``owner/name@revision`` of the hub. What is missing there is downloaded; where the
+    hub cannot be asked for a newer commit, the one in the cache is used.
 
     Raises:
-        InputError: no such folder, and no repository of that name that can be had.
+        InputError: no such folder, and no such repository, or one that cannot be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
-    if looks_local(str(name)) or str(name).count("/") != 1:
+    if is_local(str(name)) or str(name).count("/") != 1:
         raise InputError(f"{name}: no such folder; give an artifact, or owner/name of the hub")
     repository, _, revision = str(name).partition("@")
+    source = HubArtifact(repository, revision or None)
+    cached = cached_snapshot(source)
+    if cached is not None and not _is_complete(cached):
+        cached = None
+    if cached is not None and is_commit(revision):
+        return cached
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["experiment.yaml", "artifact.json", "*.safetensors", "adapter/*", f"{LLM}/*"],
-            )
-        )
-    except (OSError, HFValidationError, httpx.HTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{name}: neither a folder here nor a repository that can be had from the hub: {reason}"
-        ) from None
+        found = ask_hub(source)
+    except InputError:
+        if cached is not None:
+            return cached
+        raise
+    bring(source, found, [file for file in found.sizes if any(fnmatch(file, pattern) for pattern in FILES)])
+    note_commit(source, found.commit)
+    return snapshot(repository, found.commit)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files that artifact.json names are there."""
+    try:
+        return all((folder / name).is_file() for name in read_artifact(folder).meta["files"])
+    except InputError:
+        return False
 
 
 def artifact_experiment(artifact: Path | Artifact, overrides: Sequence[str] = ()) -> Experiment:
-    """The artifact's experiment, whose ``llm.model`` is the artifact's own where it holds one, and
-    whose ``llm.attention`` is auto: what it was trained with may not be here.
+    """The artifact's experiment. ``llm.model`` is the artifact's own language model if it has one, and
+    ``llm.attention`` is auto: the implementation that it was trained with may not be installed here.
 
     Raises:
-        InputError: not an artifact, a bad override, or another LLM for one that holds its own.
+        InputError: not an artifact, a bad override, or another LLM for one that has its own.
     """
     artifact = read_artifact(artifact)
     path, own = artifact.folder / "experiment.yaml", artifact.meta.get("llm")
@@ -127,23 +139,23 @@ def artifact_experiment(artifact: Path | Artifact, overrides: Sequence[str] = ()
         return load_experiment(path, overrides)
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(
-            f"--set llm.model: {artifact.folder} holds its own language model, "
-            "into which its adapter is folded; leave it out"
+            f"--set llm.model: {artifact.folder} has its own language model, with the adapter merged into it; "
+            "leave the override out"
         )
     overrides = [text for text in overrides if not text.startswith("llm.revision=")]
     return load_experiment(path, [*overrides, f"llm.model={artifact.folder / own}"])
 
 
 def _revisions(artifact: Artifact, overrides: Sequence[str]) -> list[str]:
-    """Overrides that pin the commits an artifact of version 2 was trained from, which its experiment
-    does not name yet. A model that is overridden is another one."""
+    """Overrides that pin the commits in the lineage (version 2), except where the experiment names a
+    revision itself or the model is overridden."""
     found = []
     for part, commit in (artifact.meta["lineage"].get("revisions") or {}).items():
         section = getattr(artifact.trained, part)
         if (
             commit
             and section.revision is None
-            and not looks_local(section.model)
+            and not is_local(section.model)
             and not any(text.startswith(f"{part}.model=") for text in overrides)
         ):
             found.append(f"{part}.revision={commit}")
@@ -219,12 +231,12 @@ def load_artifact(artifact: Path | Artifact, captioner: Captioner) -> None:
 
 
 def weights_sha256(artifact: Path | Artifact) -> str:
-    """What tells an artifact's trained weights from any other's. Raises InputError."""
+    """Hash that identifies an artifact's trained weights. Raises InputError."""
     return "-".join(sha256[:16] for sha256 in read_artifact(artifact).meta["files"].values())
 
 
 def projector_sha256(artifact: Path | Artifact) -> str:
-    """What tells an artifact's projector from any other. Raises InputError."""
+    """Hash that identifies an artifact's projector. Raises InputError."""
     return read_artifact(artifact).meta["files"]["projector.safetensors"]
 
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from vlmds.console.progress import phase
 from vlmds.experiments.schema import Experiment
@@ -15,13 +21,15 @@ from vlmds.models.fetch import fetch_models
 from vlmds.models.language import add_adapter, check_vocabulary, load_language_model, load_tokenizer
 from vlmds.models.pretrained import load_config, published_or_loaded_config
 from vlmds.models.projectors import Projector, build_projector
-from vlmds.models.vision import VisionTower, load_vision_tower, patches_per_frame, vision_half
+from vlmds.models.vision import VisionTower, frame_side, load_vision_tower, patches_per_frame, vision_half
 
 
 @dataclass
 class Model:
-    """tower: frozen, outside the engine; None where the data holds its features. captioner:
-    projector and LLM, what the engine holds. image_size: side of the tower's frames in pixels.
+    """The models of an experiment.
+
+    tower: frozen, outside the engine; None where the data holds its features. captioner:
+    projector and LLM, which the engine trains. image_size: side of the tower's frames in pixels.
     stored_tower: see :func:`load_model`."""
 
     tower: VisionTower | None
@@ -36,11 +44,15 @@ class Model:
         weight = next(self.captioner.projector.parameters())
         if "features" in batch:
             return batch["features"].to(weight.device, weight.dtype, non_blocking=True)
+        assert self.tower is not None
         return self.tower(batch["frames"].to(weight.device, non_blocking=True))
 
     def tower_fingerprint(self) -> str:
-        """Of the tower that the captioner sees through, loaded or not."""
-        return self.stored_tower or self.tower.fingerprint()
+        """Fingerprint of the tower that makes the captioner's features, loaded or not."""
+        if self.stored_tower:
+            return self.stored_tower
+        assert self.tower is not None
+        return self.tower.fingerprint()
 
 
 def load_model(experiment: Experiment, device: torch.device, stored_tower: str | None = None) -> Model:
@@ -63,10 +75,10 @@ def load_model(experiment: Experiment, device: torch.device, stored_tower: str |
     check_vocabulary(llm, tokenizer, experiment.llm.model)
     torch.manual_seed(experiment.training.seed)  # every rank draws the same projector
     projector = experiment_projector(experiment, vision, llm.config)
-    return Model(tower, Captioner(projector.to(device, dtype), llm), tokenizer, vision.image_size, stored_tower)
+    return Model(tower, Captioner(projector.to(device, dtype), llm), tokenizer, frame_side(vision)[0], stored_tower)
 
 
-def experiment_projector(experiment: Experiment, vision: PretrainedConfig, llm: PretrainedConfig) -> Projector:
+def experiment_projector(experiment: Experiment, vision: CLIPVisionConfig, llm: PretrainedConfig) -> Projector:
     """A fresh projector between these two models."""
     return build_projector(
         experiment.projector,
@@ -78,7 +90,7 @@ def experiment_projector(experiment: Experiment, vision: PretrainedConfig, llm: 
 
 
 @dataclass
-class Shapes:
+class MetaModels:
     """The experiment's models on the meta device: shapes without storage. The captioner carries
     the adapter."""
 
@@ -87,7 +99,7 @@ class Shapes:
 
 
 @phase("sizing the models")
-def shapes(experiment: Experiment) -> Shapes:
+def meta_models(experiment: Experiment) -> MetaModels:
     """Build the models without their weights.
 
     Raises:
@@ -99,4 +111,4 @@ def shapes(experiment: Experiment) -> Shapes:
         llm = AutoModelForCausalLM.from_config(language).requires_grad_(False)
         captioner = Captioner(experiment_projector(experiment, vision, language), llm)
         captioner.llm = add_adapter(llm, experiment.peft)
-        return Shapes(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))
+        return MetaModels(CLIPVisionModel(vision), captioner.to(getattr(torch, experiment.llm.dtype)))

@@ -1,4 +1,4 @@
-"""Which implementation of attention the language model runs on."""
+"""The choice of the language model's attention implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLASH = {  # name: (package, major compute capabilities that its kernels are mad
 
 
 def installed_flash() -> set[str]:
-    """Those of FLASH that are installed here and that transformers can use."""
+    """The names in FLASH that are installed here and that transformers can use."""
     available = {"flash_attention_2": is_flash_attn_2_available(), "flash_attention_3": is_flash_attn_3_available()}
     return {name for name, there in available.items() if there}
 
@@ -32,21 +32,20 @@ def choose_attention(
     wanted: str, dtype: str, micro_batch: int | None, major: int | None, installed: set[str]
 ) -> tuple[str, str]:
     """``auto``: the newest FlashAttention that is installed and made for the card, else SDPA; SDPA
-    also for micro-batches of 1, before which transformers' FlashAttention looks at the positions,
-    in every layer, whether they are of several sequences in one row.
+    also for micro-batches of 1, for which transformers' FlashAttention reads the positions on the host
+    in every layer, to find out whether a row has several sequences.
 
     Args:
-        wanted, dtype, micro_batch: ``llm.attention``, ``llm.dtype`` and ``training.micro_batch``;
-            None if nothing is trained.
-        major: the card's compute capability; None on a CPU.
-        installed: of FLASH.
+        wanted, dtype, micro_batch: ``llm.attention``, ``llm.dtype`` and ``training.micro_batch`` (None
+            if nothing is trained).
+        major: the card's major compute capability; None on a CPU.
+        installed: names in FLASH.
 
     Returns:
-        What ``attn_implementation`` of transformers is to be, and what the user should know of it,
-        or "".
+        ``attn_implementation`` for transformers, and a remark for the user, or "".
 
     Raises:
-        InputError: one that was asked for by name cannot run here.
+        InputError: an implementation that the experiment names cannot run here.
     """
     problems = {name: _problem(name, dtype, major, installed) for name in FLASH}
     if wanted == "auto":
@@ -66,7 +65,7 @@ def choose_attention(
 
 
 def _problem(name: str, dtype: str, major: int | None, installed: set[str]) -> str | None:
-    """What keeps it from running, and the fix."""
+    """Why it cannot run here, and the fix; None if it can."""
     package, majors = FLASH[name]
     if major is None:
         return "needs a GPU; train on one"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -18,17 +21,17 @@ IGNORE = -100
 
 
 class Captioner(nn.Module):
-    """Projector and language model: everything that the DeepSpeed engine holds.
+    """Projector and language model: the module that the DeepSpeed engine trains.
 
     Args:
         projector: maps patch features to visual tokens.
         llm: a causal language model, with or without a PEFT adapter.
     """
 
-    def __init__(self, projector: Projector, llm: PreTrainedModel):
+    def __init__(self, projector: Projector, llm: PreTrainedModel | PeftModel):
         super().__init__()
         self.projector = projector
-        self.llm = llm
+        self.llm: Any = llm  # a PeftModel passes on what it lacks to the model inside, which types cannot say
 
     def embed(self, features: Tensor, input_ids: Tensor) -> Tensor:
         """Put the visual tokens where the placeholders are.
@@ -36,7 +39,7 @@ class Captioner(nn.Module):
         Args:
             features: patch features [B, N, vision_dim].
             input_ids: int64 [B, L], with ``projector.num_tokens`` VISUAL in one piece in each row.
-                Best left on the host: to find on a GPU where they are, the host waits for it.
+                Best left on the host, which otherwise waits for the GPU to find their places.
 
         Returns:
             Embeddings [B, L, llm_dim].
@@ -48,8 +51,8 @@ class Captioner(nn.Module):
         starts = visual_starts(input_ids, visual.shape[1])
         ids = without_wait(input_ids, visual.device).clamp(min=0)
         text = self.llm.get_input_embeddings()(ids)  # [B, L, llm_dim]
-        # Slices, whose places the host knows, and not a mask: its backward pass would wait for the
-        # GPU to count how much is in it.
+        # Slices at places that the host knows, not a mask, whose backward pass would wait for the
+        # GPU to count its elements.
         pieces = [
             piece
             for row, tokens, start in zip(text, visual.to(text.dtype), starts, strict=True)
@@ -134,15 +137,15 @@ def visual_starts(input_ids: Tensor, count: int) -> list[int]:
 
 
 def without_wait(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``. From the host to a GPU it is copied from pinned memory, as from
-    other memory the host may wait for all that the GPU has to do."""
+    """The tensor on ``device``. From the host to a GPU it is copied from pinned memory: with other
+    memory the host may wait for the GPU's queued work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # the same tensor, if it is pinned already
     return tensor.to(device, non_blocking=True)
 
 
 def without_mask(config: PreTrainedConfig) -> dict[str, dict]:
-    """Arguments that tell Qwen3 that its causal attention wants no mask, as it would find by
-    itself, but by looking at positions on the GPU, for which the host waits. Others find it."""
+    """Arguments by which Qwen3 knows that its causal attention needs no mask. It would find that out
+    by itself, but from positions on the GPU, for which the host waits. Empty for other models."""
     plain = config.model_type == "qwen3" and config._attn_implementation != "eager" and not config.use_sliding_window
     return {"attention_mask": {"full_attention": None}} if plain else {}

@@ -1,4 +1,4 @@
-"""DoRA (arXiv:2402.09353) at the cost of LoRA: PEFT's parameters, less work to the same end.
+"""DoRA (arXiv:2402.09353) at the cost of LoRA: PEFT's parameters and values, with less work.
 
 A DoRA layer gives ``m / ||W + s·BA|| * (W x + s·BA x)``, row by row of W. PEFT 0.21 computes the
 norm in every forward pass, recomputation included, for which it unpacks W and makes BA as large as
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -24,13 +25,14 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 _weights: object | None = None
-"""Stands for the weights as they are now, where they are known not to change unnoticed."""
+"""Stands for the current weights while changes of them are announced. Global, because PEFT calls the
+layers and the optimizer its hook without an argument that could carry it."""
 
 
 @contextmanager
 def norms_kept() -> Iterator[None]:
-    """Until it ends, DoRA layers keep their weight norms. Weights may change meanwhile only
-    through an optimizer that calls :func:`weights_changed`. Also a decorator; may be nested."""
+    """Context in which DoRA layers keep their weight norms. Inside, weights may change only through
+    an optimizer that calls :func:`weights_changed`. Also a decorator; may be nested."""
     global _weights
     before = _weights
     _weights = before or object()
@@ -41,7 +43,7 @@ def norms_kept() -> Iterator[None]:
 
 
 def weights_changed() -> None:
-    """No norm computed so far may be used again."""
+    """Discard all norms: the weights have changed."""
     global _weights
     _weights = _weights and object()
 
@@ -49,11 +51,14 @@ def weights_changed() -> None:
 class Dora(DoraLinearVariant):
     """What PEFT asks for a DoRA layer's output, in place of its own variant; one for each layer."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._norm: tuple[object, Tensor] | None = None  # of which weights; [out]
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
-        """x [..., in], result = W x + bias [..., out] -> the layer's output [..., out]."""
+    def forward(  # type: ignore[override]  # PEFT has a static method, which it calls on an instance
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """x [..., in], result = W x + bias [..., out] -> the layer's output [..., out]. module: the
+        LoraLayer, whose parts have no types."""
         lora = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         scale = magnitude / self._weight_norm(module, active_adapter, x.dtype)
@@ -62,7 +67,7 @@ class Dora(DoraLinearVariant):
             return scale * torch.add(result, lora, alpha=module.scaling[active_adapter])
         return scale * torch.add(result - bias, lora, alpha=module.scaling[active_adapter]) + bias
 
-    def _weight_norm(self, module: LoraLayer, adapter: str, dtype: torch.dtype) -> Tensor:
+    def _weight_norm(self, module: Any, adapter: str, dtype: torch.dtype) -> Tensor:
         if _weights is not None and self._norm is not None and self._norm[0] is _weights:
             return self._norm[1]
         norm = _compute_norm(module, adapter, dtype)
@@ -71,7 +76,7 @@ class Dora(DoraLinearVariant):
 
 
 @torch.no_grad()
-def _compute_norm(module: LoraLayer, adapter: str, dtype: torch.dtype) -> Tensor:
+def _compute_norm(module: Any, adapter: str, dtype: torch.dtype) -> Tensor:
     """||W + s·BA|| of each row, [out], as PEFT computes it."""
     dora = module.lora_magnitude_vector[adapter]
     product = dora.get_lora_weight(module.lora_A[adapter], module.lora_B[adapter])

@@ -1,10 +1,10 @@
-"""sha256 of weight files, which is not computed again while a file stays as it is.
+"""Hashes of weight files (sha256), computed once while a file stays unchanged.
 
-A large file of the hub's cache bears its sha256 as its name. For any other file above
-:data:`SMALL` the user's cache directory remembers it, ``~/.cache/vlmds/sha256/`` (or below
-XDG_CACHE_HOME), in one small JSON file for each weight file: several processes never have to
-change the same one. (Beside the weights there is often no permission to write.) What is remembered
-holds as long as size, inode and the times of the last change of content and of inode are the same.
+The name of a large file in the hub's cache is its sha256. For any other file above :data:`SMALL`
+bytes the hash is stored in ``~/.cache/vlmds/sha256/`` (or below XDG_CACHE_HOME), in one small JSON
+file for each weight file, which no other process changes. (Beside the weights there is often no
+permission to write.) A stored hash is valid while size, inode and the times of the last change of
+content and of inode are the same.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vlmds.files import sha256_of, write
 
 SMALL = 16 << 20  # bytes; of smaller files it is computed each time
 RACY_SECONDS = 2.0
-"""Of a file that was changed so shortly before it is read nothing is remembered: it may change
-again without its times changing, which are kept to two seconds on some file systems."""
+"""The hash of a file changed less than this before it is read is not stored: some file systems keep times
+to two seconds only, and a second change could go unnoticed."""
 
 
 def weights_sha256(files: Mapping[str, Path]) -> dict[str, str]:
@@ -47,7 +47,8 @@ def weights_sha256(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def weight_sha256(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
-    """sha256 of a local file; advance: called with bytes that were read, or found to be known."""
+    """sha256 of a local file, in hexadecimal. advance: called with the bytes that were read, or whose
+    hash was known."""
     known = _name_of_blob(path)
     if known is not None:
         advance(path.stat().st_size)
@@ -70,14 +71,14 @@ def weight_sha256(path: Path, advance: Callable[[int], object] = lambda size: No
 
 
 def cache_folder() -> Path:
-    """The folder of this user for what can be computed again."""
+    """This user's folder of files that can be computed again."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "vlmds"
 
 
 def _name_of_blob(path: Path) -> str | None:
-    """sha256 of a file of the hub's cache that is kept by it: a link to ``blobs/<sha256>``. (The
-    names of small files there have 40 digits, a git hash.)"""
+    """sha256 of a file of the hub's cache, a link to ``blobs/<sha256>``; None for other files. (Small
+    files there are named by a git hash of 40 digits.)"""
     if not path.is_symlink():
         return None
     target = path.parent / os.readlink(path)  # which may be a link itself, to a store of chunks
@@ -92,7 +93,7 @@ def _state(path: Path) -> list[int]:
 
 
 def _recalled(memo: Path, state: list[int]) -> str | None:
-    """What was remembered of a file in this state."""
+    """The stored hash of a file in this state, or None."""
     try:
         known = json.loads(memo.read_bytes())
         return str(known["sha256"]) if known["state"] == state else None

@@ -1,6 +1,6 @@
-"""Where the pretrained models lie on this machine, and which of their files are needed.
+"""Folders of the pretrained models on this machine, and which of their files are needed.
 
-Everything is loaded from a folder: the user's own, or the snapshot of one commit in the cache of the
+Every model is loaded from a folder: the user's own, or the snapshot of one commit in the cache of the
 Hugging Face hub (``HF_HOME``). A complete snapshot is used as it is, without asking the hub.
 :mod:`vlmds.models.fetch` downloads what is missing.
 """
@@ -10,62 +10,92 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from huggingface_hub import constants, resolve_revision
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 
 from vlmds.errors import InputError
-from vlmds.experiments.schema import LanguageConfig, VisionConfig
+from vlmds.experiments.schema import Experiment, LanguageConfig, VisionConfig
 from vlmds.files import denied
 
 ModelSection = VisionConfig | LanguageConfig
 
+
+@dataclass(frozen=True)
+class HubArtifact:
+    """An artifact on the hub. model: ``owner/name``. revision: commit, tag or branch."""
+
+    model: str
+    revision: str | None = None
+
+
+Source = ModelSection | HubArtifact
+"""What can be downloaded."""
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where transformers looks for a model's weights; the first of them that is there counts."""
+"""Files with a model's weights, or with their index, in the order of transformers' preference."""
 SMALL = (".json", ".txt", ".model", ".jinja")
-"""How the names of configurations, tokenizers, chat templates and image processors end."""
+"""Endings of the names of configurations, tokenizers, chat templates and image processors."""
 
 
-def key_of(section: ModelSection) -> str:
-    """The experiment's key for it: ``vision.model`` or ``llm.model``."""
-    return "vision.model" if isinstance(section, VisionConfig) else "llm.model"
+def key_of(source: Source) -> str:
+    """How messages name it: by the experiment's key, ``vision.model`` or ``llm.model``, or as ``artifact``."""
+    if isinstance(source, HubArtifact):
+        return "artifact"
+    return "vision.model" if isinstance(source, VisionConfig) else "llm.model"
 
 
-def looks_local(name: str) -> bool:
+def pretrained_models(experiment: Experiment) -> dict[str, ModelSection]:
+    """The experiment's sections of pretrained models, by name."""
+    return {"vision": experiment.vision, "llm": experiment.llm}
+
+
+def is_local(name: str) -> bool:
     """Whether ``name`` is a path: it exists, or it cannot be a hub id (``owner/name``)."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def is_commit(revision: str | None) -> bool:
-    """Whether it names one commit for good, which a branch or tag does not."""
+def is_commit(revision: str | None) -> TypeGuard[str]:
+    """Whether it is the full hash of a commit, and no branch or tag, which may move."""
     return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
 
 
 def hub_cache() -> Path:
-    """The folder of the hub's cache, as ``HF_HOME`` or ``HF_HUB_CACHE`` set it."""
+    """The folder of the hub's cache, set by ``HF_HOME`` or ``HF_HUB_CACHE``."""
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
 def snapshot(name: str, commit: str) -> Path:
-    """Where the cache keeps this commit of a repository."""
+    """The folder of this commit of a repository in the cache."""
     return hub_cache() / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / commit
 
 
+def cached_snapshot(source: Source) -> Path | None:
+    """The folder of the commit that the cache has for the source's revision, whole or not."""
+    try:
+        commit = resolve_revision(source.model, revision=source.revision, local_files_only=True).resolved
+    except (RevisionResolutionError, HFValidationError):
+        return None
+    return snapshot(source.model, commit)
+
+
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder is the snapshot of; None for the user's own folder."""
+    """The commit of a snapshot folder; None for the user's own folder."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def cached_folder(section: ModelSection) -> Path | None:
-    """The folder that the model is loaded from, if all of it is on this machine.
+    """The folder that the model is loaded from, if the model is completely on this machine, else None.
 
     Raises:
         InputError: ``model`` is a path without a model, or a path with a revision.
     """
     name, key = section.model, key_of(section)
-    if looks_local(name):
+    if is_local(name):
         if section.revision is not None:
             raise InputError(
                 f"{key.replace('.model', '.revision')}: {section.revision} names a commit of "
@@ -75,19 +105,15 @@ def cached_folder(section: ModelSection) -> Path | None:
         if not (folder / "config.json").is_file():
             raise InputError(f"{key}: {name} is not a model folder (no config.json in it)")
         return folder
+    found = cached_snapshot(section)
     try:
-        commit = resolve_revision(name, revision=section.revision, local_files_only=True).resolved
-    except (RevisionResolutionError, HFValidationError):
-        return None
-    folder = snapshot(name, commit)
-    try:
-        return folder if missing_file(folder, section) is None else None
+        return found if found is not None and missing_file(found, section) is None else None
     except PermissionError:
         raise InputError(f"{key}: {denied(hub_cache())}") from None
 
 
 def missing_file(folder: Path, section: ModelSection) -> str | None:
-    """The first file that loading needs and that is not in the folder, None if all are there."""
+    """The first file that loading needs and the folder lacks; None if it has all."""
     needed = ["config.json"]
     if isinstance(section, VisionConfig):
         needed.append("preprocessor_config.json")
@@ -101,11 +127,11 @@ def missing_file(folder: Path, section: ModelSection) -> str | None:
 
 
 def weight_names(section: ModelSection, names: Collection[str], path_of: Callable[[str], Path]) -> list[str]:
-    """The files that transformers takes the weights from, sorted; empty if it finds none.
+    """Names of the files that transformers loads the weights from, sorted; empty if there are none.
 
     Args:
         names: files of the model's folder or repository.
-        path_of: where a file with an index of the weights can be read.
+        path_of: returns the local path of an index of the weights.
 
     Raises:
         InputError: the index is damaged.

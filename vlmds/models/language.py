@@ -23,11 +23,11 @@ from vlmds.models.pretrained import load_config, load_weights, loading
 
 
 def load_tokenizer(llm: LanguageConfig, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer. local_files_only: take it from this machine, where the weights
-    need not be.
+    """The language model's tokenizer. local_files_only: without a download, also where the weights are
+    missing.
 
     Raises:
-        InputError: none there, or one without a chat template.
+        InputError: there is none, or it has no chat template.
     """
     folder = cached_folder(llm)
     if folder is None and not local_files_only:
@@ -47,7 +47,7 @@ def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: 
     """Load the LLM frozen onto ``device``, quantised to NF4 when ``llm.load_in_4bit``.
 
     Args:
-        micro_batch: ``training.micro_batch``, if it matters: see :func:`attention_for`.
+        micro_batch: ``training.micro_batch``, None if nothing is trained; see :func:`attention_for`.
 
     Raises:
         InputError: missing or damaged folder, shapes that do not fit its config.json, or an
@@ -79,8 +79,8 @@ def load_language_model(llm: LanguageConfig, device: torch.device, micro_batch: 
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise :class:`InputError` when the tokenizer can emit ids that the model has no row for."""
-    rows = model.get_input_embeddings().num_embeddings
+    """Raise :class:`InputError` if the tokenizer has more ids than the model's embedding has rows."""
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"llm.model: {name}: the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows"
@@ -91,7 +91,7 @@ def lora_config(peft: PeftSection) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=peft.r,
-        lora_alpha=peft.alpha,
+        lora_alpha=peft.alpha,  # type: ignore[arg-type]  # PEFT only divides it
         lora_dropout=peft.dropout,
         target_modules=list(peft.target_modules),
         use_dora=peft.type == "dora",
@@ -116,8 +116,8 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection) -> PeftModel:
 
 
 def _keep_4bit_weights_packed(model: PreTrainedModel) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes repacks a weight in the first eval forward, after which
-    training gives no gradient. Switch that off, layer by layer."""
+    """Switch off, in each layer, that bitsandbytes repacks weights: on CPUs with AVX512-BF16 it does so in
+    the first eval forward, after which training gives no gradient."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 128
-"""Whose logits stand in memory together: in fp32, 78 MB of Qwen3's vocabulary."""
+"""Tokens whose logits are in memory at once: in fp32, 78 MB with Qwen3's vocabulary."""
 
 
 def token_losses(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """Cross-entropy of each token, in nats.
 
     Args:
-        hidden: what the output layer is applied to [K, D].
+        hidden: inputs of the output layer [K, D].
         head: the frozen output layer, without a bias; weight [V, D].
         targets: int64 [K].
 
@@ -24,8 +24,8 @@ def token_losses(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
 
 
 def can_split(head: nn.Module, model_type: str) -> bool:
-    """Whether :func:`token_losses` stands for this output layer: a plain frozen Linear, of a model
-    whose logits are its product and nothing more (others scale or cap them)."""
+    """Whether :func:`token_losses` gives this output layer's loss: a plain frozen Linear, of a model
+    that uses its product as logits (others scale or cap it)."""
     return (
         model_type in ("qwen3", "qwen2", "llama")
         and type(head) is nn.Linear
@@ -35,9 +35,9 @@ def can_split(head: nn.Module, model_type: str) -> bool:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The weight is frozen, so the gradient of `hidden` is known as soon as the logits are: it is
-    computed with them, some tokens at a time, and neither logits nor their log-softmax are kept
-    (as Liger Kernel's fused linear cross-entropy does, arXiv:2410.10989)."""
+    """Cross-entropy that computes the gradient of `hidden` in the forward pass, which is possible as the
+    weight is frozen: some tokens at a time, without keeping logits or their log-softmax (as Liger
+    Kernel's fused linear cross-entropy does, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

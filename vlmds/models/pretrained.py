@@ -1,4 +1,4 @@
-"""Loading pretrained parts by hub name or local folder, with errors a user can act on."""
+"""Loading of pretrained parts by hub name or local folder, with errors a user can act on."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ PUBLISHED_SHAPES: dict[str, PretrainedConfig] = {
         head_dim=128,
         max_position_embeddings=40960,
         tie_word_embeddings=False,
-        rope_theta=1000000.0,
+        rope_theta=1000000.0,  # type: ignore[call-arg]  # a key of config.json that transformers converts
     ),
 }
 
 
 @contextlib.contextmanager
 def loading(key: str, name: str):
-    """Turn the many ways in which ``from_pretrained`` fails into one :class:`InputError`, and let
-    it print nothing: what a user can act on is an error here."""
+    """Context in which a failure of ``from_pretrained`` is an :class:`InputError`, and in which it
+    prints nothing: what a user can act on is an error here."""
     try:
         with quietly():
             yield
@@ -86,7 +86,7 @@ def load_weights(model_class, section: ModelSection, folder: Path, **options):
 
 @contextlib.contextmanager
 def counted_phase(what: str, unit: str):
-    """A :func:`phase` in which transformers' progress bars count, instead of on the screen."""
+    """A :func:`phase` that counts what transformers' progress bars would show."""
     with phase(what, unit=unit) as shown:
 
         def bar(factory, args, kwargs):
@@ -113,5 +113,5 @@ def load_config(section: ModelSection) -> PretrainedConfig:
 
 
 def published_or_loaded_config(section: ModelSection) -> PretrainedConfig:
-    """As :func:`load_config`, but never asks the network for a model whose shape is known here."""
+    """As :func:`load_config`, but without the network for the models of PUBLISHED_SHAPES."""
     return PUBLISHED_SHAPES.get(section.model) or load_config(section)

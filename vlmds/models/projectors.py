@@ -5,6 +5,8 @@ docs/extending.md shows how to add one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class Projector(nn.Module):
         patches: patch tokens per frame, P.
     """
 
-    def __init__(self, config, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__()
         self.num_frames, self.patches = num_frames, patches
         self.vision_dim, self.llm_dim = vision_dim, llm_dim
@@ -50,33 +52,33 @@ class Projector(nn.Module):
 class Linear(Projector):
     """One Linear per patch token (LLaVA, arXiv:2304.08485)."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         self.net = nn.Linear(vision_dim, llm_dim)
 
-    def project(self, features):
+    def project(self, features: Tensor) -> Tensor:
         return self.net(features)
 
 
 class MLP(Projector):
     """Linear, GELU, Linear per patch token (LLaVA-1.5, arXiv:2310.03744)."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         self.net = nn.Sequential(nn.Linear(vision_dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim))
 
-    def project(self, features):
+    def project(self, features: Tensor) -> Tensor:
         return self.net(features)
 
 
 class Resampler(Projector):
-    """What C-Abstractor and Perceiver share: learned queries that attend to the patch features.
+    """Base class of C-Abstractor and Perceiver: learned queries that attend to the patch features.
 
     Attention treats the features as a set, so without the learned frame-time embedding a clip and
     its reverse give the same tokens.
     """
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         width = config.width or llm_dim
         if width % config.num_heads:
@@ -86,7 +88,7 @@ class Resampler(Projector):
             )
         self.num_queries = config.num_queries
         # Queries and times start at the scale of the projected features. At the customary 0.02 all
-        # queries attend alike at first, and frames look alike.
+        # queries attend alike at first, and frames cannot be distinguished.
         self.queries = nn.Parameter(torch.randn(config.num_queries, width))
         self.vision_proj = nn.Linear(vision_dim, width)
         self.frame_time = nn.Parameter(sinusoidal(num_frames, width)) if config.temporal_embedding else None
@@ -96,7 +98,7 @@ class Resampler(Projector):
     def num_tokens(self) -> int:
         return self.num_queries
 
-    def project(self, features):
+    def project(self, features: Tensor) -> Tensor:
         memory = self.vision_proj(features)  # [B, F*P, width]
         if self.frame_time is not None:
             memory = memory + self.frame_time.repeat_interleave(self.patches, dim=0)
@@ -121,13 +123,13 @@ def sinusoidal(length: int, width: int) -> Tensor:
 class CAbstractor(Resampler):
     """Cross-attention and a feed-forward network, each with residual and LayerNorm."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         width = self.queries.shape[-1]
         self.cross = _Attention(width, config.num_heads)
         self.ffn = _FeedForward(width)
 
-    def resample(self, queries, memory):
+    def resample(self, queries: Tensor, memory: Tensor) -> Tensor:
         return self.ffn(self.cross(queries, memory))
 
 
@@ -136,7 +138,7 @@ class Perceiver(Resampler):
     LayerNorm, then a final LayerNorm (Perceiver, arXiv:2103.03206; Flamingo's resampler,
     arXiv:2204.14198)."""
 
-    def __init__(self, config, vision_dim, llm_dim, num_frames, patches):
+    def __init__(self, config: Any, vision_dim: int, llm_dim: int, num_frames: int, patches: int):
         super().__init__(config, vision_dim, llm_dim, num_frames, patches)
         width = self.queries.shape[-1]
         self.layers = nn.ModuleList(
@@ -151,8 +153,9 @@ class Perceiver(Resampler):
         )
         self.norm = nn.LayerNorm(width)
 
-    def resample(self, queries, memory):
+    def resample(self, queries: Tensor, memory: Tensor) -> Tensor:
         for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
             queries = layer["cross"](queries, memory)
             queries = layer["self"](queries, queries)
             queries = layer["ffn"](queries)
@@ -167,7 +170,7 @@ class _Attention(nn.Module):
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, queries, memory):
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         attended, _ = self.attention(queries, memory, memory, need_weights=False)
         return self.norm(queries + attended)
 
@@ -180,7 +183,7 @@ class _FeedForward(nn.Module):
         self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.net(x))
 
 

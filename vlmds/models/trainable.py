@@ -1,4 +1,4 @@
-"""Which parameters a stage trains, and in which groups the optimizer takes them."""
+"""The parameters that a stage trains, and their groups in the optimizer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KINDS = {  # kind of trainable parameter: what its name contains; keys of KindFa
 }
 
 
-def parameter_groups(captioner: Captioner, stage: StageConfig, training: TrainingConfig) -> list[dict]:
-    """The trainable parameters, one group for each kind there is, always in the same order.
+def parameter_groups(model: nn.Module, stage: StageConfig, training: TrainingConfig) -> list[dict]:
+    """The trainable parameters of a captioner, one group for each kind there is, always in the same
+    order.
 
-    A group's ``factor`` is what the stage's learning rate is multiplied with. Matrices decay;
-    biases, norms and other vectors of the projector do not, as is usual, so the projector has two
-    groups when there is weight decay.
+    A group's ``factor`` multiplies the stage's learning rate. Weight decay applies to matrices and, as
+    is usual, not to biases, norms and other vectors of the projector, which then has two groups.
     """
     groups = []
     for kind, mark in KINDS.items():
-        params = [p for name, p in captioner.named_parameters() if p.requires_grad and mark in name]
+        params = [p for name, p in model.named_parameters() if p.requires_grad and mark in name]
         factor = getattr(stage.lr_factors, kind)
         decay = training.weight_decay * getattr(stage.weight_decay_factors, kind)
         parts = [(kind, params, decay)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,18 @@ class VisionTower(nn.Module):
         InputError: ``pool`` does not divide the patches of a side.
     """
 
-    def __init__(self, clip: CLIPVisionModel, mean, std, feature_layer=-1, frames_per_call=64, pool=1):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        clip: CLIPVisionModel,
+        mean: Sequence[float],
+        std: Sequence[float],
+        feature_layer: int = -1,
+        frames_per_call: int = 64,
+        pool: int = 1,
+    ):
         super().__init__()
         self.patches = patches_per_frame(clip.config, pool)
         """Feature vectors per frame, P."""
@@ -50,13 +62,13 @@ class VisionTower(nn.Module):
 
     @property
     def image_size(self) -> int:
-        return self.clip.config.image_size
+        return frame_side(self.clip.config)[0]
 
     @torch.no_grad()
     def fingerprint(self) -> str:
         """Sha256 of all that decides the features of given frames: weights, shape, feature layer,
         pooling and normalisation. Weights count as bfloat16, the precision in which features are
-        stored, so that a tower has one fingerprint whatever dtype it is loaded in. Computed once.
+        stored: a tower has one fingerprint, whatever dtype it is loaded in. Computed once.
         """
         if self._fingerprint is None:
             config = self.clip.config
@@ -106,9 +118,16 @@ class VisionTower(nn.Module):
         patches = hidden[:, 1:]  # drop the class token
         if self.pool == 1:
             return patches
-        side = self.image_size // self.clip.config.patch_size // self.pool
+        side = frame_side(self.clip.config)[1] // self.pool
         squares = patches.unflatten(1, (side, self.pool, side, self.pool))
         return squares.mean((2, 4)).flatten(1, 2)
+
+
+def frame_side(config: CLIPVisionConfig) -> tuple[int, int]:
+    """Side of a frame in pixels and in patches; CLIP's frames and patches are squares."""
+    pixels, patch = config.image_size, config.patch_size
+    assert isinstance(pixels, int) and isinstance(patch, int)
+    return pixels, pixels // patch
 
 
 def patches_per_frame(config: CLIPVisionConfig, pool: int = 1) -> int:
@@ -117,7 +136,7 @@ def patches_per_frame(config: CLIPVisionConfig, pool: int = 1) -> int:
     Raises:
         InputError: ``pool`` does not divide the patches of a side.
     """
-    side = config.image_size // config.patch_size
+    _, side = frame_side(config)
     if side % pool:
         raise InputError(
             f"vision.pool: {pool} does not divide {side}, the patches of a side; "
@@ -138,7 +157,7 @@ def vision_half(config: PretrainedConfig, name: str) -> CLIPVisionConfig:
     return config
 
 
-def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device) -> VisionTower:
+def load_vision_tower(vision: VisionConfig, dtype: torch.dtype, device: torch.device) -> VisionTower:
     """Load the frozen tower by hub name or local folder.
 
     Raises:

@@ -162,7 +162,7 @@ def convert_from_options(
     """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
     a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.experiments.schema import VisionConfig
-    from vlmds.models.hub import looks_local
+    from vlmds.models.hub import is_local
     from vlmds.models.vision import load_vision_tower
 
     if store != "features":
@@ -174,7 +174,7 @@ def convert_from_options(
     if vision is not None:
         if pool < 1:
             raise InputError(f"--pool: {pool} is less than 1")
-        name, _, revision = (vision, "", "") if looks_local(vision) else vision.partition("@")
+        name, _, revision = (vision, "", "") if is_local(vision) else vision.partition("@")
         config = VisionConfig(model=name, revision=revision or None, feature_layer=feature_layer, pool=pool)
         cuda = torch.cuda.is_available()
         tower = load_vision_tower(

@@ -16,7 +16,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.experiments.schedule import accumulation_steps
 from vlmds.experiments.schema import Experiment
-from vlmds.models.assemble import Shapes
+from vlmds.models.assemble import MetaModels
 from vlmds.models.attention import FLASH, choose_attention
 from vlmds.models.captioner import Captioner
 from vlmds.models.language import check_vocabulary
@@ -24,12 +24,12 @@ from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze, parameter_groups
 
 
-def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | None, ranks: int) -> None:
+def check_experiment(experiment: Experiment, model: MetaModels, dataset: Dataset | None, ranks: int) -> None:
     """Check all that needs no weights, tokenizer or other ranks: the global batch, what each stage
     trains, attention and precision, the logging, and whether the data fits the experiment.
 
     Args:
-        model: of :func:`vlmds.models.assemble.shapes`, which has checked that its parts fit each
+        model: of :func:`vlmds.models.assemble.meta_models`, which has checked that its parts fit each
             other. Its parameters are left frozen as in the last stage.
         dataset: None skips the checks of the data.
 
@@ -51,7 +51,7 @@ def check_experiment(experiment: Experiment, model: Shapes, dataset: Dataset | N
         check_data(experiment, model, dataset)
 
 
-def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
+def check_data(experiment: Experiment, model: MetaModels, dataset: Dataset) -> None:
     """Raise InputError unless the experiment can be trained on the data: it has split train (in all
     parts of a blend), frames or features have the model's number and size, features are of its
     layer and pooling, and it has split val if a key needs it."""
@@ -71,7 +71,7 @@ def check_data(experiment: Experiment, model: Shapes, dataset: Dataset) -> None:
     check_validation(experiment, "val" in dataset.splits, dataset.root)
 
 
-def training_reader(experiment: Experiment, model: Shapes, dataset: Dataset) -> SampleReader:
+def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset) -> SampleReader:
     """The reader of the first stage. Raises InputError as :class:`SampleReader`."""
     data = experiment.data
     config: Any = model.tower.config

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmds.models.assemble import Shapes
+from vlmds.models.assemble import MetaModels
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepFlops:
         return self.clip + self.projector + self.llm + self.head
 
 
-def sample_flops(model: Shapes, positions: float, supervised: float, *, stored_features: bool = False) -> StepFlops:
+def sample_flops(model: MetaModels, positions: float, supervised: float, *, stored_features: bool = False) -> StepFlops:
     """Operations of one sample in a step.
 
     Args:
@@ -66,7 +66,7 @@ def sample_flops(model: Shapes, positions: float, supervised: float, *, stored_f
     )
 
 
-def clip_flops(model: Shapes) -> float:
+def clip_flops(model: MetaModels) -> float:
     """Operations of the forward pass of all frames of a sample."""
     config: Any = model.tower.config
     tokens = (config.image_size // config.patch_size) ** 2 + 1
@@ -76,7 +76,7 @@ def clip_flops(model: Shapes) -> float:
     return model.captioner.projector.num_frames * (config.num_hidden_layers * layer + patches)
 
 
-def projector_flops(model: Shapes) -> float:
+def projector_flops(model: MetaModels) -> float:
     """Forward and, where it is trained, both gradients: three times the forward pass, counted by a
     run on the meta device. CLIP's features need no gradient; that is not subtracted."""
     projector = model.captioner.projector

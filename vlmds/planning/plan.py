@@ -10,12 +10,13 @@ from vlmds.console.text import counted, size_text
 from vlmds.data.alike import converted, tower_keys
 from vlmds.data.coverage import coverage_lines
 from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.features import needs_tower
 from vlmds.data.index import SampleRow
 from vlmds.data.stored import read_description
 from vlmds.errors import InputError, SampleError
 from vlmds.experiments.schedule import accumulation_steps, describe_batch, stage_steps
 from vlmds.experiments.schema import Experiment, StageConfig
-from vlmds.models.assemble import Shapes, shapes
+from vlmds.models.assemble import MetaModels, meta_models
 from vlmds.models.captioner import IGNORE, VISUAL, Captioner
 from vlmds.models.fetch import presence
 from vlmds.models.language import load_tokenizer
@@ -52,7 +53,7 @@ def plan_experiment(
         gpu: name of a card, to propose settings for it.
 
     Raises:
-        InputError: an unknown card, no dataset at data.path, and what :func:`shapes` and
+        InputError: an unknown card, no dataset at data.path, and what :func:`meta_models` and
             :func:`check_experiment` refuse, as training does.
     """
     for name, value in (
@@ -66,7 +67,7 @@ def plan_experiment(
     card = find_card(gpu) if gpu else None
     dataset = open_dataset(data) if data.path or data.blend else None
     stored = dataset is not None and dataset.store == "features"
-    model = shapes(experiment)
+    model = meta_models(experiment)
     check_experiment(experiment, model, dataset, gpus)
     sections = [
         _heading(experiment),
@@ -113,7 +114,7 @@ def _presence(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def _parameters(experiment: Experiment, model: Shapes) -> str:
+def _parameters(experiment: Experiment, model: MetaModels) -> str:
     adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
     parts: dict[str, tuple[int, str]] = {  # name: (parameters, name in a stage's `train`)
         "vision": (_count(model.tower), ""),
@@ -146,13 +147,13 @@ def _trained(stage: StageConfig, captioner: Captioner) -> dict[str, int]:
     }
 
 
-def _memory(experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset | None) -> str:
+def _memory(experiment: Experiment, model: MetaModels, gpus: int, dataset: Dataset | None) -> str:
     """Bytes per GPU and stage, by part, and the size of a checkpoint."""
-    stored = dataset is not None and dataset.store == "features"
+    tower = model.tower if needs_tower(experiment, dataset) else None
     columns, checkpoints = [], []
     for stage in experiment.stages:
         freeze(model.captioner, stage)
-        columns.append(stage_memory(experiment, stage, model.captioner, None if stored else model.tower, gpus))
+        columns.append(stage_memory(experiment, stage, model.captioner, tower, gpus))
         checkpoints.append(checkpoint_bytes(experiment, model.captioner))
     training = experiment.training
     every = training.activation_checkpointing
@@ -180,7 +181,9 @@ def _memory(experiment: Experiment, model: Shapes, gpus: int, dataset: Dataset |
     return "\n".join(lines)
 
 
-def _stores(experiment: Experiment, model: Shapes, dataset: Dataset | None, rate: float, how: str, cores: float) -> str:
+def _stores(
+    experiment: Experiment, model: MetaModels, dataset: Dataset | None, rate: float, how: str, cores: float
+) -> str:
     """The cost of each store, and the cheapest that keeps the GPUs busy."""
     vision: Any = model.tower.config
     projector = model.captioner.projector
@@ -251,7 +254,7 @@ def _splits(dataset: Dataset) -> str:
     return f"data: {dataset.root} ({dataset.store} store; {counts})"
 
 
-def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> str:
+def _sample(experiment: Experiment, model: MetaModels, dataset: Dataset | None) -> str:
     """One sample as the model sees it, with the positions that have loss: the first that training
     reads, or an example without data."""
     lines, caption, prompt = ["sample: an example"], EXAMPLE_CAPTION, None
@@ -278,7 +281,7 @@ def _sample(experiment: Experiment, model: Shapes, dataset: Dataset | None) -> s
     return "\n".join(lines + _tokens(sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
 
 
-def _first_sample(experiment: Experiment, model: Shapes, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
+def _first_sample(experiment: Experiment, model: MetaModels, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
     """The first sample of training: row, caption, and its own prompt if it has one. Raises
     SampleError."""
     reader = training_reader(experiment, model, dataset)

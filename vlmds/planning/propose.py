@@ -16,7 +16,7 @@ from typing import Any
 from vlmds.console.text import counted, size_text
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
-from vlmds.models.assemble import Shapes
+from vlmds.models.assemble import MetaModels
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card
 from vlmds.planning.flops import sample_flops
@@ -68,7 +68,9 @@ class Proposal:
         )
 
 
-def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stored_features: bool) -> list[Proposal]:
+def proposals(
+    experiment: Experiment, model: MetaModels, card: Card, gpus: int, stored_features: bool
+) -> list[Proposal]:
     """The settings that fit the card, for NF4 and whole weights; the fastest first, of equally fast
     ones that with the largest micro-batch. The last stage is predicted, which takes most memory.
 
@@ -110,7 +112,7 @@ def proposals(experiment: Experiment, model: Shapes, card: Card, gpus: int, stor
 
 
 def predicted_rate(
-    experiment: Experiment, stage: StageConfig, model: Shapes, card: Card, every: int, stored_features: bool
+    experiment: Experiment, stage: StageConfig, model: MetaModels, card: Card, every: int, stored_features: bool
 ) -> float:
     """Samples a second on one GPU of this kind; communication is not counted."""
     size = experiment.training.micro_batch
@@ -135,7 +137,7 @@ def passes(every: int) -> float:
     return 2 + (1 / every if every else 0.0)
 
 
-def host_seconds(experiment: Experiment, model: Shapes, count: float, linear: float = LINEAR_SECONDS) -> float:
+def host_seconds(experiment: Experiment, model: MetaModels, count: float, linear: float = LINEAR_SECONDS) -> float:
     """Seconds of the host for `count` passes over the LLM, for any size of the micro-batch. linear:
     seconds for each 4-bit Linear."""
     llm: Any = model.captioner.llm

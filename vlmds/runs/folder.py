@@ -6,8 +6,8 @@ run.json          an id, the global batch, what it is trained from (data fingerp
                   and for each start: versions, git commit, world size, command line and the
                   implementation of attention
 metrics.jsonl     one line per optimizer step, per validation and per evaluation
-samples.jsonl     captions made during training, if training.evaluate_every is set
-ledger.jsonl      every sample that could not be read, with stage and step
+samples.jsonl     captions made in training, if training.evaluate_every is set
+ledger.jsonl      every sample that could not be read or whose caption was cut, every skipped step
 tensorboard/  checkpoints/  artifacts/{stage}/
 """
 
@@ -59,6 +59,7 @@ HARMLESS = (
     "data.num_workers",
     "data.verify",
     "data.max_bad_fraction",
+    "data.max_cut_fraction",
     "vision.frames_per_call",
     "training.micro_batch",
     "training.gradient_accumulation",

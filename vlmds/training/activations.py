@@ -1,5 +1,4 @@
-"""Activation checkpointing: which layers of the LLM keep their activations for the backward pass,
-and which compute them again."""
+"""Activation checkpointing: the layers of the LLM that recompute their activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -8,16 +7,16 @@ import torch.distributed as dist
 
 from vlmds.distributed.ranks import gather, rank_and_world
 from vlmds.experiments.schema import Experiment, StageConfig
-from vlmds.models.assemble import shapes
+from vlmds.models.assemble import meta_models
 from vlmds.models.captioner import Captioner
 from vlmds.models.trainable import freeze
 from vlmds.planning.memory import LATER_BYTES, outside_bytes, recompute_interval, stage_memories
 
 
 def checkpointed_layers(experiment: Experiment, stage: StageConfig, stored_features: bool, device: torch.device) -> int:
-    """0 for no layer, n for every n-th. ``auto`` recomputes no more than the memory of ``device``
-    asks for, as :mod:`vlmds.planning.memory` predicts; nothing on a CPU, and every layer where even that is
-    not predicted to fit. The rank with the least memory decides for all, which call this together.
+    """Interval of recomputed layers: 0 for none, n for every n-th. ``auto`` recomputes as few layers as
+    :mod:`vlmds.planning.memory` predicts to fit ``device``: none on a CPU, and every one where even that
+    is not predicted to fit. The rank with the least memory decides for all; all ranks call it alike.
 
     Args:
         stored_features: the data holds CLIP's features, so no tower is loaded.
@@ -32,16 +31,15 @@ def checkpointed_layers(experiment: Experiment, stage: StageConfig, stored_featu
 
 
 def free_bytes(device: torch.device) -> int:
-    """What PyTorch may take of a GPU's memory, its weights and all that it has taken already
-    included. Measured after a collective, because NCCL makes its communicators in the first one; all
-    ranks call this together."""
+    """Bytes of a GPU's memory that PyTorch may use, those that it uses already included. Measured
+    after a collective, because NCCL makes its communicators in the first one; all ranks call it alike."""
     start_communicators(device)
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)
 
 
 def start_communicators(device: torch.device) -> None:
-    """The least collective, to its end; nothing in a process that has joined no ranks."""
+    """Wait for a small collective; nothing in a process without other ranks."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1, device=device))
         torch.cuda.synchronize(device)
@@ -50,12 +48,12 @@ def start_communicators(device: torch.device) -> None:
 def fewest_that_fits(
     experiment: Experiment, stage: StageConfig, stored_features: bool, capacity: float, world_size: int
 ) -> int:
-    """What ``auto`` is expected to be on GPUs with ``capacity`` bytes."""
+    """The interval that ``auto`` is expected to choose on GPUs with ``capacity`` bytes."""
     return _fewest(experiment, stage, stored_features, capacity - outside_bytes(world_size), world_size)
 
 
 def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, free: float, world_size: int) -> int:
-    model = shapes(experiment)
+    model = meta_models(experiment)
     freeze(model.captioner, stage)
     memories = stage_memories(experiment, stage, model.captioner, None if stored_features else model.tower, world_size)
     every = recompute_interval(memories, free)
@@ -63,7 +61,7 @@ def _fewest(experiment: Experiment, stage: StageConfig, stored_features: bool, f
 
 
 def checkpoint_activations(captioner: Captioner, every: int) -> None:
-    """Recompute every n-th layer's activations from now on; 0: of none."""
+    """Recompute the activations of every ``every``-th layer from now on; 0: of none."""
     if every:
         captioner.llm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     else:

@@ -1,4 +1,4 @@
-"""Checkpoints: the trainables in fp32, their Adam moments, and where the stage stands.
+"""The format of checkpoints: the trainables in fp32, their Adam moments, and the stage's progress.
 
     checkpoints/align-0000200/
         rank-00000.safetensors ...   what each rank's ZeRO-2 partition holds, cut by parameter
@@ -6,10 +6,10 @@
 
 A tensor is named ``exp_avg/projector.net.weight/4096``: what it is, of which parameter, from which
 element on. Names instead of flat partitions make a checkpoint loadable at any world size; frozen
-weights are not in it. A folder gets its name only when all in it is on disk, so the newest folder
-that passes its checksums is the latest checkpoint: there is no pointer that could lie.
+weights are not in it. A folder gets its name only when all of it is on disk: the newest folder that
+passes its checksums is the latest checkpoint, and no pointer to it can be wrong.
 
-This module is the format; :mod:`vlmds.training.saver` writes it without stopping the training.
+This module is the format; :mod:`vlmds.training.saver` writes in the background of the training.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from vlmds.distributed.ranks import on_main, together
 from vlmds.errors import InputError
 from vlmds.files import publish_folder, refresh_listing, remove_folder, sha256_of, sync_file
 from vlmds.training.ema import WeightAverage
+from vlmds.training.engine import Engine
 
 VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"  # there if training.ema_decay is set
-SHARED_SECONDS = 30.0  # after which a file that another node wrote is taken not to be on a shared disk
+SHARED_SECONDS = 30.0  # after which a missing file of another node is not on a shared disk
 
 
 @dataclass(frozen=True)
 class _Fragment:
-    """The part of a parameter that this rank's partition holds, from element ``start`` on."""
+    """The part of a parameter in this rank's partition, from element ``start`` on."""
 
     name: str
     start: int
@@ -52,7 +53,7 @@ class _Fragment:
     place: slice  # in flat
 
 
-def fragments_to_save(engine, average: WeightAverage | None) -> dict[str, Tensor]:
+def fragments_to_save(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
     """This rank's tensors under the names they have in a checkpoint: views, not copies."""
     tensors = {}
     for fragment in _fragments(engine):
@@ -91,7 +92,8 @@ def publish(temporary: Path, folder: Path, state: dict, entries: list[dict]) -> 
 
 
 def _wait_for(path: Path, size: int) -> None:
-    """Another node's file may show late on a network drive; on a disk of that node it never does."""
+    """Wait until another node's file is visible: on a network drive it may be late. On a local disk of
+    that node it never is. Raises OSError."""
     deadline = time.monotonic() + SHARED_SECONDS
     os.listdir(path.parent)  # NFS forgets with it that a name was not there
     while not path.is_file() or path.stat().st_size != size:
@@ -107,14 +109,14 @@ def prune(root: Path, stage: str, keep: int) -> None:
     scores = {
         folder: score for folder in reversed(folders) if (score := _score(folder)) is not None and math.isfinite(score)
     }
-    best = max(scores, key=scores.get) if scores else None  # of equal ones the first
+    best = max(scores, key=lambda folder: scores[folder]) if scores else None  # of equal ones the first
     for folder in folders[keep:]:
         if folder != best:
             remove_folder(folder)
 
 
 def _score(folder: Path) -> float | None:
-    """A checkpoint's score; a damaged one has none, and goes when it is old."""
+    """A checkpoint's score. A damaged one has none: it is removed when it is old."""
     try:
         return read_state(folder)["score"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -122,19 +124,19 @@ def _score(folder: Path) -> float | None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Remove what a killed run was writing; nobody may be writing now."""
+    """Remove what a killed run was writing; to be called while no process writes."""
     for folder in root.glob(".*.tmp"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporary_name(folder: Path) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """The folder a checkpoint is written to before it has its name."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 @phase("loading the checkpoint")
-def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None:
-    """Put a checkpoint's weights and moments into an engine of any world size; all ranks call it.
+def load_checkpoint(folder: Path, engine: Engine, average: WeightAverage | None) -> None:
+    """Load a checkpoint's weights and moments into an engine of any world size; all ranks call it.
 
     Raises:
         InputError: on every rank, if a parameter of the engine is not, or not wholly, in the
@@ -144,7 +146,7 @@ def load_checkpoint(folder: Path, engine, average: WeightAverage | None) -> None
     engine.optimizer.update_lp_params()
 
 
-def _load(folder: Path, engine, average: WeightAverage | None) -> None:
+def _load(folder: Path, engine: Engine, average: WeightAverage | None) -> None:
     """This rank's part of :func:`load_checkpoint`."""
     refresh_listing(folder / "checkpoint.json")  # another machine has just written it, or may have
     meta = json.loads((folder / "checkpoint.json").read_text())
@@ -172,7 +174,7 @@ def _load(folder: Path, engine, average: WeightAverage | None) -> None:
                 )
 
 
-def optimizer_steps(engine) -> int:
+def optimizer_steps(engine: Engine) -> int:
     """Optimizer steps taken, as Adam's bias correction counts them."""
     optimizer = engine.optimizer.optimizer
     states = [optimizer.state[flat] for flat in engine.optimizer.single_partition_of_fp32_groups]
@@ -180,8 +182,8 @@ def optimizer_steps(engine) -> int:
 
 
 def latest_checkpoint(root: Path, stage: str) -> tuple[Path, dict] | None:
-    """The newest valid checkpoint of a stage and its state, the same on every rank; damaged ones
-    are named on rank 0 and passed over."""
+    """The newest valid checkpoint of a stage and its state, the same on every rank; rank 0 reports
+    damaged ones, which are skipped."""
 
     def newest() -> tuple[Path, dict] | None:
         for folder in checkpoints(root, stage):
@@ -225,8 +227,8 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / "checkpoint.json").read_text())["state"]
 
 
-def _flats(engine, fragment: _Fragment, average: WeightAverage | None) -> dict[str, Tensor]:
-    """Kind of tensor -> the flat partition that holds it for the fragment's group."""
+def _flats(engine: Engine, fragment: _Fragment, average: WeightAverage | None) -> dict[str, Tensor]:
+    """Kind of tensor -> the flat partition of the fragment's group with that kind."""
     values = engine.optimizer.optimizer.state[fragment.flat]
     flats = {WEIGHT: fragment.flat.data, **{moment: values[moment] for moment in MOMENTS}}
     if average is not None:
@@ -234,15 +236,15 @@ def _flats(engine, fragment: _Fragment, average: WeightAverage | None) -> dict[s
     return flats
 
 
-def _fragments(engine) -> Iterator[_Fragment]:
+def _fragments(engine: Engine) -> Iterator[_Fragment]:
     """The pieces of parameters in this rank's partitions, in the order of the parameter groups."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
     zero = engine.optimizer
     groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
     for group, (flat, params) in enumerate(groups):
         for param in params:
-            mapping = param._hp_mapping  # None where the whole parameter is another rank's
-            if mapping is not None:
+            mapping = param._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed
+            if mapping is not None:  # else the whole parameter is another rank's
                 place = mapping.hp_fragment_address
                 yield _Fragment(
                     names[id(param)],
@@ -254,7 +256,7 @@ def _fragments(engine) -> Iterator[_Fragment]:
 
 
 def _fill(target: Tensor, start: int, pieces: list[tuple[int, int, Path, str]]) -> int:
-    """Copy elements [start, start + len(target)) from the pieces; how many were not found."""
+    """Copy elements [start, start + len(target)) from the pieces. Returns how many were not found."""
     end, missing = start + len(target), len(target)
     for first, length, path, key in pieces:
         low, high = max(start, first), min(end, first + length)

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+from vlmds.training.engine import Engine
+
 
 class WeightAverage:
-    """The average of this rank's fp32 partitions.
+    """Exponential moving average of this rank's fp32 partitions.
 
     Args:
         engine: its partitions are averaged; must not be rebuilt.
@@ -18,7 +20,7 @@ class WeightAverage:
     flats: fp32, one for each parameter group, of the shape of the group's partition.
     """
 
-    def __init__(self, engine, decay: float):
+    def __init__(self, engine: Engine, decay: float):
         self._zero, self.decay = engine.optimizer, decay
         self.flats = [flat.detach().clone() for flat in self._partitions]
 
@@ -27,12 +29,12 @@ class WeightAverage:
         return [flat.data for flat in self._zero.single_partition_of_fp32_groups]
 
     def update(self) -> None:
-        """After an optimizer step."""
+        """Add the weights after an optimizer step."""
         torch._foreach_lerp_(self.flats, self._partitions, 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights meanwhile; all ranks enter and leave together."""
+        """Context in which the model has the averaged weights; all ranks enter and leave it alike."""
         self._swap()
         try:
             yield
@@ -41,7 +43,7 @@ class WeightAverage:
 
     def _swap(self) -> None:
         for average, partition in zip(self.flats, self._partitions, strict=True):
-            held = average.clone()
+            averaged = average.clone()
             average.copy_(partition)
-            partition.copy_(held)
+            partition.copy_(averaged)
         self._zero.update_lp_params()

@@ -1,4 +1,4 @@
-"""Energy that the GPUs take, from NVML's counter (extra ``energy``)."""
+"""Energy taken by the GPUs, from NVML's counter (extra ``energy``)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class EnergyMeter:
         self._start = read()
 
     def total(self) -> float | None:
-        """On all ranks alike; None if a rank's GPU has no counter."""
+        """Joules so far, the same on all ranks; None if a rank's GPU has no counter."""
         now = self._read()
-        known = now is not None and self._start is not None
-        taken, unknown = sum_over_ranks([now - self._start if known else 0.0, not known])
-        return None if unknown else self._before + taken
+        taken = None if now is None or self._start is None else now - self._start
+        total, unknown = sum_over_ranks([taken or 0.0, taken is None])
+        return None if unknown else self._before + total
 
 
 def gpu_counter(device: torch.device) -> Callable[[], float | None]:
-    """Reads the joules that a GPU has taken since its driver was loaded (Volta and later); reads
-    None on a CPU, without nvidia-ml-py, from GPUs that do not count, and from a part of a GPU (MIG):
-    the counter is the whole one's."""
+    """A function that returns the joules a GPU has taken since its driver was loaded (Volta and later).
+    It returns None on a CPU, without nvidia-ml-py, on GPUs without a counter, and on a part of a GPU
+    (MIG), where the counter is that of the whole GPU."""
     if device.type != "cuda":
         return lambda: None
     try:
@@ -53,10 +53,10 @@ def gpu_counter(device: torch.device) -> Callable[[], float | None]:
 
 
 def _in_parts(handle) -> bool:
-    """Whether a GPU is divided. CUDA may call a part of it by the whole one's UUID."""
+    """Whether a GPU is divided (MIG). CUDA may report the whole GPU's UUID for a part of it."""
     import pynvml
 
     try:
         return pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
-    except pynvml.NVMLError:  # a GPU that cannot be
+    except pynvml.NVMLError:  # a GPU without MIG
         return False

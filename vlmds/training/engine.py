@@ -1,18 +1,17 @@
-"""The DeepSpeed engine: build it, step it, take it down without a trace."""
+"""The DeepSpeed engine: how it is built, reduces gradients once a step, and is taken down completely."""
 
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -21,100 +20,57 @@ from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
 from vlmds.models.dora import weights_changed
 from vlmds.models.trainable import parameter_groups, trainable
+from vlmds.training.ds_config import experiment_ds_config
 
-OWNER_REDUCTIONS = 64
-"""Ranks up to which each part of the gradients is reduced to the rank that owns it, one after
-another: half the bytes of an all-reduce, but as many rings as ranks, each with its own latency."""
 NORM_ELEMENTS = 1 << 22
 """Gradients whose norm is computed at once; a copy of so many in float64 takes 34 MB."""
 
 
-def resolve_ds_config(path: Path, values: dict[str, object]) -> dict:
-    """Read a DeepSpeed JSON and fill in what the experiment sets.
+class ZeroOptimizer(Protocol):
+    """What vlmds uses of DeepSpeed's ZeRO-2 optimizer; the partitions and groups are private there.
 
-    Args:
-        path: the JSON file.
-        values: dotted key -> the experiment's value. The file may say ``"auto"``, the same value,
-            or leave the key out.
-
-    Raises:
-        InputError: unreadable file, or another value than the experiment's (both are named).
+    optimizer: the wrapped AdamW. overflow: the last step was skipped. single_partition_of_fp32_groups:
+    this rank's fp32 partition of each parameter group. bit16_groups: each group's parameters, in the
+    model's dtype.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"--ds-config {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"--ds-config {path}: not a JSON object of DeepSpeed's settings")
-    for name, setting in (
-        ("optimizer", "stages.*.lr and training.betas"),
-        ("scheduler", "stages.*.schedule"),
-        ("fp16", "llm.dtype"),
-        ("amp", "llm.dtype"),
-    ):
-        block = config.get(name)
-        if block and not (isinstance(block, dict) and block.get("enabled") is False):
-            raise InputError(
-                f"{path.name}: {name} is {json.dumps(block)}, but the experiment sets it by {setting}; delete it there"
-            )
-    for dotted, value in values.items():
-        *parents, leaf = dotted.split(".")
-        node = config
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise InputError(
-                    f"{path.name}: {part} is {json.dumps(node)}, not an object; write {{}} there or leave it out"
-                )
-        if node.get(leaf, "auto") not in ("auto", value):
-            raise InputError(
-                f"{path.name}: {dotted} is {node[leaf]!r}, but the experiment needs {value!r}; "
-                'write "auto" there or change the experiment'
-            )
-        node[leaf] = value
-    return config
+
+    optimizer: torch.optim.Optimizer
+    overflow: bool
+    param_groups: list[dict[str, Any]]
+    single_partition_of_fp32_groups: list[nn.Parameter]
+    bit16_groups: list[list[nn.Parameter]]
+
+    def update_lp_params(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
 
 
-def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int, trainables: int) -> dict:
-    """The DeepSpeed JSON with all that the experiment sets; see :func:`resolve_ds_config`.
-    trainables: parameters that the stage trains."""
-    training = experiment.training
-    config = resolve_ds_config(
-        path,
-        {
-            "train_batch_size": training.micro_batch * accumulation * dist.get_world_size(),
-            "train_micro_batch_size_per_gpu": training.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": training.max_grad_norm,
-            "bf16.enabled": experiment.llm.dtype == "bfloat16",
-            "zero_optimization.stage": 2,
-            "zero_optimization.compute_grad_norm": True,  # which also finds steps to skip
-        },
-    )
-    zero = config["zero_optimization"]
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
-            zero[bucket] = trainables
-    if zero.get("use_multi_rank_bucket_allreduce") == "auto":
-        zero["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(dist.get_world_size())
-    config.setdefault("steps_per_print", 10**9)  # our own monitor prints
-    # And measures: DeepSpeed's timer would wait for the GPU before every forward pass.
-    config.setdefault("timers", {"throughput": {"enabled": False}})
-    return config
+class Engine(Protocol):
+    """What vlmds uses of DeepSpeed's engine."""
 
+    module: nn.Module
+    optimizer: ZeroOptimizer
+    forward: Callable[..., Tensor]
+    backward: Callable[..., object]
+    step: Callable[[], object]
 
-def check_ds_config(path: Path, experiment: Experiment, accumulation: int) -> None:
-    """Raise InputError if :func:`build_engine` would refuse the DeepSpeed JSON, or DeepSpeed."""
-    config = experiment_ds_config(path, experiment, accumulation, trainables=1)
-    try:
-        DeepSpeedConfig(config)
-    except (AssertionError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--ds-config {path}: DeepSpeed refuses it: {reason[:300]}") from error
+    def __call__(self, *inputs: Tensor) -> Tensor: ...
+
+    def train(self) -> object: ...
+
+    def get_global_grad_norm(self) -> Tensor | float: ...
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
+
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]: ...
+
+    def destroy(self) -> None: ...
 
 
 @phase("building the engine")
-def build_engine(model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path, accumulation: int):
+def build_engine(
+    model: nn.Module, experiment: Experiment, stage: StageConfig, ds_config: Path, accumulation: int
+) -> Engine:
     """A ZeRO-2 engine around ``model``, whose trainable parameters are those with
     ``requires_grad``, in the groups of :func:`parameter_groups`.
 
@@ -127,7 +83,10 @@ def build_engine(model: nn.Module, experiment: Experiment, stage: StageConfig, d
         raise InputError(f"stages: {stage.name}: nothing is trainable")
     config = experiment_ds_config(ds_config, experiment, accumulation, trainable(model))
     optimizer = torch.optim.AdamW(
-        groups, lr=stage.lr, betas=tuple(training.betas), fused=get_accelerator().device_name() == "cuda" or None
+        groups,
+        lr=stage.lr,
+        betas=(training.betas[0], training.betas[1]),
+        fused=get_accelerator().device_name() == "cuda" or None,
     )
     optimizer.register_step_post_hook(lambda *_: weights_changed())
     for param in (p for group in groups for p in group["params"]):
@@ -142,23 +101,23 @@ class NormChecked(DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO-2 optimizer, which skips a step, on all ranks, whose gradients are not all
     finite. Here their norm decides it, and the host waits for the GPU once a step, to read it.
 
-    DeepSpeed first searches every parameter's gradient for what is no number, and then computes
-    norms, which are no numbers either if a gradient is none: thousands of small operations, and a
-    wait for each group of parameters, twice (with the optimizer on the host, for each parameter).
+    DeepSpeed first searches every parameter's gradient for values that are not finite, and then
+    computes norms, which are not finite either if a gradient is not: thousands of small operations, and
+    a wait for each group of parameters, twice (with the optimizer on the host, for each parameter).
 
     It overrides what ``step()`` of DeepSpeed 0.19 calls and reads private state;
     tests/contracts/test_deepspeed.py fails when that changes.
     """
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
-        """No search: right after it ``step()`` looks at the norm."""
+        """No search: right after it ``step()`` checks the norm."""
 
     def update_offload_overflow_tracker(self, grad: Tensor | None) -> None:
         """No search while gradients go to the host, either."""
 
     def reset_cpu_buffers(self) -> None:
-        """With the optimizer on the host also the gradients of a step that was skipped: DeepSpeed
-        would add those of the next steps to them, which then are no numbers either."""
+        """With the optimizer on the host, discard also the gradients of a skipped step: DeepSpeed
+        would add the next steps' gradients to them, which then are not finite either."""
         super().reset_cpu_buffers()
         self.averaged_gradients.clear()
 
@@ -173,10 +132,10 @@ class NormChecked(DeepSpeedZeroOptimizer):
         return squares.sqrt().float().cpu()
 
     def _own_norms(self) -> list[Tensor]:
-        """Norms of what this rank owns of the gradients, in parts, float64 scalars."""
-        if self.cpu_offload:  # noted on the GPU, when they left it
+        """Norms of this rank's share of the gradients, in parts, float64 scalars."""
+        if self.cpu_offload:  # computed on the GPU before they left it
             return list(self.norm_for_param_grads.values())
-        parts = []
+        parts: list[Tensor] = []
         for number, group in self.averaged_gradients.items():
             whole = self._get_preflattened_grad_partition(number)
             parts += group if whole is None else [whole]  # what pads them is zero
@@ -187,14 +146,9 @@ class NormChecked(DeepSpeedZeroOptimizer):
         ]
 
 
-def reduces_to_owners(world_size: int) -> bool:
-    """Whether ``"auto"`` reduces gradients to the ranks that own them, and not to all."""
-    return world_size <= OWNER_REDUCTIONS
-
-
 @contextmanager
-def reduced_once(engine) -> Iterator[None]:
-    """The backward passes of one optimizer step go inside; ``engine.step()`` follows, once.
+def reduced_once(engine: Engine) -> Iterator[None]:
+    """Context of the backward passes of one optimizer step; one ``engine.step()`` follows it.
 
     ZeRO-2 by itself reduces the gradients of every micro-batch over the ranks. Here they add up on
     their rank in fp32, and are rounded to the model's dtype and reduced at the end.
@@ -204,13 +158,13 @@ def reduced_once(engine) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            # With nothing to reduce this rank can go down at once, instead of waiting for others.
+            # With nothing to reduce, this rank can end at once instead of waiting for others.
             engine.optimizer.zero_grad()
             raise
 
 
-def release(engine) -> None:
-    """Destroy the engine and everything that it hung onto the model.
+def release(engine: Engine) -> None:
+    """Destroy the engine and all that it attached to the model.
 
     ``destroy()`` leaves forward hooks, gradient hooks and buffers behind, and with them the whole
     engine and its optimizer states. The caller must drop its own reference too.
@@ -240,13 +194,13 @@ def release(engine) -> None:
     get_accelerator().empty_cache()
 
 
-def set_learning_rate(engine, lr: float) -> None:
+def set_learning_rate(engine: Engine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["factor"]
 
 
 def seed_micro_batch(seed: int, stage: int, step: int, micro: int, rank: int) -> None:
-    """Seed dropout as a function of where we are, so that a resumed run needs no saved RNG."""
+    """Seed dropout as a function of the position in the run: a resumed run needs no saved RNG state."""
     generator = torch.Generator().manual_seed(
         hash((seed, stage, step, micro, rank)) % 2**63  # hash of ints is the same in any process
     )

@@ -1,7 +1,7 @@
-"""The command `deepspeed launch/train.py --exp e7.yaml`: one experiment, whole schedule.
+"""The command `deepspeed launch/train.py --exp e7.yaml`: one experiment, its whole schedule.
 
-The arguments, the checks, the models, the run folder, the stages: in this order, so that a mistake
-is found before the slow part, and a start that is refused leaves nothing behind. See
+The arguments, the checks, the models, the run folder, the stages, in this order: a mistake is found
+before the slow part, and a refused start leaves nothing behind. See
 docs/training.md for what each argument does.
 """
 
@@ -13,34 +13,34 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from vlmds.console.progress import phase, tell
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
-from vlmds.data.features import check_features
+from vlmds.data.features import check_features, needs_tower
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.failures import run_on_ranks
 from vlmds.distributed.ranks import gather, is_main, join_ranks, on_main, shared_error, together
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing
-from vlmds.errors import InputError
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
-from vlmds.experiments.schedule import accumulation_steps, describe_batch
+from vlmds.experiments.schedule import Schedule, describe_batch
 from vlmds.experiments.schema import Experiment
-from vlmds.files import absolute, copy_files, new_folder
-from vlmds.models.assemble import Shapes, load_model, shapes
+from vlmds.files import absolute
+from vlmds.models.assemble import MetaModels, load_model, meta_models
 from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
+from vlmds.models.hub import pretrained_models
 from vlmds.models.language import load_tokenizer
 from vlmds.planning.checks import check_experiment, sequence_builder
-from vlmds.runs.folder import RunFolder, check_run_folder, check_same_experiment, open_run
-from vlmds.runs.lineage import base_weights, inherit, inheritance, recorded_revisions
-from vlmds.training import checkpoint
-from vlmds.training.engine import check_ds_config
+from vlmds.runs.folder import RunFolder, check_run_folder, open_run
+from vlmds.runs.lineage import base_weights, recorded_revisions
+from vlmds.training.ds_config import check_ds_config, find_ds_config
+from vlmds.training.origin import begin, check_origin
 from vlmds.training.stages import run_stages
 
 # Keys that may differ between nodes.
@@ -54,16 +54,13 @@ OF_A_NODE = (
     "llm.model",
     "llm.revision",
 )
-REPOSITORY = Path(__file__).resolve().parents[2]
-# An installed package has its copies; in a checkout the files lie where deepspeed's users look.
-DS_CONFIGS = (REPOSITORY / "vlmds" / "ds_configs", REPOSITORY / "ds_configs")
 
 
 def main(args: argparse.Namespace) -> int:
     """Returns the exit code: see :func:`vlmds.distributed.failures.run_on_ranks`.
 
     Args:
-        args: of :func:`vlmds.cli.training.add_train`.
+        args: the arguments of :func:`vlmds.cli.training.add_train`.
     """
     return run_on_ranks(lambda: start(args))
 
@@ -104,7 +101,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     start_from = None if args.resume in ("auto", "never") else Path(args.resume)
     earlier = (output, start_from and start_from.resolve().parent.parent, args.from_run)
     experiment = pin_models(experiment, on_main(lambda: recorded_revisions(experiment, *earlier)))
-    parts = together(lambda: shapes(experiment) if is_main() else None)
+    # Only rank 0 needs them.
+    parts: Any = together(lambda: meta_models(experiment) if is_main() else None)
     on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
     experiment = fetch_models(experiment)
     on_main(lambda: check_models(experiment, parts, dataset))
@@ -113,37 +111,36 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         "data_fingerprint": dataset.fingerprint,
         "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
         "weights": base_weights(experiment),
-        "revisions": {"vision": experiment.vision.revision, "llm": experiment.llm.revision},
+        "revisions": {part: section.revision for part, section in pretrained_models(experiment).items()},
     }
     world_size = dist.get_world_size()
     run = on_main(
         lambda: open_run(output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv)
     )
-    together(lambda: check_ds_config(config, experiment, accumulation_steps(experiment, world_size, run.global_batch)))
+    schedule = together(lambda: Schedule.of(experiment, world_size, run.global_batch, dataset.count("train")))
+    together(lambda: check_ds_config(config, experiment, schedule.accumulation))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
         tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
     warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
-    stored = None
-    if dataset.store == "features" and not experiment.training.evaluate_every:  # has black frames
-        stored = dataset.meta["vision"]["fingerprint"]
+    stored = None if needs_tower(experiment, dataset) else dataset.meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     run = on_main(lambda: begin(run, experiment, start_from, taken))
     _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
-    run_stages(experiment, model, dataset, run, config, device, stop)
+    run_stages(experiment, model, dataset, run, schedule, config, device, stop)
 
 
-def check_models(experiment: Experiment, parts: Shapes, dataset: Dataset) -> None:
-    """What :func:`check_experiment` leaves out: the tokenizer must suit the language model, and
-    stored features must be of the tower. Raises InputError."""
+def check_models(experiment: Experiment, parts: MetaModels, dataset: Dataset) -> None:
+    """Checks that need the models' files: the tokenizer must suit the language model, and stored
+    features must be those of the tower. Raises InputError."""
     sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
     check_features(dataset, experiment)
 
 
 def warn_of_readers(num_workers: int) -> None:
-    """Say if rank 0 starts fewer reader processes than asked for
+    """Warn if rank 0 starts fewer reader processes than configured
     (:class:`vlmds.data.loader.Batches`)."""
     cores = cores_of_rank()
     if is_main() and num_workers > cores:
@@ -155,8 +152,8 @@ def warn_of_readers(num_workers: int) -> None:
 
 
 def note_attention(run: RunFolder, attention: str, remark: str) -> None:
-    """Record and print what ``llm.attention`` is here, and the remark of :func:`attention_for`; a
-    warning has a line of its own."""
+    """Record and print the implementation of attention in use, and the remark of
+    :func:`attention_for`; a warning has a line of its own."""
     run.note(attention=attention)
     warning = remark.startswith("WARNING: ")
     tell(f"vlmds: attention: {attention}{f' ({remark})' if remark and not warning else ''}")
@@ -165,8 +162,8 @@ def note_attention(run: RunFolder, attention: str, remark: str) -> None:
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
-    """Raise InputError, naming the keys, on all ranks unless all have the same experiment, but for
-    where things lie on their nodes, and the same DeepSpeed JSON."""
+    """Raise InputError on all ranks, naming the keys, unless all have the same experiment (paths of
+    data and models may differ) and the same DeepSpeed JSON."""
     content = ds_config.read_bytes() if ds_config.is_file() else b""
     settings = {
         key: value
@@ -188,7 +185,7 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
 
 
 def verify(dataset: Dataset, experiment: Experiment) -> None:
-    """Check this rank's share of the shards and indexes, so that damage is found before training."""
+    """Check this rank's share of the shards and indexes. Raises InputError if one is damaged."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if experiment.data.verify == "sha256":
         for part in dataset.parts[rank::world_size]:
@@ -197,122 +194,3 @@ def verify(dataset: Dataset, experiment: Experiment) -> None:
         for part, shard in shown.counting(dataset.shards()[rank::world_size]):
             doing(f"checking shard {part.root / shard.path}")
             part.verify([shard], experiment.data.verify)
-
-
-def check_origin(
-    run: RunFolder, experiment: Experiment, start_from: Path | None, from_run: Path | None
-) -> dict[str, dict]:
-    """Check what the run is to grow from; nothing is written. Returns the stages to inherit."""
-    if start_from is not None and not grew_from(run, start_from):
-        check_adoptable(start_from, experiment, run)
-    return inheritance(from_run, experiment, run) if from_run is not None else {}
-
-
-def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken: dict[str, dict]) -> RunFolder:
-    """Write the run, and take over what it grows from. Returns the run.
-
-    Raises:
-        InputError: meanwhile another start has begun a run there.
-    """
-    if len(run.record["starts"]) == 1 and (run.path / "run.json").is_file():
-        raise InputError(
-            f"--output {run.path}: another start has begun a run there meanwhile; "
-            "choose another --output, or start again to go on with that one"
-        )
-    again = start_from is not None and grew_from(run, start_from)
-    if again:
-        tell(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
-    elif start_from is not None:
-        run.record["resumed_from"] = {
-            "checkpoint": str(start_from.resolve()),
-            "stage": checkpoint.read_state(start_from)["stage"],
-        }
-    inherit(taken, run)
-    if start_from is not None and not again:
-        adopt(start_from, experiment, run)
-    run.begin(experiment)
-    return run
-
-
-def grew_from(run: RunFolder, folder: Path) -> bool:
-    """Whether an earlier start of the run has taken the checkpoint ``folder`` over."""
-    origin = run.record.get("resumed_from", {})
-    return origin.get("checkpoint") == str(folder.resolve())
-
-
-def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> None:
-    """Raise InputError unless the checkpoint ``folder`` is sound and of a run like this one."""
-    problem = checkpoint.check(folder)
-    if problem:
-        raise InputError(f"--resume {folder}: not a usable checkpoint: {problem}")
-    other = folder.resolve().parent.parent
-    check_same_experiment(other, experiment)
-    if other != run.path.resolve() and any(run.path.glob("checkpoints/[a-z]*")):
-        raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another --output")
-    lineage = checkpoint.read_state(folder)["lineage"]
-    for name, what in (
-        ("data_fingerprint", "on other data"),
-        ("weights", "from other base weights"),
-        ("sampling", "on frames that were sampled or resized otherwise"),
-    ):
-        if lineage.get(name, run.record[name]) != run.record[name]:
-            raise InputError(f"--resume {folder}: was trained {what}; use the same, or start a new run")
-    theirs = RunFolder.read(other)["global_batch"]
-    if theirs != run.global_batch:
-        raise InputError(
-            f"--resume {folder}: was trained with training.global_batch {theirs}, not {run.global_batch}; set that"
-        )
-
-
-def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
-    """Make ready to start from the checkpoint ``folder``: of another run, whose finished stages are
-    copied here; or of this one, whose later checkpoints and artifacts are moved out of the way."""
-    names = [stage.name for stage in experiment.stages]
-    number = names.index(checkpoint.read_state(folder)["stage"])
-    other = folder.resolve().parent.parent
-    if other != run.path.resolve():
-        for name in names[:number]:
-            with new_folder(run.artifact(name)) as new:
-                copy_files(other / "artifacts" / name, new)
-        return
-    later = [found for found in checkpoint.checkpoints(run.checkpoints, names[number]) if found.name > folder.name]
-    for name in names[number + 1 :]:
-        later += checkpoint.checkpoints(run.checkpoints, name)
-    later += [run.artifact(name) for name in names[number:] if run.artifact(name).exists()]
-    if later:
-        aside = run.path / f"before-start-{len(run.record['starts'])}"
-        aside.mkdir(exist_ok=True)
-        tell(f"vlmds: what came after {folder.name} is moved to {aside}")
-        for found in later:
-            found.rename(aside / f"{found.parent.name}-{found.name}")
-
-
-def find_ds_config(given: str | None) -> Path:
-    """The DeepSpeed JSON that ``--ds-config`` means: a path, or the name of one that comes with
-    vlmds; the default if it is not given."""
-    if given is None:
-        return default_ds_config()
-    if Path(given).is_file() or Path(given).name != given:
-        return Path(given)
-    return _packaged_ds_config(given.removesuffix(".json"))
-
-
-def default_ds_config() -> Path:
-    """zero2.json of ds_configs/, or on a CPU zero2_cpu.json.
-
-    The two are alike today. Both stay, since commands name each (``--ds-config zero2_cpu``), and
-    what suits a GPU, such as overlapping communication, must not change the CPU's numbers.
-    """
-    on_cpu = get_accelerator().device_name() == "cpu"
-    return _packaged_ds_config("zero2_cpu" if on_cpu else "zero2")
-
-
-def _packaged_ds_config(name: str) -> Path:
-    """Raises InputError if there is none of this name."""
-    known = {path.stem: path for folder in reversed(DS_CONFIGS) for path in folder.glob("*.json")}
-    if name not in known:
-        raise InputError(
-            f"--ds-config: {name} is neither a file nor one of those that come with "
-            f"vlmds: {', '.join(sorted(known)) or 'none is installed'}"
-        )
-    return known[name]

@@ -1,8 +1,8 @@
-"""What a run reports: a progress line, metrics.jsonl, TensorBoard and, if asked for, W&B.
+"""The reports of a run: a progress line, metrics.jsonl, TensorBoard and, if configured, W&B.
 
-Every optimizer step has its line in metrics.jsonl; steps are written in groups of
-``logging.every``, because reading a loss off the GPU makes it wait. The first one after a start is
-written at once: it shows that training works, and its warm-up is in no other group's speed.
+Every optimizer step has its line in metrics.jsonl. Steps are written in groups of ``logging.every``,
+because the host waits for the GPU to read a loss. The first step after a start is written at once: it
+shows that training works, and its warm-up does not count in another group's speed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Monitor:
         waited: float,
         skipped: bool,
     ) -> None:
-        """Note optimizer step ``step`` (from 0).
+        """Record optimizer step ``step`` (from 0).
 
         Args:
             loss: mean cross-entropy per supervised token, 0-d tensor.
@@ -134,7 +134,7 @@ class Monitor:
         self._show(last)
 
     def validation(self, step: int, loss: float, samples: int) -> None:
-        """Note the validation loss after ``step`` optimizer steps of the stage."""
+        """Record the validation loss after ``step`` optimizer steps of the stage."""
         self.flush()
         self._write([{"kind": "val", "stage": self.stage, "step": step, "loss": loss, "samples": samples}])
         self.say(f"{self.stage} step {step}/{self.total}  validation loss {loss:.4f} ({counted(samples, 'sample')})")
@@ -142,7 +142,7 @@ class Monitor:
         self._window_start, self._waited = time.perf_counter(), 0.0
 
     def evaluation(self, step: int, found: dict) -> None:
-        """Note captions after ``step`` optimizer steps of the stage; found: see
+        """Record the evaluation of captions after ``step`` optimizer steps of the stage; found: see
         :func:`vlmds.evaluation.evaluate.evaluate_subset`."""
         self.flush()
         values = {name: metric["value"] for name, metric in found["metrics"].items()}
@@ -163,7 +163,7 @@ class Monitor:
         self._window_start, self._waited = time.perf_counter(), 0.0
 
     def energy(self, step: int, joules: float | None) -> None:
-        """Note what the stage took, if anybody counted."""
+        """Record the energy of the stage in joules, if it was measured."""
         if joules is not None:
             self._write([{"kind": "energy", "stage": self.stage, "step": step, "joules": joules}])
 
@@ -208,7 +208,7 @@ class Monitor:
         )
 
     def _chart(self, call: str, *arguments) -> None:
-        """Tell TensorBoard, whose writer raises what went wrong in its thread."""
+        """Write to TensorBoard; an error, which its writer thread may raise later, ends only the charts."""
         if self._charts is None:
             return
         try:
@@ -236,11 +236,12 @@ def peak_memory() -> int:
         return get_accelerator().max_memory_allocated()
     try:
         # Of this program alone: getrusage starts from what the process that started it held.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
-    except (OSError, TypeError):  # no Linux
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:  # no Linux
+        found = None
+    if found:
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def number(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""CLIP beside the language model: a micro-batch's features while the one before is trained on."""
+"""Features ahead of the training: CLIP on one micro-batch while the language model trains on the one before."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from vlmds.models.assemble import Model
 class FeaturesAhead:
     """A stage's micro-batches, step by step, and their patch features.
 
-    On a GPU, CLIP works on the next micro-batch in a stream of its own while the language model is
-    busy with this one. What either leaves idle the other can take: with 64 visual tokens a small
-    micro-batch waits for the weights to be read, while CLIP computes. The next one may be the first
-    of the next optimizer step: its frames are then read, and its features computed, before this
-    step ends, and nothing else is done with it until its own step comes. A stop, and a checkpoint
-    that is due, so come after the wait for that micro-batch; after a stop it is read again. On a CPU there is nothing
-    to gain, and each is read and computed when it is asked for.
+    On a GPU, CLIP works on the next micro-batch in a stream of its own while the language model works
+    on this one. The two complement each other: with 64 visual tokens a small micro-batch is bound by
+    reading weights, CLIP by computation. The next micro-batch may be the first of the next optimizer
+    step. Then its frames are read and its features computed before this step ends; nothing else happens
+    to it before its own step. Therefore a stop, or a checkpoint that is due, waits for that micro-batch;
+    after a stop it is read again. On a CPU there is nothing to gain: each is read and computed on demand.
 
     Args:
         model: see :meth:`Model.features`.
@@ -30,7 +29,7 @@ class FeaturesAhead:
     def __init__(self, model: Model, device: torch.device, batches: Iterable[dict]):
         self._model, self._reading = model, iter(batches)
         self._ahead = runs_ahead(device)
-        self._held: list[dict] = []  # read already, but of the next step: one or none
+        self._held: list[dict] = []  # read already, of the next step: one or none
         self._begun: tuple[Tensor, torch.cuda.Event | None] | None = None  # of what comes next
         self._stream = None
         if device.type == "cuda":  # one for all steps: the allocator keeps memory by stream
@@ -38,14 +37,14 @@ class FeaturesAhead:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # CLIP's weights are there
 
     def group(self, count: int) -> list[dict]:
-        """The next step's micro-batches, fewer than ``count`` at the end of the data. All features
-        of the step before must have been taken."""
+        """The next step's micro-batches, fewer than ``count`` at the end of the data. To be called when
+        all features of the step before have been taken."""
         held, self._held = self._held, []
         return held + list(islice(self._reading, count - len(held)))
 
     def features(self, group: list[dict]) -> Iterator[Tensor]:
-        """[B, F·P, vision width] of each of a step's micro-batches; the next is asked for when this
-        one's work has been given to the GPU."""
+        """Features [B, F·P, vision width] of each of a step's micro-batches. The caller takes the next
+        ones once it has launched this micro-batch's work on the GPU."""
         for number, batch in enumerate(group):
             begun, self._begun = self._begun or self._begin(batch), None
             if self._ahead:
@@ -60,23 +59,23 @@ class FeaturesAhead:
         return self._held
 
     def _begin(self, batch: dict) -> tuple[Tensor, torch.cuda.Event | None]:
-        """The features, and what says that they are there."""
+        """The features, and the event after which they are computed."""
         if self._stream is None:
             return self._model.features(batch), None
-        # It needs nothing that the current stream has yet to do: the frames come from the host's
-        # pinned memory, and CLIP's weights never change.
+        # Independent of the current stream: the frames come from the host's pinned memory, and CLIP's
+        # weights never change.
         with torch.cuda.stream(self._stream):
             return self._model.features(batch), self._stream.record_event()
 
     def _finish(self, features: Tensor, event: torch.cuda.Event | None) -> Tensor:
-        """The features, for the current stream."""
+        """The features, ready for the current stream."""
         if event is not None:
             current = torch.cuda.current_stream(features.device)
             current.wait_event(event)
-            features.record_stream(current)  # its memory is not used again before it has been read
+            features.record_stream(current)  # or the allocator could reuse its memory too early
         return features
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether there is anything to gain."""
+    """Whether features are computed ahead: on a GPU."""
     return device.type == "cuda"

@@ -1,8 +1,8 @@
-"""Writes checkpoints while the training goes on.
+"""The writing of checkpoints in the background of the training.
 
-``begin`` copies this rank's partitions to memory of the host and returns; a thread writes them. No
-rank waits for another: whether all ranks have written is one number more in the sum over ranks
-that every step begins with. When it says so, a thread of rank 0 gives the checkpoint its name.
+``begin`` copies this rank's partitions to host memory and returns; a thread writes them. No rank waits
+for another: every step begins with a sum over ranks, in which one number says how many ranks have
+written. When all have, a thread of rank 0 gives the checkpoint its name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vlmds.console.progress import phase
 from vlmds.distributed.ranks import gather
 from vlmds.training import checkpoint
 from vlmds.training.ema import WeightAverage
+from vlmds.training.engine import Engine
 
 
 class Saver:
@@ -29,8 +30,8 @@ class Saver:
     Args:
         root: the run's folder for checkpoints, on a file system that all ranks share.
         keep: newest checkpoints that stay, besides the best.
-        say: called with a line on a checkpoint that could not be written; training goes on, and the earlier
-            checkpoints stand.
+        say: called with a line about a checkpoint that could not be written; training goes on, and the
+            earlier checkpoints stay.
     """
 
     def __init__(self, root: Path, stage: str, keep: int, say: Callable[[str], None]):
@@ -39,9 +40,11 @@ class Saver:
         self._writer: threading.Thread | None = None
         self._publisher: threading.Thread | None = None  # on rank 0
         self._buffers: dict[str, Tensor] = {}
+        self._entry: dict | None = None
+        self._problem: str | None = None
         self._unsaved: str | None = None  # on rank 0: why the last one has no name
 
-    def begin(self, engine, average: WeightAverage | None, step: int, state: dict) -> None:
+    def begin(self, engine: Engine, average: WeightAverage | None, step: int, state: dict) -> None:
         """Start to write the checkpoint of optimizer step ``step``; ``state`` is JSON values, the
         same on every rank."""
         self._settle()
@@ -91,7 +94,7 @@ class Saver:
         try:
             if problem is None:
                 checkpoint.publish(temporary, folder, state, [entry for entry, _ in results])
-        except Exception as error:  # whatever it is, it must be reported
+        except Exception as error:  # any: it must be reported
             problem = str(error)
         if problem is not None:
             self._unsaved = f"{folder.name} not saved: {problem}"
@@ -118,5 +121,5 @@ class Saver:
         temporary = checkpoint.temporary_name(self._folder)
         try:
             self._entry = checkpoint.write_part(temporary, self.rank, tensors)
-        except Exception as error:  # whatever it is, all ranks must learn that there is no file
+        except Exception as error:  # any: all ranks must learn that there is no file
             self._problem = f"{temporary.parent}: {error}"

@@ -1,7 +1,7 @@
 """`vlmds sweep`: several experiments, one after the other by priority, each trained and evaluated.
 
-What is finished is skipped and what is half done goes on, because training and evaluation do so
-themselves. An experiment that fails leaves the others to be run.
+Finished jobs are skipped and interrupted ones go on, because training and evaluation do so themselves.
+After an experiment that fails the others still run.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, packaged_experiments
 from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import is_artifact, weights_sha256
-from vlmds.training.main import REPOSITORY
+from vlmds.training.ds_config import REPOSITORY
 
 STOPPED = 3  # exit code of a training that a signal stopped after it saved
 
 
 @dataclass
 class Job:
-    """One run of the sweep. exp: as launch/train.py takes it. first_stage: a run whose stage 1
-    this one starts from. state: what the table says."""
+    """One run of the sweep. exp: the value of ``--exp``. first_stage: a run whose stage 1 this one
+    starts from. state: its state in the table."""
 
     name: str
     exp: str
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def evaluated(self) -> bool:
-        """Whether there is an evaluation of the weights that are there now."""
+        """Whether there is an evaluation of the artifact's present weights."""
         if not self.trained:
             return False
         weights = weights_sha256(self.artifact)
@@ -95,7 +95,7 @@ def plan_jobs(
 
 
 def choose(exps: list[str], every: bool, owner: str | None) -> list[str]:
-    """The experiments that the command line means."""
+    """The experiments that the command line selects."""
     numbered = [name for name in packaged_experiments() if name[1:].isdigit()]
     if every:
         return numbered
@@ -124,7 +124,8 @@ def train_command(job: Job, data: str, launcher: str) -> list[str]:
 
 
 def evaluate_command(job: Job, data: str, launcher: str, options: tuple[str, ...] = ()) -> list[str]:
-    """By the launcher of the training, if it is one that can start a module on all its GPUs."""
+    """The command of an evaluation, started by the training's launcher if that can start a module on
+    all its GPUs, else by one process."""
     words = shlex.split(launcher)
     names = [Path(word).name for word in words]
     if names[0] == "deepspeed":
@@ -154,17 +155,17 @@ def run_jobs(
         if job.trained and job.evaluated:
             job.state = "done before"
             continue
-        for doing, command in (
+        for task, command in (
             ("training", train_command(job, data, launcher)),
             ("evaluation", evaluate_command(job, data, launcher, evaluate_options)),
         ):
-            if doing == "training" and job.trained:
+            if task == "training" and job.trained:
                 continue
-            job.state = doing
+            job.state = task
             tell(f"vlmds: {job.name}: {shlex.join(command)}")
             code = subprocess.run(command, env=environment).returncode
             if code:
-                job.state = f"{doing} stopped" if code == STOPPED else f"{doing} failed ({code})"
+                job.state = f"{task} stopped" if code == STOPPED else f"{task} failed ({code})"
                 codes.append(code if code in (2, STOPPED) else 1)
                 break
         else:
@@ -212,12 +213,12 @@ def slurm_script(jobs: list[Job], data: str, launcher: str, evaluate_options: tu
 
 
 def _known(exp: str) -> str:
-    """E7 as e7, unless it is a file."""
+    """A packaged experiment by its lower-case name; a file as it is."""
     return exp if Path(exp).is_file() else exp.lower() if exp.lower() in packaged_experiments() else exp
 
 
 def _stage1_identity(experiment: Experiment) -> str:
-    """Experiments that agree in this train the same first stage: it knows no adapter."""
+    """Experiments of the same identity train the same first stage, which has no adapter."""
     tree = experiment.model_dump(exclude={"name", "owner", "priority", "peft", "logging"})
     tree["stages"] = tree["stages"][:1]
     return repr(tree)
