@@ -36,7 +36,7 @@ def refused(capsys, run, out, *options) -> str:
     return error
 
 
-def test_a_run_s_folder_tells_of_real_clips_and_results(models, shards, tmp_path):  # noqa: F811
+def test_a_run_s_card_has_results_on_real_clips(models, shards, tmp_path):  # noqa: F811
     run = make_run(models, shards, tmp_path / "run", "e2")
     evaluate_run(run, clips=4, generation=GenerationOptions(max_new_tokens=6), device="cpu")
     parity = export_run(run, tmp_path / "out", merge=True, device="cpu")
@@ -47,6 +47,8 @@ def test_a_run_s_folder_tells_of_real_clips_and_results(models, shards, tmp_path
     shown = f"{value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f}"
     assert f"| chrf++@char | {shown} |" in card
     assert "Split val, 4 clips" in card and str(parity) in card
+    doubtful = json.loads((run / "evaluation/val/metrics.json").read_text())["looking"]["warnings"]
+    assert (card.count("\nWarning: "), card.count("- 경고: ")) == (len(doubtful), len(doubtful))
     folder = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
     assert folder.experiment.data.path is None  # where the data lay is the team's own business
     assert str(shards) not in card
@@ -64,7 +66,7 @@ def test_what_cannot_be_exported_is_one_line(models, shards, tmp_path, capsys): 
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").touch()
-    assert f"--output {out}: is there already" in refused(capsys, run, out)
+    assert f"--output {out}: exists already" in refused(capsys, run, out)
     out = tmp_path / "new"
     assert "--merge: --format peft" in refused(capsys, run, out, "--format", "peft", "--merge")
     assert "neither a run folder" in refused(capsys, tmp_path / "nothing", out)

@@ -56,7 +56,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     from vlmds.export.folder import export_run
-    from vlmds.export.hub import push_to_hub
+    from vlmds.export.publish import push_to_hub
 
     parity = export_run(
         args.run, args.output, format=args.format, merge=args.merge, device=args.device, overrides=args.set
