@@ -71,7 +71,7 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
 def test_slow_imports_are_announced(tmp_path, monkeypatch, capsys):
     imported = []
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
-    monkeypatch.setattr("vlmds.cli.import_module", lambda name: (time.sleep(0.5), imported.append(name)))
+    monkeypatch.setattr("vlmds.cli.options.import_module", lambda name: (time.sleep(0.5), imported.append(name)))
     assert main(["evaluate", "--run", str(tmp_path)]) == 2
     assert imported == ["vlmds.evaluation.evaluate"]
     assert capsys.readouterr().err.startswith("vlmds: loading PyTorch and transformers: ")
