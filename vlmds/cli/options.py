@@ -8,8 +8,9 @@ from importlib import import_module
 from vlmds.console.progress import phase
 
 
-def add_exp(add, **more) -> None:
-    add("--exp", help="YAML file, or name of a packaged experiment such as e7", **more)
+def add_exp(add, default: str | None = None, **more) -> None:
+    shown = f" (default: {default})" if default else ", such as e7"
+    add("--exp", default=default, help=f"YAML file, or name of a packaged experiment{shown}", **more)
 
 
 def add_data(add, help: str) -> None:

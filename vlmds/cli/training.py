@@ -12,9 +12,9 @@ from vlmds.errors import InputError
 
 
 def train(args: argparse.Namespace) -> int:
-    load("vlmds.training.main")
     if args.gpus is not None and "RANK" not in os.environ:
         _start_launcher(args.gpus, args.argv)
+    load("vlmds.training.main")
     from vlmds.training.main import main
 
     return main(args)
@@ -23,6 +23,7 @@ def train(args: argparse.Namespace) -> int:
 def _start_launcher(gpus: int, argv: list[str]) -> None:
     """Replace this process by the deepspeed launcher, which runs the same command on every rank; the
     ranks ignore --gpus."""
+    load("vlmds.distributed.ranks")
     import torch
 
     from vlmds.distributed.ranks import cpu_environment, free_port
