@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -130,6 +131,21 @@ def test_training_refuses_bad_input_in_one_line(arguments, message, capsys, monk
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and message in error[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_gpus_starts_so_many_ranks_of_the_same_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["train", "--gpus", "0", "--exp", "e7"]) == 2
+    assert "--gpus 0: must be at least 1" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmds.cli", "train", "--gpus", "2", "--exp", "e9"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("e9: no such experiment file") == 1
+    ranks = [line for line in done.stdout.splitlines() if "exits with return code = 2" in line]
+    assert ranks and "'--gpus', '2'" in ranks[0]
 
 
 @pytest.mark.parametrize("run", ["nowhere", "."])

@@ -100,7 +100,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, summary: PackSummary) -> None:
-    """Print what is in the dataset now, and what was rejected and why."""
+    """What is in the dataset now, and what is not, and why."""
     from vlmds.data.coverage import coverage_lines
     from vlmds.data.index import ShardIndex
 
@@ -128,11 +128,12 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")
         print(
-            "after fixing files, or with a longer --deadline: pack again with --retry; after fixing "
-            "rows of the manifest: pack again with --append"
+            "once the files are repaired, or with a longer --deadline, --retry packs their shards "
+            "again; rows that are corrected in the manifest are added by --append"
         )
     if summary.known:
-        print(f"skipped {counted(summary.known, 'row')} that an earlier start packed or rejected")
+        were = "was" if summary.known == 1 else "were"
+        print(f"{counted(summary.known, 'row')} {were} packed or rejected before, and {were} left")
     if summary.duplicates:
         print(
             f"groups of samples with the same content: {summary.duplicates:,}, see "
@@ -142,8 +143,8 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
         print(f"ignored columns: {', '.join(summary.ignored_columns)}")
     if args.val_fraction and not summary.counts.get("val"):
         print(
-            f"WARNING: split val is empty: with so few rows, --val-fraction {args.val_fraction:g} selected "
-            "none; use a larger one, or a split column in the manifest"
+            f"WARNING: split val is empty: none of so few rows falls into --val-fraction "
+            f"{args.val_fraction:g}; give a larger one, or a column split in the manifest"
         )
 
 

@@ -7,9 +7,9 @@ stands, so a clip's tokens are contiguous, frame by frame, as in vlmds.
 vLLM loads it too. From its source: ``model_executor/models/llava.py`` takes any ``text_config``
 that it has a model for, Qwen3 included, several images per prompt (``limit_mm_per_prompt``),
 feature layers -1 and -2 without the last LayerNorm, strategy "default".
-``model_executor/layers/activation.py`` has gelu and relu but not linear, hence
+``model_executor/layers/activation.py`` has gelu and relu but not linear: see
 :func:`linear_as_mlp`. ``lora/peft_helper.py`` refuses a DoRA adapter ("vLLM does not yet support
-DoRA"; a pull request, vllm-project/vllm#47395, is open), hence folded weights.
+DoRA"; a pull request, vllm-project/vllm#47395, is open): the adapter is folded in.
 """
 
 from __future__ import annotations
