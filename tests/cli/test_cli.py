@@ -48,7 +48,7 @@ def test_a_share_too_small_for_the_rows_is_announced(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["pack", "caption"])
-def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, command):
     """As `vlmds … | head -1` does, with the exit code that other tools have then."""
     write_video(tmp_path / "a.mp4")
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])

@@ -1,4 +1,4 @@
-"""Exported folders: what is in them, and that others can load them."""
+"""Contents of exported folders, loaded without vlmds."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_all_eight_give_the_same_captions_without_vlmds(artifacts, captioners, f
 
 
 @pytest.mark.parametrize("exp", ["e1", "e4", "e5", "e8"])
-def test_a_merged_folder_holds_its_own_llm(artifacts, captioners, frames, tmp_path, exp):
+def test_a_merged_folder_contains_its_own_llm(artifacts, captioners, frames, tmp_path, exp):
     parity = export_run(artifacts / exp, tmp_path / "out", merge=True, device="cpu")
     assert parity.top1 == 1 and parity.clips == 8 and parity.source.startswith("random frames")
     loaded = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
