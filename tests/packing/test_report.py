@@ -159,7 +159,7 @@ def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
     tar.write_bytes(data)
     page = Page(write_report(copy).read_text("utf-8"))
     assert len(page.images()) == 2 * report.SHEET_FRAMES
-    assert "not shown: val/000000.tar" in page.text
+    assert "not shown표시할 수 없음: val/000000.tar" in page.text
 
 
 @pytest.mark.parametrize(
