@@ -1,4 +1,4 @@
-"""`vlmds doctor` under a launcher: put it where launch/train.py would stand."""
+"""`vlmds doctor` under a launcher: use it instead of launch/train.py in the same command."""
 
 import os
 import sys
@@ -9,5 +9,5 @@ if __name__ == "__main__":
     code = main(["doctor", *sys.argv[1:]])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python's own end takes connections down, and aborts where the other side is gone.
+    # Python's normal exit closes connections, and aborts if the other side is gone.
     os._exit(code)

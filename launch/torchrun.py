@@ -1,8 +1,8 @@
-"""torchrun that keeps the ranks' exit code: python launch/torchrun.py [torchrun's options] launch/train.py …
+"""torchrun that returns the ranks' exit code: python launch/torchrun.py [torchrun's options] launch/train.py …
 
-torchrun itself turns every failure into exit code 1, so that a scheduler cannot tell a run which was
-stopped and saved its checkpoint (3) from bad input (2). SIGTERM and SIGUSR1 go on to the ranks of
-this node, which finish their step and save; the exit code is then 3 if every one of them said 3.
+torchrun itself turns every failure into exit code 1, and a scheduler cannot distinguish a run that
+was stopped with a saved checkpoint (3) from bad input (2). SIGTERM and SIGUSR1 are forwarded to the
+ranks of this node, which finish their step and save; the exit code is then 3 if all ranks returned 3.
 """
 
 import os
@@ -26,7 +26,7 @@ KEPT = (2, STOPPED)
 
 
 class Agent(LocalElasticAgent):
-    """Starts no ranks again that were stopped or had bad input: their next start would be the same."""
+    """Does not restart ranks that were stopped or had bad input: a restart would end the same way."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -37,8 +37,8 @@ class Agent(LocalElasticAgent):
 
 
 def stop_ranks(signum: int, frame) -> None:
-    """Pass the signal on, wait for the ranks, exit. There is no deadline here: whoever sent the
-    signal has one, and a checkpoint may take minutes."""
+    """Forward the signal, wait for the ranks, exit. There is no deadline here: the sender of the signal
+    has one, and a checkpoint may take minutes."""
     for again in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(again, signal.SIG_IGN)
     helpers = {child.pid for child in active_children()}
@@ -55,14 +55,14 @@ def stop_ranks(signum: int, frame) -> None:
 
 
 def settle_rendezvous(args: Namespace) -> None:
-    """Options for --rdzv-backend c10d that torch (2.13) would guess badly; what was given stands.
+    """Set options of --rdzv-backend c10d that torch (2.13) guesses wrongly; given options are kept.
 
-    This node's address and whether it hosts the rendezvous come from the route to the endpoint.
-    torch asks the host's own name, and where that resolves to a loopback address, no node hosts, or
-    ranks of other nodes look for rank 0 on their own.
+    This node's address, and whether it hosts the rendezvous, follow from the route to the endpoint.
+    torch uses the host name instead: if that resolves to a loopback address, no node hosts the
+    rendezvous, or ranks of other nodes search for rank 0 on themselves.
 
-    No node is dropped for old heartbeats. They are wall-clock times of another machine: a node
-    whose clock is 15 s off would be taken for dead, and the others train without it, whatever --nnodes.
+    No node is dropped because of old heartbeats. They are wall-clock times of another machine: torch
+    would treat a node whose clock is 15 s off as dead, and train without it, whatever --nnodes says.
     """
     if args.rdzv_backend != "c10d" or not args.rdzv_endpoint:
         return
@@ -79,21 +79,21 @@ def settle_rendezvous(args: Namespace) -> None:
 
 
 def route(endpoint: str) -> tuple[str | None, str | None]:
-    """(the address of this node that packets to the endpoint leave from, the endpoint's address);
-    None where the name does not resolve or no route is there: torch waits for it, and says so."""
+    """(this node's address on the route to the endpoint, the endpoint's address); None if the name does
+    not resolve or there is no route: torch then waits for it, and logs this."""
     host, port = parse_rendezvous_endpoint(endpoint, default_port=29400)
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(target)  # of a datagram socket: sends nothing
+            probe.connect(target)  # for a datagram socket this sends nothing
             return probe.getsockname()[0], target[0]
     except OSError:
         return None, None
 
 
 def main() -> int:
-    # With --rdzv-backend c10d: a store of its own for every restart. In torchrun's shared one, gloo
-    # finds the addresses of the ranks that are dead, and no restart ever connects (torch 2.13).
+    # With --rdzv-backend c10d: a new store for every restart. In torchrun's shared store, gloo finds the
+    # addresses of dead ranks, and no restart ever connects (torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGTERM, stop_ranks)
     signal.signal(signal.SIGUSR1, stop_ranks)

@@ -1,4 +1,4 @@
-"""README, docs/ and launch/README.md: links lead somewhere, commands exist, the site builds."""
+"""README, docs/, CONTRIBUTING and launch/README.md: links, paths and commands exist, the site builds."""
 
 import argparse
 import re
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "README.ko.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "launch" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -69,6 +70,37 @@ def test_links_lead_to_a_file_and_a_heading(page):
         if page.parent == ROOT / "docs":
             assert other.parent == page.parent, f"{target}: mkdocs has no files outside of docs/"
         assert not anchor or anchor in anchors(other), f"{target}: no such heading"
+
+
+FOLDERS = ("vlmds", "tests", "launch", "docs", "ds_configs")
+
+
+def named_paths(text: str) -> list[str]:
+    """Repository paths in code spans. A bare name such as `loss.py` belongs to the folder of the last
+    path before it in the same line."""
+    found = []
+    for line in FENCE.sub("", text).splitlines():
+        folder = None
+        for code in re.findall(r"`([^` ]+)`", line):
+            if code.startswith(tuple(f"{top}/" for top in FOLDERS)):
+                found.append(code)
+                folder = code if code.endswith("/") else code.rpartition("/")[0] + "/"
+            elif folder and re.fullmatch(r"[\w/]+\.(py|j2|html\.j2)|\w+/", code):
+                found.append(folder + code)
+    return found
+
+
+@pages
+def test_paths_of_the_repository_exist(page):
+    for path in named_paths(page.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{path}: no such file"
+
+
+def test_the_table_of_what_to_change_names_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## Where to change what")[2].partition("\n## ")[0]
+    rooms = {path.name for path in (ROOT / "vlmds").iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert {path.split("/")[1] for path in named_paths(table) if path.startswith("vlmds/")} >= rooms
 
 
 @pages

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def test_a_share_too_small_for_the_rows_is_announced(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["pack", "caption"])
-def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path, command):
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, command):
     """As `vlmds … | head -1` does, with the exit code that other tools have then."""
     write_video(tmp_path / "a.mp4")
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "caption": "가"}])
@@ -73,7 +74,7 @@ def test_slow_imports_are_announced(tmp_path, monkeypatch):
     imported, screen = [], Screen(terminal=False, awaited="loading")
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
-    monkeypatch.setattr("vlmds.cli.import_module", lambda name: (screen.there.wait(30), imported.append(name)))
+    monkeypatch.setattr("vlmds.cli.options.import_module", lambda name: (screen.there.wait(30), imported.append(name)))
     assert main(["evaluate", "--run", str(tmp_path)]) == 2
     assert imported == ["vlmds.evaluation.evaluate"]
     assert screen.getvalue().startswith("vlmds: loading PyTorch and transformers: ")
@@ -133,6 +134,21 @@ def test_training_refuses_bad_input_in_one_line(arguments, message, capsys, monk
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and message in error[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_gpus_starts_so_many_ranks_of_the_same_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["train", "--gpus", "0", "--exp", "e7"]) == 2
+    assert "--gpus 0: must be at least 1" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmds.cli", "train", "--gpus", "2", "--exp", "e9"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("e9: no such experiment file") == 1
+    ranks = [line for line in done.stdout.splitlines() if "exits with return code = 2" in line]
+    assert ranks and "'--gpus', '2'" in ranks[0]
 
 
 @pytest.mark.parametrize("run", ["nowhere", "."])

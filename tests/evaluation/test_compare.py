@@ -197,7 +197,7 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     assert keys["peft.type"] and keys["projector.type"] and "data.prompt" not in keys
 
 
-def test_a_run_that_does_not_look_is_told_in_each_language(runs, tmp_path):
+def test_a_run_that_may_not_use_the_video_is_reported_in_each_language(runs, tmp_path):
     path = copies(runs, tmp_path)[0]
     file = path / "evaluation" / "val" / "metrics.json"
     metrics = json.loads(file.read_text())
@@ -206,19 +206,25 @@ def test_a_run_that_does_not_look_is_told_in_each_language(runs, tmp_path):
     del looking["loss"]["shuffled"]
     file.write_text(json.dumps(metrics))
     [warning] = compare([load_run(path)])["warnings"]
-    assert "shuffled: too few clips to tell; loss with blank videos is not worse" in warning["en"]
+    assert (
+        "other clips' videos: too few clips to decide; loss with black frames is not significantly worse"
+        in warning["en"]
+    )
     korean = warning["ko"].replace("cider_d@morpheme", "")
-    assert "빈 영상을 넣어도 손실이" in korean and "다른 클립의 영상: 클립이 너무 적어" in korean
+    assert (
+        "입력을 바꿔도(검은 화면) 유의하게 나빠지지 않는 값: 손실" in korean
+        and "다른 클립의 영상: 클립이 너무 적어" in korean
+    )
     assert not re.search("[a-zA-Z]{2}", korean.removeprefix("e3"))
 
 
-def test_a_run_in_progress_is_told_and_one_without_evaluation_refused(runs, tmp_path):
+def test_a_run_in_progress_is_reported_and_one_without_evaluation_refused(runs, tmp_path):
     paths = copies(runs, tmp_path)
     shutil.rmtree(paths[2] / "artifacts" / "finetune")
     with (paths[2] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     found = compare([load_run(path) for path in paths])
-    assert any("e8: training is still in progress" in w["en"] for w in found["warnings"])
+    assert any("e8: training is not finished" in w["en"] for w in found["warnings"])
     (paths[0] / "evaluation" / "val" / "predictions.jsonl").unlink()
     with pytest.raises(InputError, match="predictions.jsonl: missing; run vlmds evaluate"):
         load_run(paths[0])

@@ -1,4 +1,4 @@
-"""Exported folders: what is in them, and that others can load them."""
+"""Contents of exported folders, loaded without vlmds."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def bare_environment(tmp_path):
     return {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
 
 
-def test_all_eight_say_the_same_without_vlmds(artifacts, captioners, frames, tmp_path):
+def test_all_eight_give_the_same_captions_without_vlmds(artifacts, captioners, frames, tmp_path):
     folders = [tmp_path / exp for exp in ALL]
     for exp, folder in zip(ALL, folders):
         parity = export_run(artifacts / exp, folder, format="hf-llava", device="cpu")
@@ -99,7 +99,7 @@ def test_all_eight_say_the_same_without_vlmds(artifacts, captioners, frames, tmp
         assert found[f"{exp}/captions"].tolist() == expected, exp
         theirs = found[f"{exp}/logits"]
         assert_close(prompt_logits(captioner, frames[0]), theirs)
-        assert np.abs(prompt_logits(captioner, frames[1]) - theirs).max() > 1e-2  # it does look
+        assert np.abs(prompt_logits(captioner, frames[1]) - theirs).max() > 1e-2  # the video matters
     for exp in ("e1", "e4"):
         config = json.loads((tmp_path / exp / "config.json").read_text())
         assert config["architectures"] == ["LlavaForConditionalGeneration"]
@@ -111,7 +111,7 @@ def test_all_eight_say_the_same_without_vlmds(artifacts, captioners, frames, tmp
 
 
 @pytest.mark.parametrize("exp", ["e1", "e4", "e5", "e8"])
-def test_a_merged_folder_holds_its_own_llm(artifacts, captioners, frames, tmp_path, exp):
+def test_a_merged_folder_contains_its_own_llm(artifacts, captioners, frames, tmp_path, exp):
     parity = export_run(artifacts / exp, tmp_path / "out", merge=True, device="cpu")
     assert parity.top1 == 1 and parity.clips == 8 and parity.source.startswith("random frames")
     loaded = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
@@ -199,4 +199,4 @@ def test_an_nf4_experiment_is_folded_into_whole_weights(models, tmp_path):
     assert parity.top1 > 0.9 and parity.kl < 0.05
     loaded = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
     assert not loaded.experiment.llm.load_in_4bit
-    assert "trained beside NF4" in (tmp_path / "out" / "README.md").read_text()
+    assert "trained with NF4" in (tmp_path / "out" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""What `vlmds export` refuses, what a run's folder adds, and the corners of the LLaVA form."""
+"""Refused exports, results in the model card, and special cases of the LLaVA form."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from vlmds.runs.lineage import base_files, tokenizer_sha256
 
 
 def refused(capsys, run, out, *options) -> str:
-    """The one line that says no; nothing is left where the folder would be."""
+    """The error line of a refused export, which leaves nothing behind."""
     there = set(out.parent.iterdir())
     capsys.readouterr()
     code = main(["export", "--run", str(run), "--output", str(out), "--device", "cpu", *options])
@@ -36,7 +36,7 @@ def refused(capsys, run, out, *options) -> str:
     return error
 
 
-def test_a_run_s_folder_tells_of_real_clips_and_results(models, shards, tmp_path):  # noqa: F811
+def test_a_run_s_card_has_results_on_real_clips(models, shards, tmp_path):  # noqa: F811
     run = make_run(models, shards, tmp_path / "run", "e2")
     evaluate_run(run, clips=4, generation=GenerationOptions(max_new_tokens=6), device="cpu")
     parity = export_run(run, tmp_path / "out", merge=True, device="cpu")
@@ -47,8 +47,10 @@ def test_a_run_s_folder_tells_of_real_clips_and_results(models, shards, tmp_path
     shown = f"{value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f}"
     assert f"| chrf++@char | {shown} |" in card
     assert "Split val, 4 clips" in card and str(parity) in card
+    doubtful = json.loads((run / "evaluation/val/metrics.json").read_text())["looking"]["warnings"]
+    assert (card.count("\nWarning: "), card.count("- 경고: ")) == (len(doubtful), len(doubtful))
     folder = VideoCaptioner.from_pretrained(tmp_path / "out", device="cpu")
-    assert folder.experiment.data.path is None  # where the data lay is the team's own business
+    assert folder.experiment.data.path is None  # paths of the team's data are private
     assert str(shards) not in card
     # Results of other weights are not this model's.
     artifact = run / "artifacts" / "finetune"
@@ -59,12 +61,12 @@ def test_a_run_s_folder_tells_of_real_clips_and_results(models, shards, tmp_path
     assert "Not evaluated yet" in (tmp_path / "copy" / "README.md").read_text()
 
 
-def test_what_cannot_be_exported_is_one_line(models, shards, tmp_path, capsys):  # noqa: F811
+def test_a_refused_export_prints_one_line(models, shards, tmp_path, capsys):  # noqa: F811
     run = make_run(models, shards, tmp_path / "run", "e4")
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").touch()
-    assert f"--output {out}: is there already" in refused(capsys, run, out)
+    assert f"--output {out}: exists already" in refused(capsys, run, out)
     out = tmp_path / "new"
     assert "--merge: --format peft" in refused(capsys, run, out, "--format", "peft", "--merge")
     assert "neither a run folder" in refused(capsys, tmp_path / "nothing", out)
@@ -99,12 +101,12 @@ def test_changed_base_weights_are_refused(models, tmp_path, capsys):  # noqa: F8
     weights.write_bytes(data)
     error = refused(capsys, tmp_path / "run", tmp_path / "out", "--merge", "--set", f"llm.model={other}")
     assert f"llm.model: model.safetensors of {other} is not the one" in error
-    # A folded folder is what it is.
+    # A folded folder cannot be exported again.
     error = refused(capsys, tmp_path / "good", tmp_path / "out", "--format", "hf-llava")
     assert "folded in already" in error
 
 
-def test_what_fails_half_way_leaves_nothing(models, tmp_path, monkeypatch):  # noqa: F811
+def test_a_failed_export_leaves_nothing(models, tmp_path, monkeypatch):  # noqa: F811
     made(models, tmp_path / "run", "e5")
     monkeypatch.setattr("vlmds.export.folder.model_card", lambda facts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -113,7 +115,7 @@ def test_what_fails_half_way_leaves_nothing(models, tmp_path, monkeypatch):  # n
 
 
 @pytest.mark.parametrize("options", [["vision.feature_layer=-2"], ["vision.pool=2"]])
-def test_layer_and_pooling_travel(models, tmp_path, options):  # noqa: F811
+def test_layer_and_pooling_are_exported(models, tmp_path, options):  # noqa: F811
     made(models, tmp_path / "run", "e3", *options)
     parity = export_run(tmp_path / "run", tmp_path / "out", format="hf-llava", device="cpu")
     assert parity.top1 == 1 and parity.kl < 1e-8
@@ -152,7 +154,7 @@ def test_a_wide_linear_projector_is_a_relu_llava(tmp_path):
     assert "--limit-mm-per-prompt" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_real_qwen_template_travels(qwen_tokenizer_folder, tmp_path):
+def test_the_real_qwen_template_is_exported(qwen_tokenizer_folder, tmp_path):
     qwen = tiny.make_models(tmp_path / "models", AutoTokenizer.from_pretrained(qwen_tokenizer_folder))
     made(qwen, tmp_path / "run", "e3")
     parity = export_run(tmp_path / "run", tmp_path / "out", format="hf-llava", device="cpu")

@@ -65,7 +65,7 @@ def packed(request, tmp_path_factory):
     return out
 
 
-def test_the_page_tells_counts_rejects_and_captions(packed):
+def test_the_page_has_counts_rejects_and_captions(packed):
     page = Page(write_report(packed).read_text("utf-8"))
     text = re.sub(r"\s+", " ", page.text)
     for part in (
@@ -79,6 +79,8 @@ def test_the_page_tells_counts_rejects_and_captions(packed):
         "96 × 48 1",
         HOSTILE,
         "val / v2",
+        "3 samples샘플",
+        "중앙 크롭으로 잘리는 부분: 가로 영상 클립 3개는 화면의",
         f"median 1.5, from 1 to {len(HOSTILE)};",
     ):
         assert part in text, part
@@ -157,7 +159,7 @@ def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
     tar.write_bytes(data)
     page = Page(write_report(copy).read_text("utf-8"))
     assert len(page.images()) == 2 * report.SHEET_FRAMES
-    assert "not shown: val/000000.tar" in page.text
+    assert "not shown표시할 수 없음: val/000000.tar" in page.text
 
 
 @pytest.mark.parametrize(
@@ -205,11 +207,11 @@ def test_histogram_limits():
     ]
     bars = histogram("x", np.array([0.0] * 500 + [240.0] * 500 + [9000.0])).bars
     assert bars[0].label == "0 – 10" and bars[0].count == 500
-    assert bars[-1].label == "230 and more" and bars[-1].count == 501
+    assert bars[-1].label == "≥ 230" and bars[-1].count == 501
 
 
 def test_categories_sum_up_the_rest():
     counts = Counter({f"{i:02d}": 20 - i for i in range(20)})
     bars = categories("x", counts).bars
     assert [b.label for b in bars[:2]] == ["00", "01"]
-    assert bars[-1].label == "8 others" and bars[-1].count == sum(20 - i for i in range(12, 20))
+    assert bars[-1].label == "8 others · 기타" and bars[-1].count == sum(20 - i for i in range(12, 20))

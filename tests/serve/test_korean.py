@@ -1,4 +1,4 @@
-"""What the Korean page says of a video that it cannot caption."""
+"""Korean messages for videos that cannot be captioned."""
 
 import re
 
@@ -33,4 +33,5 @@ def test_limits_keep_their_numbers():
         "영상이 너무 깁니다(1,200초). 이 서버는 최대 600초까지 받습니다."
     )
     assert in_korean("decoder crashed: signal 11") == "디코더가 비정상 종료되었습니다(signal 11)."
+    assert in_korean("cannot be decoded: no frame at 1.500 s") == "1.500초 위치의 프레임을 디코딩할 수 없습니다."
     assert in_korean("something else: why") == "something else: why"

@@ -48,7 +48,7 @@ def browser():
 
 
 class Page:
-    """What one does on the page, and sees there."""
+    """Actions on the page, and what it shows."""
 
     def __init__(self, browser, url: str):
         self.browser = browser
@@ -63,7 +63,7 @@ class Page:
             try:
                 if value := found():
                     return value
-            except (WebDriverException, IndexError):  # it is being drawn anew
+            except (WebDriverException, IndexError):  # it is being redrawn
                 pass
             time.sleep(0.03)
         raise AssertionError(f"not within {seconds} s: {self.browser.page_source[-3000:]}")
@@ -196,7 +196,7 @@ def test_the_command_serves_and_cleans_up(served_runs, clip, tmp_path):
             process.kill()
 
 
-def test_bad_arguments_are_told_in_one_line(served_runs, server, capsys, monkeypatch, tmp_path):
+def test_bad_arguments_give_one_line(served_runs, server, capsys, monkeypatch, tmp_path):
     run = str(served_runs[0])
     port = server.url.rsplit(":", 1)[1]
     for arguments, message in (

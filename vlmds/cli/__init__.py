@@ -1,4 +1,5 @@
-"""The command `vlmds`. Each subcommand imports what it needs, so that --help stays quick."""
+"""The command `vlmds`: its parser and exit codes. Subcommands import what they need when they run,
+which keeps --help fast."""
 
 from __future__ import annotations
 
@@ -8,10 +9,9 @@ import select
 import signal
 import sys
 from contextlib import suppress
-from importlib import import_module
 
 from vlmds.cli import bench, evaluating, inference, packing, planning, training
-from vlmds.console.progress import phase
+from vlmds.cli.options import add_local_rank
 from vlmds.console.quiet import quiet_libraries
 from vlmds.distributed.cuda import use_expandable_segments
 from vlmds.errors import InputError
@@ -19,9 +19,10 @@ from vlmds.files import unusable_place
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal, 141 if nobody reads any more
-    what is printed (as after ``| head -1``). Other failures raise."""
+    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal, 141 if the reader of the output
+    is gone (as after ``| head -1``). Other failures raise."""
     args = _parser().parse_args(arguments)
+    args.argv = sys.argv[1:] if arguments is None else arguments
     quiet_libraries()  # before the command imports them
     use_expandable_segments()
     try:
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         if not _reader_gone():
             raise
-        # Or the interpreter would try again when it ends, and complain.
+        # Otherwise the interpreter flushes again at its end, and prints an error.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
@@ -41,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        _load(args)
         return args.call(args)
     except InputError as error:
         if not error.shared or os.environ.get("RANK", "0") == "0":
@@ -55,30 +55,22 @@ def _run(args: argparse.Namespace) -> int:
         return 2
 
 
-def _load(args: argparse.Namespace) -> None:
-    """Import what takes seconds, and say so: ``module`` of the command."""
-    if getattr(args, "module", None) and getattr(args, "record", None) is None:
-        with phase("loading PyTorch and transformers"):
-            import_module(args.module)
-
-
 def _reader_gone() -> bool:
-    """Whether standard output or error is a pipe that nobody reads any more; another pipe may be the
-    broken one."""
+    """Whether standard output or error is a pipe without a reader; the broken one may be another pipe."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # one that is no file, as in a notebook
-            poll.register(stream.fileno(), 0)  # errors are reported in any case
+        with suppress(OSError, ValueError):  # not a file, as in a notebook
+            poll.register(stream.fileno(), 0)  # errors are always reported
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlmds",
-        description="Train and compare video-captioning models. On many GPUs: "
-        "deepspeed launch/train.py --exp e7.yaml --data DIR",
+        description="Train, evaluate and compare video-captioning models. "
+        "'vlmds COMMAND --help' explains a command; 'vlmds demo' tries everything on a CPU.",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of deepspeed's launcher
+    add_local_rank(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         packing.add_pack,

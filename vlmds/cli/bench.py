@@ -1,9 +1,11 @@
-"""`vlmds bench`: a benchmark for each claim."""
+"""`vlmds bench`: benchmarks of speed and memory."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from vlmds.cli.options import add_set
 
 
 def data(args: argparse.Namespace) -> int:
@@ -57,42 +59,52 @@ def scaling(args: argparse.Namespace) -> int:
 
 
 def add_bench(commands) -> None:
-    command = commands.add_parser("bench", help="throughput and memory, against named baselines")
-    whats = command.add_subparsers(required=True, metavar="WHAT")
+    command = commands.add_parser("bench", help="measure speed and memory, compared with named baselines")
+    whats = command.add_subparsers(required=True, metavar="BENCHMARK")
 
     def what(name: str, call, text: str):
-        parser = whats.add_parser(name, help=text)
-        parser.add_argument("--output", type=Path, default=Path("bench"), help="default: ./bench")
+        parser = whats.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        parser.add_argument(
+            "--output",
+            type=Path,
+            default=Path("bench"),
+            metavar="DIR",
+            help="for results and working files (default: ./bench)",
+        )
         parser.set_defaults(call=call)
         return parser.add_argument
 
-    add = what("data", data, "packing and loading")
-    add("--manifest", type=Path, help="these videos instead of made ones")
-    add("--clips", type=int, default=16, help="how many to make (default: 16)")
-    add("--video2dataset", metavar="PYTHON", help="pack with it, too: the Python of an environment that has it")
-    what("scale", scale, "a dataset that grows")
-    what("checkpoint", checkpoint, "what saving costs")
-    add = what("generate", generate, "captions a second")
-    add("--exp", default="e7", help="experiment (default: e7)")
+    add = what("data", data, "speed of packing and of loading samples")
+    add("--manifest", type=Path, metavar="FILE", help="videos to use (default: generated ones)")
+    add("--clips", type=int, default=16, help="number of generated videos (default: 16)")
+    add(
+        "--video2dataset",
+        metavar="PYTHON",
+        help="also pack with video2dataset: path of the Python of an environment that has it",
+    )
+    what("scale", scale, "cost of opening and reading an index, for growing datasets")
+    what("checkpoint", checkpoint, "cost of saving checkpoints during training")
+    add = what("generate", generate, "captions per second")
+    add("--exp", default="e7", help="packaged name or YAML file (default: e7)")
     _add_models(add)
-    add = what("train", train, "a training step: its time and memory, part by part")
-    add("--exp", nargs="+", default=["e3"], help="experiments (default: e3)")
+    add = what("train", train, "time and memory of a training step, part by part")
+    add("--exp", nargs="+", default=["e3"], help="packaged names or YAML files (default: e3)")
     add(
         "--baseline",
         action="append",
         default=[],
         choices=("reference", "hf", "lora"),
-        help="the textbook form; Hugging Face's Trainer on LLaVA (linear, mlp); the same experiment "
-        "with LoRA. May be given several times",
+        help="also measure a baseline: reference (a plain implementation), hf (Hugging Face's Trainer on "
+        "LLaVA; linear and mlp only), lora (the same experiment with LoRA). May be given several times",
     )
-    add("--steps", type=int, default=4, help="timed steps of each process (default: 4)")
-    add("--ranks", type=int, default=1, help="measure so many ranks, too (default: 1)")
+    add("--steps", type=int, default=4, help="timed steps per process (default: 4)")
+    add("--ranks", type=int, default=1, help="also measure with this number of ranks (default: 1)")
     _add_models(add)
-    add = what("scaling", scaling, "efficiency on many GPUs, predicted: a plot")
-    add("--gpu", default="h200", help="card (default: h200)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add = what("scaling", scaling, "predicted efficiency on many GPUs, as a plot")
+    add("--gpu", default="h200", metavar="NAME", help="type of GPU (default: h200)")
+    add_set(add)
 
 
 def _add_models(add) -> None:
-    add("--tiny", action="store_true", help="tiny random models, for a CPU")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as llm.model=/models/Qwen3-8B")
+    add("--tiny", action="store_true", help="use tiny random models, for a CPU")
+    add_set(add)

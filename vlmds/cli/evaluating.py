@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmds.cli.generation import add_generation, add_loading, generation_options
+from vlmds.cli.options import add_data, add_set, load
 from vlmds.console.progress import tell
 from vlmds.errors import InputError
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    load("vlmds.evaluation.evaluate")
     from vlmds.distributed.failures import run_on_ranks
     from vlmds.distributed.ranks import is_main
     from vlmds.evaluation.evaluate import evaluate_run, evaluation_table, read_evaluation
@@ -85,7 +87,7 @@ def write_comparison(
 
 
 def sweep(args: argparse.Namespace, size=None) -> int:
-    """0 if all are done, 2 if one refused its input, 3 if a signal stopped one, else 1."""
+    """Returns 0 if all experiments are done, 2 if one refused its input, 3 if a signal stopped one, else 1."""
     from vlmds.training import sweep as module
 
     exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
@@ -121,60 +123,70 @@ def sweep(args: argparse.Namespace, size=None) -> int:
 def add_evaluate(commands) -> None:
     command = commands.add_parser(
         "evaluate",
-        help="captions of a packed dataset, scored",
-        description="Over many GPUs: torchrun --nproc-per-node 8 -m -- vlmds.cli evaluate … "
-        "Start it again after a stop: it goes on.",
+        help="score a trained run's captions of a packed dataset",
+        description="Captions a split of a packed dataset and scores the captions. On several GPUs: "
+        "torchrun --nproc-per-node 8 -m -- vlmds.cli evaluate … After a stop, the same command resumes.",
     )
     add = command.add_argument
-    add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
-    add("--data", help="packed dataset (default: the run's own)")
-    add("--split", help="default: val, or the only one")
-    add("--output", type=Path, help="default: RUN/evaluation/SPLIT")
+    add("--run", type=Path, required=True, metavar="RUN", help="run folder, or one of its artifacts")
+    add_data(add, "packed dataset (default: the run's own)")
+    add("--split", help="split to evaluate (default: val, or the only one)")
+    add("--output", type=Path, metavar="DIR", help="for the results (default: RUN/evaluation/SPLIT)")
     add("--as", dest="name", metavar="NAME", help="write to RUN/evaluation/NAME, beside other evaluations")
-    add("--clips", type=int, help="evaluate so many, evenly spaced (default: all)")
+    add("--clips", type=int, metavar="N", help="evaluate only N clips, evenly spaced (default: all)")
     add_generation(command)
-    add("--batch-size", type=int, default=8, help="clips at once (default: 8)")
+    add("--batch-size", type=int, default=8, metavar="N", help="clips per batch (default: 8)")
     add("--again", action="store_true", help="repeat a finished evaluation, or replace one that has other settings")
     add_loading(command)
-    command.set_defaults(call=evaluate, module="vlmds.evaluation.evaluate")
+    command.set_defaults(call=evaluate)
 
 
 def add_compare(commands) -> None:
-    command = commands.add_parser("compare", help="which experiment wins: one HTML page")
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    command.add_argument("-o", "--output", type=Path, default=Path("report.html"))
-    command.add_argument("--evaluation", help="folder under RUN/evaluation (default: val)")
-    command.add_argument("--metric", help="that decides (default: cider_d@morpheme)")
-    command.add_argument(
+    command = commands.add_parser(
+        "compare",
+        help="compare evaluated runs: which one is best, and is the difference significant",
+        description="Compares evaluated runs with significance tests and writes one offline HTML page in "
+        "English and Korean.",
+    )
+    add = command.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders that were evaluated")
+    add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="page (default: report.html)")
+    add("--evaluation", metavar="NAME", help="folder under RUN/evaluation (default: val)")
+    add("--metric", metavar="NAME", help="metric that decides (default: cider_d@morpheme, if the runs have it)")
+    add(
         "--words",
         action="append",
         default=[],
         metavar="'WORD WORD …'",
-        help="how often captions get these words right, such as '왼쪽 오른쪽'; may be given several times",
+        help="add the accuracy of these words in captions, such as '왼쪽 오른쪽'; may be given several times",
     )
-    command.add_argument("--csv", type=Path, help="also write the table here")
-    command.add_argument("--latex", type=Path, help="also write the table here")
+    add("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
+    add("--latex", type=Path, metavar="FILE", help="also write the table as LaTeX")
     command.set_defaults(call=compare)
 
 
 def add_sweep(commands) -> None:
-    command = commands.add_parser("sweep", help="train, evaluate and compare several experiments")
+    command = commands.add_parser(
+        "sweep",
+        help="train, evaluate and compare several experiments",
+        description="Trains and evaluates several experiments in order of priority, then compares them. "
+        "Started again, it skips what is finished and resumes the rest.",
+    )
     add = command.add_argument
-    add("exps", nargs="*", metavar="EXP", help="names such as E1, or YAML files")
-    add("--all", action="store_true", help="E1 to E8")
-    add("--owner", help="the experiments of this owner")
-    add("--data", help="packed dataset")
-    add("--output", type=Path, help="folder of the runs (default: runs; with --demo: demo)")
-    add("--seeds", type=int, default=1, help="runs of each experiment (default: 1)")
+    add("exps", nargs="*", metavar="EXP", help="packaged names such as e1, or YAML files")
+    add("--all", action="store_true", help="all of e1 to e8")
+    add("--owner", metavar="NAME", help="all packaged experiments of this owner")
+    add_data(add, "packed dataset")
+    add("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs; with --demo: demo)")
+    add("--seeds", type=int, default=1, metavar="N", help="train each experiment with N seeds (default: 1)")
     add(
         "--share-stage1",
         action="store_true",
-        help="experiments with the same projector share its first stage: quicker, but their "
-        "results are then not independent",
+        help="train stage 1 once per projector: faster, but runs that share it are not independent",
     )
-    add("--launcher", help="default: deepspeed; such as 'torchrun --nproc-per-node 8'")
-    add("--evaluate", default="", metavar="'OPTIONS'", help="for vlmds evaluate, such as '--beams 3 --batch-size 16'")
-    add("--emit", choices=("slurm",), help="print an array script instead of running")
-    add("--demo", action="store_true", help="tiny forms on the demo's clips and models")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--launcher", metavar="'COMMAND'", help="default: deepspeed; another is 'torchrun --nproc-per-node 8'")
+    add("--evaluate", default="", metavar="'OPTIONS'", help="options of vlmds evaluate, such as '--beams 3'")
+    add("--emit", choices=("slurm",), help="print a Slurm array script instead of running")
+    add("--demo", action="store_true", help="use tiny models and the generated clips of vlmds demo")
+    add_set(add)
     command.set_defaults(call=sweep)

@@ -1,24 +1,27 @@
-"""`vlmds caption`, `vlmds serve` and `vlmds export`: what a trained run is for."""
+"""`vlmds caption`, `vlmds serve` and `vlmds export`: uses of a trained run."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from vlmds.captioning.outputs import FORMATS
+from vlmds.captioning.outputs import FORMATS as CAPTION_FORMATS
 from vlmds.cli.generation import add_generation, add_loading, generation_options
+from vlmds.cli.options import add_data, load
 from vlmds.console.text import counted
 from vlmds.errors import InputError
+from vlmds.export import FORMATS as EXPORT_FORMATS
 from vlmds.serve.limits import Limits
 
-# What `caption --from` looks at.
-OF_FROM = ("record", "out", "format", "again", "call", "parser", "module")
+OF_FROM = ("record", "out", "format", "again", "call", "parser")
+"""Arguments that `caption --from` uses; it refuses the others."""
 
 
 def caption(args: argparse.Namespace) -> int:
     """0 if every video has a caption, 2 otherwise; 3 if a signal stopped it."""
     if args.record is not None:
         return _write_from(args)
+    load("vlmds.captioning.command")
     from vlmds.captioning.command import caption
     from vlmds.distributed.failures import run_on_ranks
 
@@ -29,20 +32,19 @@ def _write_from(args: argparse.Namespace) -> int:
     from vlmds.captioning.outputs import write_from
 
     if args.out is None:
-        raise InputError(
-            "--from: needs --out with a name that ends in .json, .csv or .srt, or a folder and --format srt"
-        )
+        raise InputError("--from: needs --out with a name ending in .json, .csv or .srt, or a folder and --format srt")
     unused = vars(args.parser.parse_args(["--from", "", "--out", ""]))
     for name, default in unused.items():
         if name not in OF_FROM and getattr(args, name) != default:
             option = "VIDEO" if name == "videos" else f"--{name.replace('_', '-')}"
-            raise InputError(f"{option}: with --from nothing is captioned; leave it out")
+            raise InputError(f"{option}: --from captions nothing; leave it out")
     paths = write_from(args.record, args.out, args.format, args.again)
     print(f"saved: {paths[0] if len(paths) == 1 else counted(len(paths), 'file')}")
     return 0
 
 
 def serve(args: argparse.Namespace) -> int:
+    load("vlmds.serve.app")
     from vlmds.serve.app import serve
 
     serve(
@@ -57,14 +59,15 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
+    load("vlmds.export.folder")
     from vlmds.export.folder import export_run
-    from vlmds.export.hub import push_to_hub
+    from vlmds.export.publish import push_to_hub
 
     parity = export_run(
         args.run, args.output, format=args.format, merge=args.merge, device=args.device, overrides=args.set
     )
     if parity:
-        print(f"before and after folding the adapter in: {parity}")
+        print(f"before against after folding: {parity}")
     print(f"saved: {args.output}")
     if args.push_to_hub:
         print(f"pushed: {push_to_hub(args.output, args.push_to_hub)}")
@@ -74,55 +77,59 @@ def export(args: argparse.Namespace) -> int:
 def add_caption(commands) -> None:
     command = commands.add_parser(
         "caption",
-        help="captions from a trained run",
-        description="Over many GPUs, with --out: torchrun --nproc-per-node 8 -m -- vlmds.cli "
-        "caption … Start it again after a stop, or when there are more videos: it goes on.",
+        help="caption videos with a trained run",
+        description="Captions videos. On several GPUs, with --out: torchrun --nproc-per-node 8 -m -- "
+        "vlmds.cli caption … After a stop, or when videos were added, the same command resumes.",
     )
     add = command.add_argument
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=Path, help="run folder, or one of its artifacts")
+    which.add_argument("--run", type=Path, metavar="RUN", help="run folder, or one of its artifacts")
     which.add_argument(
         "--from",
         dest="record",
         metavar="JSONL",
-        help="captions nothing: writes what was collected here before in another "
-        "format, such as --from captions.jsonl --out subs --format srt",
+        help="caption nothing, and write the captions of this file in another format, such as "
+        "--from captions.jsonl --out subs --format srt",
     )
-    add("videos", nargs="*", metavar="VIDEO", help="path or URL")
-    add(
-        "--data",
-        metavar="DIR",
-        help="a folder of videos, a manifest (CSV, TSV, JSONL, Parquet; "
-        "no captions needed) or a packed dataset, instead of VIDEO",
+    add("videos", nargs="*", metavar="VIDEO", help="paths or URLs")
+    add_data(
+        add,
+        "instead of VIDEO: a folder of videos, a manifest (CSV, TSV, JSONL or Parquet; no captions needed) "
+        "or a packed dataset",
     )
-    add("--split", help="of a packed dataset (default: val, or the only one)")
+    add("--split", help="split of a packed dataset (default: val, or the only one)")
     add(
         "--out",
         metavar="FILE",
-        help="write the captions here: .jsonl, .json, .csv or .srt; of "
-        "several videos, a folder with --format srt (default: print them)",
+        help="write the captions to this .jsonl, .json, .csv or .srt file; for subtitles of several "
+        "videos, a folder with --format srt (default: print the captions)",
     )
-    add("--format", choices=FORMATS, help="default: as --out ends")
-    add("--again", action="store_true", help="caption anew what is in --out already")
-    add("--window", metavar="LENGTH", help="a caption for each such stretch: 30s, 1m, 1m30s")
-    add("--stream", action="store_true", help="print each caption while it is written")
-    add("--json", action="store_true", help="print one JSON object a line")
-    add("--prompt", help="instead of the experiment's")
+    add("--format", choices=CAPTION_FORMATS, help="default: from the suffix of --out")
+    add("--again", action="store_true", help="also repeat captions that are already in --out")
+    add("--window", metavar="LENGTH", help="one caption per window of this length: 30s, 1m, 1m30s")
+    add("--stream", action="store_true", help="print each caption while it is generated")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add("--prompt", metavar="TEXT", help="prompt to use (default: the experiment's)")
     add_generation(command)
-    add("--batch-size", type=int, default=4, help="videos at once (default: 4)")
-    add("--workers", type=int, help="decoding processes (default: one per core)")
+    add("--batch-size", type=int, default=4, metavar="N", help="videos per batch (default: 4)")
+    add("--workers", type=int, metavar="N", help="decoding processes (default: one per core)")
     add(
         "--deadline",
         type=float,
         default=60.0,
-        help="seconds that decoding may take, for a video or some windows (default: 60)",
+        metavar="SECONDS",
+        help="longest time for decoding one video, or some of its windows (default: 60)",
     )
     add_loading(command)
-    command.set_defaults(call=caption, parser=command, module="vlmds.captioning.command")
+    command.set_defaults(call=caption, parser=command)
 
 
 def add_serve(commands) -> None:
-    command = commands.add_parser("serve", help="a page to try runs on a video, and the same as JSON")
+    command = commands.add_parser(
+        "serve",
+        help="open a web page and an OpenAI-style endpoint for trained runs",
+        description="Serves a web page that captions uploaded videos, and the same as an OpenAI-style endpoint.",
+    )
     add = command.add_argument
     add(
         "--run",
@@ -131,35 +138,50 @@ def add_serve(commands) -> None:
         nargs="+",
         action="extend",
         metavar="RUN",
-        help="run folder, or one of its artifacts; several are compared side by side",
+        help="run folder, or one of its artifacts; several are shown side by side",
     )
     add(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which only this machine reaches)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, only reachable from this machine)",
     )
-    add("--port", type=int, default=7860, help="default: 7860; 0 is a free one")
-    add("--max-mb", type=float, default=Limits.megabytes, help="of a video's file (default: %(default)g)")
-    add("--max-seconds", type=float, default=Limits.seconds, help="of a video (default: %(default)g)")
+    add("--port", type=int, default=7860, help="port to listen on (default: 7860; 0: a free one)")
+    add(
+        "--max-mb", type=float, default=Limits.megabytes, metavar="MB", help="largest video file (default: %(default)g)"
+    )
+    add(
+        "--max-seconds",
+        type=float,
+        default=Limits.seconds,
+        metavar="SECONDS",
+        help="longest video (default: %(default)g)",
+    )
     add(
         "--allow-urls",
         action="store_true",
-        help="also fetch videos from http(s) URLs that a request names, whatever this machine can reach",
+        help="also download videos from http(s) URLs in requests, from anywhere this machine can reach",
     )
     add_loading(command)
-    command.set_defaults(call=serve, module="vlmds.serve.app")
+    command.set_defaults(call=serve)
 
 
 def add_export(commands) -> None:
     command = commands.add_parser(
         "export",
-        help="a folder that others can load",
-        description="vlmds: for vlmds itself. peft: the adapter alone. hf-llava: for plain "
-        "transformers, the adapter folded in. Folded weights are loaded back and compared.",
+        help="write a trained run as a folder that others can load",
+        description="Exports a trained run. Formats: vlmds (for vlmds itself), peft (only the adapter and the "
+        "projector), hf-llava (for plain transformers, with the adapter folded in). Folders with folded "
+        "weights are loaded back and their logits compared.",
     )
     add = command.add_argument
-    add("--run", type=Path, required=True, help="run folder, or one of its artifacts")
-    add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("--format", choices=("vlmds", "peft", "hf-llava"), default="vlmds")
-    add("--merge", action="store_true", help="fold the adapter into the language model, in llm.dtype, never in 4 bit")
-    add("--push-to-hub", metavar="OWNER/NAME", help="upload it, to a private repository if new")
+    add("--run", type=Path, required=True, metavar="RUN", help="run folder, or one of its artifacts")
+    add("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
+    add("--format", choices=EXPORT_FORMATS, default="vlmds", help="default: vlmds")
+    add(
+        "--merge",
+        action="store_true",
+        help="fold the adapter into the language model's weights (in llm.dtype, not in 4 bits)",
+    )
+    add("--push-to-hub", metavar="OWNER/NAME", help="also upload the folder to this repository; a new one is private")
     add_loading(command)
-    command.set_defaults(call=export, module="vlmds.export.folder")
+    command.set_defaults(call=export)

@@ -116,13 +116,13 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
 
         with phase("making the report"):
             report = write_report(args.out)
-        print(f"what it looks like: {report}")
+        print(f"report: {report}")
     if summary.kept_shards:
-        print(f"{summary.kept_shards} of the shards were there already")
+        print(f"{counted(summary.kept_shards, 'shard')} kept from an earlier start")
     if summary.rejected:
         print(
-            f"rejected {counted(sum(summary.rejected.values()), 'row')}; each stands in "
-            f"{args.out / 'ledger.jsonl'} with its reason:"
+            f"rejected {counted(sum(summary.rejected.values()), 'row')}, listed with reasons in "
+            f"{args.out / 'ledger.jsonl'}:"
         )
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")

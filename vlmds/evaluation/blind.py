@@ -11,7 +11,7 @@ import numpy as np
 from vlmds.evaluation.metrics import aggregate, interval, resampled_means, score_captions
 from vlmds.evaluation.scoring import ClipText
 
-BLIND = {"shuffled": ("shuffled videos", "다른 클립의 영상"), "blank": ("blank videos", "빈 영상")}
+BLIND = {"shuffled": ("other clips' videos", "다른 클립의 영상"), "blank": ("black frames", "검은 화면")}
 
 
 def blind_tests(
@@ -72,22 +72,19 @@ def doubts(evidence: dict[str, Any]) -> list[dict[str, str]]:
     for blind, (english, korean) in BLIND.items():
         if blind not in evidence["loss"]:
             found.append(
-                {"en": f"{blind}: too few clips to tell", "ko": f"{korean}: 클립이 너무 적어 판단할 수 없습니다"}
+                {"en": f"{english}: too few clips to decide", "ko": f"{korean}: 클립이 너무 적어 판단할 수 없습니다"}
             )
             continue
         metric, gap_of_metric = next(iter(evidence["metrics"][blind].items()))
-        for name, subject, gap in (
-            ("loss", "손실이", evidence["loss"][blind]),
-            (metric, f"{metric}이(가)", gap_of_metric),
-        ):
+        for name, subject, gap in (("loss", "손실", evidence["loss"][blind]), (metric, metric, gap_of_metric)):
             if gap["low"] <= 0:
                 low, high = f"{gap['low']:.4g}", f"{gap['high']:.4g}"
                 found.append(
                     {
-                        "en": f"{name} with {english} is not worse beyond noise: gap "
+                        "en": f"{name} with {english} is not significantly worse: gap "
                         f"{gap['gap']:.4g}, 95% interval {low} to {high}",
-                        "ko": f"{korean}을 넣어도 {subject} 유의하게 나빠지지 않습니다: 차이 "
-                        f"{gap['gap']:.4g}, 95% 구간 {low} ~ {high}",
+                        "ko": f"입력을 바꿔도({korean}) 유의하게 나빠지지 않는 값: {subject}, 차이 "
+                        f"{gap['gap']:.4g}, 95% 신뢰 구간 {low} ~ {high}",
                     }
                 )
     return found

@@ -1,10 +1,10 @@
-"""Statistics behind `vlmds compare`: which experiment wins, by how much, and is it sure.
+"""Statistics of `vlmds compare`: which experiment is best, by how much, and is it significant.
 
-Runs are compared on the same clips: a paired bootstrap draws clips, and where an experiment was
-run with several seeds also seeds, and asks how often the difference changes sign. The p-values of
-all pairs are Holm-corrected, so that eight experiments do not win by chance. Of the experiments
-that cannot be told from the best, the one with the fewest visual tokens, then the fewest trained
-parameters, is named too: that is the one to ship.
+Runs are compared on the same clips: a paired bootstrap draws clips (and seeds, where an experiment
+was run with several) and counts how often the difference changes sign. The p-values of all pairs are
+Holm-corrected, because among eight experiments one is ahead by chance. Of the experiments that are
+statistically tied with the best, the one with the fewest visual tokens, then the fewest trained
+parameters, is the cheapest: the one to ship.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SAME = (
 
 
 def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
-    """Everything that the report says in numbers.
+    """All numbers of the report.
 
     Args:
         words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.word_accuracy`.
@@ -62,7 +62,7 @@ def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence
     if metric in undefined:
         raise InputError(f"--metric {metric}: undefined, for the references of the clips do not differ")
     if metric not in names:
-        raise InputError(f"--metric {metric}: not there; the runs share {', '.join(names)}")
+        raise InputError(f"--metric {metric}: no such metric; the runs share {', '.join(names)}")
     samples = {
         name: _bootstrap([[s[name] for s in group] for group in scores], name, RESAMPLES if name == metric else 1000)
         for name in names
@@ -133,7 +133,7 @@ def common_keys(runs: list[Run]) -> list[str]:
 
 
 def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
-    """What makes the comparison doubtful, loudest first, in English ("en") and Korean ("ko")."""
+    """What makes the comparison doubtful, most important first, in English ("en") and Korean ("ko")."""
     found = []
 
     def add(english: str, korean: str) -> None:
@@ -145,16 +145,16 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
     sizes = {run.name: len(run.predictions) for run in runs}
     if set(sizes.values()) != {len(keys)}:
         add(
-            f"The runs were not evaluated on the same clips ({listed(sizes)}); compared are the "
-            f"{len(keys)} that all have.",
-            f"평가한 클립이 서로 다릅니다 ({listed(sizes)}). 모두에 있는 {len(keys)}개만 비교합니다.",
+            f"The runs were not evaluated on the same clips ({listed(sizes)}); only the {len(keys)} clips "
+            "that all runs have are compared.",
+            f"실험마다 평가한 클립이 다릅니다 ({listed(sizes)}). 공통 클립 {len(keys)}개만 비교합니다.",
         )
     for setting in SAME:
         values = {run.name: run.metrics["settings"].get(setting) for run in runs}
         if len({json.dumps(v) for v in values.values()}) > 1:
             add(
                 f"Evaluations differ in {setting}: {listed(values)}",
-                f"평가 설정 {setting}이(가) 서로 다릅니다: {listed(values)}",
+                f"평가 설정이 서로 다릅니다 ({setting}): {listed(values)}",
             )
     records = {run.name: json.loads((run.path / "run.json").read_text()) for run in runs}
     ids: dict[str, list[str]] = {}
@@ -172,7 +172,7 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
     batches = {name: record.get("global_batch") for name, record in records.items()}
     if len(set(batches.values())) > 1:
         add(
-            "The runs were trained with different global batches, so with different numbers of steps "
+            "The runs were trained with different global batches, and so with different numbers of steps "
             f"(set training.global_batch): {listed(batches)}",
             "글로벌 배치 크기가 서로 달라 학습 스텝 수도 다릅니다 (training.global_batch로 맞추세요): "
             f"{listed(batches)}",
@@ -181,18 +181,19 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
         artifact = run.metrics["settings"]["artifact"]
         if not run.finished:
             add(
-                f"{run.name}: training is still in progress; its evaluation is of stage {artifact}",
-                f"{run.name}: 학습이 아직 진행 중입니다. 평가한 것은 {artifact} 단계입니다.",
+                f"{run.name}: training is not finished; the evaluation is of stage {artifact}",
+                f"{run.name}: 학습이 끝나지 않았습니다. {artifact} 단계를 평가한 결과입니다.",
             )
         elif artifact != run.experiment.stages[-1].name:
             add(
-                f"{run.name}: the evaluation is of stage {artifact}, not of the last; evaluate again",
+                f"{run.name}: the evaluation is of stage {artifact}, not of the last stage; evaluate again",
                 f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.",
             )
         if found_doubts := doubts(run.metrics["looking"]):
             english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))
             add(
-                f"{run.name} may not be looking: {english}", f"{run.name}: 영상을 보지 않는 것일 수 있습니다 ({korean})"
+                f"{run.name} may not use the video: {english}",
+                f"{run.name}: 모델이 영상을 활용하지 않을 수 있습니다 ({korean})",
             )
     return found
 

@@ -1,4 +1,4 @@
-"""`vlmds compare`: one HTML page, readable offline, and the same numbers as CSV or LaTeX."""
+"""Report of `vlmds compare`: one offline HTML page, and the same numbers as CSV or LaTeX."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ THUMBNAIL_BYTES = 12_000_000
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 TEXT_PLACES = ("middle right", "middle left", "top right", "bottom left", "bottom right", "top left")
 COST = {  # key: (English, Korean, format)
-    "visual_tokens": ("visual tokens", "시각 토큰", "{:,.0f}"),
-    "trainable": ("trainable parameters", "학습 파라미터", "{:,.0f}"),
+    "visual_tokens": ("visual tokens", "시각 토큰 수", "{:,.0f}"),
+    "trainable": ("trainable parameters", "학습 파라미터 수", "{:,.0f}"),
     "samples_per_s": ("samples/s", "샘플/초", "{:,.2f}"),
-    "memory_gib": ("peak memory, GiB", "최대 메모리, GiB", "{:,.2f}"),
-    "hours": ("training, hours", "학습 시간, h", "{:,.2f}"),
-    "kilowatt_hours": ("energy of the GPUs, kWh", "GPU 에너지, kWh", "{:,.2f}"),
+    "memory_gib": ("peak memory, GiB", "최대 메모리(GiB)", "{:,.2f}"),
+    "hours": ("training, hours", "학습 시간(시간)", "{:,.2f}"),
+    "kilowatt_hours": ("GPU energy, kWh", "GPU 전력량(kWh)", "{:,.2f}"),
 }
 
 
 def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> int:
-    """Write the page; returns its size in bytes. found: what :func:`compare` says."""
+    """Write the page; returns its size in bytes. found: result of :func:`compare`."""
     environment = Environment(
         loader=PackageLoader("vlmds.evaluation", "."),
         autoescape=True,
@@ -115,7 +115,9 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
             ),
         )
     scatter.update_xaxes(type="log")
-    made = {"scatter": _chart(scatter, ("visual tokens per clip (log)", metric), ("클립당 시각 토큰 (로그)", metric))}
+    made = {
+        "scatter": _chart(scatter, ("visual tokens per clip (log)", metric), ("클립당 시각 토큰 수 (로그)", metric))
+    }
     for number, stage in enumerate(runs[0].experiment.stages):
         figure = go.Figure()
         for number_of_run, run in enumerate(runs):
@@ -137,8 +139,8 @@ def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
             figure, (f"step ({stage.name})", "loss per token"), (f"스텝 ({stage.name})", "토큰당 손실")
         )
     for name, unit in (
-        ("length", ("caption length, characters", "캡션 길이, 글자")),
-        ("duration", ("clip duration, s", "클립 길이, 초")),
+        ("length", ("caption length, characters", "캡션 길이(글자 수)")),
+        ("duration", ("clip duration, s", "클립 길이(초)")),
     ):
         figure = go.Figure()
         parts = found["breakdown"][name]

@@ -1,5 +1,5 @@
-"""The model card of an exported folder: README.md, with the front matter that the Hugging Face hub
-reads."""
+"""Model card of an exported folder: README.md with the front matter of the Hugging Face hub, in
+English with a Korean summary."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 
 from vlmds.console.text import counted
 from vlmds.errors import InputError
+from vlmds.evaluation.blind import doubts
 from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.experiments.schema import Experiment
 from vlmds.export.parity import Parity
@@ -18,7 +19,7 @@ from vlmds.models.artifact import weights_sha256
 from vlmds.models.hub import is_local
 
 REMOTE = "remote"
-"""The kind of folder that `--format hf-llava` gives where LLaVA's architecture does not fit."""
+"""Kind of the folder that `--format hf-llava` writes where LLaVA's architecture does not fit."""
 FRONT = {  # library_name, base_model_relation
     "vlmds": ("vlmds", "adapter"),
     "peft": ("peft", "adapter"),
@@ -30,9 +31,9 @@ FRONT = {  # library_name, base_model_relation
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells. kind: a key of FRONT. meta: artifact.json. visual_tokens: per clip.
-    template: the tokenizer's chat template. run: of the artifact, None if it lies alone. vllm:
-    whether it has what a LLaVA folder needs."""
+    """Contents of a card. kind: a key of FRONT. meta: artifact.json. visual_tokens: per clip.
+    template: the tokenizer's chat template. run: folder of the artifact's run, None without one.
+    vllm: whether vLLM can serve the folder."""
 
     kind: str
     meta: dict
@@ -46,17 +47,19 @@ class Facts:
 
 
 def model_card(facts: Facts) -> str:
-    """README.md."""
+    """Text of README.md."""
     exp = facts.experiment
+    results, doubtful = _results(facts)
     sections = [
         f"# {exp.name}: Korean captions of videos",
-        f"{exp.vision.model} looks at {exp.data.num_frames} frames, a {exp.projector.type} "
-        f"projector turns what it sees into visual tokens, and {exp.llm.model} with "
-        f"{_adapter(facts)} says in Korean what happens. Trained with vlmds.",
+        f"{exp.vision.model} encodes {exp.data.num_frames} frames, a {exp.projector.type} projector "
+        f"turns the features into visual tokens, and {exp.llm.model} with {_adapter(facts)} writes a "
+        "caption in Korean. Trained with vlmds.",
         "## Use\n\n" + _use(facts),
-        "## Results\n\n" + (_results(facts) or "Not evaluated yet (`vlmds evaluate`)."),
-        "## What it is made of\n\n" + _parts(facts),
+        "## Results\n\n" + (results or "Not evaluated yet (`vlmds evaluate`)."),
+        "## Components\n\n" + _parts(facts),
         "## Limits\n\n" + _limits(facts),
+        "## 한국어 요약\n\n" + _korean(facts, bool(results), doubtful),
     ]
     return _front_matter(facts) + "\n\n".join(sections) + "\n"
 
@@ -102,8 +105,8 @@ def _use(facts: Facts) -> str:
             "```python\nfrom peft import PeftModel\n"
             f'base = AutoModelForCausalLM.from_pretrained("{exp.llm.model}")\n'
             'llm = PeftModel.from_pretrained(base, "this folder")\n```\n\n'
-            "This is the language model's adapter. `projector.safetensors` holds the projector "
-            "that experiment.yaml describes; without it the model sees no video."
+            "This is the language model's adapter. `projector.safetensors` is the projector that "
+            "experiment.yaml describes; without it the model gets no video."
         )
     trust = ", trust_remote_code=True" if facts.kind == REMOTE else ""
     text = (
@@ -111,19 +114,19 @@ def _use(facts: Facts) -> str:
         f'processor = AutoProcessor.from_pretrained("this folder"{trust})\n'
         f'model = AutoModelForImageTextToText.from_pretrained("this folder"{trust})\n```\n\n'
         f"A clip is a user message of {exp.data.num_frames} images, then the prompt. The "
-        "frames must be chosen and resized as in training: `python example.py VIDEO...` does that, "
-        "with av and pillow alone."
+        "frames must be chosen and resized as in training; `python example.py VIDEO...` does this "
+        "with only av and pillow added."
     )
     if facts.kind == REMOTE:
         return text + (
             "\n\n`trust_remote_code=True` lets transformers run the Python files of this folder on "
-            "your machine, with your rights. They are short: read them, and name a commit with "
-            "`revision=` where you load from the hub."
+            "your machine, with your permissions. They are short: read them, and pin a commit with "
+            "`revision=` when you load from the hub."
         )
     if not facts.vllm:
         return text + (
-            "\n\nvLLM cannot serve it: it has no linear activation, and this language "
-            "model is too narrow to do without (twice the tower's width)."
+            "\n\nvLLM cannot serve it: vLLM has no linear activation, and this language model is "
+            "not twice as wide as the vision tower, which would avoid it."
         )
     return text + (
         f"\n\nvLLM: `--limit-mm-per-prompt '{{\"image\": {exp.data.num_frames}}}'`; send frames "
@@ -131,11 +134,12 @@ def _use(facts: Facts) -> str:
     )
 
 
-def _results(facts: Facts) -> str:
-    """Of every evaluation of these very weights."""
+def _results(facts: Facts) -> tuple[str, list[str]]:
+    """Tables of all evaluations of exactly these weights; Korean warnings that the model may not use
+    the video."""
     if facts.run is None:
-        return ""
-    weights, parts = weights_sha256(facts.artifact), []
+        return "", []
+    weights, parts, korean = weights_sha256(facts.artifact), [], []
     for path in sorted(facts.run.glob("evaluation/*/metrics.json")):
         try:
             found, _ = read_evaluation(path.parent)
@@ -155,9 +159,11 @@ def _results(facts: Facts) -> str:
         lines += [
             f"| {name} | {m['value']:.2f} | {m['low']:.2f} to {m['high']:.2f} |" for name, m in found["metrics"].items()
         ]
-        lines += [f"\nWarning: {warning}" for warning in found["looking"]["warnings"]]
+        for doubt in doubts(found["looking"]):
+            lines.append(f"\nWarning: {doubt['en']}")
+            korean.append(doubt["ko"])
         parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts), korean
 
 
 def _parts(facts: Facts) -> str:
@@ -172,9 +178,9 @@ def _parts(facts: Facts) -> str:
     precision = "NF4 (4 bit, double quantisation)" if exp.llm.load_in_4bit else exp.llm.dtype
     rows = [
         ("vision tower", base("vision")),
-        ("features", f"layer {exp.vision.feature_layer}, pooled {exp.vision.pool} x {exp.vision.pool}"),
+        ("features", f"layer {exp.vision.feature_layer}, pooling {exp.vision.pool} x {exp.vision.pool}"),
         ("language model", base("llm")),
-        ("trained on it in", precision),
+        ("its precision in training", precision),
         ("projector", ", ".join(f"{k} {v}" for k, v in exp.projector.model_dump().items())),
         ("adapter", f"{peft.type}, r {peft.r}, alpha {peft.alpha:g}, {', '.join(peft.target_modules)}"),
         ("prompt", exp.data.prompt),
@@ -184,7 +190,7 @@ def _parts(facts: Facts) -> str:
         ("data fingerprint", lineage.get("data_fingerprint", "(not recorded)")),
     ]
     if facts.visual_tokens:
-        rows.append(("visual tokens", f"{facts.visual_tokens:,} a clip"))
+        rows.append(("visual tokens", f"{facts.visual_tokens:,} per clip"))
     if facts.template:
         rows.append(("chat template sha256", hashlib.sha256(facts.template.encode()).hexdigest()))
     rows += [(f"sha256 of {name}", value) for name, value in (lineage.get("weights") or {}).items()]
@@ -193,8 +199,8 @@ def _parts(facts: Facts) -> str:
     )
     if facts.parity:
         text += (
-            "\n\nHow far this folder's logits are from those of the base model with the "
-            f"adapter beside it, both in {exp.llm.dtype}: {facts.parity}."
+            "\n\nDifference between this folder's logits and those of the base model with the "
+            f"adapter not folded in, both in {exp.llm.dtype}: {facts.parity}."
         )
     return text
 
@@ -202,14 +208,14 @@ def _parts(facts: Facts) -> str:
 def _limits(facts: Facts) -> str:
     exp = facts.experiment
     points = [
-        f"It sees {exp.data.num_frames} frames without sound: what happens between is guessed.",
-        "It learned to answer its prompt in Korean; other prompts and languages are not tested.",
-        "Captions can be wrong or biased as the data is. The licences of the base models apply.",
+        f"It gets {exp.data.num_frames} frames and no sound: what happens between frames is guessed.",
+        "It was trained on its own prompt, in Korean; other prompts and languages are not tested.",
+        "Captions can be wrong, and biased like the training data. The licences of the base models apply.",
     ]
     if exp.llm.load_in_4bit and facts.kind in ("merged", "hf-llava", REMOTE):
         points.append(
-            f"The adapter was trained beside NF4 weights and is folded into "
-            f"{exp.llm.dtype} ones, so that captions can differ from those that were evaluated."
+            "The adapter was trained with NF4 base weights and is folded into "
+            f"{exp.llm.dtype} weights, so captions can differ from those that were evaluated."
         )
     if exp.peft.type == "dora" and facts.kind in ("vlmds", "peft"):
         points.append(
@@ -217,3 +223,31 @@ def _limits(facts: Facts) -> str:
             "`--merge` or `--format hf-llava`, which fold the adapter in."
         )
     return "\n".join(f"- {point}" for point in points)
+
+
+def _korean(facts: Facts, evaluated: bool, doubtful: list[str]) -> str:
+    """The card's text in Korean; code and tables are above."""
+    exp = facts.experiment
+    adapter = "" if _adapter(facts) == "no adapter" else f", {exp.peft.type} 어댑터 r={exp.peft.r}"
+    text = (
+        f"비전 타워({exp.vision.model})가 프레임 {exp.data.num_frames}장을 인코딩하고, {exp.projector.type} 프로젝터가 그 "
+        f"특징을 시각 토큰으로 바꾸며, 언어 모델({exp.llm.model}{adapter})이 한국어 캡션을 생성합니다. vlmds로 학습했습니다. "
+        "사용법, 지표, 구성은 위의 Use, Results, Components에 있습니다."
+    )
+    points = [
+        f"소리 없이 프레임 {exp.data.num_frames}장만 보므로 프레임 사이에 일어난 일은 추측입니다.",
+        "학습에 쓴 프롬프트와 한국어만 검증했습니다. 다른 프롬프트나 언어는 시험하지 않았습니다.",
+        "캡션이 틀리거나 학습 데이터의 편향을 따를 수 있습니다. 기반 모델의 라이선스가 적용됩니다.",
+    ]
+    if exp.llm.load_in_4bit and facts.kind in ("merged", "hf-llava", REMOTE):
+        points.append(
+            f"어댑터는 NF4 가중치로 학습했지만 {exp.llm.dtype} 가중치에 병합했으므로 평가할 때와 캡션이 다를 수 있습니다."
+        )
+    if exp.peft.type == "dora" and facts.kind in ("vlmds", "peft"):
+        points.append(
+            "vLLM은 DoRA 어댑터를 지원하지 않습니다. `--merge` 또는 `--format hf-llava`로 내보내면 서빙할 수 있습니다."
+        )
+    if not evaluated:
+        points.append("아직 평가하지 않았습니다(`vlmds evaluate`).")
+    points += [f"경고: {warning}" for warning in doubtful]
+    return f"{text}\n\n" + "\n".join(f"- {point}" for point in points)

@@ -1,13 +1,15 @@
-"""`vlmds export`: one folder, in one of these forms.
+"""Export of a run or artifact into a folder of one of four forms.
 
     vlmds             the artifact itself: experiment.yaml, artifact.json, projector, adapter/
-    vlmds --merge     the same with llm/, the language model with the adapter folded in, instead
-    peft              the adapter as PEFT's users expect it, and the projector
+    vlmds --merge     the same, but with llm/ (the language model with the adapter folded in)
+                      instead of adapter/
+    peft              the adapter in PEFT's format, and the projector
     hf-llava          a LLaVA folder for plain transformers (:mod:`vlmds.export.llava`), or where
-                      that architecture does not fit, one with code (:mod:`vlmds.export.remote`)
+                      that architecture does not fit, one with its own code
+                      (:mod:`vlmds.export.remote`)
 
-Each has a model card. A folder whose weights were folded is loaded back before it gets its name,
-and its logits are held against those of the model it was made of.
+Each has a model card. A folder with folded weights is loaded back before it gets its final name,
+and its logits are compared with those of the original model.
 """
 
 from __future__ import annotations
@@ -15,38 +17,33 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
-from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmds.console.progress import phase
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
+from vlmds.export import FORMATS
 from vlmds.export.card import REMOTE, Facts, model_card
 from vlmds.export.llava import fits_llava, write_llava
 from vlmds.export.merge import load_unmerged, merge_adapter, unquantised
-from vlmds.export.parity import Parity, Probe, captioner_logits, compare_logits, make_probes, supervised
-from vlmds.export.processor import user_message
+from vlmds.export.parity import Parity, captioner_logits, compare_logits, folder_logits, make_probes
 from vlmds.export.remote import write_remote
 from vlmds.files import check_writable, copy_files, new_folder, sha256_of
 from vlmds.inference.video_captioner import VideoCaptioner, choose_device
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
-from vlmds.models.captioner import IGNORE
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import counted_phase
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.runs.folder import final_artifact
 
-FORMATS = ("vlmds", "peft", "hf-llava")
-PEFT_CARD = ("README.md",)  # an empty form
+PEFT_CARD = ("README.md",)  # a template with nothing filled in
 FRAMES = ("container", "decode", "fit", "frame_table", "probe", "sampling", "upright", "webp")
 """Modules of :mod:`vlmds.video` that choose and decode frames; example.py uses copies of them."""
 HOW_TO_LOAD = Path(__file__).parent / "bundle" / "example.py"
@@ -61,27 +58,27 @@ def export_run(
     device: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Parity | None:
-    """Write ``output``, whole or not at all; returns the parity of a folder with folded weights.
+    """Write ``output``, completely or not at all; returns the parity of a folder with folded weights.
 
     Args:
-        run: run folder, all of whose stages are finished, or an artifact.
+        run: run folder with all stages finished, or an artifact.
         format: one of FORMATS. merge: fold the adapter in; hf-llava always does.
         device: where weights are folded (default: the first GPU, else the CPU).
-        overrides: of the experiment, such as ``llm.model=/models/Qwen3-8B``; the folder names
-            these models, too.
+        overrides: keys of the experiment, such as ``llm.model=/models/Qwen3-8B``; the exported
+            files then name these models.
 
     Raises:
-        InputError: no finished run, no adapter to fold or to write, a folder that is not empty,
-            other base weights than the artifact's.
+        InputError: unfinished run, no adapter to fold or to write, ``output`` is not empty, or the
+            base weights differ from the artifact's.
     """
     artifact = finished_artifact(run)
     meta = read_artifact(artifact).meta
-    experiment = load_experiment(artifact / "experiment.yaml", overrides)
+    experiment = load_experiment(artifact / "experiment.yaml", tuple(overrides))
     check_request(artifact, meta, output, format, merge)
     places = (run, artifact.parent.parent)
     run_folder = next((place for place in places if (place / "run.json").is_file()), None)
     published = experiment.model_copy(
-        update={  # where the data lies is nobody else's business
+        update={  # paths of the team's data are private
             "data": experiment.data.model_copy(update={"path": None, "blend": None, "cache_dir": None})
         }
     )
@@ -111,7 +108,7 @@ def finished_artifact(run: Path) -> Path:
     """The artifact of the run's last stage, or ``run`` itself if it is an artifact.
 
     Raises:
-        InputError: there is none yet.
+        InputError: the last stage is not finished.
     """
     artifact = final_artifact(run)
     if not is_artifact(run):
@@ -119,17 +116,17 @@ def finished_artifact(run: Path) -> Path:
         if artifact.name != last:
             raise InputError(
                 f"--run {run}: its last stage, {last}, is not finished; finish it, or "
-                f"export what there is with --run {artifact}"
+                f"export the finished stage with --run {artifact}"
             )
     return artifact
 
 
 def check_request(artifact: Path, meta: dict, output: Path, format: str, merge: bool) -> None:
-    """Raise :class:`InputError` if the artifact cannot be exported so, or not to there."""
+    """Raise :class:`InputError` if the artifact has no such form, or ``output`` cannot be written."""
     if format not in FORMATS:
         raise InputError(f"--format {format}: choose {', '.join(FORMATS)}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output {output}: is there already; choose another folder")
+        raise InputError(f"--output {output}: exists already; choose another folder")
     check_writable(output, "--output")
     if format == "peft" and merge:
         raise InputError("--merge: --format peft is the adapter itself; leave one of them out")
@@ -161,7 +158,7 @@ def _write_folded(
         if format == "vlmds":
             kind = "merged"
             _write_merged(new, artifact, model, published)
-        elif fits_llava(model.captioner.projector, model.tower):
+        elif fits_llava(model):
             kind = "hf-llava"
             activation = write_llava(new, model, experiment, builder)
         else:
@@ -171,12 +168,10 @@ def _write_folded(
         gc.collect()  # before a second copy of the weights is loaded
         if format == "vlmds":
             written = VideoCaptioner.from_pretrained(new, device=str(device)).model
-
-            def after(number: int) -> Tensor:
-                return captioner_logits(written, probes[number], device)
+            after: Iterable[Tensor] = (captioner_logits(written, probe, device) for probe in probes)
         else:
             write_example(new, published, remote=kind == REMOTE)
-            after = _exported_logits(new, probes, builder, device, remote=kind == REMOTE)
+            after = folder_logits(new, probes, builder, device, remote=kind == REMOTE)
         parity = compare_logits(before, after, source)
         (new / "README.md").write_text(
             model_card(
@@ -231,45 +226,8 @@ def write_example(folder: Path, experiment: Experiment, remote: bool) -> None:
         (folder / "frames_vlmds" / path.name).write_text(source, encoding="utf-8")
 
 
-def _exported_logits(
-    folder: Path, probes: list[Probe], builder: SequenceBuilder, device: torch.device, remote: bool
-) -> Callable[[int], Tensor]:
-    """Gives each probe's logits by the folder's own model and processor, as loaded anew."""
-    options = {"trust_remote_code": True} if remote else {}
-    processor = AutoProcessor.from_pretrained(folder, **options)
-    model = AutoModelForImageTextToText.from_pretrained(folder, **options).to(device).eval()
-
-    @torch.no_grad()
-    def logits(number: int) -> Tensor:
-        probe = probes[number]
-        text = processor.apply_chat_template(
-            user_message(probe.prompt or builder.prompt, len(probe.frames)), add_generation_prompt=True
-        )
-        images = [Image.fromarray(np.ascontiguousarray(f.transpose(1, 2, 0))) for f in probe.frames]
-        inputs = processor(images=images, text=text, return_tensors="pt").to(device)
-        caption = [i for i in probe.sequence.labels if i != IGNORE]
-        ids = torch.cat([inputs["input_ids"], torch.tensor([caption], device=device)], dim=1)
-        if ids.shape[1] != len(probe.sequence.input_ids):
-            raise InputError(
-                f"the prompt {probe.prompt!r} of a clip holds "
-                f"{processor.image_token}, which stands for a visual token; take it out of the data"
-            )
-        return (
-            model(
-                input_ids=ids,
-                pixel_values=inputs["pixel_values"],
-                use_cache=False,
-                logits_to_keep=supervised(probe.sequence).to(device),
-            )
-            .logits.float()
-            .cpu()
-        )
-
-    return logits
-
-
 def _name_base(path: Path, experiment: Experiment, meta: dict) -> None:
-    """What adapter_config.json says of the base model."""
+    """Write the base model's name and revision into adapter_config.json."""
     config = json.loads(path.read_text(encoding="utf-8"))
     revision = (meta["lineage"].get("revisions") or {}).get("llm")
     config |= {"base_model_name_or_path": experiment.llm.model, "revision": revision}

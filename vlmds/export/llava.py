@@ -1,15 +1,15 @@
-"""`--format hf-llava` of the linear and the MLP projector without pooling: a
-``LlavaForConditionalGeneration`` folder, which plain transformers loads.
+"""LLaVA folders: `--format hf-llava` of the linear and the MLP projector without pooling.
 
-The frames of a clip are the images of one user message. LLaVA puts each image's patch tokens where
-its placeholder stands, so that a clip's tokens stand in one run, frame by frame, as in vlmds.
+Plain transformers loads such a folder as ``LlavaForConditionalGeneration``. The frames of a clip
+are the images of one user message. LLaVA puts each image's patch tokens where its placeholder
+stands, so a clip's tokens are contiguous, frame by frame, as in vlmds.
 
-What vLLM makes of such a folder was read in its source, not run: ``model_executor/models/llava.py``
-takes any ``text_config`` that it has a model for, Qwen3 included, several images per prompt
-(``limit_mm_per_prompt``), feature layers -1 and -2 without the last LayerNorm, strategy "default".
-``model_executor/layers/activation.py`` knows gelu and relu but not linear, hence
+vLLM loads it too. From its source: ``model_executor/models/llava.py`` takes any ``text_config``
+that it has a model for, Qwen3 included, several images per prompt (``limit_mm_per_prompt``),
+feature layers -1 and -2 without the last LayerNorm, strategy "default".
+``model_executor/layers/activation.py`` has gelu and relu but not linear: see
 :func:`linear_as_mlp`. ``lora/peft_helper.py`` refuses a DoRA adapter ("vLLM does not yet support
-DoRA"; a pull request, vllm-project/vllm#47395, is open), hence folded weights.
+DoRA"; a pull request, vllm-project/vllm#47395, is open): the adapter is folded in.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from vlmds.export.weights import named, nameless, write_model
 from vlmds.models.assemble import Model
 from vlmds.models.projectors import MLP, Linear, Projector
 from vlmds.models.sequences import SequenceBuilder
-from vlmds.models.vision import VisionTower
 
 
-def fits_llava(projector: Projector, tower: VisionTower) -> bool:
+def fits_llava(model: Model) -> bool:
     """Whether LLaVA's architecture can express the model."""
-    return isinstance(projector, (Linear, MLP)) and tower.pool == 1
+    tower = model.tower
+    return isinstance(model.captioner.projector, (Linear, MLP)) and tower is not None and tower.pool == 1
 
 
 def write_llava(folder: Path, model: Model, experiment: Experiment, builder: SequenceBuilder) -> str:
@@ -42,14 +42,13 @@ def write_llava(folder: Path, model: Model, experiment: Experiment, builder: Seq
         InputError: see :mod:`vlmds.export.processor`.
     """
     tower, llm, projector = model.tower, model.captioner.llm, model.captioner.projector
-    tokenizer, token = exported_tokenizer(
-        model.tokenizer, llm.get_input_embeddings().num_embeddings, experiment.llm.model
-    )
+    assert tower is not None  # None only where features are stored
+    tokenizer, token = exported_tokenizer(model.tokenizer, llm, experiment.llm.model)
     act, first, second = projector_as_llava(projector)
     config = LlavaConfig(
         vision_config=nameless(tower.clip.config),
         text_config=nameless(llm.config),
-        image_token_index=tokenizer.convert_tokens_to_ids(token),
+        image_token_index=tokenizer.get_vocab()[token],
         image_seq_length=tower.patches,
         projector_hidden_act=act,
         vision_feature_select_strategy="default",
@@ -81,6 +80,7 @@ def projector_as_llava(projector: Projector) -> tuple[str, nn.Linear, nn.Linear]
     """(activation, linear_1, linear_2) of LLaVA's projector that compute the same."""
     if isinstance(projector, MLP):
         return "gelu", projector.net[0], projector.net[2]  # both are the exact GELU, not tanh's
+    assert isinstance(projector, Linear)
     return linear_as_mlp(projector.net)
 
 

@@ -1,4 +1,4 @@
-"""The adapter folded into the language model's weights."""
+"""Folding of an adapter into the language model's weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from vlmds.console.progress import phase
@@ -35,6 +36,7 @@ def load_unmerged(artifact: Path, experiment: Experiment, device: torch.device) 
     check_base(artifact, experiment)
     model = load_model(unquantised(experiment), device)
     load_artifact(artifact, model.captioner)
+    assert model.tower is not None  # None only where features are stored
     check_artifact_tower(artifact, experiment, model.tower)
     model.captioner.to(device).eval().requires_grad_(False)
     return model
@@ -59,8 +61,8 @@ def check_base(artifact: Path, experiment: Experiment) -> None:
 def merge_adapter(llm: PeftModel) -> PreTrainedModel:
     """Fold the LoRA or DoRA adapter into the base weights, in place; returns the plain model.
 
-    Each weight is computed in float32 and rounded once to its dtype, layer by layer, so that no
-    second copy of the model is needed.
+    Each weight is computed in float32 and rounded once to its dtype, layer by layer: no second
+    copy of the model is needed.
 
     Raises:
         InputError: a merged weight is not finite.
@@ -68,7 +70,8 @@ def merge_adapter(llm: PeftModel) -> PreTrainedModel:
     layers = {name: module for name, module in llm.named_modules() if isinstance(module, LoraLayer)}
     with phase("folding the adapter in", unit="layers") as shown:
         for name, module in shown.counting(layers.items()):
-            dtype = module.get_base_layer().weight.dtype
+            assert isinstance(module, nn.Module)  # LoraLayer is a mixin
+            dtype = module.get_base_layer().get_parameter("weight").dtype
             module.float()
             try:
                 module.merge(safe_merge=True)
@@ -77,4 +80,4 @@ def merge_adapter(llm: PeftModel) -> PreTrainedModel:
                     f"{name}: folding the adapter in gives no finite weights; the adapter is damaged or has diverged"
                 ) from None
             module.to(dtype)
-    return llm.base_model.unload()
+    return llm.unload()

@@ -1,15 +1,18 @@
-"""How far the logits of an exported model are from those of the model it was made of."""
+"""Comparison of an exported model's logits with those of the original model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmds.console.progress import phase
 from vlmds.console.text import counted
@@ -18,6 +21,7 @@ from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError, SampleError
 from vlmds.evaluation.scoring import evaluated_positions
 from vlmds.experiments.schema import Experiment
+from vlmds.export.processor import user_message
 from vlmds.inference.generation import GenerationOptions, generate_captions
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
@@ -38,7 +42,7 @@ class Probe:
 @dataclass(frozen=True)
 class Parity:
     """Over all caption tokens of all probes. max_diff: largest absolute difference of a logit.
-    top1: share of the tokens at which both models find the same token likeliest. kl: mean
+    top1: share of the tokens at which both models predict the same token. kl: mean
     KL(before || after) of the next-token distributions, in nats."""
 
     source: str
@@ -57,9 +61,9 @@ class Parity:
 
 
 def make_probes(experiment: Experiment, model: Model) -> tuple[list[Probe], str]:
-    """(probes, where they are from): clips of the run's validation split with their captions where
-    they can be read, else random frames with what the model says to them. The card tells where, so
-    no paths stand in it."""
+    """(probes, their source): clips of the run's validation split with their captions where the data
+    can be read, else random frames with the model's own captions. The model card quotes the source,
+    so it contains no paths."""
     builder = SequenceBuilder(
         model.tokenizer,
         experiment.data.prompt,
@@ -75,7 +79,7 @@ def make_probes(experiment: Experiment, model: Model) -> tuple[list[Probe], str]
                 for frames, caption in _random_clips(experiment, model, builder)
             ]
         print(f"vlmds: the logits are compared on random frames: {error}", file=sys.stderr)
-        return probes, "random frames, for want of the run's data"
+        return probes, "random frames, because the run's data could not be read"
     return [
         Probe(s.frames, s.prompt, builder.training(s.caption, s.prompt)) for s in samples
     ], f"split {split} of the run's data"
@@ -129,13 +133,48 @@ def supervised(sequence: TokenSequence) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE
 
 
-def compare_logits(before: Sequence[Tensor], after: Callable[[int], Tensor], source: str) -> Parity:
-    """before: of each probe, float32 [tokens, vocabulary]; after: gives the exported model's."""
+@torch.no_grad()
+def folder_logits(
+    folder: Path, probes: list[Probe], builder: SequenceBuilder, device: torch.device, remote: bool
+) -> Iterator[Tensor]:
+    """As :func:`captioner_logits` of each probe, by the model and processor that transformers loads
+    from an exported folder.
+
+    Raises:
+        InputError: a prompt contains the image token.
+    """
+    options = {"trust_remote_code": True} if remote else {}
+    processor = AutoProcessor.from_pretrained(folder, **options)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    model.to(device).eval()  # type: ignore[arg-type]  # their decorator loses self
+    for probe in probes:
+        text = processor.apply_chat_template(
+            user_message(probe.prompt or builder.prompt, len(probe.frames)), add_generation_prompt=True
+        )
+        images = [Image.fromarray(np.ascontiguousarray(f.transpose(1, 2, 0))) for f in probe.frames]
+        inputs = processor(images=images, text=text, return_tensors="pt").to(device)
+        caption = [i for i in probe.sequence.labels if i != IGNORE]
+        ids = torch.cat([inputs["input_ids"], torch.tensor([caption], device=device)], dim=1)
+        if ids.shape[1] != len(probe.sequence.input_ids):
+            raise InputError(
+                f"the prompt {probe.prompt!r} of a clip contains {processor.image_token}, which stands for "
+                "a visual token; remove it from the data"
+            )
+        logits = model(
+            input_ids=ids,
+            pixel_values=inputs["pixel_values"],
+            use_cache=False,
+            logits_to_keep=supervised(probe.sequence).to(device),
+        ).logits
+        yield logits.float().cpu()
+
+
+def compare_logits(before: Sequence[Tensor], after: Iterable[Tensor], source: str) -> Parity:
+    """before, after: logits of each probe by the two models, float32 [tokens, vocabulary]."""
     difference = kl = 0.0
     same = tokens = 0
     with phase("logits after folding", unit="clips") as shown:
-        for number, ours in enumerate(shown.counting(before)):
-            theirs = after(number)
+        for ours, theirs in zip(shown.counting(before), after, strict=True):
             difference = max(difference, (ours - theirs).abs().max().item())
             same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             a, b = (F.log_softmax(x.double(), dim=-1) for x in (ours, theirs))

@@ -1,9 +1,11 @@
-"""The tokenizer, chat template and image processor of an exported model: they make, of a list of
-frames and a prompt, exactly the sequence that vlmds trains on."""
+"""Tokenizer, chat template and image processor of an exported model.
+
+From a list of frames and a prompt they make exactly the sequence that vlmds trains on.
+"""
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmds.errors import InputError
@@ -14,8 +16,8 @@ from vlmds.models.vision import VisionTower
 IMAGE_TOKENS = ("<|image_pad|>", "<image>")
 """Tokens that stand for a visual token; the first that the vocabulary has is used."""
 
-# Goes before the base model's own template, which knows text alone. A message's content may be
-# text, or a list of images and texts; thinking is off unless it is asked for, as in training.
+# Stands before the base model's own template, which takes text only. A message's content may be
+# text, or a list of images and texts; thinking is off unless it is requested, as in training.
 PREAMBLE = """\
 {%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}
 {%- set plain = namespace(messages=[]) %}
@@ -39,21 +41,21 @@ PREAMBLE = """\
 
 
 def exported_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, rows: int, model: str
+    tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel, model: str
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer, changed to take images in chats and to pad on the left; and its image token.
 
     Args:
-        rows: of the language model's embedding. model: its name.
+        llm: the language model. model: its name.
 
     Raises:
-        InputError: the vocabulary has no token to stand for an image, and the model no row for a
-            new one.
+        InputError: the vocabulary has no token to stand for an image, and the model's embedding no
+            row for a new one.
     """
     vocabulary = tokenizer.get_vocab()
     token = next((t for t in IMAGE_TOKENS if t in vocabulary), None)
     if token is None:
-        if len(tokenizer) >= rows:
+        if len(tokenizer) >= len(llm.get_input_embeddings().get_parameter("weight")):
             raise InputError(
                 f"llm.model: {model}: its vocabulary has neither of "
                 f"{', '.join(IMAGE_TOKENS)}, and the model has no row to spare"
@@ -73,8 +75,8 @@ def image_processor(tower: VisionTower) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
-        image_mean=tower.mean.flatten().tolist(),
-        image_std=tower.std.flatten().tolist(),
+        image_mean=tower.get_buffer("mean").flatten().tolist(),
+        image_std=tower.get_buffer("std").flatten().tolist(),
     )
 
 

@@ -1,5 +1,8 @@
-"""`--format hf-llava` of a resampler, or of pooled features: LLaVA has neither, so the folder
-brings its code along, and transformers runs it where the caller passes ``trust_remote_code=True``."""
+"""Folders with their own code: `--format hf-llava` of a resampler, or of pooled features.
+
+LLaVA's architecture has neither. The folder therefore contains its modelling code, which
+transformers runs where the caller passes ``trust_remote_code=True``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from vlmds.models.assemble import Model
 from vlmds.models.sequences import SequenceBuilder
 
 CODE = ("configuration_vlmds", "modeling_vlmds", "processing_vlmds")
-# What the copy of projectors.py must do without.
+# Lines of projectors.py that refer to vlmds, and what stands for them in the copy.
 REPLACED = {
     "from vlmds.experiments.schema import ProjectorConfig\n": "",
     "from vlmds.errors import InputError\n": "",
@@ -32,9 +35,8 @@ def write_remote(folder: Path, model: Model, experiment: Experiment, builder: Se
         InputError: see :mod:`vlmds.export.processor`.
     """
     tower, llm, projector = model.tower, model.captioner.llm, model.captioner.projector
-    tokenizer, token = exported_tokenizer(
-        model.tokenizer, llm.get_input_embeddings().num_embeddings, experiment.llm.model
-    )
+    assert tower is not None  # None only where features are stored
+    tokenizer, token = exported_tokenizer(model.tokenizer, llm, experiment.llm.model)
     config = VlmdsConfig(
         vision_config=nameless(tower.clip.config),
         text_config=nameless(llm.config),
@@ -42,7 +44,7 @@ def write_remote(folder: Path, model: Model, experiment: Experiment, builder: Se
         num_frames=projector.num_frames,
         feature_layer=tower.feature_layer,
         pool=tower.pool,
-        image_token_id=tokenizer.convert_tokens_to_ids(token),
+        image_token_id=tokenizer.get_vocab()[token],
         dtype=llm.dtype,
         architectures=["VlmdsForConditionalGeneration"],
     )

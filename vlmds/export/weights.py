@@ -13,12 +13,12 @@ from vlmds.models.sequences import SequenceBuilder
 
 
 def named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights, the prefix before their names."""
+    """The module's weights, with the prefix before their names."""
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
 def nameless(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy that does not tell where the model was loaded from, which may be a private path."""
+    """A copy without the path that the model was loaded from, which may be private."""
     config = copy.deepcopy(config)
     config._name_or_path = ""
     return config

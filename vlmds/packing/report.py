@@ -1,8 +1,8 @@
-"""A page that shows what is in a packed dataset: `pack_report.html`, beside its shards.
+"""Report of a packed dataset: `pack_report.html` beside the shards, in English and Korean.
 
-One file that asks the network for nothing. Its bytes depend on the dataset alone, so there is no
-date and no folder name in it. Columns come from the index; only captions and pictures need the
-shards, and those are read for a bounded number of samples.
+One file that loads nothing from the network. Its bytes depend on the dataset only: it contains no
+date and no folder name. Columns come from the index; captions and pictures come from the shards, and
+are read for a bounded number of samples.
 """
 
 import json
@@ -37,6 +37,16 @@ SHEET_FRAMES = 4
 SHEET_SIDE = 112  # pixels
 SHEET_DEADLINE = 30.0  # seconds that the decoding of one clip of the sheet may take
 MOST_BINS, MOST_BARS = 24, 12
+KOREAN = {  # titles of charts
+    "Duration, seconds": "길이(초)",
+    "Frames per second": "초당 프레임 수",
+    "Caption length, characters": "캡션 길이(글자 수)",
+    "Codec": "코덱",
+    "Resolution": "해상도",
+}
+
+Text = tuple[str, str]
+"""In English and in Korean."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +60,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """A histogram. columns: bars stand side by side, in order of a quantity; otherwise they are
-    categories, listed one a line. note: what the chart leaves out."""
+    """A histogram. columns: bars side by side, ordered by a quantity; otherwise categories, one per
+    line. summary, note (what the chart leaves out): in English and Korean."""
 
     title: str
     columns: bool
     bars: list[Bar]
-    summary: str = ""
-    note: str = ""
+    summary: Text = ("", "")
+    note: Text = ("", "")
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,10 @@ def write_report(out: Path) -> Path:
     reasons = _reject_reasons(out / "ledger.jsonl")
     lengths, caption_rows = _caption_lengths(index)
     total = table.num_rows
-    of_all = f"of the captions of {caption_rows:,} evenly spread samples out of {total:,}"
+    of_all = (
+        f"of the captions of {caption_rows:,} evenly spread samples out of {total:,}",
+        f"전체 {total:,}개 중 고르게 뽑은 샘플 {caption_rows:,}개의 캡션",
+    )
     charts = [
         histogram("Duration, seconds", seconds),
         histogram("Frames per second", table["fps"].to_numpy()),
@@ -94,7 +107,7 @@ def write_report(out: Path) -> Path:
             "Caption length, characters",
             np.array(lengths, np.float64),
             whole=True,
-            note=of_all if caption_rows < total else "",
+            note=of_all if caption_rows < total else ("", ""),
         ),
         categories("Codec", Counter(_counts(table["codec"]))),
         categories("Resolution", Counter(_resolutions(table))),
@@ -112,7 +125,8 @@ def write_report(out: Path) -> Path:
         charts=charts,
         rejects=categories("", reasons, most=len(reasons) or 1).bars,
         rejected=index.meta["rejected"],
-        unseen=coverage_lines([index]),
+        unseen={"en": coverage_lines([index]), "ko": coverage_lines([index], korean=True)},
+        korean=KOREAN,
         clips=_contact_sheet(index),
         total=total,
         fingerprint=index.fingerprint,
@@ -129,14 +143,14 @@ def span_seconds(table: pa.Table) -> np.ndarray:
     return pc.subtract(end, pc.fill_null(table["start"], 0.0)).to_numpy()
 
 
-def histogram(title: str, values: np.ndarray, whole: bool = False, note: str = "") -> Chart:
-    """Equal bins with round limits; what lies above the 99th percentile shares the last one.
+def histogram(title: str, values: np.ndarray, whole: bool = False, note: Text = ("", "")) -> Chart:
+    """Equal bins with round limits; values above the 99th percentile are in the last bin.
 
     values: float [N]. whole: the values are integers, so no bin is narrower than 1.
     """
     values = values[np.isfinite(values)]
     if not len(values):
-        return Chart(title, True, [], note="no values")
+        return Chart(title, True, [], note=("no values", "값 없음"))
     low, high = float(values.min()), float(np.quantile(values, 0.99, method="higher"))
     step = _round_step((high - low) / MOST_BINS, whole)
     first = math.floor(low / step)
@@ -148,20 +162,21 @@ def histogram(title: str, values: np.ndarray, whole: bool = False, note: str = "
     if whole and step == 1:
         labels = [f"{first + i:g}" for i in range(bins)]
     if place.max() >= bins:
-        labels[-1] = f"{(first + bins - 1) * step:g} and more"
+        labels[-1] = f"≥ {(first + bins - 1) * step:g}"
+    median, least, largest = (f"{value:.4g}" for value in (np.median(values), values.min(), values.max()))
     summary = (
-        f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}; "
-        f"the highest column is {counts.max():,}"
+        f"median {median}, from {least} to {largest}; the highest column is {counts.max():,}",
+        f"중앙값 {median}, 범위 {least} ~ {largest}, 가장 높은 막대 {counts.max():,}",
     )
     return Chart(title, True, _bars(zip(labels, counts.tolist())), summary, note)
 
 
 def categories(title: str, counts: Counter[str], most: int = MOST_BARS) -> Chart:
-    """The most frequent ones, and all others in one bar."""
+    """A bar for each of the most frequent categories, and one for all others."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown, others = ordered[:most], ordered[most:]
     if others:
-        shown.append((f"{len(others):,} others", sum(count for _, count in others)))
+        shown.append((f"{len(others):,} others · 기타", sum(count for _, count in others)))
     return Chart(title, False, _bars(shown))
 
 
@@ -181,27 +196,29 @@ def _round_step(least: float, whole: bool) -> float:
     return next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= least * (1 - 1e-9))
 
 
-def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[str, str]]:
-    """Label and value of each tile at the top. seconds: of video in all samples."""
+def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[Text, str]]:
+    """Label and value of each tile at the top. seconds: total length of the samples."""
     shards = index.meta["shards"]
     size = sum(shard["bytes"] for shard in shards)
     facts = [
-        ("samples", f"{table.num_rows:,}"),
-        ("captions", f"{pc.sum(table['num_captions']).as_py():,}"),
-        ("rejected rows", f"{index.meta['rejected']:,}"),
-        ("store", index.store),
-        ("shards", f"{len(shards):,}"),
-        ("bytes", size_text(size)),
-        ("bytes a sample", size_text(size / max(table.num_rows, 1))),
-        ("of video", f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.0f} s"),
+        (("samples", "샘플"), f"{table.num_rows:,}"),
+        (("captions", "캡션"), f"{pc.sum(table['num_captions']).as_py():,}"),
+        (("rejected rows", "제외된 행"), f"{index.meta['rejected']:,}"),
+        (("store", "저장 방식"), index.store),
+        (("shards", "샤드"), f"{len(shards):,}"),
+        (("total size", "전체 크기"), size_text(size)),
+        (("size per sample", "샘플당 크기"), size_text(size / max(table.num_rows, 1))),
+        (("of video", "영상 길이"), f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.0f} s"),
     ]
     if index.meta.get("num_frames"):
-        facts.append(("frames a sample", str(index.meta["num_frames"])))
+        facts.append((("frames per sample", "샘플당 프레임"), str(index.meta["num_frames"])))
     if index.meta.get("image_size"):
-        facts.append(("frame side", f"{index.meta['image_size']} px"))
+        facts.append((("frame side", "프레임 한 변"), f"{index.meta['image_size']} px"))
     if index.store == "video":
         decoders = _counts(table["decoder"])
-        facts.append(("decoded by", ", ".join(f"{name} {count:,}" for name, count in sorted(decoders.items()))))
+        facts.append(
+            (("decoded by", "디코더"), ", ".join(f"{name} {count:,}" for name, count in sorted(decoders.items())))
+        )
     return facts
 
 
@@ -265,7 +282,7 @@ def _caption_lengths(index: ShardIndex) -> tuple[list[int], int]:
         try:
             captions = _captions(index, row)
         except SampleError:
-            continue  # damaged since it was packed; training tells
+            continue  # damaged since it was packed; training reports it
         rows += 1
         lengths += [len(caption) for caption in captions]
     return lengths, rows

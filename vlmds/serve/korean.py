@@ -1,15 +1,15 @@
-"""Why a video or a request is refused, in Korean, for the page.
+"""Korean forms of the messages that refuse a video or a request, for the web page.
 
-The messages are written in English where they arise, and the API sends them as they are; here those
-that a visitor of the page can meet have their Korean form.
+Messages are raised in English, and the API sends them unchanged. This module translates those that
+a visitor of the page can get.
 """
 
 from __future__ import annotations
 
 import re
 
-# Pattern of a whole message, or of its beginning, and its Korean form. {0}, {1} …: what the pattern's
-# groups found; {detail}: the rest of the message, in brackets.
+# Pattern of a whole message, or of its beginning, and its Korean form. {0}, {1} …: the pattern's
+# groups; {detail}: the rest of the message, in brackets.
 _MESSAGES = (
     (r"file too large: this server takes at most (.+)", "파일이 너무 큽니다. 이 서버는 최대 {0}까지 받습니다."),
     (
@@ -37,16 +37,17 @@ _MESSAGES = (
     (r"out of memory: decoding needs more than (.+) GiB", "디코딩에 필요한 메모리가 {0} GiB를 넘습니다."),
     (r"decoder crashed", "디코더가 비정상 종료되었습니다{detail}."),
     (r"(?:file )?cannot be read", "파일을 읽을 수 없습니다{detail}."),
+    (r"cannot be decoded: no frame at (.+) s", "{0}초 위치의 프레임을 디코딩할 수 없습니다."),
     (r"cannot be decoded", "디코딩할 수 없습니다{detail}."),
 )
 _DETAILS = {
     "Invalid data found when processing input": "데이터가 손상되었거나 올바르지 않습니다",
-    "End of file": "파일이 중간에서 끝납니다",
+    "End of file": "파일이 중간에서 끊겼습니다",
 }
 
 
 def in_korean(message: str) -> str:
-    """The message in Korean; one that is not known here stays as it is."""
+    """The message in Korean; an unknown message is returned unchanged."""
     for pattern, korean in _MESSAGES:
         found = re.match(pattern, message)
         rest = message[found.end() :].removeprefix(": ") if found else ""

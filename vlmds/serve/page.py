@@ -1,4 +1,4 @@
-"""The page: drop a video, see what the models see of it, and read their captions side by side."""
+"""Web page of `vlmds serve`: upload a video, see the sampled frames and the captions of all models."""
 
 from __future__ import annotations
 
@@ -24,54 +24,54 @@ from vlmds.video.sampling import sample_times
 
 TEXTS = {
     "en": {
-        "title": "Caption a video",
+        "title": "# Caption a video",
         "video": "Video",
-        "runs": "Runs",
+        "runs": "Models",
         "prompt": "Prompt",
         "options": "Options",
-        "tokens": "Most tokens",
-        "temperature": "Temperature (0: greedy)",
-        "go": "Caption",
+        "tokens": "Maximum tokens",
+        "temperature": "Temperature (0: greedy decoding)",
+        "go": "Generate captions",
         "stop": "Stop",
-        "frames": "what the model sees",
+        "frames": "frames that the model gets",
         "none": "Choose a video first.",
-        "no_run": "Choose at least one run.",
+        "no_run": "Choose at least one model.",
         "stopped": "Stopped.",
         "reading": "Reading the video…",
-        "waiting": "{name}: waiting for the first word…",
-        "writing": "{name}: writing…",
+        "waiting": "{name}: waiting for the first token…",
+        "writing": "{name}: generating…",
         "done": "Done in {seconds:.1f} s.",
         "bad": "This video cannot be captioned: {why}",
         "busy": "Too many requests are waiting. Try again in a moment.",
-        "bug": "Something went wrong here; the server's log has it. Try again.",
+        "bug": "An error occurred on the server; its log has the details. Try again.",
     },
     "ko": {
-        "title": "영상 설명",
+        "title": "# 영상 캡션",
         "video": "영상",
-        "runs": "실행 결과",
+        "runs": "모델",
         "prompt": "프롬프트",
         "options": "옵션",
         "tokens": "최대 토큰 수",
         "temperature": "온도 (0: 그리디 디코딩)",
-        "go": "설명하기",
+        "go": "캡션 생성",
         "stop": "중지",
-        "frames": "모델이 보는 프레임",
+        "frames": "모델에 입력된 프레임",
         "none": "먼저 영상을 선택하세요.",
-        "no_run": "실행 결과를 하나 이상 선택하세요.",
+        "no_run": "모델을 하나 이상 선택하세요.",
         "stopped": "중지했습니다.",
-        "reading": "영상을 읽는 중…",
-        "waiting": "{name}: 첫 단어를 기다리는 중…",
-        "writing": "{name}: 쓰는 중…",
-        "done": "완료: {seconds:.1f}초.",
-        "bad": "이 영상은 설명할 수 없습니다: {why}",
+        "reading": "영상 읽는 중…",
+        "waiting": "{name}: 첫 토큰 대기 중…",
+        "writing": "{name}: 생성 중…",
+        "done": "완료 ({seconds:.1f}초)",
+        "bad": "이 영상의 캡션을 생성할 수 없습니다: {why}",
         "busy": "대기 중인 요청이 너무 많습니다. 잠시 후 다시 시도하세요.",
-        "bug": "서버에서 오류가 났습니다. 서버 로그를 확인하고 다시 시도하세요.",
+        "bug": "서버에서 오류가 발생했습니다. 자세한 내용은 서버 로그에 있습니다. 다시 시도하세요.",
     },
 }
 
-# The video's trimming tool is hidden, for it would load code from elsewhere.
+# The video's trimming tool is hidden, because it loads code from elsewhere.
 CSS = """
-.vlmds-title p { font-size: 22px; font-weight: 600; }
+.vlmds-title h1 { font-size: 22px; font-weight: 600; }
 #video [aria-label="Trim video to selection"], #video [aria-label="Reset video to initial value"] {
   display: none; }
 .vlmds-frames { display: grid; gap: 8px;
@@ -86,7 +86,7 @@ CSS = """
 """
 
 
-# Gradio has texts of its own, whose names must not be taken.
+# The prefix avoids the names of Gradio's own texts.
 TRANSLATIONS = gr.I18n(
     **{language: {f"vlmds_{name}": text for name, text in texts.items()} for language, texts in TEXTS.items()}
 )
@@ -110,9 +110,19 @@ def add_page(app: FastAPI, models: Models) -> FastAPI:
         mcp_server=False,
         i18n=TRANSLATIONS,
         css=CSS,
-        # Fonts that are there already: the page loads nothing from elsewhere.
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=_theme(),
     )
+
+
+def _theme() -> gr.themes.Base:
+    """Installed fonts only: the page loads nothing from elsewhere. The default orange of the primary
+    button has a contrast of 2.8 with its white text; these have at least 5."""
+    fill = {
+        f"button_primary_background_fill{state}{mode}": shade
+        for mode in ("", "_dark")
+        for state, shade in (("", "*primary_700"), ("_hover", "*primary_800"))
+    }
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(**fill)
 
 
 class _Page:
@@ -203,7 +213,7 @@ class _Page:
         temperature: float,
         request: gr.Request,
     ) -> Iterator[dict[Any, str]]:
-        """What is to be shown, as it comes."""
+        """Updates of the page, as they come."""
         text = TEXTS[_language(request)]
         cleared: dict[Any, str] = dict.fromkeys([self.frames, *self.captions], "")
         if not video:
@@ -222,7 +232,7 @@ class _Page:
             yield {self.state: _state(text["bad"].format(why=why), bad=True)}
         except Busy:
             yield {self.state: _state(text["busy"], bad=True)}
-        except Exception:  # what it is stays here
+        except Exception:  # details go to the log only
             logging.getLogger("uvicorn.error").exception("while captioning a video")
             yield {self.state: _state(text["bug"], bad=True)}
         else:
@@ -233,7 +243,7 @@ class _Page:
     ) -> Iterator[dict[Any, str]]:
         facts = self.models.facts(video)
         chosen = {name: self.models.get(name) for name in self.models.names if name in runs}
-        seen: dict[tuple[int, int], np.ndarray] = {}  # runs that see the same frames share them
+        seen: dict[tuple[int, int], np.ndarray] = {}  # models that take the same frames share them
         strips: dict[tuple[int, int], list[str]] = {}
         for name, captioner in chosen.items():
             form = _form(captioner)
@@ -260,8 +270,8 @@ class _Page:
 
 
 def _take_uploads_only(block: gr.blocks.Block) -> None:
-    """Refuse files other than uploads. Left alone, a mounted page would read any path and fetch any
-    URL that a request puts in the place of an upload."""
+    """Refuse files other than uploads. Otherwise a mounted page reads any path and fetches any URL that
+    a request puts in the place of an upload."""
     folder, move = Path(block.GRADIO_CACHE).resolve(), block.async_move_resource_to_block_cache
 
     async def guarded(path: str | Path | None) -> str | None:
@@ -291,7 +301,7 @@ def _state(message: str, bad: bool = False) -> str:
 
 
 def _strip(frames: np.ndarray, facts: dict[str, Any], names: Sequence[str], what: str) -> str:
-    """The frames with their times. frames: uint8 [F, 3, S, S]."""
+    """HTML of the frames with their times. frames: uint8 [F, 3, S, S]."""
     about = (
         f"{facts['width']} × {facts['height']}, {facts['duration']:,.1f} s, {facts['fps']:.4g} fps, {facts['codec']}"
     )

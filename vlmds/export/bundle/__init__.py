@@ -1,2 +1,4 @@
-"""Code that travels with an exported model and runs where vlmds is not installed: nothing in this
-folder imports vlmds. `vlmds.export.remote` copies it, with the projectors beside it."""
+"""Code that is copied into exported folders and runs without vlmds: nothing here imports vlmds.
+
+`vlmds.export.remote` copies it, together with the projectors.
+"""

@@ -1,4 +1,4 @@
-"""Folders to and from the hub, imitated by a server of this machine."""
+"""Upload to the hub and download from it, imitated by a local server."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_a_pushed_folder_loads_by_its_name(hub, tmp_path, monkeypatch, capsys):
         resolve_artifact("team/none")
 
 
-def test_without_a_network_one_line_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_network_there_is_one_line(tmp_path, monkeypatch, capsys):
     hubs.use(monkeypatch, "http://127.0.0.1:9", tmp_path)
     models = tiny.make_models(tmp_path / "models")
     made(models, tmp_path / "run", "e1")

@@ -1,4 +1,4 @@
-"""`--push-to-hub`: an exported folder to a repository of the Hugging Face hub."""
+"""`--push-to-hub`: upload of an exported folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vlmds.errors import InputError
 
 
 def push_to_hub(folder: Path, repository: str) -> str:
-    """Upload the folder, in one commit; returns the commit's address. A repository that is not
-    there yet is made, and private: the captions and videos behind it are the team's own.
+    """Upload the folder in one commit; returns the commit's URL. A repository that does not exist is
+    created as a private one, because the captions and videos behind the model are the team's own.
 
     Raises:
         InputError: no such user, no permission, no network. The folder stays.

@@ -1,0 +1,44 @@
+"""Options that several commands share, and the announced import of what they need."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from vlmds.console.progress import phase
+
+
+def add_exp(add, default: str | None = None, **more) -> None:
+    shown = f" (default: {default})" if default else ", such as e7"
+    add("--exp", default=default, help=f"YAML file, or name of a packaged experiment{shown}", **more)
+
+
+def add_data(add, help: str) -> None:
+    add("--data", metavar="DIR", help=help)
+
+
+def add_set(add) -> None:
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the experiment, such as training.micro_batch=4 or llm.model=/models/Qwen3-8B",
+    )
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """The deepspeed launcher passes it; ranks take theirs from the environment."""
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """``--set``, and ``--data`` as the key that it stands for."""
+    return [*args.set, *([f"data.path={args.data}"] if args.data else [])]
+
+
+def load(module: str) -> None:
+    """Import a module that takes seconds, and say so."""
+    with phase("loading PyTorch and transformers"):
+        import_module(module)
