@@ -79,7 +79,9 @@ def write_llava(folder: Path, model: Model, experiment: Experiment, builder: Seq
 def projector_as_llava(projector: Projector) -> tuple[str, nn.Linear, nn.Linear]:
     """(activation, linear_1, linear_2) of LLaVA's projector that compute the same."""
     if isinstance(projector, MLP):
-        return "gelu", projector.net[0], projector.net[2]  # both are the exact GELU, not tanh's
+        first, _, second = projector.net
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        return "gelu", first, second  # both are the exact GELU, not tanh's
     assert isinstance(projector, Linear)
     return linear_as_mlp(projector.net)
 
