@@ -341,10 +341,10 @@ def _read_texts(reader: SampleReader, positions: Sequence[int]) -> list[ClipText
 
 
 def _prepare(folder: Path, settings: dict, again: bool) -> bool:
-    """Prepare the folder; True if it holds a finished evaluation with these settings.
+    """Prepare the folder; True if it has a finished evaluation with these settings.
 
     Raises:
-        InputError: it holds one with other settings.
+        InputError: it has one with other settings.
     """
     check_writable(folder, "--output", ("parts", "thumbnails"))
     path = folder / "settings.json"
