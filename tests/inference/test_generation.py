@@ -1,10 +1,13 @@
 """How captions are written, with a tiny model that is made to speak."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 
 from tests import tiny
+from vlmds.cli.generation import add_generation, generation_options
 from vlmds.errors import InputError
 from vlmds.inference.generation import GenerationOptions, GumbelNoise
 from vlmds.inference.video_captioner import VideoCaptioner
@@ -113,3 +116,13 @@ def test_leaving_a_stream_ends_it_and_its_errors_reach_the_reader(captioner, fra
 def test_values_out_of_range_are_refused_by_name(bad, message):
     with pytest.raises(InputError, match=message):
         GenerationOptions(**bad)
+
+
+def test_the_command_line_has_the_options_and_their_defaults():
+    parser = argparse.ArgumentParser()
+    add_generation(parser)
+    assert generation_options(parser.parse_args([])) == GenerationOptions()
+    given = ["--max-new-tokens", "7", "--beams", "3", "--repetition-penalty", "1.5", "--seed", "2"]
+    assert generation_options(parser.parse_args(given)) == GenerationOptions(7, 3, repetition_penalty=1.5, seed=2)
+    sampled = generation_options(parser.parse_args(["--temperature", "0.5", "--top-p", "0.9"]))
+    assert (sampled.temperature, sampled.top_p) == (0.5, 0.9)

@@ -223,7 +223,7 @@ def stream_to_stdout(job: CaptionJob) -> list[str]:
 
 
 def title(record: Record, window: float | None) -> str:
-    """The video, and where it has several captions, the time."""
+    """The video, and the times of a window."""
     if window is None:
         return record["video"]
     times = " - ".join(timestamp(record[key]).replace(",", ".") for key in ("start", "end"))

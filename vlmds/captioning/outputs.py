@@ -26,11 +26,11 @@ from vlmds.errors import InputError
 from vlmds.files import check_writable, is_url, path_in, write
 from vlmds.runs.rank_jsonl import Appender, RankJsonl, Record
 
-if TYPE_CHECKING:  # which bring in PyTorch
+if TYPE_CHECKING:  # it imports PyTorch
     from vlmds.captioning.sources import Item, Span
 
 FORMATS = ("jsonl", "json", "csv", "srt")
-RECORD = frozenset(("id", "video", "start", "end"))  # what every line has
+RECORD = frozenset(("id", "video", "start", "end"))  # fields of every line
 CSV_COLUMNS = ("id", "video", "start", "end", "duration", "prompt", "caption", "error")
 SRT_COLUMNS = 42  # of a subtitle's line; a Hangul syllable takes two
 
@@ -159,15 +159,15 @@ class CaptionFile:
 
 
 def in_order(records: Iterable[Record], items: Sequence[Item]) -> tuple[list[Record], list[Record]]:
-    """(records of the items, in their order and by time; those of others). Of two for the same
-    span the later one counts."""
+    """(records of the items, in their order and by time; records of other videos). Of two records of
+    the same span, the later one counts."""
     by_id: dict[str, dict[Span, Record]] = {}
     for record in records:
         by_id.setdefault(record["id"], {})[record["start"], record["end"]] = record
     asked = []
     for item in items:
         found = by_id.pop(item.id, {})
-        # Of what cannot be read there is no time.
+        # An unreadable video has no times.
         asked += [found[span] for span in sorted(found, key=lambda s: s[0] or 0.0)]
     return asked, [record for found in by_id.values() for record in found.values()]
 
@@ -191,10 +191,10 @@ def write_from(record: str | Path, out: str | Path, format: str | None = None, a
 
     Args:
         record: the .jsonl beside what :func:`vlmds.caption_to_file` wrote.
-        out, format: as there. again: replace files that are there and belong to another record.
+        out, format: as there. again: replace existing files of other captions.
 
     Raises:
-        InputError: nothing to read, one .srt for several videos, or files that are there.
+        InputError: no captions, one .srt for several videos, or existing files.
     """
     paths, record = find_paths(out, format), Path(record)
     if paths.format == "jsonl":
@@ -246,7 +246,7 @@ def to_csv(records: Iterable[Record]) -> str:
 
 def srt_files(records: Iterable[Record]) -> dict[str, list[Record]]:
     """{name relative to the folder: the captions of one video}; a.mp4 gives a.srt, or a.mp4.srt
-    where there is an a.mkv, too. Videos outside a common folder are named by their last part."""
+    if there is an a.mkv too. Videos outside a common folder are named by their last part."""
     videos: dict[str, list[Record]] = {}
     for record in records:
         if "caption" in record:
@@ -271,7 +271,7 @@ def _relative(video: str) -> PurePosixPath:
 
 
 def to_srt(records: Iterable[Record]) -> str:
-    """Subtitles, a cue for each caption that is not empty."""
+    """Subtitles with a cue for each caption that is not empty."""
     cues: list[str] = []
     for record in records:
         lines = wrap(record.get("caption", "").replace("-->", "→"), SRT_COLUMNS)
@@ -290,7 +290,7 @@ def timestamp(seconds: float) -> str:
 
 
 def wrap(text: str, columns: int) -> list[str]:
-    """Lines of at most so many terminal columns, broken at spaces, and inside a word that is longer
+    """Lines of at most ``columns`` terminal columns, broken at spaces, or inside a word that is longer
     than a line."""
     lines, line = [], ""
     for word in text.split():
@@ -306,5 +306,5 @@ def wrap(text: str, columns: int) -> list[str]:
 
 
 def width(text: str) -> int:
-    """Terminal columns: two for a wide character, none for one that combines with the last."""
+    """Terminal columns: two for a wide character, none for a combining one."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

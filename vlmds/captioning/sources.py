@@ -147,8 +147,8 @@ def _packed(data: str | Path, split: str | None) -> Selection:
 
 
 def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
-    """The spans that get a caption, in seconds: the clip, or the windows that it is cut into, of
-    which the last may be shorter, or longer by less than ``SHORTEST_REST`` of a window.
+    """The spans to caption, in seconds: the clip, or the windows that it is cut into. The last window
+    may be shorter, or longer by less than ``SHORTEST_REST`` of a window.
 
     Raises:
         SampleError: the clip starts past the end.
@@ -166,8 +166,8 @@ def spans(clip: Clip, duration: float, window: float | None) -> list[Span]:
 
 
 def grouped(todo: Sequence[Span], window: float | None, most: int) -> Iterator[list[Span]]:
-    """Neighbours of full length together, ``most`` at once, for the video is read once for each
-    group; the others alone."""
+    """Groups of up to ``most`` neighbouring windows of full length; the others alone. The video is read
+    once per group."""
     group: list[Span] = []
     for span in todo:
         full = window is not None and abs(span[1] - span[0] - window) < 2e-6
@@ -187,7 +187,7 @@ def parse_seconds(text: str, option: str) -> float:
     """ "30", "30s", "1m", "1m30s", "1h" -> seconds.
 
     Raises:
-        InputError: it is something else, or less than ``SHORTEST_WINDOW``.
+        InputError: another text, or less than ``SHORTEST_WINDOW``.
     """
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0, 0, 0)

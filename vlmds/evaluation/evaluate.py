@@ -30,6 +30,7 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_features
 from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
+from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import blind_tests
 from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers, undefined_metrics
@@ -205,6 +206,7 @@ def summarise_records(
     Raises:
         InputError: not one clip could be read.
     """
+    doing("computing the metrics")
     by_position = {r["position"]: r for r in records if "unreadable" not in r}
     read = [text for text in texts if text.position in by_position]
     if not read:
@@ -341,16 +343,19 @@ def _read_texts(reader: SampleReader, positions: Sequence[int]) -> list[ClipText
 
 
 def _prepare(folder: Path, settings: dict, again: bool) -> bool:
-    """Prepare the folder; True if it holds a finished evaluation with these settings.
+    """Prepare the folder; True if it has a finished evaluation with these settings.
 
     Raises:
-        InputError: it holds one with other settings.
+        InputError: it has one with other settings.
     """
     check_writable(folder, "--output", ("parts", "thumbnails"))
     path = folder / "settings.json"
     changed: dict[str, str] = {}
     if path.is_file() and not again:
-        changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
+        try:
+            changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
+        except ValueError:
+            raise InputError(f"{path}: damaged; --again repeats the evaluation") from None
         for key in PLACES:
             changed.pop(key, None)
         if other := [text for key, text in changed.items() if key not in OUTDATED]:

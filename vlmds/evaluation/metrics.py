@@ -6,7 +6,7 @@ All text is NFC-normalised first (macOS writes Hangul as separate letters); noth
 changed or dropped. All metrics are scaled by 100, as papers print them:
 
 - ``cider_d``: CIDEr-D (arXiv:1411.5726), document frequencies from the references given here;
-  undefined if no n-gram tells one clip from another (one clip, or the same references for all)
+  undefined if all clips have the same n-grams in their references (one clip, or equal references)
 - ``bleu4``: corpus BLEU-4, unsmoothed over the corpus (sacrebleu)
 - ``rouge_l``: ROUGE-L F-measure with beta 1.2, as COCO's evaluation has it
 - ``chrf++``: corpus chrF2++ (sacrebleu); its word n-grams run over morphemes, or words at whitespace
@@ -39,7 +39,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """level: "morpheme" or "char". name: what exactly splits, with its version."""
+    """level: "morpheme" or "char". name: of the implementation, with its version."""
 
     level: str
     name: str
@@ -69,7 +69,7 @@ def morphemes() -> Tokenizer | None:
         return None
     kiwi = kiwipiepy.Kiwi(num_workers=1)
     name = f"Kiwi {kiwipiepy.__version__}, model {kiwipiepy_model.__version__}"
-    # A form may hold a space ("할 수"), which would split again where tokens are joined by spaces.
+    # A form may contain a space ("할 수"), and tokens are joined by spaces below.
     return Tokenizer(
         "morpheme", name, lambda text: [part for token in kiwi.tokenize(normalise(text)) for part in token.form.split()]
     )
@@ -249,7 +249,7 @@ def _rouge_l(hypotheses: list[str], references: list[list[str]]) -> tuple[np.nda
 
 
 def _sacre(corpus, sentence, hypotheses: list[str], references: list[list[str]]):
-    """sacrebleu's own per-sentence statistics, those that its significance tests resample."""
+    """sacrebleu's per-sentence statistics, which its significance tests resample."""
     most = max(map(len, references))
     padded = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
     statistics = corpus._extract_corpus_statistics(hypotheses, padded)

@@ -1,4 +1,4 @@
-"""Runs and their evaluations as `vlmds compare` reads them."""
+"""Runs with their evaluations, as `vlmds compare` reads them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run:
 
 @dataclass
 class Group:
-    """The runs of one experiment that differ in nothing but their seed."""
+    """The runs of one experiment that differ only in the seed."""
 
     name: str
     runs: list[Run]
@@ -46,7 +46,7 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     """A run folder and its evaluation.
 
     Raises:
-        InputError: no run, no evaluation, or several of which none was chosen.
+        InputError: no run, no evaluation, or several and none is chosen.
     """
     path = Path(path)
     if not (path / "run.json").is_file():
@@ -92,7 +92,7 @@ def with_unique_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Runs of the same settings but for the seed, together, in the order given."""
+    """Groups of runs that differ only in the seed, in the order given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = flat_settings(run.experiment.model_dump())
@@ -135,7 +135,7 @@ def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
 
 
 def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list[dict]:
-    """Loss curves [{stage, kind, step, loss}], of at most so many points each."""
+    """Loss curves [{stage, kind, step, loss}], each of at most ``most`` points."""
     found = []
     for stage in experiment.stages:
         for kind in ("train", "val"):

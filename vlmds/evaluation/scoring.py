@@ -63,8 +63,8 @@ def evaluated_positions(count: int, clips: int | None) -> list[int]:
 
 
 def swap_videos(texts: Sequence[ClipText], seed: int = 0) -> dict[int, int]:
-    """{position: position of the clip whose video it gets}: of the same prompt and with other
-    references. A clip without such a partner is left out."""
+    """{position: position of the clip whose video it gets}. The partner has the same prompt and other
+    references; a clip without a partner is left out."""
     groups: dict[str | None, list[ClipText]] = {}
     for text in texts:
         groups.setdefault(text.prompt, []).append(text)

@@ -97,7 +97,7 @@ class GumbelNoise(LogitsProcessor):
     """Makes the largest logit a sample of their softmax (Gumbel-max; Maddison et al.,
     arXiv:1411.0030).
 
-    Every row of a batch gets the same noise, so that a caption does not depend on its batch. The
+    Every row of a batch gets the same noise: a caption does not depend on its batch. The
     noise is drawn on the device of the logits: one seed gives different captions on a GPU and on a
     CPU, and may do so on two kinds of GPU.
     """

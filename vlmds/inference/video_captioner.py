@@ -1,4 +1,4 @@
-"""Captions from a trained run."""
+"""`VideoCaptioner`, the Python API for captions from a trained run."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ class VideoCaptioner:
         batch_size: int = 4,
         workers: int | None = None,
     ) -> Iterator[str | SampleError]:
-        """For each video (path, URL or :class:`Clip`), in order, its caption, or why there is none.
+        """The caption of each video (path, URL or :class:`Clip`), in order, or the error.
 
         Args:
-            options: how captions are written; None is greedy search.
+            options: of generation; None is greedy search.
             prompt: instead of the experiment's.
             batch_size: videos captioned at once; the captions do not depend on it.
             workers: decoding processes (default: one per core).
@@ -102,8 +102,8 @@ class VideoCaptioner:
     def frames(
         self, videos: Iterable[str | Clip], workers: int | None = None, deadline: float = 60.0
     ) -> Iterator[np.ndarray | SampleError]:
-        """For each video, in order, the frames that the model sees, uint8 [F, 3, S, S], or why
-        there are none. deadline: seconds that decoding one may take."""
+        """The model's frames of each video, in order, uint8 [F, 3, S, S], or the error. deadline:
+        seconds for decoding one video."""
         return decode_videos(
             videos,
             self.experiment.data.num_frames,
@@ -125,17 +125,17 @@ class VideoCaptioner:
     def stream(
         self, frames: np.ndarray, prompt: str | None = None, options: GenerationOptions | None = None
     ) -> Generator[str, None, str]:
-        """The caption of one video in pieces, as they are written; together they are what
-        ``caption_frames`` gives, but for spaces at the ends. Leaving the loop ends the writing.
-        A piece is empty where a token does not end a word, and after each second without a token,
-        so that one can leave then, too. The generator returns why it ended: "stop", or "length"
-        at ``max_new_tokens``.
+        """The caption of one video in pieces, as they are generated. Together they are the result of
+        ``caption_frames``, except for spaces at the ends. Closing the generator ends the generation.
+        A piece is empty if a token does not end a word, and after each second without a token (a
+        chance to close it). The generator returns why the caption ended: "stop", or "length" at
+        ``max_new_tokens``.
 
         Args:
             frames: uint8 [F, 3, S, S].
 
         Raises:
-            InputError: beam search, whose words are known at the end only.
+            InputError: beam search, which has no words before the end.
         """
         options = options or GenerationOptions()
         if options.num_beams > 1:
@@ -160,7 +160,7 @@ class VideoCaptioner:
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([_Left(left)]),
                 )
-            except BaseException as error:  # it belongs to the reader
+            except BaseException as error:  # raised below, in the caller's thread
                 failures.put(error)
                 streamer.end()
 
@@ -182,7 +182,7 @@ class _Streamer(TextIteratorStreamer):
     last: int | None = None
 
     def pieces(self) -> Iterator[str]:
-        """What comes, and an empty piece whenever the timeout is over."""
+        """The pieces, and an empty one after each timeout."""
         while True:
             try:
                 yield next(self)
@@ -198,7 +198,7 @@ class _Streamer(TextIteratorStreamer):
 
 
 class _Left(StoppingCriteria):
-    """Stops once the event is set."""
+    """Stops when the event is set."""
 
     def __init__(self, event: threading.Event):
         self.event = event
@@ -211,7 +211,7 @@ def choose_device(device: str | None) -> torch.device:
     """The device of that name; None: the first GPU, else the CPU.
 
     Raises:
-        InputError: None, and there is a GPU, but PyTorch cannot use it.
+        InputError: no device was given, and there is a GPU that PyTorch cannot use.
     """
     if device is None:
         check_gpus()
@@ -219,7 +219,7 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """The items in lists of ``size``, the last one maybe shorter."""
+    """The items in lists of ``size``; the last one may be shorter."""
     batch = []
     for item in items:
         batch.append(item)

@@ -1,4 +1,4 @@
-"""Videos from URLs, where a server allows them."""
+"""Downloads of videos from URLs, if the server allows them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ SECONDS = 120.0
 
 
 async def fetch(url: str, file, most: int) -> None:
-    """Write what an http(s) URL holds to the file, at most so many bytes.
+    """Download an http(s) URL into the file.
 
-    Raises RequestError: not such a URL, or it cannot be had.
+    Args:
+        most: limit in bytes.
+
+    Raises:
+        RequestError: not such a URL, larger than the limit, or it cannot be downloaded.
     """
     if not url.lower().startswith(("http://", "https://")):
         raise RequestError("video_url: neither a data: nor an http(s) URL")
     try:
-        # Redirections are not followed: they could lead from an allowed place to any.
+        # Redirects are not followed: they could lead anywhere.
         with anyio.fail_after(SECONDS):
             async with httpx.AsyncClient(timeout=20.0, trust_env=False) as client:
                 async with client.stream("GET", url) as reply:

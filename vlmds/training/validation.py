@@ -55,6 +55,11 @@ class Validator:
             metrics = self._captions(step, reader)
             state.evaluated = step
             if settings.best_metric != "loss":
+                if settings.best_metric not in metrics:
+                    raise shared_error(
+                        f"training.best_metric: {settings.best_metric} is undefined on the evaluated clips, "
+                        "because their references do not differ; choose another metric"
+                    )
                 state.add(step, metrics[settings.best_metric]["value"])
         return False
 
