@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from tests.training.launch import TIMEOUT, fork
+from tests.training.launch import exit_code
 from vlmds.demo.clips import Attributes, caption, combinations, make_clips, parse_caption, subject, towards
 from vlmds.demo.picture import draw_results
 from vlmds.demo.run import Size, run_demo, score
@@ -63,8 +63,8 @@ def test_a_small_demo_runs_from_clips_to_picture_and_again(tmp_path, monkeypatch
     """The second time without the launcher."""
 
     def forked(command, env):
-        ranks = fork(int(command[command.index("--num_gpus") + 1]), *command[5:], log=tmp_path / "again")
-        return SimpleNamespace(returncode=ranks.wait(TIMEOUT))
+        ranks = int(command[command.index("--num_gpus") + 1])
+        return SimpleNamespace(returncode=exit_code(ranks, *command[5:], log=tmp_path / "again"))
 
     size = Size(train_clips=24, val_clips=8, clip_steps=4, llm_steps=4)
     short = [f"stages.{n}.{k}" for n in (0, 1) for k in ("epochs=null", "steps=2")]

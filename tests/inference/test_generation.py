@@ -90,7 +90,7 @@ def test_streamed_pieces_are_the_caption(captioner, frames, temperature):
 
 def test_leaving_a_stream_ends_it_and_its_errors_reach_the_reader(captioner, frames):
     steps = []
-    hook = captioner.model.captioner.llm.register_forward_hook(lambda *_: steps.append(1))
+    hook = captioner.model.captioner.llm.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
     stream = captioner.stream(frames[0], None, GenerationOptions(max_new_tokens=10_000))
     next(stream)
     stream.close()  # joins the writer

@@ -79,13 +79,18 @@ def fork(ranks: int, *words: str, log: Path, **env: str) -> Forked:
     return Forked(ranks, list(words), environment(**place, **env), log)
 
 
-def forked(ranks: int, *words: str, log: Path, expect: int = 0) -> str:
-    """What such ranks print until their end, on both streams; `expect` is their exit code."""
-    process = fork(ranks, *words, log=log)
+def exit_code(ranks: int, *words: str, log: Path, **env: str) -> int:
+    """With which such ranks end."""
+    process = fork(ranks, *words, log=log, **env)
     try:
-        code = process.wait(TIMEOUT)
+        return process.wait(TIMEOUT)
     finally:
         kill_tree(process)
+
+
+def forked(ranks: int, *words: str, log: Path, expect: int = 0) -> str:
+    """What such ranks print until their end, on both streams; `expect` is their exit code."""
+    code = exit_code(ranks, *words, log=log)
     printed = "".join(log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
     assert code == expect, f"{code}\n{printed[-5000:]}"
     return printed

@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from tests.evaluation.conftest import models, shards  # noqa: F401
-from tests.training.launch import TIMEOUT, fork
+from tests.training.launch import exit_code
 from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.training import sweep
@@ -79,8 +79,7 @@ def test_trains_evaluates_compares_and_skips_what_is_done(models, shards, tmp_pa
     """Its commands are run in forked processes."""
 
     def run(command, env):
-        process = fork(0, *command[1:], log=tmp_path / "log", **env)
-        return SimpleNamespace(returncode=process.wait(TIMEOUT))
+        return SimpleNamespace(returncode=exit_code(0, *command[1:], log=tmp_path / "log", **env))
 
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
