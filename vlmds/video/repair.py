@@ -245,7 +245,7 @@ def _encode(data: bytes, info: VideoInfo, first: int, last: int) -> bytes:
             out.mux(stream.encode(frame))
         assert stream is not None  # all_frames raises if there is none
         packets = stream.encode(None)
-        if last == info.frames - 1 > 0:
+        if packets and last == info.frames - 1 > 0:
             packets[-1].duration = round((info.duration - info.pts[-1]) / base)
         out.mux(packets)
     return buffer.getvalue()

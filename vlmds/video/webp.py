@@ -1,4 +1,8 @@
-"""Animated WebP as a video file that FFmpeg can read: it decodes still WebP alone."""
+"""Animated WebP as a video file that FFmpeg can read; FFmpeg itself decodes only still WebP.
+
+Safe for untrusted files: Pillow gets the bytes, no path, and may use no reader but that of WebP, a
+format that names no other files.
+"""
 
 import io
 from fractions import Fraction
@@ -36,5 +40,5 @@ def webp_to_mov(data: bytes) -> bytes:
                     out.mux(packet)
                 time += shown
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SampleError(f"cannot be decoded: animated WebP: {error}") from None
+        raise SampleError("cannot be decoded: damaged animated WebP") from error
     return buffer.getvalue()
