@@ -45,7 +45,7 @@ class Base:
     def read(cls, out: Path) -> "Base":
         """Raises InputError if there is no finished dataset.
 
-        Of the files that `finish` replaces only dataset.json, the last of them, is relied on: the
+        Of the files that `finish_dataset` replaces only dataset.json, the last of them, is relied on: the
         others may be those of an appending that was killed.
         """
         path = out / "dataset.json"
@@ -109,7 +109,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Finished:
-    """What `finish` wrote. rejects: the whole ledger. counts: samples per split. bytes: of all
+    """What `finish_dataset` wrote. rejects: the whole ledger. counts: samples per split. bytes: of all
     shards. duplicates: groups of keys whose content is the same."""
 
     rejects: list[Reject]
@@ -118,7 +118,7 @@ class Finished:
     duplicates: list[list[str]]
 
 
-def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]) -> Finished:
+def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]) -> Finished:
     """Write ledger, index, duplicates.jsonl and dataset.json from the shards' markers.
 
     shards: all of the dataset, each finished. unusable: rejects of rows that are in no shard.

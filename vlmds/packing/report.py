@@ -1,8 +1,8 @@
-"""A page that shows what is in a packed dataset: `pack_report.html`, beside its shards.
+"""The report on a packed dataset: `pack_report.html`, beside its shards.
 
-One file that asks the network for nothing. Its bytes depend on the dataset alone, so there is no
-date and no folder name in it. Columns come from the index; only captions and pictures need the
-shards, and those are read for a bounded number of samples.
+One file without network requests. Its bytes depend on the dataset alone: it contains no date and no
+folder name. Columns come from the index; only captions and pictures are read from the shards, of a
+bounded number of samples.
 """
 
 import json
@@ -61,7 +61,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Clip:
+class SheetClip:
     """An entry of the contact sheet. images: data URIs, none where `problem` says why."""
 
     key: str
@@ -130,7 +130,7 @@ def span_seconds(table: pa.Table) -> np.ndarray:
 
 
 def histogram(title: str, values: np.ndarray, whole: bool = False, note: str = "") -> Chart:
-    """Equal bins with round limits; what lies above the 99th percentile shares the last one.
+    """Equal bins with round limits; all values above the 99th percentile share the last one.
 
     values: float [N]. whole: the values are integers, so no bin is narrower than 1.
     """
@@ -265,13 +265,13 @@ def _caption_lengths(index: ShardIndex) -> tuple[list[int], int]:
         try:
             captions = _captions(index, row)
         except SampleError:
-            continue  # damaged since it was packed; training tells
+            continue  # damaged since it was packed; training reports it
         rows += 1
         lengths += [len(caption) for caption in captions]
     return lengths, rows
 
 
-def _contact_sheet(index: ShardIndex) -> list[Clip]:
+def _contact_sheet(index: ShardIndex) -> list[SheetClip]:
     rows = spread(index, SHEET_CLIPS)
     pictures = _video_pictures if index.store == "video" else _stored_pictures
     clips = []
@@ -282,10 +282,10 @@ def _contact_sheet(index: ShardIndex) -> list[Clip]:
                 caption = caption[:CAPTION_SHOWN] + "…"
         except SampleError as error:
             caption, found = "", error
-        problem = str(found) if isinstance(found, SampleError) else ""
+        images, problem = ([], str(found)) if isinstance(found, SampleError) else (found, "")
         start, end = row.span
         facts = f"{row.width} × {row.height}, {end - start:.1f} s, {row.codec}"
-        clips.append(Clip(row.key, row.split, caption, facts, [] if problem else found, problem))
+        clips.append(SheetClip(row.key, row.split, caption, facts, images, problem))
     return clips
 
 
@@ -310,9 +310,8 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
     with DecodePool(min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
         for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES, image_size=SHEET_SIDE):
             frames = pixels_of(reply, SHEET_SIDE)
-            if not isinstance(frames, SampleError):
-                frames = [data_uri(_small(frame)) for frame in frames]
-            results.append(frames)
+            failed = isinstance(frames, SampleError)
+            results.append(frames if failed else [data_uri(_small(frame)) for frame in frames])
     return results
 
 
