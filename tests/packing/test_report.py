@@ -65,7 +65,7 @@ def packed(request, tmp_path_factory):
     return out
 
 
-def test_the_page_tells_counts_rejects_and_captions(packed):
+def test_the_page_has_counts_rejects_and_captions(packed):
     page = Page(write_report(packed).read_text("utf-8"))
     text = re.sub(r"\s+", " ", page.text)
     for part in (
@@ -128,7 +128,7 @@ def test_the_sheet_shows_the_frames(packed):
     assert len(images) == 3 * report.SHEET_FRAMES
     assert {image.size for image in images} == {(report.SHEET_SIDE,) * 2}
     first, last = np.asarray(images[0], int), np.asarray(images[3], int)
-    # The square in the upper left corner tells the frame's number times 4.
+    # The grey of the square in the upper left corner is the frame's number times 4.
     assert 0 <= first[10:40, 10:40].mean() < last[10:40, 10:40].mean() <= 48
 
 

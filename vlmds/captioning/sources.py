@@ -14,6 +14,7 @@ from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
 from vlmds.errors import InputError, SampleError
 from vlmds.files import absolute, as_path
 from vlmds.packing.manifest import read_manifest
+from vlmds.packing.tables import MANIFEST_SUFFIXES
 from vlmds.video.pool import Clip
 
 VIDEO_SUFFIXES = frozenset(
@@ -35,7 +36,6 @@ VIDEO_SUFFIXES = frozenset(
         ".wmv",
     )
 )
-MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHORTEST_WINDOW = 0.1  # seconds
 SHORTEST_REST = 0.1  # of a window; a shorter rest of a video joins the window before it
 

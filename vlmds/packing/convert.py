@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 FACTS = ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
 # Of a description: the manifest's values, and what is true of the video store's file alone.
-ROW = ("id", "captions", "source", "prompt", "start", "end", "timing")
+ROW = ("id", "captions", "source", "prompt", "start", "end", "timing", "columns")
 
 
 @dataclass(frozen=True)
@@ -345,6 +345,7 @@ def _manifest_row(row: SampleRow, found: dict[str, Any]) -> ManifestRow:
     return ManifestRow(
         0, row.key, found["id"], "", found["source"], found["captions"], row.start, row.end, row.split,
         found.get("prompt"),
+        found.get("columns"),
     )  # fmt: skip
 
 

@@ -310,8 +310,10 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
     with DecodePool(min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
         for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES, image_size=SHEET_SIDE):
             frames = pixels_of(reply, SHEET_SIDE)
-            failed = isinstance(frames, SampleError)
-            results.append(frames if failed else [data_uri(_small(frame)) for frame in frames])
+            if isinstance(frames, SampleError):
+                results.append(frames)
+            else:
+                results.append([data_uri(_small(frame)) for frame in frames])
     return results
 
 
