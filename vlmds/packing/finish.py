@@ -139,16 +139,8 @@ def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], descr
             rejects.extend(Reject(**reject) for reject in marker["rejects"])
             if not marker["count"]:
                 continue
-            entries.append(
-                {
-                    "split": shard.split,
-                    "shard": shard.number,
-                    "path": f"{shard.name}.tar",
-                    "count": marker["count"],
-                    "bytes": marker["bytes"],
-                    "sha256": marker["sha256"],
-                }
-            )
+            facts = {name: marker[name] for name in ("count", "bytes", "sha256")}
+            entries.append({"split": shard.split, "shard": shard.number, "path": f"{shard.name}.tar", **facts})
             for row in marker["rows"]:
                 if row.get("content"):
                     content[tuple(row["content"])].append(row["key"])
@@ -176,19 +168,8 @@ def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], descr
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry["split"]] += entry["count"]
-    write(
-        out / "dataset.json",
-        json_line(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                **described,
-                "counts": dict(counts),
-                "rejected": len(rejects),
-                "shards": entries,
-            }
-        ),
-    )
+    described |= {"counts": dict(counts), "rejected": len(rejects), "shards": entries}
+    write(out / "dataset.json", json_line({"format": FORMAT, "version": VERSION, **described}))
     remove_leftovers(out)
     return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates)
 

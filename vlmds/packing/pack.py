@@ -130,15 +130,19 @@ def pack(
             )
         with phase("writing the index"):
             done = _finish(out, plan, settings)
+    return _summary(plan, done, len(plan.shards) - len(todo), time.monotonic() - begin, cut)
+
+
+def _summary(plan: PackPlan, done: Finished, kept: int, seconds: float, cut: CutCaptions) -> PackSummary:
     reasons = Counter(reject.reason.split(":")[0] for reject in done.rejects)
     return PackSummary(
         done.counts,
         dict(reasons.most_common()),
         plan.ignored_columns,
         len(plan.shards),
-        len(plan.shards) - len(todo),
+        kept,
         done.bytes,
-        time.monotonic() - begin,
+        seconds,
         len(done.duplicates),
         plan.known,
         notes=(*plan.notes, *cut.notes()),
