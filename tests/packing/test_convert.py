@@ -98,7 +98,7 @@ def test_frames_made_of_a_video_store_are_those_packed_from_the_manifest(sources
 
 
 def test_frames_of_a_span_are_those_of_the_stored_file(manifest, tmp_path):
-    """A video store may hold another file than the manifest names: its span alone, encoded again."""
+    """A video store may contain another file than the manifest names: its span alone, encoded again."""
     (manifest.parent / "spans.jsonl").write_text(
         json.dumps({"video": "v3.mp4", "start": 0.3, "end": 0.9, "caption": "구간"}) + "\n"
     )

@@ -312,7 +312,7 @@ def test_spans_and_copies_of_a_video_are_in_one_split(tmp_path):
     manifest, out = write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out"
     options = FAST | {"val_fraction": 0.5, "shard_size": 4}
     summary = pack(manifest, out, **options)
-    assert any("chose among 16 source videos, recognised by content" in note for note in summary.notes)
+    assert any("chose among 16 source videos, identified by content" in note for note in summary.notes)
     found = split_of(out)
     assert len(found) == 32 and found["1-0"] == "val"
     for i in range(8):

@@ -249,15 +249,15 @@ def test_killed_at_random_and_started_again(videos, clean, tmp_path):
 
 
 def test_a_kill_between_a_tar_and_its_marker_leaves_no_broken_shard(tmp_path):
-    """Packing a shard anew; tars are padded, so that the new one is as large as the old."""
+    """Packing a shard again; tars are padded: the new one is as large as the old."""
     for i in range(4):
         write_video(tmp_path / f"v{i}.mp4", frames=4, width=32, height=32)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": f"v{i}.mp4", "caption": "글"} for i in range(4)])
     whole, out = tmp_path / "whole", tmp_path / "out"
     pack(manifest, whole, **{**SMALL, "shard_size": 4})
-    (tmp_path / "v0.mp4").rename(tmp_path / "hold")
+    (tmp_path / "v0.mp4").rename(tmp_path / "aside")
     pack(manifest, out, **{**SMALL, "shard_size": 4})
-    (tmp_path / "hold").rename(tmp_path / "v0.mp4")
+    (tmp_path / "aside").rename(tmp_path / "v0.mp4")
     assert (out / "train/000000.tar").stat().st_size == (whole / "train/000000.tar").stat().st_size
     code = (
         "import os, signal, sys\nfrom vlmds.packing import pack, shards\n"
@@ -321,7 +321,7 @@ def test_a_repaired_file_goes_into_its_place_in_the_plan(videos, tmp_path, optio
 
     folder = shutil.copytree(videos, tmp_path / "in")
     manifest, out, options = folder / "manifest.jsonl", tmp_path / "out", SMALL | options
-    (folder / "again.mp4").rename(tmp_path / "hold")
+    (folder / "again.mp4").rename(tmp_path / "aside")
     pack(manifest, out, task=(0, 2), **options)
     (plan,) = out.glob("plan-*.jsonl")
     assert [json.loads(line)[0] for line in plan.read_bytes().splitlines()].count(0) == 2
@@ -330,7 +330,7 @@ def test_a_repaired_file_goes_into_its_place_in_the_plan(videos, tmp_path, optio
     pack(manifest, out, task=(1, 2), **options)
     pack(manifest, out, finish=True, **options)
     before = contents(out)
-    (tmp_path / "hold").rename(folder / "again.mp4")
+    (tmp_path / "aside").rename(folder / "again.mp4")
     again = pack(manifest, out, **options)
     assert again.kept_shards == again.shards and contents(out) == before
     retried = pack(manifest, out, retry=True, **options)
@@ -381,7 +381,7 @@ def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
 
 
 def test_a_start_that_packs_nothing_leaves_no_plan(videos, tmp_path):
-    """The folder of videos was not mounted, for one."""
+    """Such as when the folder of videos was not mounted."""
     manifest = shutil.copy(videos / "manifest.jsonl", tmp_path)
     options = SMALL | {"shard_bytes": 4_500}
     with pytest.raises(InputError, match="nothing was packed"):

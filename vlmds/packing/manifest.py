@@ -238,7 +238,7 @@ class _Ids:
     """Gives every row an id and a key that no other row has, but a known row its former id."""
 
     def __init__(self, explicit: set[str], known: Known):
-        self._explicit = explicit  # of the whole manifest, so that no default id takes one
+        self._explicit = explicit  # of the whole manifest: no default id may be one
         self._known = known
         self._former = {sample_id for ids in known.inputs.values() for sample_id in ids}
         self._rows: dict[str, int] = {}

@@ -66,6 +66,6 @@ def _collect(ray, pending: dict, shown: Phase) -> None:
     except ray.exceptions.RayError as error:
         raise InputError(
             f"--engine ray: shard {shard.name} could not be packed: "
-            f"{' '.join(str(error).split())[-300:]}; start again to go on"
+            f"{' '.join(str(error).split())[-300:]}; run the same command again"
         ) from error
     shown.advance(len(shard.rows))

@@ -75,7 +75,7 @@ class SheetClip:
 def write_report(out: Path) -> Path:
     """Write `pack_report.html` into the packed dataset `out` and return its path.
 
-    Raises InputError if `out` holds no readable dataset.
+    Raises InputError if `out` contains no readable dataset.
     """
     index = ShardIndex.open(out)
     with (out / "index.parquet").open("rb") as file:

@@ -27,7 +27,7 @@ from vlmds.packing.shards import PackOptions, Shard, json_line, options_hash
 
 PLANS = "plan-*.jsonl"
 ATTEMPTS = 4
-END_BYTES = 64 << 10  # of a video's beginning and end that tell it from others
+END_BYTES = 64 << 10  # at each end of a video, which identify it
 THREADS, BATCH = 32, 4096
 
 Value = TypeVar("Value")
@@ -68,10 +68,10 @@ def with_val(
 ) -> tuple[list[ManifestRow], list[str]]:
     """The rows, of which those without a split go to "val" for a `fraction` of the source videos.
 
-    A video is recognised by its content (:func:`_fingerprint`), or by its name if it is a URL or not
-    there: spans and copies of one video are never in both splits. Rows without a split follow those
-    with one, and those `packed` (source -> split), of the same video; the others go by a hash of the
-    video.
+    A video is identified by its content (:func:`_fingerprint`), or by its name if it is a URL or the
+    file is missing: spans and copies of one video are never in both splits. Rows without a split
+    join rows of the same video that have one, or are `packed` (source -> split); for other videos a
+    hash decides.
 
     Returns:
         the rows, and lines for the user
@@ -97,7 +97,7 @@ def with_val(
             row = replace(row, split=splits.get(row.source) or splits.get(name) or hashed)
         decided.append(row)
     named = sum(found is None for found in prints)
-    note = f"--val-fraction chose among {counted(len(videos), 'source video')}, recognised by content"
+    note = f"--val-fraction chose among {counted(len(videos), 'source video')}, identified by content"
     return decided, [note + (f", {named:,} of them by name (URLs, and files that are not there)" if named else "")]
 
 

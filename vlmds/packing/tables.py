@@ -36,7 +36,7 @@ def find_table(path: Path) -> Path:
 def read_table(path: Path, columns: Columns) -> Iterator[Record]:
     """One dict for each row, by column; cells without a column are listed under None.
 
-    Raises InputError, naming the line where there are lines, for a file that cannot be read.
+    Raises InputError for a file that cannot be read, with the line if it has lines.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
