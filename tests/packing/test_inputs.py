@@ -89,7 +89,7 @@ def test_a_lone_quote_in_a_tsv_is_text(tmp_path):
     path = written(
         tmp_path / "m.tsv",
         'video\tcaption\na.mp4\t"안녕 하고\nb.mp4\t말하는 사람"\nc.mp4\t15" 화면\nd.mp4\t"둘\n\n줄"\r\n'
-        'e.mp4\t"안에 ""따옴표"""\nf.mp4\t"앞" 뒤\ng.mp4\t"끝',
+        'e.mp4\t"안에 ""따옴표"""\nf.mp4\t"앞" 뒤\nh.mp4\t"한\u2028줄"\ng.mp4\t"끝',
     )
     assert captions(read_manifest(path)) == {
         "a.mp4": ['"안녕 하고'],
@@ -98,6 +98,7 @@ def test_a_lone_quote_in_a_tsv_is_text(tmp_path):
         "d.mp4": ["둘\n\n줄"],
         "e.mp4": ['안에 "따옴표"'],
         "f.mp4": ['"앞" 뒤'],
+        "h.mp4": ["한\u2028줄"],
         "g.mp4": ['"끝'],
     }
 

@@ -1,11 +1,12 @@
 """Readers of manifest files, and their suffixes: CSV, TSV, JSON, JSON lines and Parquet.
 
 A reader yields one dict for each row and enters the column names into `columns`. A file is read
-twice, once for its columns and ids and once for its rows: no reader keeps all rows in memory, but
-that of a JSON array.
+twice, once for its columns and ids and once for its rows; only a JSON array and the lines of a TSV
+are in memory as a whole.
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ def _tsv_rows(file: Iterable[str]) -> Iterator[list[str]]:
 def _quoted(text: str) -> list[str] | None:
     """The cells of a row with quotes; none if a quote is text, and None if one is not closed."""
     try:
-        rows = list(csv.reader(text.splitlines(keepends=True), delimiter="\t", strict=True))
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
     except csv.Error as error:
         return None if "unexpected end" in str(error) else []
     return rows[0] if len(rows) == 1 else []
