@@ -418,3 +418,14 @@ def test_a_manifest_is_checked_without_packing(clip, tmp_path, capsys, models):
     assert sorted(tmp_path.iterdir()) == before
     assert main(["pack", str(manifest)]) == 2
     assert "OUT: give the folder" in capsys.readouterr().err
+
+
+def test_captions_that_training_would_cut_are_counted_when_packing(clip, tmp_path, capsys, models):
+    copies(clip, tmp_path, "a.mp4", "b.mp4")
+    rows = [{"video": "a.mp4", "caption": ["짧다", "길다 " * 300]}, {"video": "b.mp4", "caption": "짧다"}]
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+    words = ["pack", str(manifest), str(tmp_path / "out"), "--no-report", "--no-verify"]
+    assert main([*words, "--tokenizer", str(models / "qwen3")]) == 0
+    line = "captions longer than 256 tokens, which training cuts: 1 of 3 (33.3%), such as row 1"
+    assert line in capsys.readouterr().out.splitlines()
+    assert main([*words, "--tokenizer", str(tmp_path / "none")]) == 2

@@ -55,7 +55,7 @@ def test_tasks_and_finish_make_what_one_run_makes(videos, clean, tmp_path):
     with pytest.raises(InputError, match=r"not packed yet: 2 of 5 shards \(train/000001"):
         pack(videos / "manifest.jsonl", tmp_path, finish=True, **SMALL)
     pack(videos / "manifest.jsonl", tmp_path, task=(1, 3), **SMALL)
-    summary = pack(videos / "manifest.jsonl", tmp_path, finish=True, **SMALL)
+    summary = pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)  # the former name
     assert summary.kept_shards == summary.shards == 5
     assert contents(tmp_path) == clean
 
