@@ -429,3 +429,4 @@ def test_captions_that_training_would_cut_are_counted_when_packing(clip, tmp_pat
     line = "captions longer than 256 tokens, which training cuts: 1 of 3 (33.3%), such as row 1"
     assert line in capsys.readouterr().out.splitlines()
     assert main([*words, "--tokenizer", str(tmp_path / "none")]) == 2
+    assert f"--tokenizer {tmp_path / 'none'}: no such folder" in capsys.readouterr().err

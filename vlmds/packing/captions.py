@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmds.experiments.schema import DataConfig, LanguageConfig
+from vlmds.errors import InputError
+from vlmds.experiments.schema import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +62,14 @@ class CutCaptions:
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; of a hub name, its files are downloaded without the model's weights."""
+    from transformers import AutoTokenizer
+
     from vlmds.models.hub import looks_local
-    from vlmds.models.language import load_tokenizer
+    from vlmds.models.pretrained import loading
 
     model, _, revision = (name, "", "") if looks_local(name) else name.partition("@")
-    return load_tokenizer(LanguageConfig(model=model, revision=revision or None))
+    if looks_local(name) and not Path(name).is_dir():
+        raise InputError(f"--tokenizer {name}: no such folder")
+    with loading("--tokenizer", name):
+        return AutoTokenizer.from_pretrained(model, revision=revision or None)
