@@ -26,7 +26,8 @@ LONGEST_CELL = 1000  # lines of a quoted cell of a TSV
 
 def find_table(path: Path) -> Path:
     """The manifest's file: for a folder, its metadata file. Raises InputError if there is none."""
-    if not path.is_dir():
+    named = path.suffix.lower() in READERS and hasattr(path, "fs")  # web servers cannot list folders
+    if named or not path.is_dir():
         return path
     for name in METADATA:
         if (path / name).is_file():
