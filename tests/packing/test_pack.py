@@ -40,7 +40,7 @@ def children(*parents: int) -> dict[int, int]:
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if b"vlmds.video.pool" in (stat.parent / "cmdline").read_bytes():
+            if b"vlmds.video.child" in (stat.parent / "cmdline").read_bytes():
                 parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
                 if parent in (os.getpid(), *parents):
                     found[int(stat.parent.name)] = parent
