@@ -324,3 +324,16 @@ def test_another_target_in_the_same_folder_is_refused(sources, tower, tmp_path):
     image = index.read(index.row("train", 0, 0))["0.jpg"]
     (tmp_path / "x.jpg").write_bytes(image)
     assert Image.open(tmp_path / "x.jpg").size == (tiny.SIDE, tiny.SIDE)
+
+
+def test_features_record_how_their_frames_were_fitted(sources, tower, tmp_path):
+    """As the frames store records it, which an older vlmds may have made; its shards are others."""
+    path = shutil.copytree(sources / "frames", tmp_path / "older") / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "resizer": "another"}))
+    hashes = []
+    for source in (sources / "frames", tmp_path / "older"):
+        out = tmp_path / f"of-{source.name}"
+        to_features(source, out, tower)
+        assert ShardIndex.open(out).meta["resizer"] == ShardIndex.open(source).meta["resizer"]
+        hashes.append(json.loads((out / "train/000000.json").read_bytes())["options_hash"])
+    assert hashes[0] != hashes[1]
