@@ -22,6 +22,7 @@ import shutil
 import stat
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -110,6 +111,17 @@ def _protocols(url: str) -> list[str]:
 def path_in(place: str) -> PurePosixPath:
     """The path itself, or that of a URL: without its query."""
     return PurePosixPath(place.split("?")[0] if is_url(place) else place)
+
+
+def as_spelled(path: str) -> str:
+    """The path as the file system spells it: macOS writes "가" as two characters (NFD), others as one
+    (NFC). A path that is not there in either form, and a URL, stay as they are."""
+    if path.isascii() or is_url(path) or os.path.lexists(path):
+        return path
+    folder, name = os.path.split(path.rstrip("/"))
+    folder = as_spelled(folder) if folder else ""
+    forms = (os.path.join(folder, unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
+    return next((found for found in forms if os.path.lexists(found)), path)
 
 
 def absolute(place: str | os.PathLike) -> str:

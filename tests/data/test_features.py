@@ -44,7 +44,7 @@ def stores(models, tmp_path_factory):
     rows = []
     for i in range(6):
         write_video(folder / f"v{i}.mp4", frames=9 + i, width=64 + 2 * i)
-        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다."})
+        rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다.", "split": "train" if i < 4 else "val"})
     manifest = write_manifest(folder / "m.jsonl", rows)
     pack(
         manifest,
@@ -53,7 +53,6 @@ def stores(models, tmp_path_factory):
         num_frames=tiny.FRAMES,
         image_size=tiny.SIDE,
         shard_size=2,
-        val_fraction=0.3,
         progress=False,
     )
     for name, pool in (("features", 1), ("pooled", 2)):

@@ -104,7 +104,7 @@ def main() -> None:
         for task in (0, 1):
             kill(runs[task])
             to_the_end(manifest, folder / "tasks", {**options, "task": [task, 2]})
-        to_the_end(manifest, folder / "tasks", {**options, "merge": True})
+        to_the_end(manifest, folder / "tasks", {**options, "finish": True})
         assert contents(folder / "tasks") == clean
         print(f"two tasks on one folder, {args.kills} kills: byte-identical", flush=True)
 

@@ -82,9 +82,9 @@ def described(index):
         for position, shard in enumerate(index.shards(split)):
             for i in range(shard.count):
                 row = index.row(split, position, i)
-                told = json.loads(index.read(row)["json"])
-                told.pop("timing", None)
-                found.append((shard.shard, replace(row, members=(), decoder=""), told))
+                description = json.loads(index.read(row)["json"])
+                description.pop("timing", None)
+                found.append((shard.shard, replace(row, members=(), decoder=""), description))
     return found
 
 
@@ -98,7 +98,7 @@ def test_frames_made_of_a_video_store_are_those_packed_from_the_manifest(sources
 
 
 def test_frames_of_a_span_are_those_of_the_stored_file(manifest, tmp_path):
-    """A video store may hold another file than the manifest names: its span alone, encoded anew."""
+    """A video store may contain another file than the manifest names: its span alone, encoded again."""
     (manifest.parent / "spans.jsonl").write_text(
         json.dumps({"video": "v3.mp4", "start": 0.3, "end": 0.9, "caption": "구간"}) + "\n"
     )
@@ -111,11 +111,11 @@ def test_frames_of_a_span_are_those_of_the_stored_file(manifest, tmp_path):
     for name in a.keys() - {"json"}:
         ours, theirs = (np.asarray(Image.open(io.BytesIO(m[name])), int) for m in (a, b))
         assert np.abs(ours - theirs).mean() < 8, name
-    told = json.loads(
+    kept = json.loads(
         ShardIndex.open(tmp_path / "video").read(ShardIndex.open(tmp_path / "video").row("train", 0, 0))["json"]
     )
-    del told["timing"]  # of the video store's file
-    assert {**json.loads(a["json"]), "timestamps": None} == {**told, "timestamps": None}
+    del kept["timing"]  # of the video store's file
+    assert {**json.loads(a["json"]), "timestamps": None} == {**kept, "timestamps": None}
 
 
 @pytest.mark.parametrize("source", ["video", "frames"])
@@ -184,9 +184,9 @@ def test_tasks_share_a_conversion(sources, tower, tmp_path):
         if task == 1:  # of shards train 0, 2, 3 and val 0, the second
             assert [p.name for p in (tmp_path / "out").rglob("*.json")] == ["000002.json"]
         if task != 2:
-            with pytest.raises(InputError, match=r"--merge: .* not converted yet: \d of 4 shards, "):
-                to_features(sources / "frames", tmp_path / "out", tower, merge=True)
-    summary = to_features(sources / "frames", tmp_path / "out", tower, merge=True)
+            with pytest.raises(InputError, match=r"--finish: .* not converted yet: \d of 4 shards, "):
+                to_features(sources / "frames", tmp_path / "out", tower, finish=True)
+    summary = to_features(sources / "frames", tmp_path / "out", tower, finish=True)
     assert summary.kept_shards == summary.shards == 4
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
@@ -224,7 +224,7 @@ def test_a_killed_conversion_goes_on(sources, tmp_path):
 
 
 def test_a_sample_that_cannot_be_decoded_goes_to_the_ledger(manifest, tmp_path):
-    """What packing did not look into with verify=False comes to light here."""
+    """Damage that packing with verify=False did not find."""
     folder = tmp_path / "clips"
     folder.mkdir()
     source = write_video(folder / "a.mp4", frames=40)
@@ -324,3 +324,16 @@ def test_another_target_in_the_same_folder_is_refused(sources, tower, tmp_path):
     image = index.read(index.row("train", 0, 0))["0.jpg"]
     (tmp_path / "x.jpg").write_bytes(image)
     assert Image.open(tmp_path / "x.jpg").size == (tiny.SIDE, tiny.SIDE)
+
+
+def test_features_record_how_their_frames_were_fitted(sources, tower, tmp_path):
+    """As the frames store records it, which an older vlmds may have made; its shards are others."""
+    path = shutil.copytree(sources / "frames", tmp_path / "older") / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "resizer": "another"}))
+    hashes = []
+    for source in (sources / "frames", tmp_path / "older"):
+        out = tmp_path / f"of-{source.name}"
+        to_features(source, out, tower)
+        assert ShardIndex.open(out).meta["resizer"] == ShardIndex.open(source).meta["resizer"]
+        hashes.append(json.loads((out / "train/000000.json").read_bytes())["options_hash"])
+    assert hashes[0] != hashes[1]

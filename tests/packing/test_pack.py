@@ -221,7 +221,7 @@ def test_damage_is_found_when_packing(tmp_path):
     assert pack(manifest, tmp_path / "trusting", verify=False, progress=False).packed == 2
 
 
-def test_nothing_packed_is_an_error_that_can_be_mended(tmp_path, videos):
+def test_nothing_packed_is_an_error_that_can_be_fixed(tmp_path, videos):
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "v0.mp4", "caption": "글"}])
     with pytest.raises(InputError, match="nothing was packed; most common reason: file not found"):
         pack(manifest, tmp_path / "out", **SMALL)
@@ -340,12 +340,12 @@ pack({str(folder / "manifest.jsonl")!r}, {str(out)!r}, workers=1, deadline={dead
     assert contents(out) == contents(tmp_path / "clean")
 
 
-def test_the_command_tells_a_stop_and_a_bad_place_in_one_line(tmp_path, videos, monkeypatch, capsys):
+def test_the_command_reports_a_stop_and_a_bad_place_in_one_line(tmp_path, videos, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     words = ["pack", str(videos / "manifest.jsonl"), str(tmp_path / "file" / "out")]
     assert main(words) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("vlmds: ") and str(tmp_path / "file") in told and "is not a folder" in told
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vlmds: ") and str(tmp_path / "file") in line and "is not a folder" in line
     monkeypatch.setattr(packing, "_pack", interrupted)
     assert main(words) == 3
     assert capsys.readouterr().err.splitlines()[-1].startswith("vlmds: stopped; finished shards are kept")
@@ -355,7 +355,7 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_a_full_disk_is_told_with_the_place(tmp_path):
+def test_a_full_disk_is_reported_with_the_place(tmp_path):
     """A write that fails names no file by itself."""
     with pytest.raises(OSError) as error, replacing(tmp_path / "shard.tar"):
         raise OSError(errno.ENOSPC, "No space left on device")

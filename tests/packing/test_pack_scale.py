@@ -48,32 +48,33 @@ def clean(videos, tmp_path_factory) -> dict[str, bytes]:
     return contents(out)
 
 
-def test_tasks_and_merge_make_what_one_run_makes(videos, clean, tmp_path):
+def test_tasks_and_finish_make_what_one_run_makes(videos, clean, tmp_path):
     for task in (2, 0):
         summary = pack(videos / "manifest.jsonl", tmp_path, task=(task, 3), **SMALL)
         assert not summary.finished and not (tmp_path / "dataset.json").exists()
     with pytest.raises(InputError, match=r"not packed yet: 2 of 5 shards \(train/000001"):
-        pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
+        pack(videos / "manifest.jsonl", tmp_path, finish=True, **SMALL)
     pack(videos / "manifest.jsonl", tmp_path, task=(1, 3), **SMALL)
-    summary = pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)
+    summary = pack(videos / "manifest.jsonl", tmp_path, merge=True, **SMALL)  # the former name
     assert summary.kept_shards == summary.shards == 5
     assert contents(tmp_path) == clean
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         (["--task-index", "3", "--num-tasks", "3"], "--task-index 3 --num-tasks 3"),
         (["--task-index", "0"], "--task-index 0 --num-tasks None"),
-        (["--merge", "--task-index", "0", "--num-tasks", "2"], "--merge"),
+        (["--finish", "--task-index", "0", "--num-tasks", "2"], "--finish: joins"),
+        (["--merge", "--task-index", "0", "--num-tasks", "2"], "--finish: joins"),
         (["--shard-bytes", "many"], "--shard-bytes many"),
         (["--append"], "dataset.json: not there"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(videos, tmp_path, options, told, capsys):
+def test_options_that_make_no_sense_are_refused(videos, tmp_path, options, message, capsys):
     assert main(["pack", str(videos / "manifest.jsonl"), str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 def test_new_rows_are_appended_and_nothing_else_is_read(videos, clean, tmp_path):
@@ -141,7 +142,7 @@ def test_an_appending_that_was_killed_goes_on(videos, tmp_path, last):
     ShardIndex.open(tmp_path / "killed").verify_index()
 
 
-def test_rows_that_are_mended_in_the_manifest_are_appended(videos, tmp_path):
+def test_rows_that_are_corrected_in_the_manifest_are_appended_beside_bad_files(videos, tmp_path):
     """Files that could not be packed are for --retry."""
     good = [json.loads(line) for line in (videos / "manifest.jsonl").read_text().splitlines()][:3]
     (tmp_path / "bad.mp4").write_bytes(b"no video")
@@ -153,8 +154,8 @@ def test_rows_that_are_mended_in_the_manifest_are_appended(videos, tmp_path):
     new = write_manifest(tmp_path / "new.jsonl", [*good[:2], bad])
     assert pack(new, tmp_path / "out", append=True, **SMALL).known == 2
     assert {row.key for row in rows(tmp_path / "out")} == {"v0", "v1"}
-    told = [json.loads(line)["reason"] for line in (tmp_path / "out/ledger.jsonl").read_text().splitlines()]
-    assert len(told) == 1 and told[0].startswith("cannot be read")
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/ledger.jsonl").read_text().splitlines()]
+    assert len(reasons) == 1 and reasons[0].startswith("cannot be read")
 
 
 def test_appending_drops_copies_of_what_is_packed(videos, tmp_path):
@@ -179,7 +180,7 @@ def rows(out):
     ]
 
 
-def test_the_same_content_is_told_and_dropped_on_request(videos, tmp_path, capsys):
+def test_the_same_content_is_reported_and_dropped_on_request(videos, tmp_path, capsys):
     arguments = ["pack", str(videos / "manifest.jsonl")]
     assert main([*arguments, str(tmp_path / "a"), "--no-report"]) == 0
     assert "groups of samples with the same content: 1," in capsys.readouterr().out
@@ -193,7 +194,7 @@ def test_the_same_content_is_told_and_dropped_on_request(videos, tmp_path, capsy
     assert record["id"] == "again" and record["reason"].endswith("the same as 'v1'")
     for task in (0, 1):
         pack(videos / "manifest.jsonl", tmp_path / "c", task=(task, 2), dedup=True, workers=1, progress=False)
-    pack(videos / "manifest.jsonl", tmp_path / "c", merge=True, dedup=True, progress=False)
+    pack(videos / "manifest.jsonl", tmp_path / "c", finish=True, dedup=True, progress=False)
     assert contents(tmp_path / "c") == contents(tmp_path / "b")
 
 
@@ -248,15 +249,15 @@ def test_killed_at_random_and_started_again(videos, clean, tmp_path):
 
 
 def test_a_kill_between_a_tar_and_its_marker_leaves_no_broken_shard(tmp_path):
-    """Packing a shard anew; tars are padded, so that the new one is as large as the old."""
+    """Packing a shard again; tars are padded: the new one is as large as the old."""
     for i in range(4):
         write_video(tmp_path / f"v{i}.mp4", frames=4, width=32, height=32)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": f"v{i}.mp4", "caption": "글"} for i in range(4)])
     whole, out = tmp_path / "whole", tmp_path / "out"
     pack(manifest, whole, **{**SMALL, "shard_size": 4})
-    (tmp_path / "v0.mp4").rename(tmp_path / "hold")
+    (tmp_path / "v0.mp4").rename(tmp_path / "aside")
     pack(manifest, out, **{**SMALL, "shard_size": 4})
-    (tmp_path / "hold").rename(tmp_path / "v0.mp4")
+    (tmp_path / "aside").rename(tmp_path / "v0.mp4")
     assert (out / "train/000000.tar").stat().st_size == (whole / "train/000000.tar").stat().st_size
     code = (
         "import os, signal, sys\nfrom vlmds.packing import pack, shards\n"
@@ -314,22 +315,22 @@ def test_a_network_error_does_not_change_the_plan(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"shard_bytes": 4_500}, {"dedup": True}])
-def test_a_mended_file_goes_into_its_place_in_the_plan(videos, tmp_path, options, monkeypatch):
-    """Videos are looked at once, by the first start; who comes later only reads what it wrote."""
+def test_a_repaired_file_goes_into_its_place_in_the_plan(videos, tmp_path, options, monkeypatch):
+    """Videos are read once, by the first start; later ones only read its plan."""
     from vlmds.packing import shard_plan
 
     folder = shutil.copytree(videos, tmp_path / "in")
     manifest, out, options = folder / "manifest.jsonl", tmp_path / "out", SMALL | options
-    (folder / "again.mp4").rename(tmp_path / "hold")
+    (folder / "again.mp4").rename(tmp_path / "aside")
     pack(manifest, out, task=(0, 2), **options)
     (plan,) = out.glob("plan-*.jsonl")
     assert [json.loads(line)[0] for line in plan.read_bytes().splitlines()].count(0) == 2
     monkeypatch.setattr(shard_plan, "_size", None)
     monkeypatch.setattr(shard_plan, "_digest", None)
     pack(manifest, out, task=(1, 2), **options)
-    pack(manifest, out, merge=True, **options)
+    pack(manifest, out, finish=True, **options)
     before = contents(out)
-    (tmp_path / "hold").rename(folder / "again.mp4")
+    (tmp_path / "aside").rename(folder / "again.mp4")
     again = pack(manifest, out, **options)
     assert again.kept_shards == again.shards and contents(out) == before
     retried = pack(manifest, out, retry=True, **options)
@@ -359,7 +360,7 @@ def test_reading_the_videos_to_plan_says_how_far_it_is(videos, tmp_path, monkeyp
 
 
 def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
-    """What another task wrote while this one looked is what counts."""
+    """The plan that another task wrote meanwhile counts."""
     from vlmds.packing import shard_plan
 
     options = SMALL | {"shard_bytes": 4_500}
@@ -380,7 +381,7 @@ def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
 
 
 def test_a_start_that_packs_nothing_leaves_no_plan(videos, tmp_path):
-    """The folder of videos was not mounted, for one."""
+    """Such as when the folder of videos was not mounted."""
     manifest = shutil.copy(videos / "manifest.jsonl", tmp_path)
     options = SMALL | {"shard_bytes": 4_500}
     with pytest.raises(InputError, match="nothing was packed"):
@@ -398,13 +399,11 @@ def append(folder, out, table, **options):
 
 def ids_of(out):
     """Where the rows' videos came from, by id."""
-    return {
-        told[0]: told[2] for path in sorted(out.glob("*/*.json")) for told in json.loads(path.read_bytes())["inputs"]
-    }
+    return {row[0]: row[2] for path in sorted(out.glob("*/*.json")) for row in json.loads(path.read_bytes())["inputs"]}
 
 
 def test_another_video_of_the_same_name_is_appended(videos, tmp_path):
-    """Also where the manifest lists the newest first, and one with a given id is told."""
+    """Also where the manifest lists the newest first; one with a given id is rejected."""
     for name, source in (("old", "v0"), ("new", "v1")):
         (tmp_path / name).mkdir()
         shutil.copy(videos / f"{source}.mp4", tmp_path / name / "clip.mp4")
@@ -419,7 +418,7 @@ def test_another_video_of_the_same_name_is_appended(videos, tmp_path):
     assert ids_of(out) == found and {row.key for row in rows(out)} == set(found)
 
 
-def test_rows_mended_in_the_manifest_are_appended(videos, tmp_path):
+def test_rows_corrected_in_the_manifest_are_appended(videos, tmp_path):
     for path in videos.glob("*.mp4"):
         shutil.copy(path, tmp_path)
     table = [
@@ -462,7 +461,7 @@ def test_a_new_key_is_not_one_that_is_packed(videos, tmp_path):
 
 
 def test_what_an_older_vlmds_packed_is_known_by_its_ids(videos, tmp_path):
-    """Its markers do not tell the rows' inputs."""
+    """Its markers do not record the rows' inputs."""
     for name in ("v0", "v1"):
         shutil.copy(videos / f"{name}.mp4", tmp_path)
     table = [{"video": "v0.mp4", "caption": "글"}, {"video": "gone.mp4", "caption": "글"}]

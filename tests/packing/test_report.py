@@ -130,7 +130,7 @@ def test_the_sheet_shows_the_frames(packed):
     assert len(images) == 3 * report.SHEET_FRAMES
     assert {image.size for image in images} == {(report.SHEET_SIDE,) * 2}
     first, last = np.asarray(images[0], int), np.asarray(images[3], int)
-    # The square in the upper left corner tells the frame's number times 4.
+    # The grey of the square in the upper left corner is the frame's number times 4.
     assert 0 <= first[10:40, 10:40].mean() < last[10:40, 10:40].mean() <= 48
 
 

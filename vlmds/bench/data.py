@@ -29,7 +29,7 @@ from vlmds.data.features import EXTENSION, encode_features
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
-from vlmds.packing.finish import finish
+from vlmds.packing.finish import finish_dataset
 from vlmds.packing.manifest import ManifestRow, read_manifest
 from vlmds.packing.pack import pack
 from vlmds.packing.shards import Shard, write_shard
@@ -265,7 +265,7 @@ def _make_features(source: Path, out: Path) -> None:
             ),
         )
         shards.append(replace(shard, rows=[]))
-    finish(
+    finish_dataset(
         out,
         shards,
         [],

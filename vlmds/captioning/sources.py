@@ -14,6 +14,7 @@ from vlmds.data.dataset import Dataset, DatasetOrder, open_dataset
 from vlmds.errors import InputError
 from vlmds.files import absolute, as_path
 from vlmds.packing.manifest import read_manifest
+from vlmds.packing.tables import MANIFEST_SUFFIXES
 from vlmds.video.pool import Clip
 from vlmds.video.sampling import clip_span
 
@@ -24,7 +25,6 @@ VIDEO_SUFFIXES = frozenset(
     """.split()
 )
 """Of files in a folder that are videos. A still picture is a video of one frame."""
-MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 SHORTEST_WINDOW = 0.1  # seconds
 SHORTEST_REST = 0.1  # of a window; a shorter remainder is merged into the previous window
 

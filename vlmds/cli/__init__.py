@@ -4,6 +4,7 @@ which keeps --help fast."""
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import select
 import signal
@@ -19,8 +20,10 @@ from vlmds.files import unusable_place
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal, 141 if the reader of the output
-    is gone (as after ``| head -1``). Other failures raise."""
+    """Returns the exit code: 0 done, 2 bad input, 3 stopped by a signal, 141 if nobody reads any more
+    what is printed (as after ``| head -1``). Other failures raise."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
     args.argv = sys.argv[1:] if arguments is None else arguments
     quiet_libraries()  # before the command imports them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmds.console.progress import phase
 from vlmds.console.text import counted, size_text
@@ -20,86 +20,127 @@ def pack(args: argparse.Namespace) -> int:
     try:
         return _pack(args)
     except KeyboardInterrupt:
-        print("vlmds: stopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        print("vlmds: stopped; finished shards are kept, the same command continues", file=sys.stderr)
         return 3
 
 
 def _pack(args: argparse.Namespace) -> int:
+    converting = (as_path(args.manifest) / "dataset.json").is_file()
+    if args.check:
+        if converting:
+            raise InputError(f"--check: {args.manifest} is a packed dataset; give a manifest")
+        return _check(args)
+    if args.out is None:
+        raise InputError("OUT: give the folder, or URL, for the shards")
     args.out = as_path(args.out)
-    common = dict(workers=args.workers, deadline=args.deadline)
-    if args.quality is not None:
-        common["quality"] = args.quality
-    if (as_path(args.manifest) / "dataset.json").is_file():
-        with phase("loading PyTorch"):
-            from vlmds.packing.convert import convert_from_options
-
-        _refuse(
-            args,
-            "a conversion keeps shards and splits as they are",
-            shard_size=256,
-            shard_bytes=None,
-            val_fraction=0.0,
-            no_verify=False,
-            dedup=False,
-            append=False,
-            retry=False,
-            engine="local",
-        )
-        summary = convert_from_options(
-            args.manifest,
-            args.out,
-            args.store or "frames",
-            vision=args.vision,
-            feature_layer=args.feature_layer,
-            pool=args.pool,
-            num_frames=args.num_frames,
-            image_size=args.image_size,
-            task=_task(args),
-            merge=args.merge,
-            **common,
-        )
-    else:
-        from vlmds.packing.pack import pack
-
-        _refuse(
-            args,
-            "features are made from a packed dataset: pack the videos first, then vlmds pack OUT OUT2 --store features",
-            vision=None,
-            feature_layer=-1,
-            pool=1,
-        )
-        summary = pack(
-            args.manifest,
-            args.out,
-            store=args.store or "video",
-            num_frames=8 if args.num_frames is None else args.num_frames,
-            image_size=336 if args.image_size is None else args.image_size,
-            shard_size=args.shard_size,
-            shard_bytes=_bytes(args.shard_bytes),
-            val_fraction=args.val_fraction,
-            verify=not args.no_verify,
-            dedup=args.dedup,
-            append=args.append,
-            merge=args.merge,
-            retry=args.retry,
-            task=_task(args),
-            engine=args.engine,
-            **common,
-        )
+    summary = _convert(args) if converting else _pack_manifest(args)
     if not summary.finished:
         print(
             f"packed the {counted(summary.shards, 'shard')} of task {args.task_index} of "
             f"{args.num_tasks}; when all tasks are done, join them: vlmds pack "
             f"{args.manifest} {args.out} with the same options, but without --task-index and "
-            "--num-tasks (--merge makes sure that nothing is left to pack)"
+            "--num-tasks (--finish makes sure that nothing is left to pack)"
         )
     else:
         _report(args, summary)
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    from vlmds.packing.check import check_manifest
+
+    for line in check_manifest(args.manifest, **_reading(args)):
+        print(line)
+    return 0
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options about the manifest's columns and captions."""
+    columns = {}
+    for pair in (args.columns or "").split(","):
+        name, equals, column = pair.partition("=")
+        if args.columns and not (name and equals and column):
+            raise InputError(f"--columns {args.columns}: write video=PATH,caption=TEXT with the file's column names")
+        if args.columns:
+            columns[name.strip()] = column.strip()
+    return {
+        "columns": columns,
+        "keep_columns": tuple(args.keep_columns),
+        "tokenizer": args.tokenizer,
+        "max_caption_tokens": args.max_caption_tokens,
+    }
+
+
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    common = dict(workers=args.workers, deadline=args.deadline, finish=args.finish, task=_task(args))
+    return common if args.quality is None else common | dict(quality=args.quality)
+
+
+def _convert(args: argparse.Namespace) -> PackSummary:
+    with phase("loading PyTorch"):
+        from vlmds.packing.convert import convert_from_options
+
+    _refuse(
+        args,
+        "a conversion keeps shards, splits and samples as they are",
+        shard_size=256,
+        shard_bytes=None,
+        val_fraction=0.0,
+        no_verify=False,
+        dedup=False,
+        append=False,
+        retry=False,
+        engine="local",
+        columns=None,
+        keep_columns=[],
+        tokenizer=None,
+        max_caption_tokens=None,
+    )
+    return convert_from_options(
+        args.manifest,
+        args.out,
+        args.store or "frames",
+        vision=args.vision,
+        feature_layer=args.feature_layer,
+        pool=args.pool,
+        num_frames=args.num_frames,
+        image_size=args.image_size,
+        **_common(args),
+    )
+
+
+def _pack_manifest(args: argparse.Namespace) -> PackSummary:
+    from vlmds.packing.pack import pack
+    from vlmds.packing.shards import PackOptions
+
+    _refuse(
+        args,
+        "features are made from a packed dataset: pack the videos first, then vlmds pack OUT OUT2 --store features",
+        vision=None,
+        feature_layer=-1,
+        pool=1,
+    )
+    return pack(
+        args.manifest,
+        args.out,
+        store=args.store or PackOptions.store,
+        num_frames=PackOptions.num_frames if args.num_frames is None else args.num_frames,
+        image_size=PackOptions.image_size if args.image_size is None else args.image_size,
+        shard_size=args.shard_size,
+        shard_bytes=_bytes(args.shard_bytes),
+        val_fraction=args.val_fraction,
+        verify=not args.no_verify,
+        dedup=args.dedup,
+        append=args.append,
+        retry=args.retry,
+        engine=args.engine,
+        **_reading(args),
+        **_common(args),
+    )
+
+
 def _report(args: argparse.Namespace, summary: PackSummary) -> None:
-    """What is in the dataset now, and what is not, and why."""
+    """Print the dataset's size, the rejected rows with their reasons, and the notes."""
     from vlmds.data.coverage import coverage_lines
     from vlmds.data.index import ShardIndex
 
@@ -127,12 +168,12 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
         for reason, count in summary.rejected.items():
             print(f"  {count:>6,}  {reason}")
         print(
-            "once the files are repaired, or with a longer --deadline, --retry packs their shards "
-            "again; rows that are corrected in the manifest are added by --append"
+            "--retry packs their shards again, once the files are repaired or with a longer --deadline; "
+            "--append adds rows that are corrected in the manifest"
         )
     if summary.known:
         were = "was" if summary.known == 1 else "were"
-        print(f"{counted(summary.known, 'row')} {were} packed or rejected before, and {were} left")
+        print(f"{counted(summary.known, 'row')} {were} packed or rejected before, and {were} not packed again")
     if summary.duplicates:
         print(
             f"groups of samples with the same content: {summary.duplicates:,}, see "
@@ -140,9 +181,13 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
         )
     if summary.ignored_columns:
         print(f"ignored columns: {', '.join(summary.ignored_columns)}")
+    for note in summary.notes:
+        print(note)
+    if "train" not in summary.counts:
+        print("WARNING: no sample is in split train, which training needs")
     if args.val_fraction and not summary.counts.get("val"):
         print(
-            f"WARNING: split val is empty: none of so few rows falls into --val-fraction "
+            f"WARNING: split val is empty: of so few videos none falls into --val-fraction "
             f"{args.val_fraction:g}; give a larger one, or a column split in the manifest"
         )
 
@@ -155,8 +200,8 @@ def _task(args: argparse.Namespace) -> tuple[int, int] | None:
         raise InputError(
             f"--task-index {index} --num-tasks {tasks}: give both, the index from 0 to the number less one"
         )
-    if args.merge:
-        raise InputError("--merge: joins the tasks' parts; leave --task-index and --num-tasks out")
+    if args.finish:
+        raise InputError("--finish: joins the tasks' parts; leave --task-index and --num-tasks out")
     return index, tasks
 
 
@@ -170,7 +215,7 @@ def _bytes(text: str | None) -> int | None:
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
-def _refuse(args: argparse.Namespace, why: str, **defaults) -> None:
+def _refuse(args: argparse.Namespace, why: str, **defaults: Any) -> None:
     """Raise InputError if one of these options was given another value than its default."""
     for name, default in defaults.items():
         if getattr(args, name) != default:
@@ -182,10 +227,22 @@ def add_pack(commands) -> None:
     add = command.add_argument
     add(
         "manifest",
-        help="CSV, TSV, JSONL or Parquet with columns video and caption; or a packed "
-        "dataset, to convert it to another store",
+        help="CSV, TSV, JSON, JSONL or Parquet with columns video and caption (or conversations, or messages); "
+        "a folder with metadata.jsonl; or a packed dataset, to convert it to another store",
     )
-    add("out", help="folder, or URL, for the shards")
+    add("out", nargs="?", help="folder, or URL, for the shards")
+    add("--check", action="store_true", help="pack nothing; read the manifest and report what packing would find")
+    add("--columns", metavar="NAME=COLUMN,…", help="columns of the manifest, such as video=path,caption=text")
+    add(
+        "--keep-columns",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="COLUMN",
+        help="columns that travel with each sample, such as category",
+    )
+    add("--tokenizer", metavar="MODEL", help="count captions that training would cut: folder, or hub name, of the LLM")
+    add("--max-caption-tokens", type=int, metavar="N", help="data.max_caption_tokens of the experiment (default: 256)")
     add(
         "--store",
         choices=("video", "frames", "features"),
@@ -210,7 +267,7 @@ def add_pack(commands) -> None:
         "--val-fraction",
         type=float,
         default=0.0,
-        help="share of the rows without a split that go to split val (default: 0)",
+        help="share of the videos whose rows without a split go to split val (default: 0)",
     )
     add("--no-verify", action="store_true", help="do not decode the videos of a video store")
     add("--dedup", action="store_true", help="leave out rows whose video and span an earlier row has")
@@ -218,11 +275,12 @@ def add_pack(commands) -> None:
     add(
         "--retry",
         action="store_true",
-        help="pack the shards again that had to reject rows: files are repaired, or --deadline is longer",
+        help="pack the shards with rejected rows again: files are repaired, or --deadline is longer",
     )
     add("--task-index", type=int, metavar="I", help="pack only part I (from 0) …")
-    add("--num-tasks", type=int, metavar="N", help="… of N parts; join them with --merge")
-    add("--merge", action="store_true", help="pack nothing; make the dataset of the tasks' parts")
+    add("--num-tasks", type=int, metavar="N", help="… of N parts; join them with --finish")
+    add("--finish", action="store_true", help="pack nothing; make the dataset of the tasks' parts")
+    add("--merge", dest="finish", action="store_true", help=argparse.SUPPRESS)  # its former name
     add(
         "--engine",
         choices=("local", "ray"),

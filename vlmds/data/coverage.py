@@ -1,5 +1,5 @@
-"""What the model does not see of a dataset's clips: the edges that the centre crop cuts off, and
-what lies between frames that are far apart. Both follow from the index; no shard is read."""
+"""Lines about the parts of a dataset's clips that the model does not see: the edges that the centre
+crop removes, and the time between frames that are far apart. Only the index is read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def coverage_lines(parts: Sequence[ShardIndex], num_frames: int | None = None, *
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """float64, what is not known as NaN."""
+    """float64; NaN where a value is missing."""
     return column.cast(pa.float64()).to_numpy()
 
 

@@ -214,7 +214,7 @@ class ShardIndex:
         try:
             if self._index is None:
                 # pyarrow's own file reads without moving a position, which a fork would share.
-                source = path.open("rb") if is_url(path) else pa.OSFile(str(path))
+                source = path.open("rb") if is_url(path) else pa.OSFile(os.fsencode(path))
                 if _footer_sha256(source) != self.meta["index_footer_sha256"]:
                     raise InputError(replaced)
                 self._index = pq.ParquetFile(source, page_checksum_verification=True)

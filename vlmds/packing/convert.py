@@ -1,10 +1,10 @@
 """Make one store from another: video -> frames, video -> features, frames -> features.
 
-A conversion keeps splits, shard numbers, keys, order and captions, so that training and validation
-read the same samples in the same order. A shard of the result is a pure function of the source's
-shard and the options, and has the marker that `vlmds pack` writes: a stopped conversion goes on
-from its last finished shard. Frames made here are those that packing the videos with
-`--store frames` gives, byte for byte.
+A conversion keeps splits, shard numbers, keys, order and captions: training and validation read the
+same samples in the same order. A shard of the result is a pure function of the source's shard and
+the options, and has the marker that `vlmds pack` writes: a stopped conversion continues after its
+last finished shard. Frames made here are byte for byte those of packing the videos with
+`--store frames`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from vlmds.data.shard_reader import ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
 from vlmds.files import as_path, check_writable, is_url
-from vlmds.packing.finish import finish
+from vlmds.packing.finish import finish_dataset
 from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.packing.pack import PackSummary
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
 
 FACTS = ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
-# Of a description: the manifest's, and what holds for the video store's file alone.
-ROW = ("id", "captions", "source", "prompt", "start", "end", "timing")
+# Of a description: the manifest's values, and what is true of the video store's file alone.
+ROW = ("id", "captions", "source", "prompt", "start", "end", "timing", "columns")
 
 
 @dataclass(frozen=True)
-class Target:
-    """What to make. vision: what dataset.json says of the tower, for a features store."""
+class Conversion:
+    """The store to make. vision: dataset.json's record of the tower, for a features store."""
 
     store: str
     num_frames: int
@@ -63,8 +63,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A shard to convert, which stands at `position` in its split's list."""
+class _OldShard:
+    """A shard to convert, at `position` in its split's list."""
 
     position: int
     info: ShardInfo
@@ -86,66 +86,81 @@ def convert(
     workers: int | None = None,
     deadline: float = 60.0,
     task: tuple[int, int] | None = None,
+    finish: bool = False,
     merge: bool = False,
     progress: bool = True,
 ) -> PackSummary:
-    """Convert the packed dataset `source` to another store in `out`, and go on where an earlier
-    conversion was stopped.
+    """Convert the packed dataset `source` to another store in `out`, continuing a conversion that
+    was stopped.
 
     num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
     336, packing's); a frames store already has its own. tower, tower_name: what makes the features.
     workers, deadline: as for packing. task: (i, n) makes only the ith of n parts; when all are
-    done, a last call without it finds the shards there and makes the dataset. merge: convert
-    nothing; a shard that is not there is an InputError.
+    done, a last call without it finds the shards and writes the index. finish: convert nothing; a
+    missing shard is an InputError. merge: the former name of finish.
 
-    Samples that cannot be converted go to ledger.jsonl, with row 0, for a shard does not tell the
-    manifest's; the source's own ledger stands there, too. Raises InputError for a conversion that
-    is not possible, a damaged source, or an `out` that holds something else.
+    Samples that cannot be converted go to ledger.jsonl, with row 0, as a shard does not record the
+    manifest's row numbers; the source's own ledger is copied there too. Raises InputError for a
+    conversion that is not possible, a damaged source, or an `out` that contains something else.
     """
     begin = time.monotonic()
     index, out = ShardIndex.open(source), as_path(out)
     if not is_url(out):
         check_writable(out, "OUT")
-    target = _target(index, store, num_frames, image_size, quality, tower, tower_name)
-    sources = [_Source(position, info) for split in index.splits for position, info in enumerate(index.shards(split))]
-    shards = [_shard(source.info, target) for source in sources]
+    target = _conversion(index, store, num_frames, image_size, quality, tower, tower_name)
+    old = [_OldShard(position, info) for split in index.splits for position, info in enumerate(index.shards(split))]
+    shards = [_shard(index, each.info, target) for each in old]
     todo = {shard.name for shard in unfinished(out, shards, {})}
-    if merge and todo:
+    if (finish or merge) and todo:
         raise InputError(
-            f"--merge: {out}: not converted yet: {len(todo)} of "
+            f"--finish: {out}: not converted yet: {len(todo)} of "
             f"{counted(len(shards), 'shard')}, {min(todo)} among them; run the tasks "
             "that make them"
         )
-    pending = [pair for pair in list(zip(shards, sources))[_part(task)] if pair[0].name in todo]
-    total = sum(source.info.count for _, source in pending)
-    workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
-    with (
-        DecodePool(workers, deadline) as pool,
-        silenced(not progress),
-        phase(f"converting to {store}", total, "samples", left=True) as shown,
-    ):
-        made = _made(index, [source for _, source in pending], target, tower, pool, workers)
-        for shard, from_shard in pending:
-            index.verify([from_shard.info], "sha256")
-            told = [(row, _description(index, row)) for row in from_shard.rows(index)]
-            replies = _with_facts(islice(made, from_shard.info.count), [t for _, t in told])
-            shard = replace(shard, rows=[_manifest_row(row, t) for row, t in told])
-            write_shard(out, shard, counting(replies, shown))
-    seconds = time.monotonic() - begin
+    pending = [pair for pair in list(zip(shards, old))[_part(task)] if pair[0].name in todo]
+    with silenced(not progress):
+        _write_shards(out, index, pending, target, tower, workers, deadline)
     if task is not None:
         mine = shards[_part(task)]
+        seconds = time.monotonic() - begin
         return PackSummary({}, {}, [], len(mine), len(mine) - len(pending), 0, seconds, finished=False)
     before = _ledger(index.root)
     with silenced(not progress), phase("writing the index"):
-        done = finish(out, shards, before, _described(index, target))
+        done = finish_dataset(out, shards, before, _described(index, target))
     new = Counter(r.reason.split(":")[0] for r in set(done.rejects) - set(before))
+    kept = len(shards) - len(todo)
     return PackSummary(
-        done.counts, dict(new.most_common()), [], len(shards), len(shards) - len(todo), done.bytes, seconds
+        done.counts, dict(new.most_common()), [], len(shards), kept, done.bytes, time.monotonic() - begin
     )
 
 
+def _write_shards(
+    out: Path,
+    index: ShardIndex,
+    pending: list[tuple[Shard, _OldShard]],
+    target: Conversion,
+    tower: VisionTower | None,
+    workers: int | None,
+    deadline: float,
+) -> None:
+    """Convert and write these shards, each checked against its sha256 first."""
+    total = sum(old.info.count for _, old in pending)
+    workers = max(1, min(workers or len(os.sched_getaffinity(0)), total))
+    with (
+        DecodePool(workers, deadline) as pool,
+        phase(f"converting to {target.store}", total, "samples", left=True) as shown,
+    ):
+        made = _made(index, [old for _, old in pending], target, tower, pool, workers)
+        for shard, old in pending:
+            index.verify([old.info], "sha256")
+            described = [(row, _description(index, row)) for row in old.rows(index)]
+            replies = _with_facts(islice(made, old.info.count), [found for _, found in described])
+            shard = replace(shard, rows=[_manifest_row(row, found) for row, found in described])
+            write_shard(out, shard, counting(replies, shown))
+
+
 def _part(task: tuple[int, int] | None) -> slice:
-    """Which shards are a task's."""
+    """A task's share of the shards."""
     return slice(None) if task is None else slice(task[0], None, task[1])
 
 
@@ -159,8 +174,8 @@ def convert_from_options(
     pool: int,
     **options: Any,
 ) -> PackSummary:
-    """:func:`convert`, with the tower that the options name on the device at hand: in bfloat16 on
-    a GPU, as in training, and in float32 on a CPU. options: as for :func:`convert`."""
+    """:func:`convert` with the tower that the options name: in bfloat16 on a GPU, as in training,
+    in float32 on a CPU. options: as for :func:`convert`."""
     from vlmds.experiments.schema import VisionConfig
     from vlmds.models.hub import is_local
     from vlmds.models.vision import load_vision_tower
@@ -175,7 +190,9 @@ def convert_from_options(
         if pool < 1:
             raise InputError(f"--pool: {pool} is less than 1")
         name, _, revision = (vision, "", "") if is_local(vision) else vision.partition("@")
-        config = VisionConfig(model=name, revision=revision or None, feature_layer=feature_layer, pool=pool)
+        config = VisionConfig.model_validate(
+            {"model": name, "revision": revision or None, "feature_layer": feature_layer, "pool": pool}
+        )
         cuda = torch.cuda.is_available()
         tower = load_vision_tower(
             config, torch.bfloat16 if cuda else torch.float32, torch.device("cuda:0" if cuda else "cpu")
@@ -183,7 +200,7 @@ def convert_from_options(
     return convert(source, out, store=store, tower=tower, tower_name=vision, **options)
 
 
-def _target(
+def _conversion(
     index: ShardIndex,
     store: str,
     num_frames: int | None,
@@ -191,7 +208,7 @@ def _target(
     quality: int,
     tower: VisionTower | None,
     tower_name: str | None,
-) -> Target:
+) -> Conversion:
     """Raises InputError if the source cannot become this."""
     if (index.store, store) not in CONVERSIONS:
         why = {
@@ -199,56 +216,69 @@ def _target(
             store: "it is one already",
         }.get(index.store, "pack the manifest with --store video")
         raise InputError(f"{index.root}: a {index.store} store cannot become a {store} store; {why}")
-    if store == "features" and tower is None:
-        raise InputError("--vision: --store features needs the model that makes them")
-    if store == "features" and image_size not in (None, tower.image_size):
-        raise InputError(f"--image-size: {image_size}, but {tower_name} takes {tower.image_size}")
-    wanted = {"num_frames": num_frames, "image_size": tower.image_size if store == "features" else image_size}
+    if store == "features":
+        if tower is None or tower_name is None:
+            raise InputError("--vision: --store features needs the model that makes them")
+        if image_size not in (None, tower.image_size):
+            raise InputError(f"--image-size: {image_size}, but {tower_name} takes {tower.image_size}")
+        image_size = tower.image_size
     if index.store == "frames":
-        for name, value in wanted.items():
+        for name, value in (("num_frames", num_frames), ("image_size", image_size)):
             if value not in (None, index.meta[name]):
                 raise InputError(
                     f"{index.root}: packed with {name} {index.meta[name]}, not {value}; "
                     "convert the video store, or leave the frames as they are"
                 )
-            wanted[name] = index.meta[name]
-    else:
-        wanted = {"num_frames": num_frames or 8, "image_size": wanted["image_size"] or 336}
-    if store == "frames":
-        PackOptions(store, quality=quality, **wanted)  # which checks them
-        return Target(store, quality=quality, **wanted)
-    return Target(store, vision=describe_tower(tower, tower_name), **wanted)
+        num_frames, image_size = index.meta["num_frames"], index.meta["image_size"]
+    num_frames, image_size = num_frames or PackOptions.num_frames, image_size or PackOptions.image_size
+    if tower is not None and tower_name is not None and store == "features":
+        return Conversion(store, num_frames, image_size, vision=describe_tower(tower, tower_name))
+    PackOptions(store, num_frames, image_size, quality)  # which checks them
+    return Conversion(store, num_frames, image_size, quality)
 
 
-def _shard(info: ShardInfo, target: Target) -> Shard:
-    """The shard of `out` that comes of one of the source's; its rows are read when it is its turn.
+def _sampling(index: ShardIndex) -> dict[str, str]:
+    """How the new store's frames are chosen and fitted: by this vlmds if they are decoded now; an
+    older one may have made those of a frames store, as its dataset.json records."""
+    if index.store == "frames":
+        return {name: index.meta[name] for name in ("sampler", "resizer")}
+    return {"sampler": SAMPLER, "resizer": RESIZER}
 
-    The model's name and folder may differ between machines: the fingerprint says which it is.
+
+def _shard(index: ShardIndex, info: ShardInfo, target: Conversion) -> Shard:
+    """The new shard made from one of the source's, without rows: they are read when it is written.
+
+    The model's name and folder may differ between machines; its fingerprint does not.
     """
     described = asdict(target)
     if target.vision is not None:
         described["vision"] = {k: v for k, v in target.vision.items() if k != "model"}
     digest = hashlib.sha256(
-        json_line(
-            {"version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "target": described, "source": info.sha256}
-        )
+        json_line({"version": VERSION, **_sampling(index), "target": described, "source": info.sha256})
     ).hexdigest()
     return Shard(info.split, info.shard, [], digest)
 
 
 def _made(
-    index: ShardIndex, sources: list[_Source], target: Target, tower: VisionTower | None, pool: DecodePool, workers: int
+    index: ShardIndex,
+    old: list[_OldShard],
+    target: Conversion,
+    tower: VisionTower | None,
+    pool: DecodePool,
+    workers: int,
 ) -> Iterator[VideoReply]:
     """The new members of all samples of these shards, in order, read and decoded ahead."""
 
     def rows() -> Iterator[SampleRow]:
-        for source in sources:
-            yield from source.rows(index)
+        for shard in old:
+            yield from shard.rows(index)
 
-    options = {"num_frames": target.num_frames, "image_size": target.image_size}
+    options: dict[str, Any] = {"num_frames": target.num_frames, "image_size": target.image_size}
     if target.store == "frames":
         yield from decode_stored(index, rows(), pool, store="frames", quality=target.quality, **options)
         return
+    assert tower is not None
+    frames: Iterator[np.ndarray | SampleError]
     if index.store == "frames":
         frames = _read_jpegs(index, rows(), workers)
     else:
@@ -256,8 +286,8 @@ def _made(
             pixels_of(reply, target.image_size)
             for reply in decode_stored(index, rows(), pool, store="pixels", **options)
         )
-    for source in sources:
-        yield from _encoded(tower, islice(frames, source.info.count), source.rows(index), target)
+    for shard in old:
+        yield from _encoded(tower, islice(frames, shard.info.count), shard.rows(index), target)
 
 
 def _read_jpegs(index: ShardIndex, rows: Iterable[SampleRow], threads: int) -> Iterator[np.ndarray | SampleError]:
@@ -271,8 +301,9 @@ def _read_jpegs(index: ShardIndex, rows: Iterable[SampleRow], threads: int) -> I
             return error
 
     with ThreadPoolExecutor(threads) as executor:
-        ahead: deque = deque()
+        ahead: deque[Future[np.ndarray | SampleError]] = deque()
         for row in rows:
+            members: dict[str, bytes] | SampleError
             try:
                 members = index.read(row)
             except SampleError as error:
@@ -285,15 +316,15 @@ def _read_jpegs(index: ShardIndex, rows: Iterable[SampleRow], threads: int) -> I
 
 
 def _encoded(
-    tower: VisionTower, frames: Iterator[np.ndarray | SampleError], rows: Iterator[SampleRow], target: Target
+    tower: VisionTower, frames: Iterator[np.ndarray | SampleError], rows: Iterator[SampleRow], target: Conversion
 ) -> Iterator[VideoReply]:
-    """One shard's samples through the tower. A batch never reaches into the next shard, so that a
-    shard's features do not depend on which others are made in the same process."""
+    """One shard's samples through the tower. A batch never reaches into the next shard: a shard's
+    features do not depend on the others made in the same process."""
     size = max(1, tower.frames_per_call // target.num_frames)
     while batch := list(islice(frames, size)):
         good = [item for item in batch if not isinstance(item, SampleError)]
         if good:
-            pixels = torch.from_numpy(np.stack(good)).to(tower.mean.device)
+            pixels = torch.from_numpy(np.stack(good)).to(tower.clip.device)
             features = iter(tower(pixels).to("cpu", torch.bfloat16))
         for item, row in zip(batch, rows):
             if isinstance(item, SampleError):
@@ -310,33 +341,32 @@ def _description(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
     return json.loads(index.read(replace(row, members=only))["json"])
 
 
-def _manifest_row(row: SampleRow, told: dict[str, Any]) -> ManifestRow:
-    """The manifest's row as far as the sample's description keeps it."""
+def _manifest_row(row: SampleRow, found: dict[str, Any]) -> ManifestRow:
+    """The manifest's row, as far as the sample's description keeps it."""
     return ManifestRow(
-        0, row.key, told["id"], "", told["source"], told["captions"], row.start, row.end, row.split, told.get("prompt")
-    )
+        0, row.key, found["id"], "", found["source"], found["captions"], row.start, row.end, row.split,
+        found.get("prompt"),
+        found.get("columns"),
+    )  # fmt: skip
 
 
-def _with_facts(replies: Iterator[VideoReply], told: list[dict[str, Any]]) -> Iterator[VideoReply]:
-    """The replies, with the facts that the source told of each sample: of the original video, which
-    may be another file than the one that a video store keeps."""
-    for facts, reply in zip(told, replies):
+def _with_facts(replies: Iterator[VideoReply], described: list[dict[str, Any]]) -> Iterator[VideoReply]:
+    """The replies with the facts in each sample's old description: they are about the original
+    video, which may be another file than the one in a video store."""
+    for facts, reply in zip(described, replies):
         kept = {name: value for name, value in facts.items() if name not in ROW}
         yield reply if reply.reason is not None else replace(reply, facts={**reply.facts, **kept})
 
 
-def _described(index: ShardIndex, target: Target) -> dict[str, Any]:
+def _described(index: ShardIndex, target: Conversion) -> dict[str, Any]:
     """What dataset.json says of the new store."""
     described = {
         **asdict(target),
-        "sampler": SAMPLER,
-        "resizer": RESIZER,
+        **_sampling(index),
         "verify": None,
         "shard_size": index.meta["shard_size"],
         "shard_bytes": index.meta["shard_bytes"],
     }
-    if index.store == "frames":  # an older vlmds may have chosen them otherwise
-        described |= {name: index.meta[name] for name in ("sampler", "resizer")}
     if target.vision is None:
         del described["vision"]
     return described

@@ -1,4 +1,4 @@
-"""From finished shards to a dataset: ledger, index and dataset.json, made from the markers alone."""
+"""The dataset's ledger, index and dataset.json, made from the markers of its finished shards."""
 
 import json
 import os
@@ -25,12 +25,12 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Base:
-    """What an earlier packing left in a folder, which --append goes on from.
+    """The result of an earlier packing, which --append adds to.
 
-    planned: for each split, how many shard numbers are taken. known: its rows, by what they ask for.
-    keys, ids: of samples and rejected rows that the markers tell no more of. unusable: the ledger's
-    rows that are in no shard. contents: (sha256, start, end) of a sample's video -> its key.
-    described: what dataset.json says of the store.
+    planned: for each split, how many shard numbers are taken. known: its rows. keys, ids: of samples
+    and rejected rows of which the markers record nothing more. unusable: the ledger's rows that are
+    in no shard. contents: (sha256, start, end) of a sample's video -> its key. described:
+    dataset.json. splits: source -> split.
     """
 
     planned: dict[str, int]
@@ -40,36 +40,38 @@ class Base:
     unusable: list[Reject]
     contents: dict[tuple, str]
     described: dict[str, Any]
+    splits: dict[str, str]
 
     @classmethod
     def read(cls, out: Path) -> "Base":
         """Raises InputError if there is no finished dataset.
 
-        Of the files that `finish` replaces only dataset.json, the last of them, is relied on: the
-        others may be those of an appending that was killed.
+        Of the files that `finish_dataset` replaces, only dataset.json, the last of them, is relied
+        on: the others may be those of an --append that was killed.
         """
         path = out / "dataset.json"
         try:
             meta = json.loads(path.read_bytes())
         except FileNotFoundError:
-            raise InputError(f"{path}: not there; --append goes on from a finished packing") from None
+            raise InputError(f"{path}: not there; --append adds to a finished packing") from None
         with (out / "ledger.jsonl").open(encoding="utf-8") as file:
             rejects = [Reject(**json.loads(line)) for line in file]
-        base = cls(meta["planned"], Known(), set(), set(), [r for r in rejects if r.shard is None], {}, meta)
+        base = cls(meta["planned"], Known(), set(), set(), [r for r in rejects if r.shard is None], {}, meta, {})
         for shard in base.shards(out):
             marker = read_marker(out / f"{shard.name}.json")
-            base._learn(marker)
+            base._learn(marker, shard.split)
             for row in marker["rows"]:
                 if row.get("content"):
                     base.contents.setdefault(tuple(row["content"]), row["key"])
         return base
 
-    def _learn(self, marker: dict[str, Any]) -> None:
+    def _learn(self, marker: dict[str, Any], split: str) -> None:
         """Note the rows of a shard."""
         packed = {row["key"] for row in marker["rows"]}
         rejected = {reject["id"] for reject in marker["rejects"]}
         for sample_id, key, *named in marker.get("inputs", ()):
             self.known.inputs.setdefault(tuple(named), []).append(sample_id)
+            self.splits.setdefault(named[0], split)
             if key in packed:
                 self.known.ids.add(sample_id)
                 self.known.keys.add(key)
@@ -90,8 +92,8 @@ class Base:
         )
 
     def still_unusable(self, manifest: Manifest) -> list[Reject]:
-        """The rows in no shard that this manifest does not decide anew: copies that were left out,
-        and what it no longer has."""
+        """The rows in no shard whose rejection stays: copies that were left out, and rows that this
+        manifest no longer has."""
         names = (
             {row.source for row in manifest.rows}
             | {row.id for row in manifest.rows}
@@ -109,8 +111,8 @@ class Base:
 
 @dataclass(frozen=True)
 class Finished:
-    """What `finish` wrote. rejects: the whole ledger. counts: samples per split. bytes: of all
-    shards. duplicates: groups of keys whose content is the same."""
+    """The files that `finish_dataset` wrote. rejects: the whole ledger. counts: samples per split.
+    bytes: of all shards. duplicates: groups of keys whose content is the same."""
 
     rejects: list[Reject]
     counts: dict[str, int]
@@ -118,11 +120,11 @@ class Finished:
     duplicates: list[list[str]]
 
 
-def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]) -> Finished:
+def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]) -> Finished:
     """Write ledger, index, duplicates.jsonl and dataset.json from the shards' markers.
 
     shards: all of the dataset, each finished. unusable: rejects of rows that are in no shard.
-    described: what dataset.json says of the store, beside counts and hashes.
+    described: dataset.json's record of the store, besides counts and hashes.
     Raises InputError if no shard has a sample.
     """
     rejects, entries = list(unusable), []
@@ -137,24 +139,16 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
             rejects.extend(Reject(**reject) for reject in marker["rejects"])
             if not marker["count"]:
                 continue
-            entries.append(
-                {
-                    "split": shard.split,
-                    "shard": shard.number,
-                    "path": f"{shard.name}.tar",
-                    "count": marker["count"],
-                    "bytes": marker["bytes"],
-                    "sha256": marker["sha256"],
-                }
-            )
+            facts = {name: marker[name] for name in ("count", "bytes", "sha256")}
+            entries.append({"split": shard.split, "shard": shard.number, "path": f"{shard.name}.tar", **facts})
             for row in marker["rows"]:
                 if row.get("content"):
                     content[tuple(row["content"])].append(row["key"])
             yield marker["rows"]
 
     index = out / "index.parquet"
-    # All is made ready before the first file is replaced, and dataset.json comes right after the
-    # index that it describes.
+    # Everything is prepared before the first file is replaced, and dataset.json is written right
+    # after the index that it describes.
     with replacing(index) as file:
         _write_index(file, groups())
         file.flush()
@@ -174,26 +168,15 @@ def finish(out: Path, shards: list[Shard], unusable: list[Reject], described: di
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry["split"]] += entry["count"]
-    write(
-        out / "dataset.json",
-        json_line(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                **described,
-                "counts": dict(counts),
-                "rejected": len(rejects),
-                "shards": entries,
-            }
-        ),
-    )
+    described |= {"counts": dict(counts), "rejected": len(rejects), "shards": entries}
+    write(out / "dataset.json", json_line({"format": FORMAT, "version": VERSION, **described}))
     remove_leftovers(out)
     return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates)
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove temporary files of writers that are dead: of this machine those whose process is
-    gone, of others those a day old. A live writer's file stays."""
+    """Remove temporary files of processes that have ended: of this machine those whose process is
+    gone, of others those a day old."""
     if is_url(out):
         return  # `replacing` leaves none at a URL
     for path in out.rglob(".*.tmp"):
@@ -207,7 +190,7 @@ def remove_leftovers(out: Path) -> None:
 
 
 def _nothing_packed(out: Path, shards: list[Shard], rejects: list[Reject]) -> InputError:
-    """Leave the ledger, but no marker and no plan, so that the next run tries again."""
+    """Keep the ledger, but no marker and no plan: the next run tries again."""
     rejects.sort(key=lambda reject: reject.row)
     write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
     for shard in shards:

@@ -1,4 +1,4 @@
-"""Packing of shards by decoding processes of this machine."""
+"""Packing of shards with decoding processes of this machine."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ def pack_here(out: Path, shards: list[Shard], options: PackOptions, workers: int
 
 
 def request(row: ManifestRow, options: PackOptions) -> VideoRequest:
-    """What a decoding process is to make of a manifest row."""
+    """The request to a decoding process for a manifest row."""
     return VideoRequest(
         row.video,
         row.start,

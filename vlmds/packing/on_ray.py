@@ -1,10 +1,10 @@
 """Pack shards on a Ray cluster: `vlmds pack --engine ray`.
 
-A task packs one shard, so what a lost worker costs is one shard, which Ray then runs again
-elsewhere; the bytes are the same whoever packs it. All workers must see the videos and the output
-folder under the same paths or URLs.
+A task packs one shard: a lost worker costs one shard, which Ray packs again elsewhere, to the same
+bytes. All workers must see the videos and the output folder under the same paths or URLs.
 """
 
+import logging
 from pathlib import Path
 
 from vlmds.console.progress import Phase, phase, silenced
@@ -29,7 +29,7 @@ def pack_on_ray(out: Path, shards: list[Shard], options: PackOptions, workers: i
         raise InputError(f"--engine ray: Ray is not installed; {install_hint('ray')}") from None
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_pack_one)
     limit = workers or max(1, int(IN_FLIGHT * ray.cluster_resources().get("CPU", 1)))
     pending: dict = {}
@@ -48,7 +48,7 @@ def pack_on_ray(out: Path, shards: list[Shard], options: PackOptions, workers: i
 
 
 def _pack_one(out: Path, shard: Shard, options: PackOptions, deadline: float) -> None:
-    """What runs in a Ray worker: one shard, one decoding process."""
+    """A Ray worker's task: one shard, one decoding process."""
     with silenced():
         pack_here(out, [shard], options, 1, deadline)
 
@@ -66,6 +66,6 @@ def _collect(ray, pending: dict, shown: Phase) -> None:
     except ray.exceptions.RayError as error:
         raise InputError(
             f"--engine ray: shard {shard.name} could not be packed: "
-            f"{' '.join(str(error).split())[-300:]}; start again to go on"
+            f"{' '.join(str(error).split())[-300:]}; run the same command again"
         ) from error
     shown.advance(len(shard.rows))

@@ -1,13 +1,14 @@
-"""Pack a manifest's videos into WebDataset shards with an index (`vlmds pack`).
+"""Packing of a manifest's videos into WebDataset shards with an index (`vlmds pack`).
 
-Which rows a shard has, and with which bytes, follows from the manifest and the options alone: so any
-number of processes and machines can share the work, stop and start again at any time, and the
-result is the same to the byte. `shard_plan.py` says which rows make a shard, `shards.py` writes it,
-`finish.py` makes a dataset of them.
+The rows of a shard, and its bytes, follow from the manifest and the options alone: any number of
+processes and machines can share the work, stop and continue at any time, and the result is the same
+to the byte. `shard_plan.py` decides which rows make a shard, `shards.py` writes it, `finish.py`
+makes the dataset.
 """
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,20 @@ from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.files import as_path, check_writable, driver_advice, is_url
-from vlmds.packing.finish import Base, Finished, finish
+from vlmds.packing.captions import CutCaptions
+from vlmds.packing.finish import Base, Finished, finish_dataset
 from vlmds.packing.local import pack_here
-from vlmds.packing.manifest import ManifestRow, Reject, read_manifest
+from vlmds.packing.manifest import Manifest, ManifestRow, Reject, read_manifest
 from vlmds.packing.on_ray import pack_on_ray
-from vlmds.packing.shard_plan import facts_of, shards_of, without_duplicates
+from vlmds.packing.shard_plan import facts_of, shards_of, with_val, without_duplicates
 from vlmds.packing.shards import PackOptions, Shard, unfinished
 
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What `pack` did. rejected: rows by the fixed phrase their reason starts with. duplicates:
+    """The result of `pack`. rejected: rows by the fixed phrase their reason starts with. duplicates:
     groups of samples with the same content. known: rows that --append found packed or rejected
-    already. finished: false for one task of several."""
+    already. finished: false for one task of several. notes: lines for the user."""
 
     counts: dict[str, int]
     rejected: dict[str, int]
@@ -40,6 +42,7 @@ class PackSummary:
     duplicates: int = 0
     known: int = 0
     finished: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def packed(self) -> int:
@@ -47,10 +50,10 @@ class PackSummary:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What there is to do. shards: all that the manifest makes; todo: those not finished yet.
-    unusable: rows that are in no shard. base: what is there already, to append to; known: rows
-    that it has."""
+class PackPlan:
+    """The work of a packing. shards: all that the manifest makes; todo: those not finished yet.
+    unusable: rows that are in no shard. base: the dataset to append to; known: rows that it has.
+    notes: lines for the user."""
 
     shards: list[Shard]
     todo: list[Shard]
@@ -58,15 +61,21 @@ class Work:
     ignored_columns: list[str]
     base: Base | None
     known: int
+    notes: list[str]
 
 
 def pack(
     manifest: str | Path,
     out: str | Path,
     *,
+    columns: Mapping[str, str] | None = None,
+    keep_columns: Sequence[str] = (),
     val_fraction: float = 0.0,
     dedup: bool = False,
+    tokenizer: str | None = None,
+    max_caption_tokens: int | None = None,
     append: bool = False,
+    finish: bool = False,
     merge: bool = False,
     retry: bool = False,
     task: tuple[int, int] | None = None,
@@ -76,105 +85,92 @@ def pack(
     progress: bool = True,
     **options: Any,
 ) -> PackSummary:
-    """Pack the manifest's videos into `out`, and go on where an earlier run was stopped.
+    """Pack the manifest's videos into `out`, continuing an earlier run that was stopped.
 
-    manifest, out: paths or URLs. val_fraction: share of the rows without a split that go to "val".
-    dedup: leave out rows whose video and span an earlier row has. append: add the rows that are new
-    (their source or span, as written), or were corrected in the manifest, as shards after those
-    there. retry: pack the shards again that had to reject rows (not those that `append` finds
-    there), as their files are repaired or `deadline` is longer. task: (i, n) packs only the ith of
-    n parts and leaves it to `merge`, which packs nothing, to make the dataset. engine: "ray" packs
-    on a Ray cluster. workers: decoding processes, or Ray tasks at once (default: one per core). deadline:
-    seconds a video may take. progress: say on stderr how far it is. options: fields of
-    :class:`PackOptions`.
+    manifest, out: paths or URLs. columns: manifest column -> the file's, where they differ.
+    keep_columns: columns of the file that travel in each sample's JSON, under "columns".
+    val_fraction: share of the source videos whose rows without a split go to "val". dedup: leave out
+    rows whose video and span an earlier row has. tokenizer, max_caption_tokens: count the captions
+    that training would cut (see :class:`CutCaptions`). append: add the rows that are new (by source
+    and span, as written), or were corrected in the manifest, as further shards. retry: pack the
+    shards with rejected rows again (not those that `append` found), once their files are repaired or
+    `deadline` is longer. task: (i, n) packs only the ith of n parts; `finish`, which packs nothing,
+    then makes the dataset (`merge` is its former name). engine: "ray" packs on a Ray cluster.
+    workers: decoding processes, or Ray tasks at once (default: one per core). deadline: seconds a
+    video may take. progress: report it on stderr. options: fields of :class:`PackOptions`.
 
     Rows that cannot be packed go to ledger.jsonl. Raises InputError if nothing was packed, if the
-    manifest cannot be read, or if `out` holds a dataset of another manifest or other options.
+    manifest cannot be read, or if `out` contains a dataset of another manifest or other options.
     """
-    with silenced(not progress):
-        return _pack(
-            as_path(manifest),
-            as_path(out),
-            PackOptions(**options),
-            val_fraction,
-            dedup,
-            append,
-            merge,
-            retry,
-            task,
-            engine,
-            workers,
-            deadline,
-        )
-
-
-def _pack(
-    manifest: Path,
-    out: Path,
-    options: PackOptions,
-    val_fraction: float,
-    dedup: bool,
-    append: bool,
-    merge: bool,
-    retry: bool,
-    task: tuple[int, int] | None,
-    engine: str,
-    workers: int | None,
-    deadline: float,
-) -> PackSummary:
     begin = time.monotonic()
+    out, settings = as_path(out), PackOptions(**options)
     if not is_url(out):
         check_writable(out, "OUT")
-    with phase("reading the manifest"):
-        work = _plan(manifest, out, options, val_fraction, dedup, append, retry)
-    if merge and work.todo:
-        names = ", ".join(shard.name for shard in work.todo[:3])
-        more = " …" if len(work.todo) > 3 else ""
-        raise InputError(
-            f"{out}: not packed yet: {len(work.todo)} of "
-            f"{counted(len(work.shards), 'shard')} ({names}{more}); run the tasks "
-            "that make them, or vlmds pack without --merge"
-        )
-    todo = work.todo
-    if task is not None:
-        index, tasks = task
-        mine = {shard.name for shard in work.shards[index::tasks]}
-        todo = [shard for shard in todo if shard.name in mine]
-    packers = {"local": pack_here, "ray": pack_on_ray}
-    packers[engine](out, todo, options, workers, deadline)
-    if task is not None:
-        return PackSummary(
-            {}, {}, work.ignored_columns, len(mine), len(mine) - len(todo), 0, time.monotonic() - begin, finished=False
-        )
-    with phase("writing the index"):
-        done = _finish(out, work, options)
+    with silenced(not progress):
+        with phase("reading the manifest"):
+            base = Base.read(out) if append else None
+            table = read_manifest(manifest, known=base.known if base else None, columns=columns, keep=keep_columns)
+            cut = CutCaptions(tokenizer, max_caption_tokens)
+            for row in table.rows:
+                cut.add(row.captions, row.row)
+            plan = _plan(table, out, settings, base, val_fraction, dedup, retry)
+        if (finish or merge) and plan.todo:
+            raise _not_packed(out, plan)
+        todo = plan.todo
+        if task is not None:
+            index, tasks = task
+            mine = {shard.name for shard in plan.shards[index::tasks]}
+            todo = [shard for shard in todo if shard.name in mine]
+        packers = {"local": pack_here, "ray": pack_on_ray}
+        packers[engine](out, todo, settings, workers, deadline)
+        if task is not None:
+            seconds = time.monotonic() - begin
+            return PackSummary(
+                {}, {}, plan.ignored_columns, len(mine), len(mine) - len(todo), 0, seconds, finished=False
+            )
+        with phase("writing the index"):
+            done = _finish(out, plan, settings)
+    return _summary(plan, done, len(plan.shards) - len(todo), time.monotonic() - begin, cut)
+
+
+def _summary(plan: PackPlan, done: Finished, kept: int, seconds: float, cut: CutCaptions) -> PackSummary:
     reasons = Counter(reject.reason.split(":")[0] for reject in done.rejects)
     return PackSummary(
         done.counts,
         dict(reasons.most_common()),
-        work.ignored_columns,
-        len(work.shards),
-        len(work.shards) - len(todo),
+        plan.ignored_columns,
+        len(plan.shards),
+        kept,
         done.bytes,
-        time.monotonic() - begin,
+        seconds,
         len(done.duplicates),
-        work.known,
+        plan.known,
+        notes=(*plan.notes, *cut.notes()),
+    )
+
+
+def _not_packed(out: Path, plan: PackPlan) -> InputError:
+    names = ", ".join(shard.name for shard in plan.todo[:3])
+    more = " …" if len(plan.todo) > 3 else ""
+    return InputError(
+        f"--finish: {out}: not packed yet: {len(plan.todo)} of "
+        f"{counted(len(plan.shards), 'shard')} ({names}{more}); run the tasks "
+        "that make them, or vlmds pack without --finish"
     )
 
 
 def _plan(
-    manifest: Path, out: Path, options: PackOptions, val_fraction: float, dedup: bool, append: bool, retry: bool
-) -> Work:
-    base = Base.read(out) if append else None
+    table: Manifest, out: Path, options: PackOptions, base: Base | None, val_fraction: float, dedup: bool, retry: bool
+) -> PackPlan:
     if base is not None:
         _check_same_options(out, base, options)
-    table = read_manifest(manifest, val_fraction, known=base.known if base else None)
     rows, unusable = table.rows, list(table.rejects)
     if base is not None:
         rows = [row for row in rows if not base.has(row)]
         unusable += base.still_unusable(table)
     known = len(table.rows) - len(rows)
     _check_drivers(rows)
+    rows, notes = with_val(out, rows, table.undecided, val_fraction, base.splits if base else {})
     packed = base.contents if base else {}
     facts = facts_of(out, rows, options, dedup, packed)
     if dedup:
@@ -182,20 +178,20 @@ def _plan(
         unusable += dropped
     shards = shards_of(rows, options, facts, base.planned if base else {})
     todo = unfinished(out, shards, base.planned if base else {}, retry)
-    return Work(shards, todo, unusable, table.ignored_columns, base, known)
+    return PackPlan(shards, todo, unusable, table.ignored_columns, base, known, [*table.notes, *notes])
 
 
 def _check_drivers(rows: list[ManifestRow]) -> None:
-    """Raise InputError if a driver for the rows' URLs is not installed: no row is to be rejected
-    for that. (A protocol that nobody knows is a mistake in the row.)"""
+    """Raise InputError if the driver of a row's URL is not installed: that is no reason to reject
+    rows. (An unknown protocol is a mistake in the row.)"""
     for url in {row.video.partition("://")[0]: row.video for row in rows if is_url(row.video)}.values():
         if advice := driver_advice(url):
             raise InputError(f"{url}: {advice}")
 
 
-def _finish(out: Path, work: Work, options: PackOptions) -> Finished:
-    before = work.base.shards(out) if work.base else []
-    return finish(out, before + work.shards, work.unusable, options.described())
+def _finish(out: Path, plan: PackPlan, options: PackOptions) -> Finished:
+    before = plan.base.shards(out) if plan.base else []
+    return finish_dataset(out, before + plan.shards, plan.unusable, options.described())
 
 
 def _check_same_options(out: Path, base: Base, options: PackOptions) -> None:

@@ -71,7 +71,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Clip:
+class SheetClip:
     """An entry of the contact sheet. images: data URIs, none where `problem` says why."""
 
     key: str
@@ -85,7 +85,7 @@ class Clip:
 def write_report(out: Path) -> Path:
     """Write `pack_report.html` into the packed dataset `out` and return its path.
 
-    Raises InputError if `out` holds no readable dataset.
+    Raises InputError if `out` contains no readable dataset.
     """
     index = ShardIndex.open(out)
     with (out / "index.parquet").open("rb") as file:
@@ -288,7 +288,7 @@ def _caption_lengths(index: ShardIndex) -> tuple[list[int], int]:
     return lengths, rows
 
 
-def _contact_sheet(index: ShardIndex) -> list[Clip]:
+def _contact_sheet(index: ShardIndex) -> list[SheetClip]:
     rows = spread(index, SHEET_CLIPS)
     pictures = _video_pictures if index.store == "video" else _stored_pictures
     clips = []
@@ -299,10 +299,10 @@ def _contact_sheet(index: ShardIndex) -> list[Clip]:
                 caption = caption[:CAPTION_SHOWN] + "…"
         except SampleError as error:
             caption, found = "", error
-        problem = str(found) if isinstance(found, SampleError) else ""
+        images, problem = ([], str(found)) if isinstance(found, SampleError) else (found, "")
         start, end = row.span
         facts = f"{row.width} × {row.height}, {end - start:.1f} s, {row.codec}"
-        clips.append(Clip(row.key, row.split, caption, facts, [] if problem else found, problem))
+        clips.append(SheetClip(row.key, row.split, caption, facts, images, problem))
     return clips
 
 
@@ -327,9 +327,10 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
     with DecodePool(min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
         for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES, image_size=SHEET_SIDE):
             frames = pixels_of(reply, SHEET_SIDE)
-            if not isinstance(frames, SampleError):
-                frames = [data_uri(_small(frame)) for frame in frames]
-            results.append(frames)
+            if isinstance(frames, SampleError):
+                results.append(frames)
+            else:
+                results.append([data_uri(_small(frame)) for frame in frames])
     return results
 
 

@@ -1,8 +1,8 @@
-"""One shard: what is in it, how it is written, and how its marker says that it is finished.
+"""One shard: its content, how it is written, and the marker of a finished one.
 
 A shard's bytes depend only on its rows and the options. Its marker `{split}/{shard:06d}.json` is
-written after the tar and carries all that the index needs, so whoever finds the marker need not look
-at the tar, and a stopped run goes on from its last finished shard.
+written after the tar and contains all that the index needs: the tar need not be read again, and a
+stopped run continues after its last finished shard.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"
 
 @dataclass(frozen=True)
 class PackOptions:
-    """All that, with the manifest, decides the bytes of a dataset.
+    """The options that, with the manifest, decide the bytes of a dataset.
 
     shard_size, shard_bytes: most manifest rows, and bytes of videos, that a shard is made of.
     """
@@ -53,7 +53,7 @@ class PackOptions:
             raise InputError(f"quality: {self.quality} is not in 1 … 100")
 
     def described(self) -> dict[str, Any]:
-        """What dataset.json says of the store."""
+        """dataset.json's record of the store."""
         frames = self.store == "frames"
         return {
             "store": self.store,
@@ -70,7 +70,7 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to be. options_hash: of all that its bytes depend on."""
+    """A shard to write. options_hash: of all that its bytes depend on."""
 
     split: str
     number: int
@@ -83,10 +83,12 @@ class Shard:
 
 
 def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
-    """Of what the bytes of a shard of these rows depend on."""
+    """Hash of all that the bytes of a shard of these rows depend on."""
     described = [asdict(row) for row in rows]
     for row in described:
         del row["video"]  # depends on where this machine mounts the manifest
+        if row["kept"] is None:
+            del row["kept"]
     effective = asdict(options)
     del effective["shard_size"], effective["shard_bytes"]  # the rows say it
     for name in ("image_size", "quality") if options.store == "video" else ("verify",):
@@ -99,9 +101,9 @@ def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
 def unfinished(out: Path, shards: Iterable[Shard], base: dict[str, int], retry: bool = False) -> list[Shard]:
     """The shards without a valid marker.
 
-    base: for each split, how many shards at its start belong to an earlier packing. retry: those
-    that had to reject a row, too.
-    Raises InputError if `out` holds shards that are neither.
+    base: for each split, how many shards at its start belong to an earlier packing. retry: also
+    those with rejected rows.
+    Raises InputError if `out` contains other shards.
     """
     found = {f"{path.parent.name}/{path.stem}": path for path in out.glob(MARKERS)}
     todo, known = [], set()
@@ -133,8 +135,8 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[VideoReply]) -> None:
     """Write the shard's tar, unless it has no sample, and then its marker. Takes a reply for each
     of its rows.
 
-    The marker's `inputs` say what the rows ask for, [id, key, source, start, end] each, rejected
-    ones too; --append goes by them. Rows that no manifest has (number 0) are not among them."""
+    The marker's `inputs` are the rows' [id, key, source, start, end], also of rejected ones, for
+    --append. Rows of a conversion (number 0) are not among them."""
     rejects, index_rows = [], []
     inputs = [[row.id, row.key, row.source, row.start, row.end] for row in shard.rows if row.row]
     tar, marker = out / f"{shard.name}.tar", out / f"{shard.name}.json"
@@ -147,7 +149,7 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[VideoReply]) -> None:
             else:
                 rejects.append(asdict(Reject(row.row, row.id, row.source, reply.reason, shard.split, shard.number)))
         writer.close()
-        told = json_line(
+        described = json_line(
             {
                 "count": len(index_rows),
                 "bytes": writer.offset if index_rows else 0,
@@ -158,13 +160,13 @@ def write_shard(out: Path, shard: Shard, replies: Iterator[VideoReply]) -> None:
                 "inputs": inputs,
             }
         )
-        # A marker of other bytes must not outlive the tar that it is of, wherever we are killed. One
-        # of these bytes is another process's, which is done with the same shard.
-        if marker.exists() and marker.read_bytes() != told:
+        # A marker with other bytes must be gone before the old tar is, wherever we are killed. One
+        # with these bytes is of another process that has written the same shard.
+        if marker.exists() and marker.read_bytes() != described:
             marker.unlink(missing_ok=True)
     if not index_rows:
         tar.unlink(missing_ok=True)  # another process may be at the same shard
-    write(marker, told)
+    write(marker, described)
 
 
 def json_line(value: Any) -> bytes:
@@ -209,7 +211,14 @@ def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Vi
     timestamps, timing = facts.pop("timestamps", None), facts.pop("timing", None)
     # A file that was cut has a span of its own.
     start, end = facts.pop("start", row.start), facts.pop("end", row.end)
-    optional = {"prompt": row.prompt, "start": start, "end": end, "timestamps": timestamps, "timing": timing}
+    optional: dict[str, Any] = {
+        "prompt": row.prompt,
+        "start": start,
+        "end": end,
+        "timestamps": timestamps,
+        "timing": timing,
+    }
+    optional["columns"] = row.kept
     described = {
         "id": row.id,
         "captions": row.captions,

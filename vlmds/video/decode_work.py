@@ -181,7 +181,12 @@ def _read_local(path: Path) -> bytes:
             size = os.fstat(file.fileno()).st_size or MAX_BYTES  # 0: a pipe has no size
             return file.read(min(size, MAX_BYTES))
     except FileNotFoundError:
-        raise
+        from vlmds.files import as_spelled
+
+        spelled = as_spelled(str(path))
+        if spelled == str(path):
+            raise
+        return _read_local(Path(spelled))
     except OSError as error:
         raise SampleError(f"file cannot be read: {error.strerror}") from error
 
