@@ -138,7 +138,7 @@ def test_a_model_that_does_not_look_is_warned_of(run, tmp_path, result):
 
 
 def test_a_gap_beyond_noise_gives_no_warning():
-    texts = [ClipText(i, str(i), [f"{i}번 영상 {'가나다라마바사'[i % 7]}"], None, 1.0) for i in range(30)]
+    texts = [ClipText(i, str(i), [f"{i}번 영상 {'가나다라마바사'[i % 7]}"], None, 1.0, str(i)) for i in range(30)]
     records = [{"real": [-2.0 - i / 90, 2], "blank": [-6.0, 2]} for i in range(30)]
     captions = [t.captions[0] for t in texts]
     swapped = swap_videos(texts)
@@ -353,8 +353,9 @@ def test_in_training_the_model_is_left_as_it_was(run, result, shards):
 
 def test_swapped_videos_have_the_same_prompt_and_other_references():
     texts = [
-        ClipText(i, str(i), ["가"] if i < 5 else [f"나{i}"], "무엇?" if i in (1, 6) else None, 1) for i in range(9)
-    ] + [ClipText(9, "9", ["다"], "홀로", 1)]
+        ClipText(i, str(i), ["가"] if i < 5 else [f"나{i}"], "무엇?" if i in (1, 6) else None, 1, str(i))
+        for i in range(9)
+    ] + [ClipText(9, "9", ["다"], "홀로", 1, "9")]
     swapped = swap_videos(texts)
     assert set(swapped) == set(range(9))
     for one, other in swapped.items():

@@ -48,6 +48,7 @@ def compare(args: argparse.Namespace) -> int:
         evaluation=args.evaluation,
         metric=args.metric,
         words=args.words,
+        margin=args.margin,
         csv=args.csv,
         latex=args.latex,
     )
@@ -61,29 +62,27 @@ def write_comparison(
     evaluation: str | None = None,
     metric: str | None = None,
     words: Sequence[str] = (),
+    margin: float | None = None,
     csv: Path | None = None,
     latex: Path | None = None,
 ) -> None:
     from vlmds.evaluation.compare import compare
     from vlmds.evaluation.report import to_csv, to_latex, write_report
     from vlmds.evaluation.runs import load_run
+    from vlmds.evaluation.verdict import verdict_line
     from vlmds.files import write
 
     loaded = [load_run(path, evaluation) for path in runs]
-    found = compare(loaded, metric, [chosen.split() for chosen in words])
+    found = compare(
+        loaded, metric, [chosen.split() for chosen in words], **({} if margin is None else {"margin": margin})
+    )
     size = write_report(output, loaded, found)
     for path, text in ((csv, to_csv), (latex, to_latex)):
         if path:
             write(path, text(found))
     for warning in found["warnings"]:
         print(f"WARNING: {warning['en']}", file=sys.stderr)
-    verdict, other = found["verdict"], found["verdict"]["runner_up"]
-    line = f"best: {verdict['best']}, {found['metric']} {verdict['value']:.2f}"
-    if other:
-        line += f"; {other['gap']:.2f} more than {other['name']}, Holm-corrected p {other['p_holm']:.4f}"
-    if tied := [name for name in verdict["tied"] if name != verdict["best"]]:
-        line += f"; statistically tied with it: {', '.join(tied)}"
-    print(f"{line}\nsaved: {output} ({size / 1e6:.1f} MB)")
+    print(f"{verdict_line(found)}\nsaved: {output} ({size / 1e6:.1f} MB)")
 
 
 def sweep(args: argparse.Namespace, size=None) -> int:
@@ -159,6 +158,12 @@ def add_compare(commands) -> None:
         default=[],
         metavar="'WORD WORD …'",
         help="add the accuracy of these words in captions, such as '왼쪽 오른쪽'; may be given several times",
+    )
+    add(
+        "--margin",
+        type=float,
+        metavar="SHARE",
+        help="how much worse than the best a cheaper experiment may be, as a share of its value (default: 0.03)",
     )
     add("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
     add("--latex", type=Path, metavar="FILE", help="also write the table as LaTeX")

@@ -45,7 +45,8 @@ def blind_tests(
             continue
         own = np.array([records[i]["real"] for i in kept], dtype=np.float64)
         other = np.array([others[i] for i in kept], dtype=np.float64)
-        means = resampled_means([own, other])
+        sources = [texts[i].source for i in kept]
+        means = resampled_means([own, other], sources=sources)
         loss = [-float(x[:, 0].sum() / x[:, 1].sum()) for x in (own, other)]
         gaps = means[0][:, 0] / means[0][:, 1] - means[1][:, 0] / means[1][:, 1]
         found["loss"][blind] = _gap(loss[0], loss[1], loss[1] - loss[0], gaps)
@@ -54,7 +55,7 @@ def blind_tests(
         theirs = score_captions([made[i] for i in kept], references)
         found["metrics"][blind] = {}
         for name in ours:
-            pair = resampled_means([ours[name].statistics, theirs[name].statistics])
+            pair = resampled_means([ours[name].statistics, theirs[name].statistics], sources=sources)
             gaps = aggregate(name, pair[0]) - aggregate(name, pair[1])
             values = ours[name].value, theirs[name].value
             found["metrics"][blind][name] = _gap(*values, values[0] - values[1], gaps)

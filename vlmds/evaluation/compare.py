@@ -1,52 +1,36 @@
-"""Statistics of `vlmds compare`: which experiment is best, by how much, and is it significant.
+"""Numbers of `vlmds compare`: which experiment is best, by how much, and can the data decide it.
 
-Runs are compared on the same clips: a paired bootstrap draws clips (and seeds, where an experiment
-was run with several) and counts how often the difference changes sign. The p-values of all pairs are
-Holm-corrected, because among eight experiments one is ahead by chance. Of the experiments that are
-statistically tied with the best, the one with the fewest visual tokens, then the fewest trained
-parameters, is the cheapest: the one to ship.
+Runs are compared on the same clips. :mod:`vlmds.evaluation.statistics` says how sure a difference is,
+:mod:`vlmds.evaluation.verdict` which experiment to take, and :mod:`vlmds.evaluation.like_for_like` what
+makes the comparison doubtful.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any, get_args
 
 import numpy as np
 
 from vlmds.errors import InputError
-from vlmds.evaluation.blind import doubts
-from vlmds.evaluation.metrics import aggregate, characters, interval, resampled_means, score_captions, undefined_metrics
+from vlmds.evaluation.like_for_like import differing_settings, warnings
+from vlmds.evaluation.metrics import aggregate, characters, score_captions, undefined_metrics
 from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
+from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
+from vlmds.evaluation.verdict import MARGIN, pair_tests, verdict
 from vlmds.evaluation.words import word_accuracy
-from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.schema import PROJECTORS, PeftSection
 
-RESAMPLES = 10_000  # 28 pairs need p-values well below 0.05 / 28
 ADAPTERS = get_args(PeftSection.model_fields["type"].annotation)
-EXPECTED = ("name", "owner", "priority", "projector", "peft.type", "training.seed")
-"""Settings that are meant to differ between experiments."""
-SAME = (
-    "data_fingerprint",
-    "split",
-    "clips",
-    "prompt",
-    "num_frames",
-    "generation",
-    "vision",
-    "llm",
-    "llm_precision",
-    "tokenisation",
-)
-"""Settings of the evaluation without which scores cannot be compared."""
 
 
-def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
+def compare(
+    runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = (), margin: float = MARGIN
+) -> dict[str, Any]:
     """All numbers of the report.
 
     Args:
+        margin: how much worse than the best the chosen experiment may be, as a share of its value.
         words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.word_accuracy`.
 
     Raises:
@@ -63,15 +47,11 @@ def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence
         raise InputError(f"--metric {metric}: undefined, for the references of the clips do not differ")
     if metric not in names:
         raise InputError(f"--metric {metric}: no such metric; the runs share {', '.join(names)}")
-    samples = {
-        name: _bootstrap([[s[name] for s in group] for group in scores], name, RESAMPLES if name == metric else 1000)
-        for name in names
-    }
-    values = {
-        name: [
-            float(aggregate(name, np.mean([s[name].mean(axis=0) for s in group], axis=0)[None])[0]) for group in scores
-        ]
-        for name in names
+    if not 0 < margin < 1:
+        raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
+    sources = sources_of(runs[0], keys)
+    estimates = {
+        name: estimate(name, [np.stack([s[name] for s in group]) for group in scores], sources) for name in names
     }
     table = []
     for number, group in enumerate(groups):
@@ -82,30 +62,25 @@ def compare(runs: list[Run], metric: str | None = None, words: Sequence[Sequence
                 "adapter": group.experiment.peft.type,
                 "seeds": len(group.runs),
                 "finished": all(run.finished for run in group.runs),
-                "metrics": {
-                    n: _cell(
-                        values[n][number],
-                        samples[n][number],
-                        [aggregate(n, s[n].mean(axis=0)[None])[0] for s in scores[number]],
-                    )
-                    for n in names
-                },
+                "metrics": {n: _cell(estimates[n], number) for n in names},
                 "looking": group.runs[0].metrics["looking"],
                 "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in group.runs[0].cost},
             }
         )
-    pairs = _pairs(groups, values[metric], samples[metric])
+    pairs = pair_tests(estimates[metric])
+    costs = [(row["cost"]["visual_tokens"], row["cost"]["trainable"]) for row in table]
     return {
         "metric": metric,
         "metrics": names,
         "undefined": undefined,
         "clips": len(keys),
         "table": table,
-        "pairs": pairs,
-        "verdict": verdict(table, pairs, metric),
+        "sources": len({*sources}),
+        "pairs": [pair | {side: groups[int(pair[side])].name for side in ("one", "other")} for pair in pairs],
+        "verdict": _named(verdict(estimates[metric], pairs, costs, margin), table, metric),
         "warnings": warnings(runs, keys),
         "differences": differing_settings(runs),
-        "factors": factors(table, samples[metric], values[metric]),
+        "factors": factors(table, estimates[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
         "words": _words(groups, keys, words),
         "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"] for n in names},
@@ -132,159 +107,68 @@ def common_keys(runs: list[Run]) -> list[str]:
     return keys
 
 
-def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
-    """What makes the comparison doubtful, most important first, in English ("en") and Korean ("ko")."""
-    found = []
-
-    def add(english: str, korean: str) -> None:
-        found.append({"en": english, "ko": korean})
-
-    def listed(values: dict) -> str:
-        return "; ".join(f"{name}: {value}" for name, value in values.items())
-
-    sizes = {run.name: len(run.predictions) for run in runs}
-    if set(sizes.values()) != {len(keys)}:
-        add(
-            f"The runs were not evaluated on the same clips ({listed(sizes)}); only the {len(keys)} clips "
-            "that all runs have are compared.",
-            f"실험마다 평가한 클립이 다릅니다 ({listed(sizes)}). 공통 클립 {len(keys)}개만 비교합니다.",
-        )
-    for setting in SAME:
-        values = {run.name: run.metrics["settings"].get(setting) for run in runs}
-        if len({json.dumps(v) for v in values.values()}) > 1:
-            add(
-                f"Evaluations differ in {setting}: {listed(values)}",
-                f"평가 설정이 서로 다릅니다 ({setting}): {listed(values)}",
-            )
-    records = {run.name: json.loads((run.path / "run.json").read_text()) for run in runs}
-    ids: dict[str, list[str]] = {}
-    for name, record in records.items():
-        if "id" in record:
-            ids.setdefault(record["id"], []).append(name)
-    for copies in (", ".join(names) for names in ids.values() if len(names) > 1):
-        add(f"The same run more than once: {copies}", f"같은 모델이 두 번 이상 들어 있습니다: {copies}")
-    trained = {name: str(record.get("data_fingerprint"))[:12] for name, record in records.items()}
-    if len(set(trained.values())) > 1:
-        add(
-            f"The runs were not trained on the same data: {listed(trained)}",
-            f"학습 데이터가 서로 다릅니다: {listed(trained)}",
-        )
-    batches = {name: record.get("global_batch") for name, record in records.items()}
-    if len(set(batches.values())) > 1:
-        add(
-            "The runs were trained with different global batches, and so with different numbers of steps "
-            f"(set training.global_batch): {listed(batches)}",
-            "글로벌 배치 크기가 서로 달라 학습 스텝 수도 다릅니다 (training.global_batch로 맞추세요): "
-            f"{listed(batches)}",
-        )
-    for run in runs:
-        artifact = run.metrics["settings"]["artifact"]
-        if not run.finished:
-            add(
-                f"{run.name}: training is not finished; the evaluation is of stage {artifact}",
-                f"{run.name}: 학습이 끝나지 않았습니다. {artifact} 단계를 평가한 결과입니다.",
-            )
-        elif artifact != run.experiment.stages[-1].name:
-            add(
-                f"{run.name}: the evaluation is of stage {artifact}, not of the last stage; evaluate again",
-                f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.",
-            )
-        if found_doubts := doubts(run.metrics["looking"]):
-            english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))
-            add(
-                f"{run.name} may not use the video: {english}",
-                f"{run.name}: 모델이 영상을 활용하지 않을 수 있습니다 ({korean})",
-            )
-    return found
+def sources_of(run: Run, keys: Sequence[str]) -> list[str]:
+    """For each clip the video that it was cut from; evaluations before 0.2 do not say, and there each clip counts
+    as a video of its own."""
+    return [run.predictions[key].get("source") or key for key in keys]
 
 
-def differing_settings(runs: list[Run]) -> list[dict]:
-    """[{key, expected, values by run}] of every experiment key that is not the same in all."""
-    flat = {run.name: flat_settings(run.experiment.model_dump()) for run in runs}
-    found = []
-    for key in sorted(set().union(*flat.values())):
-        values = {name: settings.get(key) for name, settings in flat.items()}
-        if len({json.dumps(v, default=str) for v in values.values()}) > 1:
-            expected = any(key == e or key.startswith(f"{e}.") for e in EXPECTED)
-            found.append({"key": key, "expected": expected, "values": values})
-    return sorted(found, key=lambda d: d["expected"])
-
-
-def verdict(table: list[dict], pairs: list[dict], metric: str) -> dict[str, Any]:
-    """best: highest value. runner_up with the gap to it. tied: not significantly worse than the
-    best, itself included. cheapest: of the tied."""
-    order = sorted(table, key=lambda row: -row["metrics"][metric]["value"])
-    best = order[0]["name"]
-    found = {
-        "best": best,
-        "value": order[0]["metrics"][metric]["value"],
-        "tied": [best],
-        "cheapest": best,
-        "runner_up": None,
+def _named(found: dict[str, Any], table: list[dict], metric: str) -> dict[str, Any]:
+    """A verdict with names for numbers of methods, and the best value."""
+    names = [row["name"] for row in table]
+    runner_up = found["runner_up"]
+    return found | {
+        "best": names[found["best"]],
+        "value": table[found["best"]]["metrics"][metric]["value"],
+        "could_be_best": [names[method] for method in found["could_be_best"]],
+        "within_margin": [names[method] for method in found["within_margin"]],
+        "chosen": None if found["chosen"] is None else names[found["chosen"]],
+        "runner_up": runner_up and {"name": names[runner_up["method"]], **runner_up},
     }
-    against = {p["other"] if p["one"] == best else p["one"]: p for p in pairs if best in (p["one"], p["other"])}
-    if len(order) == 1:
-        return found
-    found["tied"] += [row["name"] for row in order[1:] if against[row["name"]]["p_holm"] >= 0.05]
-    tied = [row for row in order if row["name"] in found["tied"]]
-    found["cheapest"] = min(tied, key=lambda r: (r["cost"]["visual_tokens"], r["cost"]["trainable"]))["name"]
-    pair = against[order[1]["name"]]
-    sign = 1 if pair["one"] == best else -1
-    low, high = sorted((sign * pair["low"], sign * pair["high"]))
-    found["runner_up"] = {
-        "name": order[1]["name"],
-        "gap": sign * pair["gap"],
-        "low": low,
-        "high": high,
-        "p": pair["p"],
-        "p_holm": pair["p_holm"],
-        "significant": pair["p_holm"] < 0.05,
-    }
-    return found
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979)."""
-    order = np.argsort(p_values, kind="stable")
-    corrected, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = running
-    return corrected
-
-
-def factors(table: list[dict], samples: np.ndarray, values: list[float]) -> dict[str, Any]:
+def factors(table: list[dict], found: Estimates) -> dict[str, Any]:
     """Main effects and interaction, over the projectors that were run with both adapters.
 
     projector: mean of its two runs less the mean of all. adapter: DoRA less LoRA, mean over the
     projectors. interaction: for each projector, DoRA less LoRA beyond that mean. All with paired
-    95% intervals.
+    95% intervals and p-values, which Holm's method corrects for all effects ("p_holm"). With one seed per
+    method the adapter's effect is judged by its spread over the projectors, which repeat it.
     """
     place = {(row["projector"], row["adapter"]): i for i, row in reversed(list(enumerate(table)))}
     complete = [p for p in PROJECTORS if all((p, a) in place for a in ADAPTERS)]
     missing = [f"{p} + {a}" for p in PROJECTORS for a in ADAPTERS if (p, a) not in place]
-    found: dict[str, Any] = {"projector": {}, "adapter": None, "interaction": {}, "missing": missing}
+    effects: dict[str, Any] = {"projector": {}, "adapter": None, "interaction": {}, "missing": missing}
     if not complete:
-        return found
+        return effects
     cells = np.array([[place[p, a] for a in ADAPTERS] for p in complete])
-    drawn = samples[cells]  # [P, 2, resamples]
-    own = np.array(values)[cells]  # [P, 2]
+    count = len(complete)
 
-    def effect(value: float, sample: np.ndarray) -> dict:
-        low, high = interval(sample)
-        return {"value": float(value), "low": low, "high": high}
+    def weights(of_cells: np.ndarray) -> np.ndarray:
+        """Weights of methods from weights of the cells, [P, 2]."""
+        placed = np.zeros(len(table))
+        placed[cells.ravel()] = of_cells.ravel()
+        return placed
 
-    difference, drawn_difference = own[:, 1] - own[:, 0], drawn[:, 1] - drawn[:, 0]
-    found["adapter"] = effect(difference.mean(), drawn_difference.mean(axis=0))
-    if len(complete) > 1:
+    adapter = np.tile([-1.0, 1.0], (count, 1)) / count
+    if found.seed_df or count < 3:
+        tested = {("adapter", ""): found.contrast(weights(adapter))}
+    else:
+        tested = {("adapter", ""): replicated_effect(found.values[cells[:, 1]] - found.values[cells[:, 0]])}
+    if count > 1:
         for i, name in enumerate(complete):
-            found["projector"][name] = effect(
-                own[i].mean() - own.mean(), drawn[i].mean(axis=0) - drawn.mean(axis=(0, 1))
-            )
-            found["interaction"][name] = effect(
-                difference[i] - difference.mean(), drawn_difference[i] - drawn_difference.mean(axis=0)
-            )
-    return found
+            own = np.eye(count)[i][:, None] - 1 / count
+            tested["projector", name] = found.contrast(weights(np.tile(own / 2, (1, 2))))
+            tested["interaction", name] = found.contrast(weights(own * [-1.0, 1.0]))
+    for ((kind, name), effect), p_holm in zip(
+        tested.items(), holm([effect.p for effect in tested.values()]), strict=True
+    ):
+        shown = {"value": effect.value, "low": effect.low, "high": effect.high, "p": effect.p, "p_holm": p_holm}
+        if kind == "adapter":
+            effects["adapter"] = shown
+        else:
+            effects[kind][name] = shown
+    return effects
 
 
 def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[dict]]:
@@ -352,46 +236,10 @@ def _scores(run: Run, keys: list[str], runs: list[Run]) -> dict[str, np.ndarray]
     return {name: m.statistics for name, m in scored.items()}
 
 
-def _bootstrap(groups: list[list[np.ndarray]], name: str, resamples: int) -> np.ndarray:
-    """Values [groups, resamples]; every draw takes the same clips for all, and for each group of
-    several seeds so many of them with replacement."""
-    flat = [statistics for group in groups for statistics in group]
-    means = iter(resampled_means(flat, resamples))
-    random = np.random.RandomState(1)
-    values = []
-    for group in groups:
-        seeds = np.stack([next(means) for _ in group])  # [S, resamples, k]
-        drawn = random.randint(0, len(group), (resamples, len(group)))
-        mean = seeds[drawn, np.arange(resamples)[:, None]].mean(axis=1)
-        values.append(aggregate(name, mean))
-    return np.array(values)
-
-
-def _pairs(groups: list[Group], values: list[float], samples: np.ndarray) -> list[dict]:
-    found: list[dict[str, Any]] = []
-    for i, j in combinations(range(len(groups)), 2):
-        gaps = samples[i] - samples[j]
-        low, high = interval(gaps)
-        below, above = ((gaps <= 0).sum() + 1, (gaps >= 0).sum() + 1)
-        found.append(
-            {
-                "one": groups[i].name,
-                "other": groups[j].name,
-                "gap": values[i] - values[j],
-                "low": low,
-                "high": high,
-                "p": float(min(1.0, 2 * min(below, above) / (len(gaps) + 1))),
-            }
-        )
-    for pair, corrected in zip(found, holm([pair["p"] for pair in found]), strict=True):
-        pair["p_holm"] = corrected
-    return found
-
-
-def _cell(value: float, samples: np.ndarray, seeds: list[float]) -> dict[str, float | None]:
-    low, high = interval(samples)
+def _cell(found: Estimates, method: int) -> dict[str, float | None]:
+    value, seeds = found.single(method), found.seed_values[method]
     spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
-    return {"value": value, "low": low, "high": high, "seed_sd": spread}
+    return {"value": value.value, "low": value.low, "high": value.high, "seed_sd": spread}
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -223,6 +223,7 @@ def summarise_records(
             {
                 "key": text.key,
                 "position": text.position,
+                "source": text.source,
                 "references": text.captions,
                 "caption": record["caption"],
                 "duration": text.duration,
@@ -245,7 +246,7 @@ def summarise_records(
     result = {
         "clips": len(read),
         "unreadable": len(records) - len(read),
-        "metrics": summarise(scores),
+        "metrics": summarise(scores, [text.source for text in read]),
         "undefined": undefined_metrics(scores),
         "captions": describe_captions(captions),
         "looking": blind_tests(read, records_read, captions, borrowed, partner, blank),

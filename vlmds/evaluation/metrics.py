@@ -156,24 +156,33 @@ def aggregate(name: str, means: np.ndarray) -> np.ndarray:
     return means[:, 0]
 
 
-def resampled_means(statistics: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> list[np.ndarray]:
-    """Means of bootstrap resamples of the clips, the same clips for every array: paired.
+def resampled_means(
+    statistics: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0, sources: Sequence[str] | None = None
+) -> list[np.ndarray]:
+    """Means of bootstrap resamples of the sources (default: of the clips), the same for every array: paired.
 
     Args:
         statistics: arrays [n, k_i] over the same n clips.
+        sources: the video that each clip is from; clips of one video resemble each other, so they are drawn together.
 
     Returns:
         Arrays [resamples, k_i].
     """
-    n = len(statistics[0])
-    stacked = np.concatenate(statistics, axis=1)
+    stacked, sizes = np.concatenate(statistics, axis=1), np.ones(len(statistics[0]))
+    if sources is not None:
+        _, numbers = np.unique(sources, return_inverse=True)
+        sizes = np.bincount(numbers).astype(np.float64)
+        by_source = np.zeros((len(sizes), stacked.shape[1]))
+        np.add.at(by_source, numbers, stacked)
+        stacked = by_source
+    n = len(sizes)
     random = np.random.RandomState(seed)
     rows = []
     for first in range(0, resamples, 100):
         size = min(100, resamples - first)
         drawn = random.randint(0, n, (size, n)) + np.arange(size)[:, None] * n
         weights = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        rows.append(weights @ stacked / n)
+        rows.append(weights @ stacked / (weights @ sizes)[:, None])
     ends = np.cumsum([s.shape[1] for s in statistics])[:-1]
     return np.split(np.concatenate(rows), ends, axis=1)
 
@@ -184,9 +193,11 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(scores: dict[str, Metric], resamples: int = RESAMPLES) -> dict[str, dict]:
-    """Each metric's value, 95% bootstrap interval over the clips, and tokenisation."""
-    means = resampled_means([m.statistics for m in scores.values()], resamples)
+def summarise(
+    scores: dict[str, Metric], sources: Sequence[str] | None = None, resamples: int = RESAMPLES
+) -> dict[str, dict]:
+    """Each metric's value, 95% bootstrap interval over the sources (default: over the clips), and tokenisation."""
+    means = resampled_means([m.statistics for m in scores.values()], resamples, sources=sources)
     summary = {}
     for (name, metric), mean in zip(scores.items(), means, strict=True):
         low, high = interval(aggregate(name, mean))

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from vlmds.evaluation.compare import ADAPTERS, common_keys
 from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
+from vlmds.evaluation.verdict import verdict_sentences
 from vlmds.experiments.schema import PROJECTORS
 from vlmds.files import write
 
@@ -46,6 +47,7 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
     clips = clip_grid(groups, found["metric"], common_keys(runs))
     page = environment.get_template("report.html.j2").render(
         found=found,
+        sentences=verdict_sentences(found),
         cost=COST,
         projectors=PROJECTORS,
         adapters=ADAPTERS,

@@ -34,13 +34,14 @@ THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 96
 
 @dataclass(frozen=True)
 class ClipText:
-    """A clip's text and length, read without decoding it. duration: seconds."""
+    """A clip's text and length, read without decoding it. duration: seconds. source: the video it is from."""
 
     position: int
     key: str
     captions: list[str]
     prompt: str | None
     duration: float | None
+    source: str
 
 
 def read_text(reader: SampleReader, position: int) -> ClipText | Unreadable:
@@ -52,7 +53,7 @@ def read_text(reader: SampleReader, position: int) -> ClipText | Unreadable:
     except SampleError as error:
         return Unreadable(position, row.key, str(error))
     duration = None if row.duration is None else row.span[1] - row.span[0]
-    return ClipText(position, row.key, meta["captions"], meta.get("prompt"), duration)
+    return ClipText(position, row.key, meta["captions"], meta.get("prompt"), duration, meta.get("source", row.key))
 
 
 def evaluated_positions(count: int, clips: int | None) -> list[int]:

@@ -192,13 +192,13 @@ class Estimates:
         return max(0.0, variance) ** 0.5, max(1.0, min(df, 2 * self.seed_df) if self.seed_df else df)
 
 
-def estimate(metric: str, groups: Sequence[np.ndarray], sources: Sequence[int] | np.ndarray) -> Estimates:
+def estimate(metric: str, groups: Sequence[np.ndarray], sources: Sequence[int] | Sequence[str]) -> Estimates:
     """Estimates of methods from their scores on the same clips.
 
     Args:
         metric: whose statistics they are, see :func:`vlmds.evaluation.metrics.aggregate`.
         groups: for each method float64 [S, n, k]: statistics of n clips for each of its S seeds.
-        sources: int [n], which source each clip is from.
+        sources: [n], the source that each clip is from, by number or name.
     """
     _, numbers = np.unique(np.asarray(sources), return_inverse=True)
     sizes = np.bincount(numbers).astype(np.float64)

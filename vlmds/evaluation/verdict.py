@@ -89,3 +89,90 @@ def _needed(found: Estimates, allowed: float) -> dict[str, int] | None:
         if clips is not None:
             return {"clips": max(clips, FEW_SOURCES), "seeds": seeds}
     return None
+
+
+def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The verdict of a comparison in English and Korean, the most important sentence first.
+
+    Args:
+        found: of :func:`vlmds.evaluation.compare.compare`.
+    """
+    v, metric = found["verdict"], found["metric"]
+    best, value, margin = v["best"], f"{v['value']:.2f}", f"{100 * v['margin']:g}%"
+    if v["runner_up"] is None:
+        return [
+            (
+                f"One experiment only: {best}, {metric} {value}. There is nothing to compare it with.",
+                f"실험이 하나뿐입니다: {best}, {metric} {value}. 비교 대상이 없습니다.",
+            )
+        ]
+    said = []
+    if v["chosen"] is not None and v["chosen"] != best:
+        said.append(
+            (
+                f"Take {v['chosen']}: it is the cheapest experiment shown to be at most {margin} below the best, "
+                f"{best} ({metric} {value}).",
+                f"권장: {v['chosen']}. 1위 {best}({metric} {value})보다 최대 {margin} 낮다는 것이 확인된 실험 중 비용이 "
+                "가장 낮습니다.",
+            )
+        )
+    elif v["chosen"] is not None:
+        said.append(
+            (
+                f"Take {best}: it has the highest {metric} ({value}), and no cheaper experiment is shown to be within "
+                f"{margin} of it.",
+                f"권장: {best}. {metric} {value}로 1위이며, 이보다 저렴하면서 {margin} 이내라고 확인된 실험은 없습니다.",
+            )
+        )
+    elif v["few"]:
+        said.append(
+            (
+                f"No winner is named: {found['sources']} videos are too few (50 at least). {best} has the highest "
+                f"{metric}, {value}.",
+                f"판정 보류: 영상 {found['sources']}개로는 부족합니다(50개 이상 필요). {metric}가 가장 높은 실험은 "
+                f"{best}({value})입니다.",
+            )
+        )
+    else:
+        said.append(
+            (
+                f"Not decidable with this data: no experiment is shown to be within {margin} of the best. {best} has "
+                f"the highest {metric}, {value}.",
+                f"이 데이터로는 판정할 수 없습니다. 1위와의 차이가 {margin} 이내라고 확인된 실험이 없습니다. "
+                f"{metric}가 가장 높은 실험은 {best}({value})입니다.",
+            )
+        )
+    if v["needed"]:
+        clips, seeds = f"{v['needed']['clips']:,}", v["needed"]["seeds"]
+        said.append(
+            (
+                f"About {clips} clips and {seeds} seed{'s' if seeds > 1 else ''} of each experiment would decide it.",
+                f"실험마다 시드 {seeds}개, 클립 약 {clips}개면 판정할 수 있을 것으로 예상됩니다.",
+            )
+        )
+    if others := [name for name in v["could_be_best"] if name != best]:
+        said.append(
+            (
+                f"Statistically tied with {best}: {', '.join(others)}.",
+                f"{best}와(과) 통계적으로 차이가 없는 실험: {', '.join(others)}.",
+            )
+        )
+    if v["checkpoints_only"]:
+        said.append(
+            (
+                "Each experiment has one seed: this holds for these checkpoints only, not for the methods.",
+                "실험마다 시드가 하나뿐이므로, 이 결과는 학습 방법이 아니라 이 체크포인트들에만 해당합니다.",
+            )
+        )
+    return said
+
+
+def verdict_line(found: dict[str, Any]) -> str:
+    """The verdict as one line for the terminal, with the second-best experiment's gap."""
+    line = " ".join(english for english, _ in verdict_sentences(found))
+    if other := found["verdict"]["runner_up"]:
+        line += (
+            f" ({found['verdict']['best']} is {other['gap']:.2f} above {other['name']}, 95% interval "
+            f"{other['low']:.2f} to {other['high']:.2f}, Holm-corrected p {other['p_holm']:.4f})"
+        )
+    return line
