@@ -71,7 +71,7 @@ def test_rows_are_not_rejected_for_a_driver_that_is_not_installed(store, tmp_pat
     assert not (tmp_path / "out").exists()
     rows[1]["video"] = "foo://bucket/b.mp4"  # that is the row's mistake
     assert main(["pack", str(write_manifest(manifest, rows)), str(tmp_path / "out")]) == 0
-    assert "rejected 1 row;" in capsys.readouterr().out
+    assert "rejected 1 row" in capsys.readouterr().out
 
 
 def test_a_video_to_caption_says_what_it_needs():

@@ -24,7 +24,7 @@ def test_a_new_file_is_the_packaged_experiment_under_its_own_name(projector, ada
         assert key in text
     flat = " ".join(text.replace("#", " ").split())
     assert str(type(packaged.projector).__doc__).replace("``", "") in flat and packaged.projector.rate_advice in flat
-    assert ("num_queries: Learned queries" in flat) == hasattr(packaged.projector, "num_queries")
+    assert ("num_queries: Number of learned queries" in flat) == hasattr(packaged.projector, "num_queries")
 
 
 def test_a_projector_without_a_packaged_experiment_extends_the_base(tmp_path, monkeypatch):

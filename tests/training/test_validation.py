@@ -117,7 +117,7 @@ def test_captions_that_are_due_wait_when_a_stop_was_asked_for(models, shards, tm
             ["training.best_metric=chrf++@char"],
             "best_metric chrf\\+\\+@char is computed by the evaluations in training",
         ),
-        (["training.best_metric=bleu", "training.evaluate_every=5"], "best_metric: 'bleu' is not there"),
+        (["training.best_metric=bleu", "training.evaluate_every=5"], "best_metric: 'bleu' is no metric here"),
     ],
 )
 def test_a_metric_that_nobody_makes_is_refused(settings, message):

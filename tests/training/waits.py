@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from vlmds.cli import main
 from vlmds.models import captioner
 from vlmds.models.assemble import Model
-from vlmds.training import stages
+from vlmds.training import trainer
 
 aten = torch.ops.aten
 WAITING = {
@@ -77,7 +77,7 @@ class OnGpu(TorchDispatchMode):
         return result
 
 
-reduced_once, features, without_wait = stages.reduced_once, Model.features, captioner.without_wait
+reduced_once, features, without_wait = trainer.reduced_once, Model.features, captioner.without_wait
 current = None
 
 
@@ -104,7 +104,7 @@ def marked(tensor, device):
     return sent if current is None else current.add(sent.clone())
 
 
-stages.reduced_once, Model.features, captioner.without_wait = watched, marked_features, marked
+trainer.reduced_once, Model.features, captioner.without_wait = watched, marked_features, marked
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))
