@@ -358,7 +358,7 @@ def test_from_a_record_comes_any_format_without_a_model(artifact, folder, tmp_pa
     assert "no captions in it" in write("x.csv", source=tmp_path / "none.jsonl", code=2)
     assert "choose .json, .csv or .srt" in write("other.jsonl", code=2)
     assert "VIDEO: --from captions nothing" in write("x.csv", "v.mp4", code=2)
-    assert "--window: with --from" in write("x.csv", "--window", "2s", code=2)
+    assert "--window: --from captions nothing" in write("x.csv", "--window", "2s", code=2)
     assert record.read_bytes() == before
 
 
