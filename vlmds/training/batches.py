@@ -21,7 +21,7 @@ class StageData:
 
     def __init__(self, stage: StageContext, model: Model, dataset: Dataset):
         self._stage, self._dataset, self._image_size = stage, dataset, model.image_size
-        data = stage.experiment.data
+        data = stage.data
         self.train = self._reader("train", shuffle=True)
         self.val = self._reader("val", shuffle=False) if "val" in dataset.splits else None
         self.collate = training_collate(
@@ -42,7 +42,7 @@ class StageData:
             micro_batch=stage.experiment.training.micro_batch,
             world_size=stage.world_size,
         )
-        batches = Batches(self.train, positions, self.collate, stage.experiment.data.num_workers)
+        batches = Batches(self.train, positions, self.collate, stage.data.num_workers)
         reading = iter(batches)
         for number in range(len(positions)):
             stage.activity(first + number // accumulation, "waiting for data", explain=batches.in_progress)
@@ -57,7 +57,7 @@ class StageData:
         return waited
 
     def _reader(self, split: str, shuffle: bool) -> SampleReader:
-        data = self._stage.experiment.data
+        data = self._stage.data
         return SampleReader(
             self._dataset,
             split,
