@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmds.console.text import install_hint
 from vlmds.data.dataset import Dataset, stages_with
 from vlmds.data.features import check_feature_keys
-from vlmds.data.loader import SampleReader
+from vlmds.data.loader import SampleReader, stage_seed
 from vlmds.errors import InputError
 from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.experiments.schedule import accumulation_steps
@@ -84,12 +84,17 @@ def check_same_sampling(dataset: Dataset, other: Dataset) -> None:
             )
 
 
-def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset) -> SampleReader:
-    """The reader of the first stage. Raises InputError as :class:`SampleReader`."""
+def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset, number: int = 0) -> SampleReader:
+    """The reader of stage ``number``. Raises InputError as :class:`SampleReader`."""
     data = experiment.data
     config: Any = model.tower.config
     return SampleReader(
-        dataset, "train", data.num_frames, config.image_size, seed=experiment.training.seed, window=data.shuffle_window
+        dataset,
+        "train",
+        data.num_frames,
+        config.image_size,
+        seed=stage_seed(experiment.training.seed, number),
+        window=data.shuffle_window,
     )
 
 

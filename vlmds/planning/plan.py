@@ -266,14 +266,15 @@ def _sample(experiment: Experiment, model: MetaModels, dataset: Dataset | None, 
     reads, or an example without data. number: of the stage, if the stages' data differs."""
     stage = experiment.stages[number or 0].name
     experiment = experiment.for_stage(stage)
-    lines, caption, prompt = ["sample: an example"], EXAMPLE_CAPTION, None
+    lines, caption, prompt, still = ["sample: an example"], EXAMPLE_CAPTION, None, False
     if dataset is not None:
         try:
-            row, caption, prompt = _first_sample(experiment, model, dataset)
+            row, described = _first_sample(experiment, model, dataset, number or 0)
         except SampleError as error:
             return f"sample: the first of split train cannot be read: {error}"
         lines = [f"sample: {row.key}, the first that {'training' if number is None else f'stage {stage}'} reads"]
-        times = sample_times(experiment.data.num_frames, *row.span)
+        caption, prompt, still = described["captions"][0], described.get("prompt"), described.get("still") is True
+        times = sample_times(1 if still else experiment.data.num_frames, *row.span)
         lines.append(f"  frames at {', '.join(f'{t:.2f}' for t in times)} s")
     try:
         tokenizer = load_tokenizer(experiment.llm, local_files_only=True)
@@ -287,21 +288,23 @@ def _sample(experiment: Experiment, model: MetaModels, dataset: Dataset | None, 
                 "is not on this machine (its files are enough, weights are not needed)",
             ]
         )
-    return "\n".join(lines + _tokens(sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
+    projector = model.captioner.projector
+    visual = projector.tokens_of(projector.patches) if still else projector.num_tokens
+    return "\n".join(lines + _tokens(sequence_builder(experiment, tokenizer, model.captioner), caption, prompt, visual))
 
 
-def _first_sample(experiment: Experiment, model: MetaModels, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
-    """The first sample of training: row, caption, and its own prompt if it has one. Raises
-    SampleError."""
-    reader = training_reader(experiment, model, dataset)
+def _first_sample(
+    experiment: Experiment, model: MetaModels, dataset: Dataset, number: int
+) -> tuple[SampleRow, dict[str, Any]]:
+    """The first sample of stage ``number``: row and description. Raises SampleError."""
+    reader = training_reader(experiment, model, dataset, number)
     row = reader.row(0)
-    described = read_description(reader.index_of(0).read(row))
-    return row, described["captions"][0], described.get("prompt")
+    return row, read_description(reader.index_of(0).read(row))
 
 
-def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None) -> list[str]:
+def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None, visual: int) -> list[str]:
     try:
-        sequence = builder.training(caption, prompt)
+        sequence = builder.training(caption, prompt, visual)
     except ValueError as error:
         return [f"  {caption!r}: {error}"]
     runs: list[tuple[str, list[int]]] = []
