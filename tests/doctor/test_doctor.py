@@ -293,11 +293,11 @@ def test_decoding_is_compared_with_the_wanted_rate(total, level):
     assert bool(found.fix) == (level != OK)
 
 
-def test_decoding_is_compared_with_the_predicted_rate_of_the_gpus(shards):
+def test_decoding_is_compared_with_the_predicted_rate_of_the_gpus():
     """At full size: with tiny models every card waits for the host."""
     found = judge_decoding(90, 100, "all", predicted=True)
     assert (found.level, found.text) == (WARNING, "all, 100 predicted for the GPUs")
-    rates = [step_rate(load_experiment("e3", [f"data.path={shards}"]), find_card(card)) for card in ("b200", "rtx4090")]
+    rates = [step_rate(load_experiment("e3"), 1, False, find_card(card)) for card in ("b200", "rtx4090")]
     assert rates[0] > rates[1] > 0
 
 

@@ -50,4 +50,4 @@ def test_features_of_another_pooling_are_refused_before_training(models, feature
     ],
 )
 def test_when_training_loads_the_tower(store, settings, needed):
-    assert needs_tower(load_experiment("e1", settings), SimpleNamespace(store=store)) is needed
+    assert needs_tower(load_experiment("e1", settings), [SimpleNamespace(store=store)]) is needed

@@ -139,6 +139,7 @@ def _write(captioner: VideoCaptioner, frames: torch.Tensor, tokens: int, cached:
     builder, model = captioner.builder, captioner.model.captioner
     prompts = builder.collate_generation([None] * len(frames))
     features = captioner.model.features({"frames": frames})
+    assert isinstance(features, torch.Tensor)
     prompt = prompts["input_ids"]
     if cached:
         config = generation_config(GenerationOptions(max_new_tokens=tokens), builder.eos_token_id, builder.pad_token_id)

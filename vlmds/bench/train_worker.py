@@ -110,7 +110,9 @@ def measure_vlmds(work: Workload, recorder: StepRecorder, device: torch.device) 
     run = work.run(dist.get_world_size())
     every = prepare_stage(model, experiment, number, run, device)
     dataset = open_dataset(experiment.data)
-    schedule = Schedule.of(experiment, dist.get_world_size(), run.global_batch, dataset.count("train"))
+    schedule = Schedule.of(
+        experiment, dist.get_world_size(), run.global_batch, [dataset.count("train")] * len(experiment.stages)
+    )
     monitor: Any = recorder  # it records what a Monitor reports
     stage = StageContext(experiment, number, run, schedule, device, monitor, StopRequest())
     trainer = StageTrainer(stage, model, dataset, default_ds_config())

@@ -220,7 +220,7 @@ def packed(reader: SampleReader, tasks: Sequence[DecodeTask], workers: int, batc
                 continue
             if sample.prompt is not None:
                 record["prompt"] = sample.prompt
-            yield _clip_input(record, {name: tensor[0] for name, tensor in visual_inputs([sample]).items()})
+            yield _clip_input(record, {name: clips[0] for name, clips in visual_inputs([sample]).items()})
 
 
 def captions_of(

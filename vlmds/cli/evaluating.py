@@ -102,10 +102,11 @@ def sweep(args: argparse.Namespace, size=None) -> int:
         options = ("--max-new-tokens", "32", *options)
         environment = cpu_environment(RANKS)
         launcher = launcher or f"deepspeed --num_gpus {RANKS} --master_port {free_port()}"
-    if data is None:
-        raise InputError("--data: no data given; pass a folder made by vlmds pack")
     output, launcher = output or Path("runs"), launcher or "deepspeed"
     jobs = module.plan_jobs(exps, output, seeds=args.seeds, share_stage1=args.share_stage1, overrides=tuple(args.set))
+    experiments = [job.experiment for job in jobs]
+    if data is None and not all(e.for_stage(stage.name).data.given for e in experiments for stage in e.stages):
+        raise InputError("--data: no data given; pass a folder made by vlmds pack")
     if args.emit:
         print(module.slurm_script(jobs, data, launcher, options), end="")
         return 0

@@ -26,9 +26,9 @@ _SAMPLING = ("sampler", "resizer")
 _SHAPE = ("num_frames", "image_size")
 
 
-def check_alike(parts: Sequence[ShardIndex]) -> None:
+def check_alike(parts: Sequence[ShardIndex], key: str = "data") -> None:
     """Raise InputError, naming both and the command that converts one, unless all parts of a blend
-    are of the same store and have the same frames."""
+    are of the same store and have the same frames. key: of the blend's section, for messages."""
     for number, part in enumerate(parts[1:], 1):
         first = parts[0].meta
         names = ["store", *_SAMPLING]
@@ -41,7 +41,7 @@ def check_alike(parts: Sequence[ShardIndex]) -> None:
             continue
         shown = [_described(meta, differing) for meta in (part.meta, first)]
         raise InputError(
-            f"data.blend: {part.root} has {shown[0]}, but {parts[0].root} has {shown[1]}; {_fix(parts, number)}"
+            f"{key}.blend: {part.root} has {shown[0]}, but {parts[0].root} has {shown[1]}; {_fix(parts, number, key)}"
         )
 
 
@@ -121,15 +121,15 @@ def _command(like: dict[str, Any], source: str, out: str) -> str:
     return shlex.join(words)
 
 
-def _fix(parts: Sequence[ShardIndex], number: int) -> str:
+def _fix(parts: Sequence[ShardIndex], number: int, key: str) -> str:
     """The command that makes the first part and this one alike."""
     for source, target in ((number, 0), (0, number)):
         if _convertible(parts[source].meta, parts[target].meta):
             command, out = converted(parts[source], parts[target].meta)
-            return f"convert one: {command}; then name {out} in data.blend.{source}.path"
+            return f"convert one: {command}; then name {out} in {key}.blend.{source}.path"
     old = 0 if _sampling(parts[0].meta) != [SAMPLER, RESIZER] else number
     origin, command, out = remade(parts[old], parts[number - old].meta)
-    return f"make one again from its {origin}: {command}; then name {out} in data.blend.{old}.path"
+    return f"make one again from its {origin}: {command}; then name {out} in {key}.blend.{old}.path"
 
 
 def _convertible(source: dict[str, Any], target: dict[str, Any]) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 from vlmds.data.alike import check_alike
 from vlmds.data.blend import Blend
@@ -16,22 +17,25 @@ from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.order import SampleOrder
 from vlmds.data.shard_reader import ShardInfo
 from vlmds.errors import InputError
-from vlmds.experiments.schema import DataConfig
+from vlmds.experiments.schema import DataConfig, Experiment
 from vlmds.files import as_path, is_url
+
+NO_DATA = "data.path: no data given; pass --data DIR, a folder made by vlmds pack"
+Opened = TypeVar("Opened", bound="Dataset | None")
 
 
 class Dataset:
     """One or several packed datasets behind one interface. Can be pickled.
 
     parts: the packed datasets. weights: of the parts in training; None for a single part.
-    fingerprint: changes with any byte of any sample, and with the weights.
+    fingerprint: changes with any byte of any sample, and with the weights. key: of the experiment, for messages.
     """
 
-    def __init__(self, parts: list[ShardIndex], weights: list[float] | None = None):
-        self.parts, self.weights = parts, weights
+    def __init__(self, parts: list[ShardIndex], weights: list[float] | None = None, key: str = "data"):
+        self.parts, self.weights, self.key = parts, weights, key
         self.splits = sorted({split for part in parts for split in part.splits})
         self.meta = parts[0].meta
-        check_alike(parts)
+        check_alike(parts, key)
 
     @property
     def root(self) -> str:
@@ -98,7 +102,7 @@ class DatasetOrder:
         lacking = [part.root for part in dataset.parts if split not in part.splits]
         if shuffle and lacking:
             raise InputError(
-                f"data.blend: no split {split!r} in {', '.join(map(str, lacking))}, so "
+                f"{dataset.key}.blend: no split {split!r} in {', '.join(map(str, lacking))}, so "
                 "its weight has no effect; pack it with that split, or leave it out"
             )
         self.orders = [
@@ -137,8 +141,44 @@ class DatasetOrder:
         return dataset.parts[place.part].row(split, *next(self.candidates(place)))
 
 
-def open_dataset(data: DataConfig | str | Path) -> Dataset:
+def open_stages(experiment: Experiment) -> list[Dataset]:
+    """The data of each stage; stages with the same data share one :class:`Dataset`. Raises InputError as
+    :func:`open_dataset`."""
+    found = []
+    for dataset in open_given(experiment):
+        if dataset is None:
+            raise InputError(NO_DATA)
+        found.append(dataset)
+    return found
+
+
+def open_given(experiment: Experiment) -> list[Dataset | None]:
+    """As :func:`open_stages`, with None for stages without data."""
+    opened: dict[str, Dataset | None] = {}
+    found = []
+    for number, stage in enumerate(experiment.stages):
+        data = experiment.for_stage(stage.name).data
+        source = repr((data.path, data.blend))
+        if source not in opened:
+            own = stage.data is not None and stage.data.given
+            opened[source] = open_dataset(data, f"stages.{number}.data" if own else "data") if data.given else None
+        found.append(opened[source])
+    return found
+
+
+def stages_with(datasets: Sequence[Opened]) -> dict[Opened, list[int]]:
+    """The different datasets of :func:`open_stages`, each with the numbers of its stages."""
+    found: dict[Opened, list[int]] = {}
+    for number, dataset in enumerate(datasets):
+        found.setdefault(dataset, []).append(number)
+    return found
+
+
+def open_dataset(data: DataConfig | str | Path, key: str = "data") -> Dataset:
     """The dataset, or the blend, that the experiment names; or the one in a folder or at a URL.
+
+    Args:
+        key: of the experiment, for messages.
 
     Raises:
         InputError: no dataset is named, no such folder, a damaged index, or parts that do not fit.
@@ -147,11 +187,11 @@ def open_dataset(data: DataConfig | str | Path) -> Dataset:
         data = DataConfig(path=str(data))
     cache = ShardCache(data.cache_dir, data.cache_gb * 1e9) if data.cache_dir else None
     if data.blend is not None:
-        parts = [_open(part.path, f"data.blend.{i}.path", cache) for i, part in enumerate(data.blend)]
-        return Dataset(parts, [part.weight for part in data.blend])
+        parts = [_open(part.path, f"{key}.blend.{i}.path", cache) for i, part in enumerate(data.blend)]
+        return Dataset(parts, [part.weight for part in data.blend], key)
     if data.path is None:
-        raise InputError("data.path: no data given; pass --data DIR, a folder made by vlmds pack")
-    return Dataset([_open(data.path, "data.path", cache)])
+        raise InputError(NO_DATA)
+    return Dataset([_open(data.path, f"{key}.path", cache)], key=key)
 
 
 def _open(path: str, key: str, cache: ShardCache | None) -> ShardIndex:

@@ -7,6 +7,7 @@ them. Features of another tower, layer or pooling are refused: their shape alone
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,10 +67,11 @@ def describe_tower(tower: VisionTower, model: str) -> dict[str, Any]:
     }
 
 
-def needs_tower(experiment: Experiment, dataset: Dataset | None) -> bool:
-    """Whether training loads the vision tower: not for stored features, unless
-    ``training.evaluate_every`` makes it caption black frames. dataset: None counts as one of frames."""
-    return dataset is None or dataset.store != "features" or experiment.training.evaluate_every is not None
+def needs_tower(experiment: Experiment, datasets: Sequence[Dataset | None]) -> bool:
+    """Whether training loads the vision tower: not if all data is stored features, unless
+    ``training.evaluate_every`` makes it caption black frames. datasets: None counts as one of frames."""
+    frames = any(dataset is None or dataset.store != "features" for dataset in datasets)
+    return frames or experiment.training.evaluate_every is not None
 
 
 def check_feature_keys(index: ShardIndex | Dataset, experiment: Experiment) -> None:

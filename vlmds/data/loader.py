@@ -28,6 +28,7 @@ from vlmds.data.order import micro_batch_positions
 from vlmds.data.stored import read_description, read_jpegs, read_video
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.errors import InputError, SampleError
+from vlmds.models.captioner import as_batch
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.video.frame_table import DESCRIBED
 from vlmds.video.pool import FrameDecoder
@@ -38,7 +39,7 @@ class Sample:
     """One decoded sample.
 
     frames: uint8 [F, 3, S, S]; None with a features store, which has features: bfloat16 [F·P,
-    width]. position: the requested one. bad: ledger records of the samples that this one replaces.
+    width]. still: a picture, of which F is 1. position: the requested one. bad: ledger records of the samples that this one replaces.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Sample:
     prompt: str | None
     bad: list[dict] = field(default_factory=list)
     features: torch.Tensor | None = None
+    still: bool = False
 
 
 class SampleReader:
@@ -125,24 +127,35 @@ class SampleReader:
         meta = read_description(members)
         captions = meta["captions"]
         frames = features = None
+        still = meta.get("still") is True
         if index.store == "features":
             features = decode_features(members, index.meta)
+            if still:
+                features = features[: index.meta["vision"]["patches"]].clone()
         elif index.store == "frames":
-            frames = read_jpegs(members, index.meta)
+            frames = read_jpegs(members, index.meta)[: 1 if still else None]
         else:
-            frames = self._decode_video(row, meta, members)
+            frames = self._decode_video(row, meta, members, 1 if still else self.num_frames)
         # A clip with several captions uses another one in each epoch.
         return Sample(
-            row.key, position, frames, captions, captions[epoch % len(captions)], meta.get("prompt"), bad, features
+            row.key,
+            position,
+            frames,
+            captions,
+            captions[epoch % len(captions)],
+            meta.get("prompt"),
+            bad,
+            features,
+            still,
         )
 
-    def _decode_video(self, row: SampleRow, meta: dict, members: dict[str, bytes]) -> np.ndarray:
+    def _decode_video(self, row: SampleRow, meta: dict, members: dict[str, bytes], num_frames: int) -> np.ndarray:
         # Shards of an older vlmds lack "timing": the decoding process probes the video.
         described = {name: meta.get(name) for name in DESCRIBED} if "timing" in meta else None
         # The decoder that packing chose for this file, not one that is probed now.
         return self._decoder.frames(
             read_video(members),
-            num_frames=self.num_frames,
+            num_frames=num_frames,
             image_size=self.image_size,
             start=row.start,
             end=row.end,
@@ -274,6 +287,11 @@ class TrainingPositions(Sequence):
         return micro_batch_positions(self.first_step + step, micro, self.rank, **self.shape)
 
 
+def stage_seed(seed: int, number: int) -> int:
+    """The seed of the order of stage ``number``, in the high word: no two stages have the same order."""
+    return seed + (number << 32)
+
+
 def evaluation_positions(count: int, batch: int, rank: int, world_size: int) -> list[range]:
     """One rank's batches of samples 0 … count − 1; each sample is in one batch of one rank. Ranks may
     get unequal numbers of batches, and the last batch may be smaller."""
@@ -281,16 +299,19 @@ def evaluation_positions(count: int, batch: int, rank: int, world_size: int) -> 
     return batches[rank::world_size]
 
 
-def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]:
+def training_collate(builder: SequenceBuilder, still_tokens: int | None = None) -> Callable[[list[Sample]], dict]:
     """The function that makes a micro-batch of B samples, a dict:
 
-    frames uint8 [B, F, 3, S, S] or features bfloat16 [B, F·P, width]; input_ids, labels int64
-    [B, L], right-padded; keys; positions: number of real (not padding) positions; bad: ledger
-    records; cut: keys of the samples whose caption was cut.
+    frames uint8 [B, F, 3, S, S] or features bfloat16 [B, F·P, width] (or lists of B, see
+    :func:`visual_inputs`); input_ids, labels int64 [B, L], right-padded; keys; positions: number of real (not
+    padding) positions; bad: ledger records; cut: keys of the samples whose caption was cut.
+
+    Args:
+        still_tokens: visual tokens of a still picture.
     """
 
     def collate(samples: list[Sample]) -> dict:
-        sequences = [builder.training(s.caption, s.prompt) for s in samples]
+        sequences = [builder.training(s.caption, s.prompt, still_tokens if s.still else None) for s in samples]
         return {
             **visual_inputs(samples),
             **builder.collate_training(sequences),
@@ -303,9 +324,13 @@ def training_collate(builder: SequenceBuilder) -> Callable[[list[Sample]], dict]
     return collate
 
 
-def visual_inputs(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """{"frames": uint8 [B, F, 3, S, S]}, or {"features": bfloat16 [B, F·P, width]}."""
+def visual_inputs(samples: list[Sample]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    """{"frames": uint8 [B, F, 3, S, S]}, or {"features": bfloat16 [B, F·P, width]}; lists of B tensors if clips
+    and still pictures are mixed."""
     features = [s.features for s in samples if s.features is not None]
     if features:
-        return {"features": torch.stack(features)}
-    return {"frames": torch.from_numpy(np.stack([s.frames for s in samples if s.frames is not None]))}
+        return {"features": as_batch(features)}
+    frames = [s.frames for s in samples if s.frames is not None]
+    if len({clip.shape for clip in frames}) == 1:
+        return {"frames": torch.from_numpy(np.stack(frames))}
+    return {"frames": [torch.from_numpy(clip.copy()) for clip in frames]}

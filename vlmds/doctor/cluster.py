@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vlmds.console.text import counted
-from vlmds.data.dataset import open_dataset
+from vlmds.data.dataset import Dataset, open_given, stages_with
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.deadline import finishes_within
 from vlmds.distributed.ranks import gather, init_distributed, is_main
@@ -266,32 +266,44 @@ def check_same_output(context: CheckContext) -> list[Finding]:
 
 def check_decoding(context: CheckContext) -> list[Finding]:
     """Samples per second that the reader processes of all ranks decode at the same time."""
-    data = context.experiment.data
-    if data.path is None and data.blend is None:
-        return []
+    datasets, problem = [], None
+    try:
+        datasets = open_given(context.experiment)
+    except Exception as error:  # the other ranks wait for this one's result
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+    if problem := next(filter(None, gather(problem)), None):
+        return [Finding(FAILED, problem)]
+    found = stages_with(datasets)
+    return [_check_rate(context, dataset, numbers[-1]) for dataset, numbers in found.items() if dataset]
+
+
+def _check_rate(context: CheckContext, dataset: Dataset, number: int) -> Finding:
+    """The rate of the data of stage ``number``."""
     rate, problem = 0.0, None
     try:
-        rate = decode_rate(context)
+        rate = decode_rate(context, dataset)
     except Exception as error:  # the other ranks wait for this one's result
         problem = f"{type(error).__name__}: {_first_line(error)}"
     rates = gather((rate, problem))
     if problem := next((p for _, p in rates if p), None):
-        return [Finding(FAILED, problem)]
+        return Finding(FAILED, problem)
     total = sum(r for r, _ in rates)
-    readers = counted(min(data.num_workers, cores_of_rank()), "reader process", "reader processes")
-    text = f"{total:,.1f} samples/s by {readers} a rank on {os.cpu_count()} cores a node"
+    workers = context.experiment.data.num_workers
+    readers = counted(min(workers, cores_of_rank()), "reader process", "reader processes")
+    own = f"{dataset.key}: " if dataset.key != "data" else ""
+    text = f"{own}{total:,.1f} samples/s by {readers} a rank on {os.cpu_count()} cores a node"
     if context.wanted is not None or context.device.type != "cuda":
-        return [judge_decoding(total, context.wanted, text)]
+        return judge_decoding(total, context.wanted, text)
     card = device_card(torch.cuda.get_device_name(context.device))
-    predicted = len(rates) * step_rate(context.experiment, card) if card else None
-    return [judge_decoding(total, predicted, text, predicted=True)]
+    stored = dataset.store == "features"
+    predicted = len(rates) * step_rate(context.experiment, number, stored, card) if card else None
+    return judge_decoding(total, predicted, text, predicted=True)
 
 
-def step_rate(experiment: Experiment, card: Card) -> float:
-    """Predicted samples per second of one GPU, in the last stage, which trains the most."""
-    model, stage = meta_models(experiment), experiment.stages[-1]
+def step_rate(experiment: Experiment, number: int, stored: bool, card: Card) -> float:
+    """Predicted samples per second of one GPU in stage ``number``. stored: the data holds CLIP's features."""
+    model, stage = meta_models(experiment), experiment.stages[number]
     freeze(model.captioner, stage)
-    stored = open_dataset(experiment.data).store == "features"
     return predicted_rate(experiment, stage, model, card, 0, stored)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vlmds.console.text import counted
-from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.dataset import Dataset, open_given, stages_with
 from vlmds.data.loader import Batches, SampleReader
 from vlmds.data.shard_reader import CACHED_SHARDS
 from vlmds.distributed.cuda import driver_version, unusable_gpus
@@ -212,18 +212,26 @@ def check_models(context: CheckContext) -> list[Finding]:
 def check_dataset(context: CheckContext) -> list[Finding]:
     """Sizes of all shards, checksums of samples spread over them, and the checks with which training would
     refuse this data and number of ranks."""
-    data = context.experiment.data
-    if data.path is None and data.blend is None:
-        return [Finding(WARNING, "not checked", "pass --data DIR")]
-    dataset = open_dataset(data)
-    for part, shard in dataset.shards():
-        part.verify([shard], "size")
-    check_experiment(context.experiment, meta_models(context.experiment), dataset, rank_and_world()[1])
+    datasets = open_given(context.experiment)
+    different = stages_with(datasets)
+    for dataset in different:
+        for part, shard in dataset.shards() if dataset else ():
+            part.verify([shard], "size")
+    if any(datasets):
+        check_experiment(context.experiment, meta_models(context.experiment), datasets, rank_and_world()[1])
+    seconds = context.seconds / 2 / len(different)
+    return [_check_samples(context, dataset, seconds) for dataset in different]
+
+
+def _check_samples(context: CheckContext, dataset: Dataset | None, seconds: float) -> Finding:
+    """Read samples spread over the dataset for at most so many seconds."""
+    if dataset is None:
+        return Finding(WARNING, "not checked", "pass --data DIR")
     begin, read, split = time.monotonic(), 0, "train"
     reader = _reader(context, dataset, split)
     count = min(context.samples, len(reader))
     for number in range(count):
-        if time.monotonic() - begin > context.seconds / 2:
+        if time.monotonic() - begin > seconds:
             count = number
             break
         wanted = reader.order.locate(number * len(reader) // count)
@@ -231,18 +239,17 @@ def check_dataset(context: CheckContext) -> list[Finding]:
         row = part.row(split, *next(reader.order.candidates(wanted)))
         read += sum(len(member) for member in part.read(row).values())
     rate = read / 1e6 / max(time.monotonic() - begin, 1e-9)
-    return [
-        Finding(
-            OK,
-            f"{dataset.fingerprint[:12]}: {counted(len(reader), 'sample')} in {split}; "
-            f"{count} read and their checksums correct, {rate:,.0f} MB/s",
-        )
-    ]
+    own = f"{dataset.key}: " if dataset.key != "data" else ""
+    return Finding(
+        OK,
+        f"{own}{dataset.fingerprint[:12]}: {counted(len(reader), 'sample')} in {split}; "
+        f"{count} read and their checksums correct, {rate:,.0f} MB/s",
+    )
 
 
-def decode_rate(context: CheckContext) -> float:
+def decode_rate(context: CheckContext, dataset: Dataset) -> float:
     """Samples per second that this rank's reader processes decode, after the first batch."""
-    reader = _reader(context, open_dataset(context.experiment.data), "train")
+    reader = _reader(context, dataset, "train")
     micro_batch = context.experiment.training.micro_batch
     rank, ranks = rank_and_world()
     batches = [range(first, first + micro_batch) for first in ((n * ranks + rank) * micro_batch for n in range(4096))]

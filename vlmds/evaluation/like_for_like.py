@@ -56,7 +56,7 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
             ids.setdefault(record["id"], []).append(name)
     for copies in (", ".join(names) for names in ids.values() if len(names) > 1):
         add(f"The same run more than once: {copies}", f"같은 모델이 두 번 이상 들어 있습니다: {copies}")
-    trained = {name: str(record.get("data_fingerprint"))[:12] for name, record in records.items()}
+    trained = {name: _data(record) for name, record in records.items()}
     if len(set(trained.values())) > 1:
         add(
             f"The runs were not trained on the same data: {listed(trained)}",
@@ -89,6 +89,12 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
                 f"{run.name}: 모델이 영상을 활용하지 않을 수 있습니다 ({korean})",
             )
     return found
+
+
+def _data(record: dict) -> str:
+    """The beginning of the fingerprint of a run's data, or of each stage's data. record: run.json."""
+    stages = record.get("stage_data") or {"all": str(record.get("data_fingerprint"))}
+    return ", ".join(dict.fromkeys(fingerprint[:12] for fingerprint in stages.values()))
 
 
 def differing_settings(runs: list[Run]) -> list[dict]:

@@ -26,6 +26,7 @@ from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import CaptionedBatch, ClipInput, caption_batches, generate_captions
 from vlmds.inference.options import GenerationOptions
 from vlmds.models.assemble import Model
+from vlmds.models.captioner import as_batch
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.video.jpeg import SHOWN_QUALITY, encode_jpeg
 
@@ -152,7 +153,7 @@ class ClipScorer:
     def _input(self, item: Sample | Unreadable) -> ClipInput:
         if isinstance(item, Unreadable):
             return ClipInput(item.key, about=item)
-        inputs = {name: tensor[0] for name, tensor in visual_inputs([item]).items()}
+        inputs = {name: clips[0] for name, clips in visual_inputs([item]).items()}
         return ClipInput(item.key, inputs, self.texts[item.position].prompt, item)
 
     @torch.no_grad()
@@ -170,7 +171,7 @@ class ClipScorer:
             real, blank = [0.0, 0], [0.0, 0]
             for reference in text.captions:
                 jobs.append((row, reference, text.prompt, real))
-                jobs.append((len(texts), reference, text.prompt, blank))
+                jobs.append((len(texts) + row, reference, text.prompt, blank))
             lent: dict[str, list] = {str(position): [0.0, 0] for position in self.lent.get(text.position, ())}
             for position, sums in lent.items():
                 borrower = self.texts[int(position)]
@@ -186,11 +187,11 @@ class ClipScorer:
                     "lent": lent,
                 }
             )
-        features = torch.cat([batch.features, self._blank_features])
+        features = [*batch.features, *(self._blank_features[0, : len(clip)] for clip in batch.features)]
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
             values = self._log_probabilities(
-                features[[job[0] for job in part]], [job[1] for job in part], [job[2] for job in part]
+                [features[job[0]] for job in part], [job[1] for job in part], [job[2] for job in part]
             )
             for (*_, sums), (total, tokens) in zip(part, values, strict=True):
                 sums[0] += total
@@ -212,16 +213,22 @@ class ClipScorer:
     def _blank_features(self) -> Tensor:
         """Of black frames, [1, N, vision_dim]: the same for all batches, as CLIP is frozen."""
         side = self.model.image_size
-        return self.model.features({"frames": torch.zeros(1, self.num_frames, 3, side, side, dtype=torch.uint8)})
+        features = self.model.features({"frames": torch.zeros(1, self.num_frames, 3, side, side, dtype=torch.uint8)})
+        assert isinstance(features, Tensor)
+        return features
 
     def _log_probabilities(
-        self, features: Tensor, captions: Sequence[str], prompts: Sequence[str | None]
+        self, features: Sequence[Tensor], captions: Sequence[str], prompts: Sequence[str | None]
     ) -> list[tuple[float, int]]:
-        """(sum, tokens) of each caption and its end of turn, given features [B, N, vision_dim]."""
+        """(sum, tokens) of each caption and its end of turn, given the features [N, vision_dim] of each."""
+        tokens_of = self.model.captioner.projector.tokens_of
         batch = self.builder.collate_training(
-            [self.builder.training(c, p) for c, p in zip(captions, prompts, strict=True)]
+            [
+                self.builder.training(caption, prompt, tokens_of(len(clip)))
+                for clip, caption, prompt in zip(features, captions, prompts, strict=True)
+            ]
         )
-        losses, rows = self.model.captioner.token_losses(features, batch["input_ids"], batch["labels"])
+        losses, rows = self.model.captioner.token_losses(as_batch(features), batch["input_ids"], batch["labels"])
         losses, rows = losses.double().cpu(), rows.cpu()
         sums = torch.zeros(len(captions), dtype=torch.float64).index_add_(0, rows, -losses)
         return list(zip(sums.tolist(), torch.bincount(rows, minlength=len(captions)).tolist()))

@@ -71,10 +71,9 @@ def _sections(schema: Schema, base: dict) -> Iterator[tuple[str, str, Schema, di
             kind = section["properties"].get("type", {}).get("const")
             title = f"{key}, type: {kind}" if kind else f"{key}[]" if key == "stages" else key
             yield title, _text(section["description"]), section, base.get(key, {})
-            for name in ("blend", "lr_factors"):
+            for name, also in (("blend", "[]"), ("lr_factors", ", weight_decay_factors"), ("data", "")):
                 for part in _models(section["properties"].get(name, {}), schema):
-                    also = "[]" if name == "blend" else ", weight_decay_factors"
-                    yield f"{title}.{name}{also}", part["description"], part, {}
+                    yield f"{title}.{name}{also}", _text(part["description"]), part, {}
 
 
 def _models(field: Schema, schema: Schema) -> list[Schema]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,7 +20,7 @@ from vlmds.experiments.schema import PROJECTORS, BlendPart, Experiment, Section,
 
 PACKAGED = Path(__file__).parent
 _PRETRAINED = ("vision.", "llm.")  # sections with a model and its revision
-_DATA = {"data.path": "blend", "data.blend": "path"}  # each replaces the other
+_SOURCES = {"path": "blend", "blend": "path"}  # keys of data; each replaces the other
 _LISTS: dict[str, type[Section]] = {"stages": StageConfig, "blend": BlendPart}  # keys whose values are lists
 
 
@@ -43,9 +43,21 @@ def load_experiment(exp: str | Path, overrides: list[str] | tuple[str, ...] = ()
     path = find_experiment(exp)
     origins: dict[str, str] = {}
     tree = _read_layers(path, origins, seen=())
+    return _with_overrides(tree, overrides, path.name, origins)
+
+
+def override_experiment(experiment: Experiment, overrides: list[str] | tuple[str, ...], source: str) -> Experiment:
+    """The experiment with ``key=value`` pairs applied. source: file name for messages. Raises InputError as
+    :func:`load_experiment`."""
+    return _with_overrides(experiment.model_dump(), overrides, source, {})
+
+
+def _with_overrides(
+    tree: dict, overrides: list[str] | tuple[str, ...], source: str, origins: dict[str, str]
+) -> Experiment:
     for override in sorted(overrides, key=lambda text: ".model=" not in text):  # before .revision=
         _apply_override(tree, override, origins)
-    return parse_experiment(tree, path.name, origins)
+    return parse_experiment(tree, source, origins)
 
 
 def parse_experiment(tree: dict, source: str, origins: dict[str, str] | None = None) -> Experiment:
@@ -151,7 +163,9 @@ def _apply_override(tree: dict, override: str, origins: dict[str, str]) -> None:
         if isinstance(node, list):
             node = node[_list_index(node, part, where, override)]
         else:
-            node = node.setdefault(part, {})
+            if node.get(part) is None:  # missing, or null, such as a stage's data
+                node[part] = {}
+            node = node[part]
         if not isinstance(node, (dict, list)):
             raise InputError(f"--set {override}: {where} is a value, it has no keys")
     if isinstance(node, list):
@@ -161,9 +175,10 @@ def _apply_override(tree: dict, override: str, origins: dict[str, str]) -> None:
             node.clear()  # as in _merge: the new type has other keys
         if leaf == "model" and f"{'.'.join(parents)}." in _PRETRAINED and node.get("model") != value:
             node.pop("revision", None)
-        other = _DATA.get(key)
-        if other and value is not None and not origins.get(f"data.{other}", "").startswith("--set"):
-            node.pop(other, None)  # the override replaces the file's data; two overrides are a mistake
+        if parents[-1:] == ["data"] and leaf in _SOURCES and value is not None:
+            other = f"{'.'.join(parents)}.{_SOURCES[leaf]}"
+            if not origins.get(other, "").startswith("--set"):  # two overrides are a mistake
+                node.pop(_SOURCES[leaf], None)  # the override replaces the file's data
         node[leaf] = value
     for depth in range(1, len(parents) + 1):
         origins.setdefault(".".join(parents[:depth]), f"--set {override}")
@@ -194,11 +209,13 @@ def _check_keys(tree: Any, model: type[BaseModel], prefix: str, fail: Callable[[
                 hint = f"did you mean '{near[0]}'? " if near else ""
                 fail(f"{dotted}.type", f"unknown projector {kind!r}; {hint}valid: " + ", ".join(PROJECTORS))
             _check_keys(value, PROJECTORS[kind], f"{dotted}.", fail)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            _check_keys(value, field.annotation, f"{dotted}.", fail)
         elif key in _LISTS and isinstance(value, list):
             for number, item in enumerate(value):
                 _check_keys(item, _LISTS[key], f"{dotted}.{number}.", fail)
+        else:
+            for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section or null
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    _check_keys(value, kind, f"{dotted}.", fail)
 
 
 def _origin(origins: dict[str, str], key: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmds.console.text import counted
@@ -23,10 +24,12 @@ class Schedule:
     totals: tuple[int, ...]
 
     @classmethod
-    def of(cls, experiment: Experiment, world_size: int, global_batch: int, samples: int) -> Schedule:
-        """``global_batch``: the run's recorded one; ``samples``: of split train. Raises InputError as
-        :func:`accumulation_steps` does."""
-        totals = tuple(stage_steps(stage, samples, global_batch) for stage in experiment.stages)
+    def of(cls, experiment: Experiment, world_size: int, global_batch: int, samples: Sequence[int]) -> Schedule:
+        """``global_batch``: the run's recorded one; ``samples``: of split train of each stage's data. Raises
+        InputError as :func:`accumulation_steps` does."""
+        totals = tuple(
+            stage_steps(stage, count, global_batch) for stage, count in zip(experiment.stages, samples, strict=True)
+        )
         return cls(global_batch, accumulation_steps(experiment, world_size, global_batch), totals)
 
     def steps_before(self, number: int) -> int:

@@ -157,13 +157,36 @@ class BlendPart(Section):
     """Share of the training samples from this dataset, relative to the weights of the others."""
 
 
-class DataConfig(Section):
+class _Source(Section):
+    path: str | None = None
+    """Folder or URL written by ``vlmds pack``."""
+    blend: Annotated[list[BlendPart], Field(min_length=1)] | None = None
+    """Several packed datasets, mixed by weight, instead of ``path``."""
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.path is not None and self.blend is not None:
+            raise ValueError("give path or blend, not both")
+        return self
+
+    @property
+    def given(self) -> bool:
+        """Whether a path or a blend is given."""
+        return self.path is not None or self.blend is not None
+
+
+class StageData(_Source):
+    """A stage's own data. What is null is taken from the experiment's ``data``."""
+
+    prompt: str | None = None
+    """Text of the user's turn in this stage, for clips without a prompt of their own."""
+
+
+class DataConfig(_Source):
     """The packed data, and how samples are read from it."""
 
     path: str | None = None
     """Folder or URL written by ``vlmds pack``; ``--data`` sets it."""
-    blend: Annotated[list[BlendPart], Field(min_length=1)] | None = None
-    """Several packed datasets, mixed by weight, instead of ``path``."""
     cache_dir: str | None = None
     """Folder on this machine in which shards of a remote dataset are cached; null reads them remotely."""
     cache_gb: PositiveFloat = 100.0
@@ -189,12 +212,6 @@ class DataConfig(Section):
     verify: Literal["sha256", "size"] = "size"
     """How shards are checked at every start: by size, or by reading every byte (sha256, divided among the
     ranks). Samples read in training are always checked against the index."""
-
-    @model_validator(mode="after")
-    def _one_source(self):
-        if self.path is not None and self.blend is not None:
-            raise ValueError("give path or blend, not both")
-        return self
 
 
 def _checkpointing(value: Any) -> Any:
@@ -319,6 +336,8 @@ class StageConfig(Section):
     """Factors of ``lr`` for each kind of parameter."""
     weight_decay_factors: KindFactors = KindFactors()
     """Factors of ``training.weight_decay`` for each kind of parameter."""
+    data: StageData | None = None
+    """Data and prompt of this stage, in place of the experiment's ``data``; null: the experiment's."""
 
     @model_validator(mode="after")
     def _trains_something_for_some_time(self):
@@ -361,3 +380,16 @@ class Experiment(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
         return self
+
+    def for_stage(self, name: str) -> Experiment:
+        """This experiment with the stage's own path or blend, and prompt, in ``data``; the experiment itself
+        if the stage has none."""
+        own = next((stage.data for stage in self.stages if stage.name == name), None)
+        if own is None:
+            return self
+        replaced: dict[str, Any] = {}
+        if own.given:
+            replaced |= {"path": own.path, "blend": own.blend}
+        if own.prompt is not None:
+            replaced["prompt"] = own.prompt
+        return self.model_copy(update={"data": self.data.model_copy(update=replaced)})

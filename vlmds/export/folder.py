@@ -36,7 +36,7 @@ from vlmds.export.parity import Parity, captioner_logits, compare_logits, folder
 from vlmds.export.remote import write_remote
 from vlmds.files import check_writable, copy_files, new_folder, sha256_of
 from vlmds.inference.video_captioner import VideoCaptioner, choose_device
-from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
+from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact, stage_experiment
 from vlmds.models.assemble import Model
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import counted_phase
@@ -72,14 +72,15 @@ def export_run(
             base weights differ from the artifact's.
     """
     artifact = finished_artifact(run)
-    meta = read_artifact(artifact).meta
-    experiment = load_experiment(artifact / "experiment.yaml", tuple(overrides))
+    found = read_artifact(artifact)
+    meta, experiment = found.meta, stage_experiment(found, overrides)
     check_request(artifact, meta, output, format, merge)
     places = (run, artifact.parent.parent)
     run_folder = next((place for place in places if (place / "run.json").is_file()), None)
     published = experiment.model_copy(
         update={  # paths of the team's data are private
-            "data": experiment.data.model_copy(update={"path": None, "blend": None, "cache_dir": None})
+            "data": experiment.data.model_copy(update={"path": None, "blend": None, "cache_dir": None}),
+            "stages": [stage.model_copy(update={"data": None}) for stage in experiment.stages],
         }
     )
 

@@ -19,6 +19,7 @@ from transformers import (
 from vlmds.distributed.watchdog import doing
 from vlmds.inference.options import GenerationOptions
 from vlmds.models.assemble import Model
+from vlmds.models.captioner import Features, as_batch
 from vlmds.models.sequences import SequenceBuilder
 
 
@@ -42,12 +43,12 @@ class CaptionedBatch:
     """A batch of clips with their captions.
 
     captions: one per clip, None for a clip that cannot be read. features: of the clips that can be
-    read, in their order, [B, N, vision width].
+    read, in their order, see :meth:`Model.features`.
     """
 
     clips: Sequence[ClipInput]
     captions: list[str | None]
-    features: Tensor
+    features: Features
 
 
 def caption_batches(
@@ -58,10 +59,11 @@ def caption_batches(
     for batch in batches:
         doing("captioning", [clip.key for clip in batch])
         inputs = [clip.inputs for clip in batch if clip.inputs is not None]
-        features, made = torch.empty(0), iter(list[str]())
+        made = iter(list[str]())
+        features: Features = []
         if inputs:
             with torch.no_grad():
-                features = model.features({name: torch.stack([i[name] for i in inputs]) for name in inputs[0]})
+                features = model.features({name: as_batch([i[name] for i in inputs]) for name in inputs[0]})
             prompts = [clip.prompt for clip in batch if clip.inputs is not None]
             made = iter(generate_captions(model, builder, features, prompts, options))
         captions = [None if clip.inputs is None else next(made) for clip in batch]
@@ -119,7 +121,7 @@ class GumbelNoise(LogitsProcessor):
 def generate_captions(
     model: Model,
     builder: SequenceBuilder,
-    features: Tensor,
+    features: Features,
     prompts: Sequence[str | None],
     options: GenerationOptions,
     **more,
@@ -127,15 +129,16 @@ def generate_captions(
     """Captions of one batch.
 
     Args:
-        features: [B, N, vision width], see :meth:`Model.features`.
+        features: of B clips, see :meth:`Model.features`.
         prompts: B of them; None is the builder's own.
         more: for transformers' ``generate``, such as a ``streamer``.
     """
-    batch = builder.collate_generation(prompts)
+    projector = model.captioner.projector
+    batch = builder.collate_generation(prompts, [projector.tokens_of(len(clip)) for clip in features])
     ids = model.captioner.generate(
         features,
         batch["input_ids"],
-        batch["attention_mask"].to(features.device),
+        batch["attention_mask"].to(features[0].device),
         generation_config(options, builder.eos_token_id, builder.pad_token_id),
         logits_processor=logits_processors(options),
         **more,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vlmds.console.progress import phase
 from vlmds.errors import InputError
-from vlmds.experiments.reading import load_experiment, to_yaml
+from vlmds.experiments.reading import load_experiment, override_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
 from vlmds.files import is_there, new_folder, refresh_listing, sha256_of
 from vlmds.models.captioner import Captioner
@@ -126,24 +126,32 @@ def _is_complete(folder: Path) -> bool:
 
 
 def artifact_experiment(artifact: Path | Artifact, overrides: Sequence[str] = ()) -> Experiment:
-    """The artifact's experiment. ``llm.model`` is the artifact's own language model if it has one, and
-    ``llm.attention`` is auto: the implementation that it was trained with may not be installed here.
+    """The artifact's experiment, with its stage's own data in ``data``. ``llm.model`` is the artifact's own
+    language model if it has one, and ``llm.attention`` is auto: the implementation that it was trained with may
+    not be installed here.
 
     Raises:
         InputError: not an artifact, a bad override, or another LLM for one that has its own.
     """
     artifact = read_artifact(artifact)
-    path, own = artifact.folder / "experiment.yaml", artifact.meta.get("llm")
+    own = artifact.meta.get("llm")
     overrides = ["llm.attention=auto", *_revisions(artifact, overrides), *overrides]
     if own is None:
-        return load_experiment(path, overrides)
+        return stage_experiment(artifact, overrides)
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(
             f"--set llm.model: {artifact.folder} has its own language model, with the adapter merged into it; "
             "leave the override out"
         )
     overrides = [text for text in overrides if not text.startswith("llm.revision=")]
-    return load_experiment(path, [*overrides, f"llm.model={artifact.folder / own}"])
+    return stage_experiment(artifact, [*overrides, f"llm.model={artifact.folder / own}"])
+
+
+def stage_experiment(artifact: Artifact, overrides: Sequence[str]) -> Experiment:
+    """The experiment as it was trained, with the data of the artifact's stage in ``data``, then the overrides.
+    Raises InputError."""
+    trained = artifact.trained.for_stage(artifact.meta["stage"])
+    return override_experiment(trained, list(overrides), "experiment.yaml")
 
 
 def _revisions(artifact: Artifact, overrides: Sequence[str]) -> list[str]:

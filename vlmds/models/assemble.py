@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -16,7 +17,7 @@ from transformers import (
 
 from vlmds.console.progress import phase
 from vlmds.experiments.schema import Experiment
-from vlmds.models.captioner import Captioner
+from vlmds.models.captioner import Captioner, Features
 from vlmds.models.fetch import fetch_models
 from vlmds.models.language import add_adapter, check_vocabulary, load_language_model, load_tokenizer
 from vlmds.models.pretrained import load_config, published_or_loaded_config
@@ -38,14 +39,18 @@ class Model:
     image_size: int
     stored_tower: str | None = None
 
-    def features(self, batch: dict[str, Tensor]) -> Tensor:
+    def features(self, batch: dict[str, Any]) -> Features:
         """A batch's patch features [B, F·P, vision width], on the model's device and in its dtype:
-        those of the store, if the batch has "features", else its "frames" through the tower."""
+        those of the store, if the batch has "features", else its "frames" through the tower. A list, as in the
+        batch, if the clips have different numbers of frames."""
+        name = "features" if "features" in batch else "frames"
+        if isinstance(batch[name], list):
+            return [self.features({name: clip[None]})[0] for clip in batch[name]]
         weight = next(self.captioner.projector.parameters())
-        if "features" in batch:
-            return batch["features"].to(weight.device, weight.dtype, non_blocking=True)
+        if name == "features":
+            return batch[name].to(weight.device, weight.dtype, non_blocking=True)
         assert self.tower is not None
-        return self.tower(batch["frames"].to(weight.device, non_blocking=True))
+        return self.tower(batch[name].to(weight.device, non_blocking=True))
 
     def tower_fingerprint(self) -> str:
         """Fingerprint of the tower that makes the captioner's features, loaded or not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ VISUAL = -200
 """Placeholder id in ``input_ids`` where a visual token goes; no tokenizer has negative ids."""
 IGNORE = -100
 """Label of a position without loss."""
+Features = Tensor | Sequence[Tensor]
+"""Patch features of B clips: [B, N, vision_dim], or B of [N, vision_dim] with different N."""
 
 
 class Captioner(nn.Module):
@@ -33,12 +36,12 @@ class Captioner(nn.Module):
         self.projector = projector
         self.llm: Any = llm  # a PeftModel passes on what it lacks to the model inside, which types cannot say
 
-    def embed(self, features: Tensor, input_ids: Tensor) -> Tensor:
+    def embed(self, features: Features, input_ids: Tensor) -> Tensor:
         """Put the visual tokens where the placeholders are.
 
         Args:
-            features: patch features [B, N, vision_dim].
-            input_ids: int64 [B, L], with ``projector.num_tokens`` VISUAL in one piece in each row.
+            features: patch features [B, N, vision_dim], or a list of B of different lengths N.
+            input_ids: int64 [B, L], with ``projector.tokens_of(N)`` VISUAL in one piece in each row.
                 Best left on the host, which otherwise waits for the GPU to find their places.
 
         Returns:
@@ -47,29 +50,32 @@ class Captioner(nn.Module):
         Raises:
             ValueError: a row has other placeholders.
         """
-        visual = self.projector(features)  # [B, M, llm_dim]
-        starts = visual_starts(input_ids, visual.shape[1])
-        ids = without_wait(input_ids, visual.device).clamp(min=0)
+        if isinstance(features, Tensor):
+            visual = list(self.projector(features))  # B times [M, llm_dim]
+        else:
+            visual = [self.projector(clip) for clip in features]
+        starts = visual_starts(input_ids, [len(tokens) for tokens in visual])
+        ids = without_wait(input_ids, visual[0].device).clamp(min=0)
         text = self.llm.get_input_embeddings()(ids)  # [B, L, llm_dim]
         # Slices at places that the host knows, not a mask, whose backward pass would wait for the
         # GPU to count its elements.
         pieces = [
             piece
-            for row, tokens, start in zip(text, visual.to(text.dtype), starts, strict=True)
-            for piece in (row[:start], tokens, row[start + len(tokens) :])
+            for row, tokens, start in zip(text, visual, starts, strict=True)
+            for piece in (row[:start], tokens.to(text.dtype), row[start + len(tokens) :])
         ]
         return torch.cat(pieces).unflatten(0, ids.shape)
 
-    def forward(self, features: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Features, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy over the supervised tokens, fp32 scalar.
 
         Args:
-            features: [B, N, vision_dim]; input_ids, labels: int64 [B, L], IGNORE = no loss. Both
+            features: as :meth:`embed`; input_ids, labels: int64 [B, L], IGNORE = no loss. Both
                 are best left on the host, see :meth:`embed`.
         """
         return self.token_losses(features, input_ids, labels)[0].sum()
 
-    def token_losses(self, features: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def token_losses(self, features: Features, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each of the K supervised tokens, fp32 [K], and the row it is in, int64 [K].
 
         Rows are right-padded and no attention mask is passed: under causal attention padding
@@ -97,12 +103,12 @@ class Captioner(nn.Module):
     @torch.no_grad()
     @norms_kept()
     def generate(
-        self, features: Tensor, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig, **more
+        self, features: Features, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig, **more
     ) -> Tensor:
         """Captions with a KV cache.
 
         Args:
-            features: [B, N, vision_dim].
+            features: as :meth:`embed`.
             input_ids, attention_mask: int64 [B, L], left-padded; input_ids as in :meth:`embed`.
             more: as transformers' ``generate`` takes them: ``logits_processor``, ``streamer``, …
 
@@ -117,21 +123,23 @@ class Captioner(nn.Module):
         )
 
 
-def visual_starts(input_ids: Tensor, count: int) -> list[int]:
+def visual_starts(input_ids: Tensor, counts: Sequence[int]) -> list[int]:
     """Where the visual tokens of each row begin.
 
     Args:
-        input_ids: int64 [B, L].
+        input_ids: int64 [B, L]. counts: B numbers of visual tokens.
 
     Raises:
-        ValueError: a row does not have exactly ``count`` placeholders, one after another.
+        ValueError: a row does not have exactly so many placeholders, one after another.
     """
     places = input_ids == VISUAL  # [B, L]
     starts = places.int().argmax(1, keepdim=True)  # [B, 1], the first of each row
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    if not torch.equal(places, (columns >= starts) & (columns < starts + count)):
+    ends = starts + torch.tensor(counts, device=input_ids.device)[:, None]
+    if not torch.equal(places, (columns >= starts) & (columns < ends)):
         raise ValueError(
-            f"input_ids: rows have {places.sum(1).tolist()} placeholders; each must have {count}, one after another"
+            f"input_ids: rows have {places.sum(1).tolist()} placeholders; they must have {list(counts)}, "
+            "one after another"
         )
     return starts.flatten().tolist()
 
@@ -149,3 +157,9 @@ def without_mask(config: PreTrainedConfig) -> dict[str, dict]:
     by itself, but from positions on the GPU, for which the host waits. Empty for other models."""
     plain = config.model_type == "qwen3" and config._attn_implementation != "eager" and not config.use_sliding_window
     return {"attention_mask": {"full_attention": None}} if plain else {}
+
+
+def as_batch(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """The tensors stacked, or as a list if their shapes differ (clips and still pictures)."""
+    alike = all(tensor.shape == tensors[0].shape for tensor in tensors)
+    return torch.stack(list(tensors)) if alike else list(tensors)

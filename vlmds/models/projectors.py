@@ -17,7 +17,7 @@ from vlmds.experiments.schema import ProjectorConfig
 
 class Projector(nn.Module):
     """Base class: features [B, N, vision_dim] or [N, vision_dim] -> tokens [B, M, llm_dim] or
-    [M, llm_dim], where N = num_frames x patches, frame by frame.
+    [M, llm_dim], where N = num_frames x patches, frame by frame; N = patches for a still picture.
 
     Args:
         config: the experiment's ``projector`` section.
@@ -34,11 +34,16 @@ class Projector(nn.Module):
     @property
     def num_tokens(self) -> int:
         """Visual tokens per clip, M."""
-        return self.num_frames * self.patches
+        return self.tokens_of(self.num_frames * self.patches)
+
+    def tokens_of(self, features: int) -> int:
+        """Visual tokens made of so many features N."""
+        return features
 
     def forward(self, features: Tensor) -> Tensor:
-        expected = (self.num_frames * self.patches, self.vision_dim)
-        if tuple(features.shape[-2:]) != expected:
+        lengths = (self.num_frames * self.patches, self.patches)
+        if features.shape[-2] not in lengths or features.shape[-1] != self.vision_dim:
+            expected = (lengths[0], self.vision_dim)
             raise ValueError(f"features are {tuple(features.shape)}, expected [..., {expected}]")
         if features.dim() == 2:
             return self.project(features[None])[0]
@@ -94,14 +99,14 @@ class Resampler(Projector):
         self.frame_time = nn.Parameter(sinusoidal(num_frames, width)) if config.temporal_embedding else None
         self.output_proj = nn.Linear(width, llm_dim) if config.width else nn.Identity()
 
-    @property
-    def num_tokens(self) -> int:
+    def tokens_of(self, features: int) -> int:
         return self.num_queries
 
     def project(self, features: Tensor) -> Tensor:
         memory = self.vision_proj(features)  # [B, F*P, width]
         if self.frame_time is not None:
-            memory = memory + self.frame_time.repeat_interleave(self.patches, dim=0)
+            times = self.frame_time.repeat_interleave(self.patches, dim=0)
+            memory = memory + times[: features.shape[1]]  # a still picture has the time of the first frame
         queries = self.queries.expand(len(features), -1, -1)  # [B, M, width]
         return self.output_proj(self.resample(queries, memory))
 

@@ -76,14 +76,14 @@ class SequenceBuilder:
         """The user's turn as text: what stands before and what stands after the visual tokens."""
         return self._before, self._text(prompt) + self._after
 
-    def prompt_ids(self, prompt: str | None = None) -> list[int]:
-        """Token ids up to where the caption begins."""
-        visual = [VISUAL] * self.num_visual_tokens
+    def prompt_ids(self, prompt: str | None = None, num_visual_tokens: int | None = None) -> list[int]:
+        """Token ids up to where the caption begins. num_visual_tokens: None for those of a clip."""
+        visual = [VISUAL] * (self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens)
         text = self._encode_text(self._text(prompt))
         return self._encode(self._before) + visual + text + self._encode(self._after)
 
-    def training(self, caption: str, prompt: str | None = None) -> TokenSequence:
-        """Prompt, caption and end of turn.
+    def training(self, caption: str, prompt: str | None = None, num_visual_tokens: int | None = None) -> TokenSequence:
+        """Prompt, caption and end of turn. num_visual_tokens: None for those of a clip.
 
         Raises:
             ValueError: the caption has no tokens, so the sample would teach nothing.
@@ -93,7 +93,7 @@ class SequenceBuilder:
             raise ValueError("the caption has no tokens: nothing to learn from")
         cut = len(target) > self.max_caption_tokens
         target = target[: self.max_caption_tokens] if cut else [*target, self.eos_token_id]
-        ids = self.prompt_ids(prompt)
+        ids = self.prompt_ids(prompt, num_visual_tokens)
         return TokenSequence(ids + target, [IGNORE] * len(ids) + target, cut)
 
     def collate_training(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
@@ -106,9 +106,13 @@ class SequenceBuilder:
             "labels": torch.tensor([s.labels + [IGNORE] * (length - len(s.labels)) for s in sequences]),
         }
 
-    def collate_generation(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        """Left-padded ``input_ids`` and ``attention_mask``, int64 [B, L]."""
-        rows = [self.prompt_ids(prompt) for prompt in prompts]
+    def collate_generation(
+        self, prompts: Sequence[str | None], visual: Sequence[int | None] | None = None
+    ) -> dict[str, Tensor]:
+        """Left-padded ``input_ids`` and ``attention_mask``, int64 [B, L]. visual: numbers of visual tokens; None
+        for those of a clip."""
+        counts = visual or [None] * len(prompts)
+        rows = [self.prompt_ids(prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
         length = max(map(len, rows))
         return {
             "input_ids": torch.tensor([[self.pad_token_id] * (length - len(row)) + row for row in rows]),

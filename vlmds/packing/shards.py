@@ -209,6 +209,7 @@ def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Vi
     content = facts.pop("content", None)
     decoder = facts.pop("decoder")  # this machine's choice, not a property of the video
     timestamps, timing = facts.pop("timestamps", None), facts.pop("timing", None)
+    facts.pop("still", None)  # of the store that is converted
     # A file that was cut has a span of its own.
     start, end = facts.pop("start", row.start), facts.pop("end", row.end)
     optional: dict[str, Any] = {
@@ -217,6 +218,7 @@ def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Vi
         "end": end,
         "timestamps": timestamps,
         "timing": timing,
+        "still": True if facts["frames"] == 1 else None,  # shown as one frame
     }
     optional["columns"] = row.kept
     described = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.console.text import install_hint
-from vlmds.data.dataset import Dataset
+from vlmds.data.dataset import Dataset, stages_with
 from vlmds.data.features import check_feature_keys
-from vlmds.data.loader import SampleReader
+from vlmds.data.loader import SampleReader, stage_seed
 from vlmds.errors import InputError
 from vlmds.evaluation.metrics import METRICS, tokenizers
 from vlmds.experiments.schedule import accumulation_steps
@@ -24,14 +25,14 @@ from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze, parameter_groups
 
 
-def check_experiment(experiment: Experiment, model: MetaModels, dataset: Dataset | None, ranks: int) -> None:
+def check_experiment(experiment: Experiment, model: MetaModels, datasets: Sequence[Dataset | None], ranks: int) -> None:
     """Check all that needs no weights, tokenizer or other ranks: the global batch, what each stage
     trains, attention and precision, the logging, and whether the data fits the experiment.
 
     Args:
         model: of :func:`vlmds.models.assemble.meta_models`, which has checked that its parts fit each
             other. Its parameters are left frozen as in the last stage.
-        dataset: None skips the checks of the data.
+        datasets: of each stage; None skips the checks of that data.
 
     Raises:
         InputError: names the key or the dataset.
@@ -47,8 +48,10 @@ def check_experiment(experiment: Experiment, model: MetaModels, dataset: Dataset
         raise InputError(
             f"logging.wandb_project: wandb is not installed; {install_hint('track')}, or leave the key out"
         )
-    if dataset is not None:
+    present = [dataset for dataset in datasets if dataset is not None]
+    for dataset in stages_with(present):
         check_data(experiment, model, dataset)
+        check_same_sampling(dataset, present[0])
 
 
 def check_data(experiment: Experiment, model: MetaModels, dataset: Dataset) -> None:
@@ -71,12 +74,27 @@ def check_data(experiment: Experiment, model: MetaModels, dataset: Dataset) -> N
     check_validation(experiment, "val" in dataset.splits, dataset.root)
 
 
-def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset) -> SampleReader:
-    """The reader of the first stage. Raises InputError as :class:`SampleReader`."""
+def check_same_sampling(dataset: Dataset, other: Dataset) -> None:
+    """Raise InputError if the frames of two stages were sampled or resized differently."""
+    for name in ("sampler", "resizer"):
+        if dataset.meta.get(name) != other.meta.get(name):
+            raise InputError(
+                f"{dataset.key}: {dataset.root} has {name} {dataset.meta.get(name)!r}, but {other.root} of another "
+                f"stage has {other.meta.get(name)!r}; pack the older one again"
+            )
+
+
+def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset, number: int = 0) -> SampleReader:
+    """The reader of stage ``number``. Raises InputError as :class:`SampleReader`."""
     data = experiment.data
     config: Any = model.tower.config
     return SampleReader(
-        dataset, "train", data.num_frames, config.image_size, seed=experiment.training.seed, window=data.shuffle_window
+        dataset,
+        "train",
+        data.num_frames,
+        config.image_size,
+        seed=stage_seed(experiment.training.seed, number),
+        window=data.shuffle_window,
     )
 
 

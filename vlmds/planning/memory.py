@@ -135,8 +135,9 @@ def stage_memories(
 
 
 def longest(experiment: Experiment, captioner: Captioner) -> int:
-    """Positions of a sample with the longest caption."""
-    text = PROMPT_POSITIONS + max(0, len(experiment.data.prompt) - PROMPT_CHARACTERS)
+    """Positions of a sample with the longest caption, in the stage with the longest prompt."""
+    prompts = {experiment.for_stage(stage.name).data.prompt for stage in experiment.stages}
+    text = PROMPT_POSITIONS + max(0, max(map(len, prompts)) - PROMPT_CHARACTERS)
     return captioner.projector.num_tokens + text + experiment.data.max_caption_tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from vlmds.console.text import counted, size_text
 from vlmds.data.alike import converted, tower_keys
 from vlmds.data.coverage import coverage_lines
-from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.dataset import Dataset, open_given, stages_with
 from vlmds.data.features import needs_tower
 from vlmds.data.index import SampleRow
 from vlmds.data.stored import read_description
@@ -63,17 +64,16 @@ def plan_experiment(
     ):
         if value is not None and value <= 0:
             raise InputError(f"{name}: {value} must be more than 0")
-    data = experiment.data
     card = find_card(gpu) if gpu else None
-    dataset = open_dataset(data) if data.path or data.blend else None
-    stored = dataset is not None and dataset.store == "features"
+    datasets = open_given(experiment)
+    stored = not any(dataset is None or dataset.store != "features" for dataset in datasets)
     model = meta_models(experiment)
-    check_experiment(experiment, model, dataset, gpus)
+    check_experiment(experiment, model, datasets, gpus)
     sections = [
         _heading(experiment),
         _presence(experiment),
         _parameters(experiment, model),
-        _memory(experiment, model, gpus, dataset),
+        _memory(experiment, model, gpus, datasets),
     ]
     found = proposals(experiment, model, card, gpus, stored) if card else []
     if card:
@@ -90,9 +90,12 @@ def plan_experiment(
     return "\n\n".join(
         [
             *sections,
-            _schedule(experiment, dataset, gpus, hours),
-            _stores(experiment, model, dataset, rate, how, cores_per_gpu),
-            _sample(experiment, model, dataset),
+            _schedule(experiment, datasets, gpus, hours),
+            *(_stores(experiment, model, dataset, rate, how, cores_per_gpu) for dataset in stages_with(datasets)),
+            *(
+                _sample(experiment, model, dataset, numbers[0] if len(stages_with(datasets)) > 1 else None)
+                for dataset, numbers in stages_with(datasets).items()
+            ),
         ]
     )
 
@@ -147,9 +150,9 @@ def _trained(stage: StageConfig, captioner: Captioner) -> dict[str, int]:
     }
 
 
-def _memory(experiment: Experiment, model: MetaModels, gpus: int, dataset: Dataset | None) -> str:
+def _memory(experiment: Experiment, model: MetaModels, gpus: int, datasets: Sequence[Dataset | None]) -> str:
     """Bytes per GPU and stage, by part, and the size of a checkpoint."""
-    tower = model.tower if needs_tower(experiment, dataset) else None
+    tower = model.tower if needs_tower(experiment, datasets) else None
     columns, checkpoints = [], []
     for stage in experiment.stages:
         freeze(model.captioner, stage)
@@ -193,8 +196,9 @@ def _stores(
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
     of = counted(samples, "sample") if samples is not None else "per 10,000 samples"
+    own = f" of {dataset.key}" if dataset and dataset.key != "data" else ""
     lines = [
-        f"stores at {rate:.3g} samples/s per GPU ({how})",
+        f"stores{own} at {rate:.3g} samples/s per GPU ({how})",
         f"{'store':<22}{'a sample':>12}{of:>22}{'core-ms a sample':>18}{'cores a GPU':>13}{'read a GPU':>14}  figures",
     ]
     for need in rows:
@@ -221,17 +225,19 @@ def _stores(
             }
             for number, part in enumerate(dataset.parts):
                 command, out = converted(part, like)
-                use = f"pass --data {out}" if dataset.weights is None else f"name {out} in data.blend.{number}.path"
+                use = f"name {out} in {dataset.key}.blend.{number}.path"
+                if dataset.weights is None:
+                    use = f"pass --data {out}" if dataset.key == "data" else f"name {out} in {dataset.key}.path"
                 lines += [f"  {command}", f"  then {use}"]
     return "\n".join(lines)
 
 
-def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int, rate: float | None) -> str:
+def _schedule(experiment: Experiment, datasets: Sequence[Dataset | None], gpus: int, rate: float | None) -> str:
     """Global batch, steps and hours of each stage, and the data. rate: samples a second on one GPU, if
     it is known. Raises InputError if the GPUs cannot share the global batch."""
     lines = [describe_batch(experiment, gpus)]
     batch = experiment.training.micro_batch * accumulation_steps(experiment, gpus, None) * gpus
-    for stage in experiment.stages:
+    for stage, dataset in zip(experiment.stages, datasets, strict=True):
         steps = stage.steps
         length = counted(stage.steps, "step") if stage.steps else counted(stage.epochs or 0, "epoch")
         if dataset and not stage.steps:
@@ -241,9 +247,10 @@ def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int, rate: 
         if steps and rate:
             length += f", about {steps * batch / (rate * gpus) / 3600:,.1f} h"
         lines.append(f"stage {stage.name}: trains {' and '.join(stage.train)}, lr {stage.lr:g}, {length}")
-    if dataset is None:
-        lines.append("steps of stages given in epochs need the data: pass --data DIR")
-    else:
+    for dataset in stages_with(datasets):
+        if dataset is None:
+            lines.append("steps of stages given in epochs need the data: pass --data DIR")
+            continue
         lines.append(_splits(dataset))
         lines += coverage_lines(dataset.parts, experiment.data.num_frames)
     return "\n".join(lines)
@@ -251,20 +258,23 @@ def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int, rate: 
 
 def _splits(dataset: Dataset) -> str:
     counts = ", ".join(f"{split} {dataset.count(split):,}" for split in dataset.splits)
-    return f"data: {dataset.root} ({dataset.store} store; {counts})"
+    return f"{dataset.key}: {dataset.root} ({dataset.store} store; {counts})"
 
 
-def _sample(experiment: Experiment, model: MetaModels, dataset: Dataset | None) -> str:
+def _sample(experiment: Experiment, model: MetaModels, dataset: Dataset | None, number: int | None) -> str:
     """One sample as the model sees it, with the positions that have loss: the first that training
-    reads, or an example without data."""
-    lines, caption, prompt = ["sample: an example"], EXAMPLE_CAPTION, None
+    reads, or an example without data. number: of the stage, if the stages' data differs."""
+    stage = experiment.stages[number or 0].name
+    experiment = experiment.for_stage(stage)
+    lines, caption, prompt, still = ["sample: an example"], EXAMPLE_CAPTION, None, False
     if dataset is not None:
         try:
-            row, caption, prompt = _first_sample(experiment, model, dataset)
+            row, described = _first_sample(experiment, model, dataset, number or 0)
         except SampleError as error:
             return f"sample: the first of split train cannot be read: {error}"
-        lines = [f"sample: {row.key}, the first that training reads"]
-        times = sample_times(experiment.data.num_frames, *row.span)
+        lines = [f"sample: {row.key}, the first that {'training' if number is None else f'stage {stage}'} reads"]
+        caption, prompt, still = described["captions"][0], described.get("prompt"), described.get("still") is True
+        times = sample_times(1 if still else experiment.data.num_frames, *row.span)
         lines.append(f"  frames at {', '.join(f'{t:.2f}' for t in times)} s")
     try:
         tokenizer = load_tokenizer(experiment.llm, local_files_only=True)
@@ -278,21 +288,23 @@ def _sample(experiment: Experiment, model: MetaModels, dataset: Dataset | None) 
                 "is not on this machine (its files are enough, weights are not needed)",
             ]
         )
-    return "\n".join(lines + _tokens(sequence_builder(experiment, tokenizer, model.captioner), caption, prompt))
+    projector = model.captioner.projector
+    visual = projector.tokens_of(projector.patches) if still else projector.num_tokens
+    return "\n".join(lines + _tokens(sequence_builder(experiment, tokenizer, model.captioner), caption, prompt, visual))
 
 
-def _first_sample(experiment: Experiment, model: MetaModels, dataset: Dataset) -> tuple[SampleRow, str, str | None]:
-    """The first sample of training: row, caption, and its own prompt if it has one. Raises
-    SampleError."""
-    reader = training_reader(experiment, model, dataset)
+def _first_sample(
+    experiment: Experiment, model: MetaModels, dataset: Dataset, number: int
+) -> tuple[SampleRow, dict[str, Any]]:
+    """The first sample of stage ``number``: row and description. Raises SampleError."""
+    reader = training_reader(experiment, model, dataset, number)
     row = reader.row(0)
-    described = read_description(reader.index_of(0).read(row))
-    return row, described["captions"][0], described.get("prompt")
+    return row, read_description(reader.index_of(0).read(row))
 
 
-def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None) -> list[str]:
+def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None, visual: int) -> list[str]:
     try:
-        sequence = builder.training(caption, prompt)
+        sequence = builder.training(caption, prompt, visual)
     except ValueError as error:
         return [f"  {caption!r}: {error}"]
     runs: list[tuple[str, list[int]]] = []

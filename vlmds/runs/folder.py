@@ -1,7 +1,7 @@
 """The run folder: the record of one run of an experiment, from which a restart resumes.
 
 experiment.yaml   the resolved experiment
-run.json          an id, the global batch, what it is trained from (data fingerprint, hashes of
+run.json          an id, the global batch, what it is trained from (data fingerprints, hashes of
                   the base weights, sampling of frames, the checkpoint or run it started from),
                   and for each start: versions, git commit, world size, command line and the
                   implementation of attention
@@ -162,7 +162,7 @@ def open_run(
     Args:
         resume: "auto" resumes an existing run, "never" requires a new folder.
         origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
-            ``sampling``, ``weights`` and ``revisions``.
+            ``stage_data`` (if stages have data of their own), ``sampling``, ``weights`` and ``revisions``.
 
     Raises:
         InputError: ``never``, but the folder has a run; or that run is of another experiment, other data
@@ -178,11 +178,13 @@ def open_run(
     else:
         record = RunFolder.read(path)
         check_same_experiment(path, experiment)
-        if record["data_fingerprint"] != origin["data_fingerprint"]:
-            raise InputError(
-                f"data: {experiment.data.path or 'the blend'} is not the data that {path} was "
-                "started with; give that data, or choose another --output"
-            )
+        for number, stage in enumerate(experiment.stages):
+            if stage_fingerprint(record, stage.name) != stage_fingerprint(origin, stage.name):
+                key = "data" if stage.data is None else f"stages.{number}.data"
+                raise InputError(
+                    f"{key}: {experiment.for_stage(stage.name).data.path or 'the blend'} is not the data that {path} "
+                    "was started with; give that data, or choose another --output"
+                )
         check_base_weights(record["weights"], origin["weights"], experiment, path)
         if training.global_batch not in (None, record["global_batch"]):
             raise InputError(
@@ -200,6 +202,11 @@ def open_run(
         }
     )
     return RunFolder(path, record)
+
+
+def stage_fingerprint(record: dict, stage: str) -> str:
+    """The fingerprint of a stage's data. record: run.json."""
+    return record.get("stage_data", {}).get(stage, record["data_fingerprint"])
 
 
 def final_artifact(path: Path) -> Path:
@@ -244,7 +251,8 @@ def git_commit() -> str | None:
 def check_same_experiment(path: Path, experiment: Experiment) -> None:
     """Raise :class:`InputError`, naming the keys, if the run at ``path`` is of an experiment that learns
     something else: one that differs in other keys than HARMLESS."""
-    changed = differing_keys(load_experiment(path / "experiment.yaml"), experiment, but=HARMLESS)
+    paths = tuple(f"stages.{number}.data.path" for number in range(len(experiment.stages)))
+    changed = differing_keys(load_experiment(path / "experiment.yaml"), experiment, but=HARMLESS + paths)
     if changed:
         raise InputError(
             f"{path}: was started with other settings ({'; '.join(changed)}); "

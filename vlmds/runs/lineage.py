@@ -23,7 +23,7 @@ from vlmds.models.fetch import model_folder
 from vlmds.models.hashes import weights_sha256
 from vlmds.models.hub import weight_files
 from vlmds.models.language import load_tokenizer
-from vlmds.runs.folder import RunFolder, check_base_weights
+from vlmds.runs.folder import RunFolder, check_base_weights, stage_fingerprint
 
 # A projector of an earlier stage depends on these keys, the base weights and the sampling.
 PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.prompt")
@@ -101,18 +101,18 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
 
     Raises:
         InputError: the other run has not finished a stage, or trained it with another projector,
-            vision tower, language model, number of frames, prompt or sampling.
+            vision tower, language model, number of frames, prompt or sampling, or on other data than the stage's own.
     """
     record = RunFolder.read(other)
     taken = {}
-    for stage in experiment.stages[:-1]:
+    for number, stage in enumerate(experiment.stages[:-1]):
         source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
         if not is_artifact(source):
             raise InputError(f"--from {other}: it has no finished stage {stage.name}")
         stage_artifact = read_artifact(source)
         meta, theirs = stage_artifact.meta, stage_artifact.trained
         keys = PROJECTOR_KEYS + (("peft",) if meta["adapter"] else ())
-        if changed := differing_keys(theirs, experiment, only=keys):
+        if changed := differing_keys(theirs.for_stage(stage.name), experiment.for_stage(stage.name), only=keys):
             raise InputError(
                 f"--from {other}: its stage {stage.name} was trained with other settings ({'; '.join(changed)})"
             )
@@ -121,15 +121,18 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
                 f"--from {other}: its frames were sampled or resized differently "
                 f"({record['sampling']}, not {run.record['sampling']})"
             )
+        ours = stage_fingerprint(run.record, stage.name)
+        if "stage_data" in run.record and meta["lineage"].get("data_fingerprint", ours) != ours:
+            raise InputError(f"--from {other}: its stage {stage.name} was not trained on the data of stages.{number}")
         check_base_weights(record["weights"], run.record["weights"], experiment, other)
-        ours = projector_sha256(stage_artifact)
+        projector = projector_sha256(stage_artifact)
         if is_artifact(target):
-            if projector_sha256(target) != ours:
+            if projector_sha256(target) != projector:
                 raise InputError(
                     f"--from {other}: {run.path} already has another stage {stage.name}; choose another --output"
                 )
             continue
-        taken[stage.name] = {"run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": ours}
+        taken[stage.name] = {"run": str(other.resolve()), "experiment": theirs.name, "projector_sha256": projector}
     return taken
 
 
@@ -143,7 +146,8 @@ def inherit(taken: dict[str, dict], run: RunFolder) -> None:
 
 def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
     """What stage ``number`` of the run is trained from, as its checkpoints and artifact record it."""
-    lineage = {name: run.record[name] for name in ("weights", "sampling", "data_fingerprint")}
+    lineage = {name: run.record[name] for name in ("weights", "sampling")}
+    lineage["data_fingerprint"] = stage_fingerprint(run.record, experiment.stages[number].name)
     lineage["revisions"] = run.record.get("revisions")  # None: the run was begun before they were recorded
     if number:
         parent = experiment.stages[number - 1].name

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from vlmds.data.dataset import Dataset
-from vlmds.data.loader import Batches, SampleReader, TrainingPositions, training_collate
+from vlmds.data.loader import Batches, SampleReader, TrainingPositions, stage_seed, training_collate
 from vlmds.models.assemble import Model
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.training.context import StageContext
@@ -21,11 +21,12 @@ class StageData:
 
     def __init__(self, stage: StageContext, model: Model, dataset: Dataset):
         self._stage, self._dataset, self._image_size = stage, dataset, model.image_size
-        data = stage.experiment.data
+        data, projector = stage.data, model.captioner.projector
         self.train = self._reader("train", shuffle=True)
         self.val = self._reader("val", shuffle=False) if "val" in dataset.splits else None
         self.collate = training_collate(
-            SequenceBuilder(model.tokenizer, data.prompt, model.captioner.projector.num_tokens, data.max_caption_tokens)
+            SequenceBuilder(model.tokenizer, data.prompt, projector.num_tokens, data.max_caption_tokens),
+            still_tokens=projector.tokens_of(projector.patches),
         )
         self._waited = 0.0
 
@@ -42,7 +43,7 @@ class StageData:
             micro_batch=stage.experiment.training.micro_batch,
             world_size=stage.world_size,
         )
-        batches = Batches(self.train, positions, self.collate, stage.experiment.data.num_workers)
+        batches = Batches(self.train, positions, self.collate, stage.data.num_workers)
         reading = iter(batches)
         for number in range(len(positions)):
             stage.activity(first + number // accumulation, "waiting for data", explain=batches.in_progress)
@@ -57,14 +58,13 @@ class StageData:
         return waited
 
     def _reader(self, split: str, shuffle: bool) -> SampleReader:
-        data = self._stage.experiment.data
+        data = self._stage.data
         return SampleReader(
             self._dataset,
             split,
             data.num_frames,
             self._image_size,
-            # The stage goes into the high word: no two stages have the same order.
-            seed=self._stage.experiment.training.seed + (self._stage.number << 32),
+            seed=stage_seed(self._stage.experiment.training.seed, self._stage.number),
             window=data.shuffle_window,
             shuffle=shuffle,
             decode_seconds=data.decode_seconds,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing
 from vlmds.experiments.schedule import Schedule
-from vlmds.experiments.schema import Experiment, StageConfig
+from vlmds.experiments.schema import DataConfig, Experiment, StageConfig
 from vlmds.runs.folder import RunFolder
 from vlmds.training.monitor import Monitor
 
@@ -39,6 +39,11 @@ class StageContext:
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def data(self) -> DataConfig:
+        """The experiment's ``data``, with the stage's own path or blend, and prompt."""
+        return self.experiment.for_stage(self.name).data
 
     @property
     def total(self) -> int:

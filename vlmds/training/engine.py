@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmds.console.progress import phase
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, StageConfig
+from vlmds.models.captioner import Features
 from vlmds.models.dora import weights_changed
 from vlmds.models.trainable import parameter_groups, trainable
 from vlmds.training.ds_config import experiment_ds_config
@@ -54,7 +55,7 @@ class Engine(Protocol):
     backward: Callable[..., object]
     step: Callable[[], object]
 
-    def __call__(self, *inputs: Tensor) -> Tensor: ...
+    def __call__(self, *inputs: Features) -> Tensor: ...
 
     def train(self) -> object: ...
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from vlmds.console.progress import phase, tell
 from vlmds.console.text import counted
-from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.dataset import Dataset, open_stages, stages_with
 from vlmds.data.features import check_features, needs_tower
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.failures import run_on_ranks
@@ -43,9 +43,8 @@ from vlmds.training.ds_config import check_ds_config, find_ds_config
 from vlmds.training.origin import begin, check_origin
 from vlmds.training.stages import run_stages
 
-# Keys that may differ between nodes.
+# Keys that may differ between nodes, besides the paths of data.
 OF_A_NODE = (
-    "data.path",
     "data.cache_dir",
     "data.cache_gb",
     "data.num_workers",
@@ -95,21 +94,20 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     on_main(lambda: check_run_folder(output))
     doing("checking the data")
     with phase("opening the data"):
-        dataset = on_main(lambda: open_dataset(experiment.data))
-    together(lambda: verify(dataset, experiment))
+        datasets = on_main(lambda: open_stages(experiment))
+    together(lambda: verify([*stages_with(datasets)], experiment))
     doing("looking for the pretrained models")
     start_from = None if args.resume in ("auto", "never") else Path(args.resume)
     earlier = (output, start_from and start_from.resolve().parent.parent, args.from_run)
     experiment = pin_models(experiment, on_main(lambda: recorded_revisions(experiment, *earlier)))
     # Only rank 0 needs them.
     parts: Any = together(lambda: meta_models(experiment) if is_main() else None)
-    on_main(lambda: check_experiment(experiment, parts, dataset, dist.get_world_size()))
+    on_main(lambda: check_experiment(experiment, parts, datasets, dist.get_world_size()))
     experiment = fetch_models(experiment)
-    on_main(lambda: check_models(experiment, parts, dataset))
+    on_main(lambda: check_models(experiment, parts, datasets))
     doing("checking the base weights")
     origin = {
-        "data_fingerprint": dataset.fingerprint,
-        "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
+        **data_origin(experiment, datasets),
         "weights": base_weights(experiment),
         "revisions": {part: section.revision for part, section in pretrained_models(experiment).items()},
     }
@@ -117,26 +115,44 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(
         lambda: open_run(output, experiment, args.resume, origin=origin, world_size=world_size, command=sys.argv)
     )
-    schedule = together(lambda: Schedule.of(experiment, world_size, run.global_batch, dataset.count("train")))
+    samples = [dataset.count("train") for dataset in datasets]
+    schedule = together(lambda: Schedule.of(experiment, world_size, run.global_batch, samples))
     together(lambda: check_ds_config(config, experiment, schedule.accumulation))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
         tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
     warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
-    stored = None if needs_tower(experiment, dataset) else dataset.meta["vision"]["fingerprint"]
+    stored = None if needs_tower(experiment, datasets) else datasets[0].meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
     run = on_main(lambda: begin(run, experiment, start_from, taken))
     _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
-    run_stages(experiment, model, dataset, run, schedule, config, device, stop)
+    run_stages(experiment, model, datasets, run, schedule, config, device, stop)
 
 
-def check_models(experiment: Experiment, parts: MetaModels, dataset: Dataset) -> None:
+def check_models(experiment: Experiment, parts: MetaModels, datasets: list[Dataset]) -> None:
     """Checks that need the models' files: the tokenizer must suit the language model, and stored
     features must be those of the tower. Raises InputError."""
-    sequence_builder(experiment, load_tokenizer(experiment.llm), parts.captioner)
-    check_features(dataset, experiment)
+    tokenizer = load_tokenizer(experiment.llm)
+    for stage in experiment.stages:
+        sequence_builder(experiment.for_stage(stage.name), tokenizer, parts.captioner)
+    for dataset in stages_with(datasets):
+        check_features(dataset, experiment)
+
+
+def data_origin(experiment: Experiment, datasets: list[Dataset]) -> dict[str, Any]:
+    """What a run records of its data. ``stage_data``, the fingerprint of each stage's data, is there if a stage
+    has data of its own; ``data_fingerprint`` is that of the last stage."""
+    last = datasets[-1]
+    origin = {
+        "data_fingerprint": last.fingerprint,
+        "sampling": {name: last.meta[name] for name in ("sampler", "resizer")},
+    }
+    if len(stages_with(datasets)) > 1:
+        names = [stage.name for stage in experiment.stages]
+        origin["stage_data"] = {name: dataset.fingerprint for name, dataset in zip(names, datasets, strict=True)}
+    return origin
 
 
 def warn_of_readers(num_workers: int) -> None:
@@ -168,7 +184,7 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
     settings = {
         key: value
         for key, value in flat_settings(experiment.model_dump()).items()
-        if key not in OF_A_NODE and not re.fullmatch(r"data\.blend\.\d+\.path", key)
+        if key not in OF_A_NODE and not re.fullmatch(r"(stages\.\d+\.)?data\.(blend\.\d+\.)?path", key)
     }
     digests = gather(hashlib.sha256(repr(sorted(settings.items())).encode() + content).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
@@ -184,13 +200,14 @@ def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
     raise shared_error(f"{where} on ranks 0 and {other}; give all nodes the same")
 
 
-def verify(dataset: Dataset, experiment: Experiment) -> None:
+def verify(datasets: list[Dataset], experiment: Experiment) -> None:
     """Check this rank's share of the shards and indexes. Raises InputError if one is damaged."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if experiment.data.verify == "sha256":
-        for part in dataset.parts[rank::world_size]:
+        for part in [part for dataset in datasets for part in dataset.parts][rank::world_size]:
             part.verify_index()
+    shards = [found for dataset in datasets for found in dataset.shards()]
     with phase("checking the data", unit="shards") as shown:
-        for part, shard in shown.counting(dataset.shards()[rank::world_size]):
+        for part, shard in shown.counting(shards[rank::world_size]):
             doing(f"checking shard {part.root / shard.path}")
             part.verify([shard], experiment.data.verify)

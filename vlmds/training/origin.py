@@ -9,7 +9,7 @@ from vlmds.console.progress import tell
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
 from vlmds.files import copy_files, new_folder
-from vlmds.runs.folder import RunFolder, check_same_experiment
+from vlmds.runs.folder import RunFolder, check_same_experiment, stage_fingerprint
 from vlmds.runs.lineage import inherit, inheritance
 from vlmds.training import checkpoint
 
@@ -65,15 +65,20 @@ def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> Non
     check_same_experiment(other, experiment)
     if other != run.path.resolve() and any(run.path.glob("checkpoints/[a-z]*")):
         raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another --output")
-    lineage = checkpoint.read_state(folder)["lineage"]
+    state, record = checkpoint.read_state(folder), RunFolder.read(other)
+    stages = [stage.name for stage in experiment.stages]
+    ours = {**run.record, "data_fingerprint": stage_fingerprint(run.record, state["stage"])}
     for name, what in (
         ("data_fingerprint", "on other data"),
         ("weights", "from other base weights"),
         ("sampling", "on frames that were sampled or resized otherwise"),
     ):
-        if lineage.get(name, run.record[name]) != run.record[name]:
+        if state["lineage"].get(name, ours[name]) != ours[name]:
             raise InputError(f"--resume {folder}: was trained {what}; use the same, or start a new run")
-    theirs = RunFolder.read(other)["global_batch"]
+    for stage in stages[: stages.index(state["stage"])]:  # taken over with the checkpoint
+        if stage_fingerprint(record, stage) != stage_fingerprint(run.record, stage):
+            raise InputError(f"--resume {folder}: its stage {stage} was trained on other data; use the same")
+    theirs = record["global_batch"]
     if theirs != run.global_batch:
         raise InputError(
             f"--resume {folder}: was trained with training.global_batch {theirs}, not {run.global_batch}; set that"

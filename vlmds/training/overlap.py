@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmds.models.assemble import Model
+from vlmds.models.captioner import Features
 
 
 class FeaturesAhead:
@@ -30,7 +31,7 @@ class FeaturesAhead:
         self._model, self._reading = model, iter(batches)
         self._ahead = runs_ahead(device)
         self._held: list[dict] = []  # read already, of the next step: one or none
-        self._begun: tuple[Tensor, torch.cuda.Event | None] | None = None  # of what comes next
+        self._begun: tuple[Features, torch.cuda.Event | None] | None = None  # of what comes next
         self._stream = None
         if device.type == "cuda":  # one for all steps: the allocator keeps memory by stream
             self._stream = torch.cuda.Stream(device)
@@ -42,8 +43,8 @@ class FeaturesAhead:
         held, self._held = self._held, []
         return held + list(islice(self._reading, count - len(held)))
 
-    def features(self, group: list[dict]) -> Iterator[Tensor]:
-        """Features [B, F·P, vision width] of each of a step's micro-batches. The caller takes the next
+    def features(self, group: list[dict]) -> Iterator[Features]:
+        """Features of each of a step's micro-batches, see :meth:`Model.features`. The caller takes the next
         ones once it has launched this micro-batch's work on the GPU."""
         for number, batch in enumerate(group):
             begun, self._begun = self._begun or self._begin(batch), None
@@ -58,7 +59,7 @@ class FeaturesAhead:
         self._held = list(islice(self._reading, 1))
         return self._held
 
-    def _begin(self, batch: dict) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _begin(self, batch: dict) -> tuple[Features, torch.cuda.Event | None]:
         """The features, and the event after which they are computed."""
         if self._stream is None:
             return self._model.features(batch), None
@@ -67,12 +68,14 @@ class FeaturesAhead:
         with torch.cuda.stream(self._stream):
             return self._model.features(batch), self._stream.record_event()
 
-    def _finish(self, features: Tensor, event: torch.cuda.Event | None) -> Tensor:
+    def _finish(self, features: Features, event: torch.cuda.Event | None) -> Features:
         """The features, ready for the current stream."""
         if event is not None:
-            current = torch.cuda.current_stream(features.device)
+            clips = [features] if isinstance(features, Tensor) else features
+            current = torch.cuda.current_stream(clips[0].device)
             current.wait_event(event)
-            features.record_stream(current)  # or the allocator could reuse its memory too early
+            for clip in clips:
+                clip.record_stream(current)  # or the allocator could reuse its memory too early
         return features
 
 

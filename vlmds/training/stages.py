@@ -35,7 +35,7 @@ from vlmds.training.trainer import StageTrainer
 def run_stages(
     experiment: Experiment,
     model: Model,
-    dataset: Dataset,
+    datasets: list[Dataset],
     run: RunFolder,
     schedule: Schedule,
     ds_config: Path,
@@ -43,6 +43,9 @@ def run_stages(
     stop: StopRequest,
 ) -> None:
     """All stages that are not finished.
+
+    Args:
+        datasets: of each stage.
 
     Raises:
         InputError: the checkpoint that the run started from (``--resume PATH``) is needed, and gone.
@@ -67,7 +70,7 @@ def run_stages(
     for number in range(first, len(names)):
         prepare_stage(model, experiment, number, run, device)
         stage = StageContext(experiment, number, run, schedule, device, monitor, stop)
-        trainer = StageTrainer(stage, model, dataset, ds_config)
+        trainer = StageTrainer(stage, model, datasets[number], ds_config)
         if number == first and found:
             trainer.resume(*found)
         monitor.start_stage(stage.name, trainer.progress.step, stage.total, schedule.steps_before(number))

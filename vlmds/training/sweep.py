@@ -107,14 +107,13 @@ def choose(exps: list[str], every: bool, owner: str | None) -> list[str]:
     return exps
 
 
-def train_command(job: Job, data: str, launcher: str) -> list[str]:
+def train_command(job: Job, data: str | None, launcher: str) -> list[str]:
     command = [
         *shlex.split(launcher),
         str(REPOSITORY / "launch" / "train.py"),
         "--exp",
         job.exp,
-        "--data",
-        data,
+        *(["--data", data] if data else []),
         "--output",
         str(job.run),
     ]
@@ -123,9 +122,9 @@ def train_command(job: Job, data: str, launcher: str) -> list[str]:
     return [*command, *(["--set", *job.overrides] if job.overrides else [])]
 
 
-def evaluate_command(job: Job, data: str, launcher: str, options: tuple[str, ...] = ()) -> list[str]:
+def evaluate_command(job: Job, data: str | None, launcher: str, options: tuple[str, ...] = ()) -> list[str]:
     """The command of an evaluation, started by the training's launcher if that can start a module on
-    all its GPUs, else by one process."""
+    all its GPUs, else by one process. If the last stage has data of its own, that is evaluated."""
     words = shlex.split(launcher)
     names = [Path(word).name for word in words]
     if names[0] == "deepspeed":
@@ -134,12 +133,14 @@ def evaluate_command(job: Job, data: str, launcher: str, options: tuple[str, ...
         start = [*words, "-m"]
     else:
         start = [sys.executable, "-m"]
-    return [*start, "vlmds.cli", "evaluate", "--run", str(job.run), "--data", data, *options]
+    last = job.experiment.stages[-1].data
+    named = ["--data", data] if data and not (last and last.given) else []
+    return [*start, "vlmds.cli", "evaluate", "--run", str(job.run), *named, *options]
 
 
 def run_jobs(
     jobs: list[Job],
-    data: str,
+    data: str | None,
     launcher: str,
     evaluate_options: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
@@ -186,7 +187,7 @@ def status_table(jobs: list[Job]) -> str:
     return "\n".join(lines)
 
 
-def slurm_script(jobs: list[Job], data: str, launcher: str, evaluate_options: tuple[str, ...] = ()) -> str:
+def slurm_script(jobs: list[Job], data: str | None, launcher: str, evaluate_options: tuple[str, ...] = ()) -> str:
     """An array of jobs; those that start from another's stage 1 wait for that one's artifact."""
     lines = [
         "#!/bin/bash",

@@ -15,7 +15,7 @@ from vlmds.distributed.ranks import raise_together, shared_error, sum_over_ranks
 from vlmds.errors import Stopped
 from vlmds.experiments.schedule import learning_rate
 from vlmds.models.assemble import Model
-from vlmds.models.captioner import IGNORE
+from vlmds.models.captioner import IGNORE, Features
 from vlmds.models.dora import norms_kept
 from vlmds.training.batches import StageData
 from vlmds.training.context import StageContext
@@ -85,13 +85,13 @@ class StageTrainer:
         stage.monitor.energy(progress.step, self.energy.total())
 
     @norms_kept()  # the weights change at the end only
-    def train_step(self, step: int, group: list[dict], ahead: Iterator[torch.Tensor], shown: Phase) -> bool:
+    def train_step(self, step: int, group: list[dict], ahead: Iterator[Features], shown: Phase) -> bool:
         """One optimizer step (``step`` from 0): the loss is summed over the caption tokens of this rank's
         micro-batches and divided by the caption tokens of all ranks.
 
         Args:
             group: this rank's micro-batches of the step.
-            ahead: gives the features of each, [B, F·P, vision width].
+            ahead: gives the features of each, see :meth:`Model.features`.
             shown: counts the micro-batches.
 
         Returns:

@@ -121,7 +121,7 @@ class Validator:
         self.stage.activity(step, "evaluating captions")
         with self._averaged(), phase("evaluating captions"):
             found = evaluate_subset(
-                self.stage.experiment,
+                self.stage.experiment.for_stage(self.stage.name),
                 self.model,
                 reader,
                 clips=self.settings.evaluate_clips,
