@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlmds.cli.generation import add_generation, add_loading, generation_options
 from vlmds.cli.options import add_data, add_set, load
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 from vlmds.errors import InputError
 
 
@@ -112,7 +112,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     try:
         code = module.run_jobs(jobs, data, launcher, options, environment)
     finally:
-        tell(module.status_table(jobs))
+        log_line(module.status_table(jobs))
     evaluated = [job.run for job in jobs if job.evaluated]
     if evaluated and code != module.STOPPED:
         write_comparison(evaluated, output / "report.html", words=words)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmds.console.progress import phase, silenced, tell
+from vlmds.console.progress import log_line, phase, silenced
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_features
@@ -402,4 +402,4 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
 
 def _say(text: str) -> None:
     if ranks.rank_and_world()[0] == 0:
-        tell(f"vlmds: {text}")
+        log_line(f"vlmds: {text}")

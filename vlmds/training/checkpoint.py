@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmds.console.progress import phase, tell
+from vlmds.console.progress import log_line, phase
 from vlmds.distributed.ranks import on_main, together
 from vlmds.errors import InputError
 from vlmds.files import publish_folder, refresh_listing, remove_folder, sha256_of, sync_file
@@ -190,7 +190,7 @@ def latest_checkpoint(root: Path, stage: str) -> tuple[Path, dict] | None:
             problem = check(folder)
             if problem is None:
                 return folder, read_state(folder)
-            tell(f"vlmds: {folder}: damaged checkpoint passed over: {problem}")
+            log_line(f"vlmds: {folder}: damaged checkpoint passed over: {problem}")
         return None
 
     return on_main(newest)

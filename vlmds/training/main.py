@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vlmds.console.progress import phase, tell
+from vlmds.console.progress import log_line, phase
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_features, needs_tower
@@ -75,7 +75,7 @@ def start(args: argparse.Namespace) -> int:
         if is_main():
             from vlmds.planning.plan import plan_experiment
 
-            tell(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
+            log_line(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
     train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     return 0
@@ -121,7 +121,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     together(lambda: check_ds_config(config, experiment, schedule.accumulation))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
-        tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
+        log_line(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
     warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
     stored = None if needs_tower(experiment, dataset) else dataset.meta["vision"]["fingerprint"]
@@ -144,7 +144,7 @@ def warn_of_readers(num_workers: int) -> None:
     (:class:`vlmds.data.loader.Batches`)."""
     cores = cores_of_rank()
     if is_main() and num_workers > cores:
-        tell(
+        log_line(
             f"vlmds: WARNING: data.num_workers {num_workers}: a rank starts only "
             f"{counted(cores, 'reader process', 'reader processes')}, its share of this node's "
             "cores"
@@ -156,9 +156,9 @@ def note_attention(run: RunFolder, attention: str, remark: str) -> None:
     :func:`attention_for`; a warning has a line of its own."""
     run.note(attention=attention)
     warning = remark.startswith("WARNING: ")
-    tell(f"vlmds: attention: {attention}{f' ({remark})' if remark and not warning else ''}")
+    log_line(f"vlmds: attention: {attention}{f' ({remark})' if remark and not warning else ''}")
     if warning:
-        tell(f"vlmds: {remark}")
+        log_line(f"vlmds: {remark}")
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:
