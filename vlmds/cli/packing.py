@@ -110,8 +110,8 @@ def _convert(args: argparse.Namespace) -> PackSummary:
 
 
 def _pack_manifest(args: argparse.Namespace) -> PackSummary:
+    from vlmds.packing.options import PackOptions
     from vlmds.packing.pack import pack
-    from vlmds.packing.shards import PackOptions
 
     _refuse(
         args,

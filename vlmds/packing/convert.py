@@ -36,8 +36,9 @@ from vlmds.files import as_path, check_writable, is_url
 from vlmds.packing.finish import finish_dataset
 from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
+from vlmds.packing.options import PackOptions
 from vlmds.packing.pack import PackSummary
-from vlmds.packing.shards import PackOptions, Shard, json_line, unfinished, write_shard
+from vlmds.packing.shards import Shard, json_line, unfinished, write_shard
 from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import RESIZER
 from vlmds.video.pool import DecodePool

@@ -11,7 +11,8 @@ from vlmds.console.progress import Phase, phase, silenced
 from vlmds.console.text import install_hint
 from vlmds.errors import InputError
 from vlmds.packing.local import pack_here
-from vlmds.packing.shards import PackOptions, Shard
+from vlmds.packing.options import PackOptions
+from vlmds.packing.shards import Shard
 
 IN_FLIGHT = 2  # tasks per CPU of the cluster that are handed out at once
 RETRIES = 5  # of a task whose worker or machine is lost

@@ -22,8 +22,9 @@ from vlmds.packing.finish import Base, Finished, finish_dataset
 from vlmds.packing.local import pack_here
 from vlmds.packing.manifest import Manifest, ManifestRow, Reject, read_manifest
 from vlmds.packing.on_ray import pack_on_ray
+from vlmds.packing.options import PackOptions
 from vlmds.packing.shard_plan import facts_of, shards_of, with_val, without_duplicates
-from vlmds.packing.shards import PackOptions, Shard, unfinished
+from vlmds.packing.shards import Shard, unfinished
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.files import as_path, as_spelled, is_url, sha256_of, write_once
 from vlmds.packing.manifest import ManifestRow, Reject
-from vlmds.packing.shards import PackOptions, Shard, json_line, options_hash
+from vlmds.packing.options import PackOptions
+from vlmds.packing.shards import Shard, json_line, options_hash
 
 PLANS = "plan-*.jsonl"
 ATTEMPTS = 4
