@@ -15,7 +15,7 @@ from vlmds.evaluation.evaluate import evaluate_run
 from vlmds.evaluation.report import write_report
 from vlmds.evaluation.runs import group_runs, load_run
 from vlmds.evaluation.statistics import estimate
-from vlmds.evaluation.words import found_words, word_accuracy
+from vlmds.evaluation.word_accuracy import found_words, word_accuracy
 from vlmds.experiments.schema import PROJECTORS
 from vlmds.inference.generation import GenerationOptions
 
@@ -208,7 +208,7 @@ def test_word_accuracy_against_the_most_frequent_answer():
 def test_words_are_matched_as_words_and_not_as_beginnings(installed, monkeypatch):
     """With Kiwi, and by particles without it."""
     if not installed:
-        monkeypatch.setattr("vlmds.evaluation.words.morphemes", lambda: None)
+        monkeypatch.setattr("vlmds.evaluation.word_accuracy.morphemes", lambda: None)
     texts = ["위험한 길", "공이 위로 갑니다.", "상자 위에서도", "위.", "오른쪽으로", "왼쪽과 오른쪽에서"]
     assert [[*found_words(text, ["위", "왼쪽"])] for text in texts] == [[], ["위"], ["위"], ["위"], [], ["왼쪽"]]
 

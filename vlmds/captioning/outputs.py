@@ -27,7 +27,8 @@ from vlmds.files import check_writable, is_url, path_in, write
 from vlmds.runs.rank_jsonl import Appender, RankJsonl, Record
 
 if TYPE_CHECKING:  # it imports PyTorch
-    from vlmds.captioning.sources import Item, Span
+    from vlmds.captioning.sources import Item
+    from vlmds.captioning.windows import Span
 
 FORMATS = ("jsonl", "json", "csv", "srt")
 RECORD = frozenset(("id", "video", "start", "end"))  # fields of every line

@@ -18,7 +18,7 @@ from vlmds.evaluation.metrics import aggregate, characters, score_captions, unde
 from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
 from vlmds.evaluation.verdict import MARGIN, pair_tests, verdict
-from vlmds.evaluation.words import word_accuracy
+from vlmds.evaluation.word_accuracy import word_accuracy
 from vlmds.experiments.schema import PROJECTORS, PeftSection
 
 ADAPTERS = get_args(PeftSection.model_fields["type"].annotation)
@@ -31,7 +31,7 @@ def compare(
 
     Args:
         margin: how much worse than the best the chosen experiment may be, as a share of its value.
-        words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.word_accuracy`.
+        words: sets of words to look for in captions, see :func:`vlmds.evaluation.word_accuracy.word_accuracy`.
 
     Raises:
         InputError: fewer than two clips that all runs were evaluated on, or no such metric.
