@@ -339,7 +339,7 @@ def test_spans_and_copies_of_a_video_are_in_one_split(tmp_path):
 
 def test_a_share_of_the_videos_goes_to_val(tmp_path):
     """Of names, where no file is there: rows of one name stay together."""
-    from vlmds.packing.shard_plan import with_val
+    from vlmds.packing.split import with_val
 
     rows = [{"video": f"{i // 2}.mp4", "id": str(i), "caption": "글"} for i in range(1000)]
     rows[0]["split"] = rows[1]["split"] = "test"

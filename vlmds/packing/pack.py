@@ -23,8 +23,10 @@ from vlmds.packing.local import pack_here
 from vlmds.packing.manifest import Manifest, ManifestRow, Reject, read_manifest
 from vlmds.packing.on_ray import pack_on_ray
 from vlmds.packing.options import PackOptions
-from vlmds.packing.shard_plan import facts_of, shards_of, with_val, without_duplicates
+from vlmds.packing.shard_plan import shards_of, without_duplicates
 from vlmds.packing.shards import Shard, unfinished
+from vlmds.packing.split import with_val
+from vlmds.packing.video_facts import facts_of
 
 
 @dataclass(frozen=True)
