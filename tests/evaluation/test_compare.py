@@ -12,8 +12,8 @@ from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.evaluation.compare import compare, factors
 from vlmds.evaluation.evaluate import evaluate_run
+from vlmds.evaluation.evaluated_runs import group_runs, load_run
 from vlmds.evaluation.report import write_report
-from vlmds.evaluation.runs import group_runs, load_run
 from vlmds.evaluation.statistics import estimate
 from vlmds.evaluation.word_accuracy import found_words, word_accuracy
 from vlmds.experiments.schema import PROJECTORS

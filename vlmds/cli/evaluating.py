@@ -67,8 +67,8 @@ def write_comparison(
     latex: Path | None = None,
 ) -> None:
     from vlmds.evaluation.compare import compare
+    from vlmds.evaluation.evaluated_runs import load_run
     from vlmds.evaluation.report import to_csv, to_latex, write_report
-    from vlmds.evaluation.runs import load_run
     from vlmds.evaluation.verdict import verdict_line
     from vlmds.files import write
 

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import numpy as np
 
 from vlmds.errors import InputError
+from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.like_for_like import differing_settings, warnings
 from vlmds.evaluation.metrics import aggregate, characters, score_captions, undefined_metrics
-from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
 from vlmds.evaluation.verdict import MARGIN, pair_tests, verdict
 from vlmds.evaluation.word_accuracy import word_accuracy

@@ -23,10 +23,10 @@ from vlmds.models.language import load_tokenizer
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import find_card
-from vlmds.planning.checks import check_experiment, sequence_builder, training_reader
 from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
+from vlmds.planning.start_checks import check_experiment, sequence_builder, training_reader
 from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0

@@ -31,8 +31,8 @@ from starlette.exceptions import HTTPException
 
 from vlmds.errors import SampleError
 from vlmds.inference.options import GenerationOptions
-from vlmds.serve.fetch import fetch
 from vlmds.serve.loaded import Busy, Models, RequestError
+from vlmds.serve.url_download import fetch
 
 UPLOADS = 4  # bodies read at once; others wait before theirs is
 READING = 600.0  # seconds that a body may take to arrive

@@ -36,7 +36,7 @@ from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.hub import pretrained_models
 from vlmds.models.language import load_tokenizer
-from vlmds.planning.checks import check_experiment, sequence_builder
+from vlmds.planning.start_checks import check_experiment, sequence_builder
 from vlmds.runs.folder import RunFolder, check_run_folder, open_run
 from vlmds.runs.lineage import base_weights, recorded_revisions
 from vlmds.training.ds_config import check_ds_config, find_ds_config
