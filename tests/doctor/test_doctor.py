@@ -206,6 +206,30 @@ def test_one_machine_with_all_faults(models, shards, tmp_path):
     assert "000000.tar" in failed[3], printed
 
 
+STUCK = """
+import atexit, sys
+from vlmds.cli import main
+atexit.register(print, "normal exit of Python", flush=True)
+sys.exit(main(["doctor", *sys.argv[1:]]))
+"""
+
+
+def test_a_plain_process_ends_beside_a_check_that_does_not(models, tmp_path):
+    """Python's normal exit may abort while a thread is inside a library."""
+    os.mkfifo(tmp_path / ".doctor-write-0.tmp")  # opening it for writing blocks
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, "--output", ".", "--seconds", "5", "--set", *tiny.settings(models)],
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "FAILED   output: no answer within 5 s" in done.stdout
+    assert "normal exit" not in done.stdout
+
+
 SLOW = """
 from pathlib import Path
 import torch

@@ -93,7 +93,7 @@ def test_with_few_visual_tokens_the_host_is_the_slower_one():
         experiment = load_experiment(exp, overrides)
         model = meta_models(experiment)
         freeze(model.captioner, experiment.stages[1])
-        return predicted_rate(experiment, experiment.stages[1], model, find_card(card), every, False)
+        return predicted_rate(experiment, model, find_card(card), every, False)
 
     assert rate("e7", "h100") == pytest.approx(2 / 73.8e-3) == rate("e7", "b200")
     assert rate("e7", "h100", 1) == pytest.approx(2 / (1.5 * 73.8e-3))  # forward a second time

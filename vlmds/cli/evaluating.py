@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmds.cli.generation import add_generation, add_loading, generation_options
-from vlmds.cli.options import add_data, add_set, load
+from vlmds.cli.options import add_data, add_generation, add_loading, add_set, generation_options, load
 from vlmds.console.progress import log_line
 from vlmds.errors import InputError
 
@@ -133,10 +132,10 @@ def add_evaluate(commands) -> None:
     add("--output", type=Path, metavar="DIR", help="for the results (default: RUN/evaluation/SPLIT)")
     add("--as", dest="name", metavar="NAME", help="write to RUN/evaluation/NAME, beside other evaluations")
     add("--clips", type=int, metavar="N", help="evaluate only N clips, evenly spaced (default: all)")
-    add_generation(command)
+    add_generation(add)
     add("--batch-size", type=int, default=8, metavar="N", help="clips per batch (default: 8)")
     add("--again", action="store_true", help="repeat a finished evaluation, or replace one that has other settings")
-    add_loading(command)
+    add_loading(add)
     command.set_defaults(call=evaluate)
 
 

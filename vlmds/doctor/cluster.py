@@ -292,7 +292,7 @@ def step_rate(experiment: Experiment, card: Card) -> float:
     model, stage = meta_models(experiment), experiment.stages[-1]
     freeze(model.captioner, stage)
     stored = open_dataset(experiment.data).store == "features"
-    return predicted_rate(experiment, stage, model, card, 0, stored)
+    return predicted_rate(experiment, model, card, 0, stored)
 
 
 def judge_decoding(total: float, wanted: float | None, text: str, predicted: bool = False) -> Finding:

@@ -85,7 +85,7 @@ def plan_experiment(
     if rate is None:
         freeze(model.captioner, experiment.stages[-1])
         assumed = find_card(ASSUMED_CARD)
-        rate = predicted_rate(experiment, experiment.stages[-1], model, assumed, 0, stored)
+        rate = predicted_rate(experiment, model, assumed, 0, stored)
         how = f"predicted on {assumed.name}; give --gpu, or --samples-per-second if you know it"
     return "\n\n".join(
         [
