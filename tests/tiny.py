@@ -28,6 +28,7 @@ from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
 from vlmds.models.sequences import SequenceBuilder, TokenSequence
+from vlmds.packing.pack import pack
 
 SIDE = 28  # pixels; patches of 14, so 4 a frame
 FRAMES = 4
@@ -157,6 +158,12 @@ def teach(model: Model, prompt: str, lessons: Sequence[Lesson]) -> None:
         if loss < 0.01:  # in the mean over the words, so that none is in doubt
             return
     raise AssertionError(f"{loss:.3f} after 400 steps: the model does not learn to speak")
+
+
+def pack_frames(manifest: Path, out: Path, **options) -> Path:
+    """Pack the manifest as a frames store that fits these models; returns ``out``."""
+    pack(manifest, out, store="frames", num_frames=FRAMES, image_size=SIDE, progress=False, **options)
+    return out
 
 
 def settings(models: Path, data: Path | None = None) -> list[str]:

@@ -33,7 +33,6 @@ from vlmds.inference import generation
 from vlmds.inference.generation import GenerationOptions, generate_captions
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.packing.convert import convert_from_options
-from vlmds.packing.pack import pack
 from vlmds.video.pool import Clip, decode_videos, decode_windows, video_facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -399,7 +398,7 @@ def test_a_packed_dataset_is_captioned_sample_by_sample(artifact, captioner, mod
         ],
     )
     data = tmp_path / "frames"
-    pack(manifest, data, store="frames", num_frames=tiny.FRAMES, image_size=tiny.SIDE, progress=False)
+    tiny.pack_frames(manifest, data)
     if store == "features":
         convert_from_options(
             data,

@@ -172,31 +172,12 @@ def launch_command(node: Node, launcher: str, hostfile: Path, port: int, script:
             "test",
             str(script),
         ]
+    place = ["--node_rank", str(node.rank), "--master_addr", ADDRESSES[0], "--master_port", str(port)]
     if launcher == "torchrun":
-        return [
-            *torchrun,
-            "--node_rank",
-            str(node.rank),
-            "--master_addr",
-            ADDRESSES[0],
-            "--master_port",
-            str(port),
-            str(script),
-        ]
+        return [*torchrun, *place, str(script)]
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    return [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--hostfile",
-        str(hostfile),
-        "--no_ssh",
-        "--node_rank",
-        str(node.rank),
-        "--master_addr",
-        ADDRESSES[0],
-        "--master_port",
-        str(port),
-        str(script),
-    ]
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    return [deepspeed, "--hostfile", str(hostfile), "--no_ssh", *place, str(script)]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.manual.optimisations import curves, differences
-from tests.training.engine_worker import batch, tiny_captioner
+from tests.training.engine_worker import TINY_PROJECTOR, batch, tiny_captioner
 from tests.training.launch import forked, metrics
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
@@ -93,16 +93,7 @@ def test_other_values_are_refused(value):
 
 def test_it_changes_no_gradient():
     """Dropout included: its masks are drawn again alike."""
-    experiment = load_experiment(
-        "e8",
-        [
-            "projector.width=32",
-            "projector.num_queries=4",
-            "projector.num_heads=2",
-            "data.num_frames=2",
-            "peft.dropout=0.3",
-        ],
-    )
+    experiment = load_experiment("e8", [*TINY_PROJECTOR, "peft.dropout=0.3"])
     captioner = tiny_captioner(experiment)
     captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, experiment.stages[1])
