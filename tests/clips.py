@@ -13,7 +13,7 @@ SHARED_VIDEOS = SHARED / "videos"
 
 
 def picture(i: int, width: int, height: int) -> np.ndarray:
-    """Frame i: a gradient that moves, with a square whose grey tells i. uint8 [H, W, 3]."""
+    """Frame i: a gradient that moves, with a square whose grey level encodes i. uint8 [H, W, 3]."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([(x * 2 + i * 5) % 256, (y * 2) % 256, (x + y) % 256], -1).astype(np.uint8)
     image[: height // 2, : width // 2] = (i * 4) % 256

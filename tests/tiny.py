@@ -39,8 +39,8 @@ def make_models(
 ) -> Path:
     """Write folder/clip and folder/qwen3; returns folder.
 
-    speaking: whatever it is shown, the language model says one word after the other and never ends
-    by itself: see :func:`_speak`. Which words is for :func:`teach`.
+    speaking: for any input the language model generates one word after the other and never ends by
+    itself: see :func:`_speak`. :func:`teach` decides which words.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

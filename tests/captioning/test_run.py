@@ -1,4 +1,4 @@
-"""`vlmds caption`: what it writes does not depend on how it was run."""
+"""`vlmds caption`: the same output however it is run, stopped and resumed."""
 
 import csv
 import json

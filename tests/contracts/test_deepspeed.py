@@ -1,5 +1,5 @@
 """DeepSpeed: the ZeRO-2 optimizer's private parts, which vlmds/training/engine.py overrides and
-vlmds/training/checkpoint.py and ema.py read; tests/training/test_norm.py shows what is made of them."""
+vlmds/training/checkpoint.py and ema.py read; tests/training/test_norm.py tests the result."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""huggingface_hub: the cache's layout and what vlmds/models/hub.py and fetch.py take from inside it."""
+"""huggingface_hub: the cache's layout and what vlmds/models/hub.py and fetch.py use of its internals."""
 
 import inspect
 

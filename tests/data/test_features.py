@@ -1,3 +1,5 @@
+"""The features store: its members, and training on it against training on frames."""
+
 import json
 import re
 import shlex

@@ -1,3 +1,5 @@
+"""Loading of micro-batches: the same samples for any split of the work, and bad samples."""
+
 import json
 import multiprocessing
 import os

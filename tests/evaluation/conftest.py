@@ -1,4 +1,4 @@
-"""Tiny models, packed clips and runs, made once."""
+"""Fixtures: tiny models, packed clips and runs, made once."""
 
 import json
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른�
 def make_run(
     models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, *overrides, lessons: Sequence[tiny.Lesson] = ()
 ) -> Path:
-    """A run folder as training leaves it, with random weights that do look at the video, or that
-    were taught the lessons."""
+    """A run folder as training leaves it, with random weights whose captions depend on the video, or
+    that were trained on the lessons."""
     extra = tiny.RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*tiny.settings(models, shards), *extra, *overrides])
     model = load_model(experiment, torch.device("cpu"))

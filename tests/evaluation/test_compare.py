@@ -145,10 +145,10 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     assert not any("global batch" in w["en"] for w in compare([load_run(path) for path in paths])["warnings"])
     record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other", "global_batch": 64}))
     found = compare([load_run(path) for path in paths])
-    told = "\n".join(w["en"] for w in found["warnings"])
-    assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
-    assert "not trained on the same data" in told
-    assert "different global batches" in told and "e3: 4; " in told and ": 64" in told
+    warnings = "\n".join(w["en"] for w in found["warnings"])
+    assert "differ in prompt: e3: 무엇?" in warnings and "differ in num_frames" in warnings
+    assert "not trained on the same data" in warnings
+    assert "different global batches" in warnings and "e3: 4; " in warnings and ": 64" in warnings
     keys = {d["key"]: d["expected"] for d in found["differences"]}
     assert keys["peft.type"] and keys["projector.type"] and "data.prompt" not in keys
 

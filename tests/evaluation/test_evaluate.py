@@ -1,4 +1,4 @@
-"""Evaluation of tiny models: what it says, and that it does not depend on how it was run."""
+"""Evaluation of tiny models: its results, the same however it is run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Against hand-computed values, and against independent code on Korean pairs."""
+"""Metrics against hand-computed values, and against independent code on Korean pairs."""
 
 import math
 import unicodedata

@@ -1,4 +1,4 @@
-"""The page in a real browser, and the tables."""
+"""The comparison report in a real browser, and its tables."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What is read of a folder of tests.formats.make, as JSON values."""
+"""The content of a folder of tests.formats.make, as JSON values."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How captions are written, with a tiny model that is made to speak."""
+"""Caption generation by a tiny model that generates words with certainty."""
 
 import argparse
 

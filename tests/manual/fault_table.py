@@ -1,4 +1,4 @@
-"""Bring on each fault, see what happens, and print the table of docs/reliability.md.
+"""The table of docs/reliability.md: each fault is caused, and its effect observed.
 
 python -m tests.manual.fault_table [NAME …]
 """

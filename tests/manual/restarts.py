@@ -1,4 +1,4 @@
-"""`--max-restarts` over two nodes, for real, on two machines that are one.
+"""`--max-restarts` over two nodes, which are two network namespaces of this machine.
 
 `python -m tests.manual.restarts FOLDER` (as root) trains across two network namespaces under
 launch/torchrun.py, kills the rank of either node and cuts the link for a while; each time the ranks

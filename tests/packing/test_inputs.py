@@ -1,4 +1,4 @@
-"""Manifests as people and other tools write them: each test makes its own file."""
+"""Manifests as people and other tools write them. Each test makes its own file."""
 
 import json
 import os

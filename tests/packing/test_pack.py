@@ -1,3 +1,5 @@
+"""Packing: the bytes of a dataset, and bad videos."""
+
 import errno
 import json
 import os

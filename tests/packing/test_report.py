@@ -1,3 +1,5 @@
+"""`pack_report.html`: its figures, in both languages, and its safety."""
+
 import base64
 import io
 import re

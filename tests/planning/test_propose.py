@@ -1,4 +1,4 @@
-"""Operations counted from shapes against those that run, and what is proposed for a card."""
+"""Operations counted from shapes against those that run, and proposals for a card."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checks before a start: training, the plan and the doctor refuse the same, in the same words."""
+"""Checks before a start: training, the plan and the doctor refuse the same things with the same messages."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The page in a real browser, and the command."""
+"""The web page in a real browser, and the command `vlmds serve`."""
 
 import json
 import os

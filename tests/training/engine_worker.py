@@ -1,4 +1,4 @@
-"""Two stages of three optimizer steps on a tiny captioner; rank 0 writes what it saw as JSON.
+"""Two stages of three optimizer steps on a tiny captioner; rank 0 writes its results as JSON.
 
 With "plain" among the overrides DeepSpeed reduces the gradients of every micro-batch, as it does by
 itself.

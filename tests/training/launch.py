@@ -1,4 +1,4 @@
-"""Start real training processes, and leave none behind."""
+"""Start and clean-up of real training processes."""
 
 import json
 import os

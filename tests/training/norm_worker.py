@@ -1,5 +1,5 @@
-"""Optimizer steps on a tiny captioner, some with a gradient that is no number on the last rank
-alone; rank 0 writes what all ranks saw as JSON: `norm_worker.py OUTPUT DS_CONFIG [OVERRIDE …]`."""
+"""Optimizer steps on a tiny captioner, some with a NaN gradient on the last rank alone; rank 0
+writes the results of all ranks as JSON: `norm_worker.py OUTPUT DS_CONFIG [OVERRIDE …]`."""
 
 import json
 import sys

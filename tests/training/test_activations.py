@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, and as little of it as fits."""
+"""Activation checkpointing: the same gradients, and the fewest layers recomputed for which the memory is enough."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_auto_looks_at_the_gpu_also_outside_of_a_job(monkeypatch):
 
 
 def test_what_is_loaded_already_does_not_count_twice(monkeypatch):
-    """A plan holds the weights; on the GPU PyTorch has them already. What others hold is not free."""
+    """A plan counts the weights; on the GPU PyTorch has them already. What others use is not free."""
     experiment = setting("auto")
 
     def chosen(free, held):

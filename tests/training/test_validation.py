@@ -1,4 +1,4 @@
-"""Validation in training: captions, the best checkpoint, ending early."""
+"""Validation in training: captions, the best checkpoint, early stopping."""
 
 import json
 import math

@@ -1,3 +1,5 @@
+"""Decoding processes: deadlines, crashes, replacement."""
+
 import os
 import pickle
 import signal

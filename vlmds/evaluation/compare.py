@@ -1,4 +1,4 @@
-"""Numbers of `vlmds compare`: which experiment is best, by how much, and can the data decide it.
+"""Numbers of `vlmds compare`: which experiment is best, by how much, and whether the difference is significant.
 
 Runs are compared on the same clips. :mod:`vlmds.evaluation.statistics` says how sure a difference is,
 :mod:`vlmds.evaluation.verdict` which experiment to take, and :mod:`vlmds.evaluation.like_for_like` what
@@ -44,7 +44,7 @@ def compare(
     undefined = undefined_metrics(names)
     metric = metric or names[0]
     if metric in undefined:
-        raise InputError(f"--metric {metric}: undefined, for the references of the clips do not differ")
+        raise InputError(f"--metric {metric}: undefined, because the references of the clips do not differ")
     if metric not in names:
         raise InputError(f"--metric {metric}: no such metric; the runs share {', '.join(names)}")
     if not 0 < margin < 1:

@@ -1,4 +1,4 @@
-"""Make one store from another: video -> frames, video -> features, frames -> features.
+"""Conversion of one store to another: video -> frames, video -> features, frames -> features.
 
 A conversion keeps splits, shard numbers, keys, order and captions: training and validation read the
 same samples in the same order. A shard of the result is a pure function of the source's shard and

@@ -1,4 +1,4 @@
-"""Pack shards on a Ray cluster: `vlmds pack --engine ray`.
+"""Packing of shards on a Ray cluster: `vlmds pack --engine ray`.
 
 A task packs one shard: a lost worker costs one shard, which Ray packs again elsewhere, to the same
 bytes. All workers must see the videos and the output folder under the same paths or URLs.

@@ -1,7 +1,7 @@
 """The format of checkpoints: the trainables in fp32, their Adam moments, and the stage's progress.
 
     checkpoints/align-0000200/
-        rank-00000.safetensors ...   what each rank's ZeRO-2 partition holds, cut by parameter
+        rank-00000.safetensors ...   the content of each rank's ZeRO-2 partition, cut by parameter
         checkpoint.json              written last: the state, and size and sha256 of each file
 
 A tensor is named ``exp_avg/projector.net.weight/4096``: what it is, of which parameter, from which

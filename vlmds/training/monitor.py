@@ -235,7 +235,7 @@ def peak_memory() -> int:
     if get_accelerator().device_name() != "cpu":
         return get_accelerator().max_memory_allocated()
     try:
-        # Of this program alone: getrusage starts from what the process that started it held.
+        # Of this program alone: getrusage starts from the memory of the process that started it.
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:  # no Linux
         found = None

@@ -1,4 +1,4 @@
-"""The schedule: each stage loads what the one before left, trains, and leaves an artifact.
+"""The schedule: each stage loads the previous one's artifact, trains, and writes its own.
 
 A stage always starts from the artifact on disk, never from what is in memory: a run that was stopped
 between two stages equals one that was not.
