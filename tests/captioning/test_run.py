@@ -239,7 +239,7 @@ def test_a_signal_stops_it_with_3_and_nothing_is_lost(artifact, folder, tmp_path
     assert lines(out)[: len(done)] == done and len(lines(out)) == 47
 
 
-def test_other_settings_are_refused_by_name_and_again_starts_anew(artifact, folder, tmp_path, capsys):
+def test_other_settings_are_refused_by_name_and_again_starts_over(artifact, folder, tmp_path, capsys):
     out = tmp_path / "captions.jsonl"
     video = folder / "a.mp4"
     assert main(command(artifact, video, "--out", out)) == 0

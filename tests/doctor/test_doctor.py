@@ -293,7 +293,7 @@ os._exit(0)
 
 
 def test_a_link_that_never_answers_is_reported(tmp_path):
-    """NCCL, for one, has no timeout while it connects. All links together take longer than the watchdog
+    """NCCL, for example, has no timeout while it connects. All links together take longer than the watchdog
     allows for one."""
     script = tmp_path / "rank.py"
     script.write_text(HUNG)

@@ -135,7 +135,7 @@ def test_other_clips_are_left_out_with_a_warning_and_none_in_common_is_refused(r
         compare([load_run(path) for path in paths])
 
 
-def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
+def test_other_prompt_frames_and_data_are_reported(runs, tmp_path):
     paths = copies(runs, tmp_path)
     file = paths[0] / "evaluation" / "val" / "metrics.json"
     metrics = json.loads(file.read_text())

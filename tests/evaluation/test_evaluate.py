@@ -207,7 +207,7 @@ def lengths(folder):
     return [len(line["caption"].split()) for line in read_evaluation(folder)[1]]
 
 
-def test_other_settings_stand_beside_a_finished_evaluation_or_replace_it_when_told(models, shards, tmp_path):
+def test_other_settings_stand_beside_a_finished_evaluation_or_replace_it_on_request(models, shards, tmp_path):
     run = make_run(models, shards, tmp_path / "e8", "e8")
     short = GenerationOptions(max_new_tokens=2)
     one = evaluate_run(run, clips=2, generation=short)

@@ -2,7 +2,7 @@
 
 `python -m tests.manual.slurm FOLDER` (as root; needs Debian's slurm-wlm and munge) submits a
 run, asks it to stop as Slurm does before the time limit, kills a rank of it, lets it go back into
-the queue, and compares with a run that nothing happened to. Configuration, keys, state and logs lie
+the queue, and compares with an uninterrupted run. Configuration, keys, state and logs lie
 in FOLDER; a Slurm of the machine's own is not touched.
 """
 

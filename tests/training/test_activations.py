@@ -33,7 +33,7 @@ def gpu(monkeypatch, free, held=0):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held)
 
 
-def test_auto_looks_at_the_gpu_also_outside_of_a_job(monkeypatch):
+def test_auto_measures_the_gpu_also_outside_of_a_job(monkeypatch):
     """As the baselines of `vlmds bench train` do."""
     experiment = setting("auto")
     for free, expected in ((1e15, 0), (1e9, 1)):
@@ -55,7 +55,7 @@ def test_what_is_loaded_already_does_not_count_twice(monkeypatch):
 
 
 def test_the_rank_with_the_least_free_memory_decides_for_all(tmp_path: Path):
-    """Two ranks; each measures after a collective, for the first one takes memory itself."""
+    """Two ranks; each measures after a collective, because the first one takes memory itself."""
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, torch\n"
