@@ -23,7 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from vlmds.errors import InputError
-from vlmds.files import check_writable, is_url, path_in, write
+from vlmds.files import is_url, path_in, write
+from vlmds.permissions import check_writable
 from vlmds.runs.rank_jsonl import Appender, RankJsonl, Record
 
 if TYPE_CHECKING:  # it imports PyTorch

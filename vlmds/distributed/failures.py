@@ -12,7 +12,7 @@ from vlmds.distributed.lost_ranks import connection_lost
 from vlmds.distributed.ranks import is_main, leave, rank_and_world
 from vlmds.distributed.watchdog import note_failure, report_failure, report_lost_rank
 from vlmds.errors import InputError, Stopped
-from vlmds.files import unusable_place
+from vlmds.permissions import unusable_place
 
 
 def run_on_ranks(command: Callable[[], int]) -> int:

@@ -37,11 +37,12 @@ from vlmds.evaluation.metrics import describe_captions, score_captions, summaris
 from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
 from vlmds.experiments.differences import changed_settings
 from vlmds.experiments.schema import Experiment
-from vlmds.files import absolute, check_writable, write
+from vlmds.files import absolute, write
 from vlmds.inference.options import GenerationOptions, caption_settings
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import artifact_experiment, read_artifact, weights_sha256
 from vlmds.models.assemble import Model
+from vlmds.permissions import check_writable
 from vlmds.runs.folder import final_artifact
 from vlmds.runs.rank_jsonl import RankJsonl, json_line
 

@@ -34,13 +34,14 @@ from vlmds.export.llava import fits_llava, write_llava
 from vlmds.export.merge import load_unmerged, merge_adapter, unquantised
 from vlmds.export.parity import Parity, captioner_logits, compare_logits, folder_logits, make_probes
 from vlmds.export.remote_code import write_remote
-from vlmds.files import check_writable, copy_files, new_folder, sha256_of
+from vlmds.files import copy_files, new_folder, sha256_of
 from vlmds.inference.video_captioner import VideoCaptioner, choose_device
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import counted_phase
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.permissions import check_writable
 from vlmds.runs.folder import final_artifact
 
 PEFT_CARD = ("README.md",)  # a template with nothing filled in

@@ -32,13 +32,14 @@ from vlmds.data.index import VERSION, SampleRow, ShardIndex
 from vlmds.data.shard_reader import ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
-from vlmds.files import as_path, check_writable, is_url
+from vlmds.files import as_path, is_url
 from vlmds.packing.finish import finish_dataset
 from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.packing.options import PackOptions
 from vlmds.packing.pack import PackSummary
 from vlmds.packing.shards import Shard, json_line, unfinished, write_shard
+from vlmds.permissions import check_writable
 from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import RESIZER
 from vlmds.video.pool import DecodePool

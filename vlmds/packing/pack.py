@@ -16,7 +16,7 @@ from typing import Any
 from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.errors import InputError
-from vlmds.files import as_path, check_writable, driver_advice, is_url
+from vlmds.files import as_path, driver_advice, is_url
 from vlmds.packing.captions import CutCaptions
 from vlmds.packing.finish import Base, Finished, finish_dataset
 from vlmds.packing.local import pack_here
@@ -27,6 +27,7 @@ from vlmds.packing.shard_plan import shards_of, without_duplicates
 from vlmds.packing.shards import Shard, unfinished
 from vlmds.packing.split import with_val
 from vlmds.packing.video_facts import facts_of
+from vlmds.permissions import check_writable
 
 
 @dataclass(frozen=True)
