@@ -117,9 +117,9 @@ def change_size(path: Path, codec: str, **options) -> Path:
     return path
 
 
-def write_animation(path: Path, milliseconds: list[int], width=64, height=48) -> Path:
+def write_animation(path: Path, milliseconds: list[int]) -> Path:
     """An animated WebP (lossless), GIF or APNG of one picture for each of the durations."""
-    first, *rest = (Image.fromarray(picture(i, width, height)) for i in range(len(milliseconds)))
+    first, *rest = (Image.fromarray(picture(i, 64, 48)) for i in range(len(milliseconds)))
     options = {"lossless": True} if path.suffix == ".webp" else {}
     form = {".webp": "WEBP", ".gif": "GIF", ".apng": "PNG"}[path.suffix]
     first.save(path, form, save_all=True, append_images=rest, duration=milliseconds, **options)

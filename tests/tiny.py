@@ -118,8 +118,8 @@ them: words of :func:`words`, as in "빨간 원이 왼쪽으로 움직입니다"
 
 
 def make_speaker(models: Path, folder: Path, exp: str, lessons: Sequence[Lesson] = ()) -> None:
-    """An artifact on speaking models whose captions begin as the lessons say; without any it says
-    whatever words."""
+    """An artifact on speaking models whose captions begin as the lessons say; without any, the words
+    are arbitrary."""
     extra = RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*settings(models), *extra])
     with torch.random.fork_rng(devices=[]):

@@ -35,11 +35,6 @@ META = {"num_frames": 2, "vision": {"patches": 3, "width": 4}}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def stores(models, tmp_path_factory):
     """One dataset as frames and as features, pooled and not: a folder."""
     folder = tmp_path_factory.mktemp("stores")

@@ -63,14 +63,12 @@ def reader(index, **options):
     return SampleReader(Dataset([index]), "train", FRAMES, SIDE, **options)
 
 
-def global_batches(reader, collate, world, micro, workers, steps=(0, 3), batch=8):
+def global_batches(reader, collate, world, micro, workers, steps=(0, 3)):
     """Keys of each optimizer step's global batch, in order of position, as `world` ranks read it."""
-    accumulation = batch // (world * micro)
+    accumulation = 8 // (world * micro)
     parts = {}
     for rank in range(world):
-        positions = TrainingPositions(
-            *steps, accumulation, rank, global_batch=batch, micro_batch=micro, world_size=world
-        )
+        positions = TrainingPositions(*steps, accumulation, rank, global_batch=8, micro_batch=micro, world_size=world)
         for number, found in enumerate(Batches(reader, positions, collate, workers)):
             step, turn = divmod(number, accumulation)
             parts[step, turn, rank] = found["keys"]
@@ -110,7 +108,7 @@ def test_every_split_of_the_work_reads_the_same_positions_and_each_sample_once(
     seen = {step: [] for step in range(first, first + steps)}
     for rank in range(world):
         positions = TrainingPositions(
-            first, first + steps, factor, rank, global_batch=batch, micro_batch=micro, world_size=world
+            first, first + steps, factor, rank, global_batch=8, micro_batch=micro, world_size=world
         )
         assert len(positions) == steps * factor  # equal steps on every rank
         for number, part in enumerate(positions):

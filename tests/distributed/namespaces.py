@@ -239,9 +239,7 @@ def same_weights(a: Path, b: Path) -> bool:
     )
 
 
-def node_gone(
-    folder: Path, models: Path, shards: Path, survivor: int, seconds: float, launcher: str = "torchrun"
-) -> tuple[int, float, list[str]]:
+def node_gone(folder: Path, models: Path, shards: Path, survivor: int, seconds: float) -> tuple[int, float, list[str]]:
     """While the rank on node ``survivor`` waits outside of collectives (as for a GPU), the other node is
     lost: no packet passes any more, and all its processes are killed.
 
@@ -265,7 +263,7 @@ def node_gone(
     )
     with (
         two_nodes() as nodes,
-        launched(nodes, launcher, log, 29506, words, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault)) as processes,
+        launched(nodes, "torchrun", log, 29506, words, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault)) as processes,
     ):
         deadline = time.monotonic() + START_SECONDS
         while not struck.exists():

@@ -145,9 +145,9 @@ def context(models, output, *overrides):
     )
 
 
-def finding(check, *arguments, seconds=20):
+def finding(check, *arguments):
     """The most severe finding of the check."""
-    return max(findings_within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
+    return max(findings_within(20, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
 
 
 def alone(tmp_path, *words, before=(), **variables):

@@ -118,8 +118,8 @@ def test_a_run_of_a_blend_is_evaluated_on_one_dataset(result, run, shards, tmp_p
     same(result, tmp_path / "one")
 
 
-def test_a_model_that_does_not_look_is_warned_of(run, tmp_path, result):
-    """The same projection whatever the video: blind is as good, exactly."""
+def test_a_model_that_ignores_the_video_is_warned_of(run, tmp_path, result):
+    """The projection ignores the video, so the blind scores are exactly as good."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(run / "artifacts" / "finetune", tmp_path / "artifact")

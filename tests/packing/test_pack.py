@@ -51,8 +51,8 @@ def children(*parents: int) -> dict[int, int]:
     return found
 
 
-def eventually(condition, seconds=60.0) -> bool:
-    end = time.monotonic() + seconds
+def eventually(condition) -> bool:
+    end = time.monotonic() + 60
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()

@@ -19,11 +19,6 @@ from vlmds.planning.memory import longest
 from vlmds.planning.propose import predicted_rate, proposals
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.mark.parametrize("exp", ["e3", "e7"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_operations_are_those_that_run(models, exp, stage):

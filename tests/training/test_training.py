@@ -23,8 +23,8 @@ from vlmds.training.origin import begin
 pytestmark = pytest.mark.distributed
 
 
-def weights(run, stage="finetune"):
-    folder = run / "artifacts" / stage
+def weights(run):
+    folder = run / "artifacts" / "finetune"
     return load_file(folder / "projector.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
