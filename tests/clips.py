@@ -13,7 +13,7 @@ SHARED_VIDEOS = SHARED / "videos"
 
 
 def picture(i: int, width: int, height: int) -> np.ndarray:
-    """Frame i: a gradient that moves, with a square whose grey tells i. uint8 [H, W, 3]."""
+    """Frame i: a gradient that moves, with a square whose grey level encodes i. uint8 [H, W, 3]."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([(x * 2 + i * 5) % 256, (y * 2) % 256, (x + y) % 256], -1).astype(np.uint8)
     image[: height // 2, : width // 2] = (i * 4) % 256
@@ -117,9 +117,9 @@ def change_size(path: Path, codec: str, **options) -> Path:
     return path
 
 
-def write_animation(path: Path, milliseconds: list[int], width=64, height=48) -> Path:
+def write_animation(path: Path, milliseconds: list[int]) -> Path:
     """An animated WebP (lossless), GIF or APNG of one picture for each of the durations."""
-    first, *rest = (Image.fromarray(picture(i, width, height)) for i in range(len(milliseconds)))
+    first, *rest = (Image.fromarray(picture(i, 64, 48)) for i in range(len(milliseconds)))
     options = {"lossless": True} if path.suffix == ".webp" else {}
     form = {".webp": "WEBP", ".gif": "GIF", ".apng": "PNG"}[path.suffix]
     first.save(path, form, save_all=True, append_images=rest, duration=milliseconds, **options)

@@ -1,5 +1,5 @@
-"""What the tests share: tiny models and a run of them; real clips and the full Qwen vocabulary,
-when they lie beside the project."""
+"""Shared fixtures: tiny models and a run of them; real clips and the full Qwen vocabulary, if they are
+in a folder beside the project."""
 
 import os
 from pathlib import Path

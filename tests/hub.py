@@ -23,8 +23,8 @@ class Hub(ThreadingHTTPServer):
     gated: names that only say that they exist. visibility: of the repositories that clients made.
     downloads: how often each "name/path" was sent whole. asked: all requests, "METHOD path".
     cuts: so many times, a file is sent up to its half and the connection closed.
-    claimed: path -> bytes that the hub claims of a file. private: names of which clients are not
-    told; denied: names whose files this account may not read. broken: so many times, a weight file is
+    claimed: path -> bytes that the hub claims of a file. private: names that clients cannot see;
+    denied: names whose files this account may not read. broken: so many times, a weight file is
     answered with 500. listings, sizes: whether the files of a repository can be listed, and how large
     they are.
     """

@@ -1,4 +1,4 @@
-"""README, docs/, CONTRIBUTING and launch/README.md: links, paths and commands exist, the site builds."""
+"""README, docs/, CONTRIBUTING and launch/README.md: their links, paths and commands exist, and the site builds."""
 
 import argparse
 import re

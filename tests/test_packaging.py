@@ -1,4 +1,4 @@
-"""A wheel has all that the commands need where no repository is around them."""
+"""The wheel: it contains all that the commands need outside the repository."""
 
 import shutil
 import subprocess

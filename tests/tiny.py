@@ -28,6 +28,7 @@ from vlmds.models.assemble import Model, load_model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.language import add_adapter
 from vlmds.models.sequences import SequenceBuilder, TokenSequence
+from vlmds.packing.pack import pack
 
 SIDE = 28  # pixels; patches of 14, so 4 a frame
 FRAMES = 4
@@ -38,8 +39,8 @@ def make_models(
 ) -> Path:
     """Write folder/clip and folder/qwen3; returns folder.
 
-    speaking: whatever it is shown, the language model says one word after the other and never ends
-    by itself: see :func:`_speak`. Which words is for :func:`teach`.
+    speaking: for any input the language model generates one word after the other and never ends by
+    itself: see :func:`_speak`. :func:`teach` decides which words.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -117,8 +118,8 @@ them: words of :func:`words`, as in "빨간 원이 왼쪽으로 움직입니다"
 
 
 def make_speaker(models: Path, folder: Path, exp: str, lessons: Sequence[Lesson] = ()) -> None:
-    """An artifact on speaking models whose captions begin as the lessons say; without any it says
-    whatever words."""
+    """An artifact on speaking models whose captions begin as the lessons say; without any, the words
+    are arbitrary."""
     extra = RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*settings(models), *extra])
     with torch.random.fork_rng(devices=[]):
@@ -157,6 +158,12 @@ def teach(model: Model, prompt: str, lessons: Sequence[Lesson]) -> None:
         if loss < 0.01:  # in the mean over the words, so that none is in doubt
             return
     raise AssertionError(f"{loss:.3f} after 400 steps: the model does not learn to speak")
+
+
+def pack_frames(manifest: Path, out: Path, **options) -> Path:
+    """Pack the manifest as a frames store that fits these models; returns ``out``."""
+    pack(manifest, out, store="frames", num_frames=FRAMES, image_size=SIDE, progress=False, **options)
+    return out
 
 
 def settings(models: Path, data: Path | None = None) -> list[str]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from vlmds.errors import InputError, SampleError
     from vlmds.evaluation.compare import compare
     from vlmds.evaluation.evaluate import evaluate_run, read_evaluation
+    from vlmds.evaluation.evaluated_runs import load_run
     from vlmds.evaluation.report import write_report
-    from vlmds.evaluation.runs import load_run
     from vlmds.experiments.reading import load_experiment
     from vlmds.experiments.schema import Experiment
     from vlmds.inference.options import GenerationOptions
@@ -57,7 +57,7 @@ _MODULES = {
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate_run", "read_evaluation"),
     "evaluation.report": ("write_report",),
-    "evaluation.runs": ("load_run",),
+    "evaluation.evaluated_runs": ("load_run",),
     "inference.options": ("GenerationOptions",),
     "inference.video_captioner": ("VideoCaptioner",),
     "planning.plan": ("plan_experiment",),

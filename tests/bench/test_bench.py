@@ -67,7 +67,7 @@ def test_data(tmp_path, capsys, monkeypatch):
 
 
 def test_checkpoint(tmp_path):
-    """In a process of its own, for it makes a process group."""
+    """In a process of its own, because it makes a process group."""
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path; from vlmds.bench.checkpoint import bench_checkpoint; "

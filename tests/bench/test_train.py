@@ -1,4 +1,4 @@
-"""`vlmds bench train` compares the same training; `bench scaling` predicts from counted bytes."""
+"""`vlmds bench train`, which compares equal trainings, and `bench scaling`, which predicts from counted bytes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A tiny model that is made to caption, and a folder of videos."""
+"""Fixtures: a tiny model that generates captions, and a folder of videos."""
 
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""The commands as a user runs them: arguments, output, exit codes."""
+
 import json
 import os
 import shutil

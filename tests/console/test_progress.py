@@ -11,7 +11,7 @@ import time
 import pytest
 
 from vlmds.console import progress
-from vlmds.console.progress import Phase, phase, tell
+from vlmds.console.progress import Phase, log_line, phase
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_on_a_terminal_the_line_is_updated_in_place(screen, capsys):
     with phase("folding", 36, "layers") as p:
         assert terminal.there.wait(30)
         p.advance(36)
-        tell("another line")  # removes the phase's line first
+        log_line("another line")  # removes the phase's line first
         shown = terminal.getvalue()
     assert "\n" not in shown and shown.count("\r") >= 3
     assert re.search(r"\r +\r$", shown)
@@ -190,4 +190,4 @@ def test_a_closed_terminal_raises_nothing(monkeypatch):
         with phase("loading") as p:
             time.sleep(0.1)
         p.advance()
-        tell("and later lines", gone)
+        log_line("and later lines", gone)

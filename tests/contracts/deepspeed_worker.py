@@ -1,4 +1,4 @@
-"""One optimizer step on a tiny captioner, one rank; what the engine offered goes to a JSON file:
+"""One optimizer step on a tiny captioner, one rank; facts about the engine go to a JSON file:
 `deepspeed_worker.py OUTPUT`."""
 
 import json

@@ -1,5 +1,5 @@
 """DeepSpeed: the ZeRO-2 optimizer's private parts, which vlmds/training/engine.py overrides and
-vlmds/training/checkpoint.py and ema.py read; tests/training/test_norm.py shows what is made of them."""
+vlmds/training/checkpoint.py and ema.py read; tests/training/test_norm.py tests the result."""
 
 import inspect
 import json
@@ -80,7 +80,7 @@ def test_release_removes_all_that_an_engine_leaves_on_a_model(engine):
 
 @pytest.mark.distributed
 def test_the_throughput_timer_can_be_switched_off(engine):
-    """engine.experiment_ds_config: timers.throughput.enabled."""
+    """ds_config.experiment_ds_config: timers.throughput.enabled."""
     assert engine["timer"] is False
 
 
@@ -92,7 +92,7 @@ def test_the_shared_memory_op_is_not_compiled_at_a_start(engine):
 
 
 def test_a_bad_configuration_raises_what_the_check_catches():
-    """engine.check_ds_config."""
+    """ds_config.check_ds_config."""
     with pytest.raises((AssertionError, KeyError, TypeError, ValueError, DeepSpeedConfigError)):
         DeepSpeedConfig({"train_batch_size": "many"})
 

@@ -1,4 +1,4 @@
-"""huggingface_hub: the cache's layout and what vlmds/models/hub.py and fetch.py take from inside it."""
+"""huggingface_hub: the cache's layout and what vlmds/models/hub.py and fetch.py use of its internals."""
 
 import inspect
 
@@ -40,20 +40,20 @@ def test_a_branch_is_resolved_to_a_commit_without_the_network(cache):
 
 
 def test_errors_of_the_connection_are_of_the_httpx_that_the_hub_names():
-    """fetch._translated, artifact.py and export/hub.py catch huggingface_hub.utils.httpx.HTTPError, which need not
+    """hub_download._translated, artifact.py and export/publish.py catch huggingface_hub.utils.httpx.HTTPError, which need not
     be httpx's own."""
     assert issubclass(HfHubHTTPError, httpx.HTTPError)
     assert issubclass(httpx.TimeoutException, httpx.HTTPError) and isinstance(get_session(), httpx.Client)
 
 
 def test_a_download_counts_its_bytes_in_a_bar_of_this_name():
-    """fetch._byte_counter: of snapshot_download's bars the one that begins with "Reconstruct" counts what is on
+    """hub_download._byte_counter: of snapshot_download's bars the one that begins with "Reconstruct" counts what is on
     disk."""
     source = inspect.getsource(_snapshot_download)
     assert 'desc="Reconstructing' in source and "cls=tqdm_class" in source
 
 
 def test_a_model_is_asked_for_with_sizes_and_a_timeout():
-    """fetch.ask_hub."""
+    """hub_download.ask_hub."""
     assert {"revision", "files_metadata", "timeout"} <= set(inspect.signature(HfApi.model_info).parameters)
     assert constants.is_offline_mode() is True  # tests/conftest.py sets HF_HUB_OFFLINE

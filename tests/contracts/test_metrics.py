@@ -1,4 +1,4 @@
-"""sacrebleu and pycocoevalcap: what vlmds/evaluation/metrics.py takes from inside them."""
+"""sacrebleu and pycocoevalcap: what vlmds/evaluation/metrics.py uses of their internals."""
 
 import inspect
 

@@ -27,7 +27,7 @@ def adapted(dora: bool):
     return model, layer
 
 
-def test_a_layer_holds_its_adapter_under_these_names():
+def test_a_layer_has_its_adapter_under_these_names():
     """models/dora.py; and "lora_" in the names of an adapter's parameters (planning, flops, trainable)."""
     model, layer = adapted(dora=True)
     assert layer.scaling["default"] == 2.0 and layer.lora_dropout["default"](torch.ones(1)) == 1

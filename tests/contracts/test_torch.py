@@ -70,7 +70,7 @@ class Dies(IterableDataset):
 
 
 def test_a_dead_reader_process_is_named_as_such():
-    """data/loader.Batches: the words "DataLoader worker" tell it from an error of the reader's own."""
+    """data/loader.Batches: the words "DataLoader worker" distinguish it from the reader's own error."""
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         list(DataLoader(Dies(), batch_size=None, num_workers=1))
 

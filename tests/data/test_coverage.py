@@ -1,4 +1,4 @@
-"""What is said of the edges that are cropped away and of the time between frames."""
+"""Messages about the edges that are cropped away and the time between frames."""
 
 import pytest
 

@@ -1,3 +1,5 @@
+"""The features store: its members, and training on it against training on frames."""
+
 import json
 import re
 import shlex
@@ -33,11 +35,6 @@ META = {"num_frames": 2, "vision": {"patches": 3, "width": 4}}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def stores(models, tmp_path_factory):
     """One dataset as frames and as features, pooled and not: a folder."""
     folder = tmp_path_factory.mktemp("stores")
@@ -46,15 +43,7 @@ def stores(models, tmp_path_factory):
         write_video(folder / f"v{i}.mp4", frames=9 + i, width=64 + 2 * i)
         rows.append({"video": f"v{i}.mp4", "caption": f"{i}번 영상입니다.", "split": "train" if i < 4 else "val"})
     manifest = write_manifest(folder / "m.jsonl", rows)
-    pack(
-        manifest,
-        folder / "frames",
-        store="frames",
-        num_frames=tiny.FRAMES,
-        image_size=tiny.SIDE,
-        shard_size=2,
-        progress=False,
-    )
+    tiny.pack_frames(manifest, folder / "frames", shard_size=2)
     for name, pool in (("features", 1), ("pooled", 2)):
         vision = experiment_on(models, f"vision.pool={pool}").vision
         tower = load_vision_tower(vision, torch.float32, CPU)

@@ -1,3 +1,5 @@
+"""The index of a packed dataset: look-up, damage, memory."""
+
 import errno
 import gc
 import json

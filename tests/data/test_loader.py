@@ -1,3 +1,5 @@
+"""Loading of micro-batches: the same samples for any split of the work, and bad samples."""
+
 import json
 import multiprocessing
 import os
@@ -61,14 +63,12 @@ def reader(index, **options):
     return SampleReader(Dataset([index]), "train", FRAMES, SIDE, **options)
 
 
-def global_batches(reader, collate, world, micro, workers, steps=(0, 3), batch=8):
+def global_batches(reader, collate, world, micro, workers, steps=(0, 3)):
     """Keys of each optimizer step's global batch, in order of position, as `world` ranks read it."""
-    accumulation = batch // (world * micro)
+    accumulation = 8 // (world * micro)
     parts = {}
     for rank in range(world):
-        positions = TrainingPositions(
-            *steps, accumulation, rank, global_batch=batch, micro_batch=micro, world_size=world
-        )
+        positions = TrainingPositions(*steps, accumulation, rank, global_batch=8, micro_batch=micro, world_size=world)
         for number, found in enumerate(Batches(reader, positions, collate, workers)):
             step, turn = divmod(number, accumulation)
             parts[step, turn, rank] = found["keys"]
@@ -108,7 +108,7 @@ def test_every_split_of_the_work_reads_the_same_positions_and_each_sample_once(
     seen = {step: [] for step in range(first, first + steps)}
     for rank in range(world):
         positions = TrainingPositions(
-            first, first + steps, factor, rank, global_batch=batch, micro_batch=micro, world_size=world
+            first, first + steps, factor, rank, global_batch=8, micro_batch=micro, world_size=world
         )
         assert len(positions) == steps * factor  # equal steps on every rank
         for number, part in enumerate(positions):
@@ -168,7 +168,7 @@ def test_both_stores_show_the_same_frames(source, tmp_path):
         assert np.abs(frames - loaded["frames"][key]).mean() < 4, key  # JPEG at quality 95
 
 
-def test_a_damaged_sample_is_replaced_and_told(dataset, collate, tmp_path):
+def test_a_damaged_sample_is_replaced_and_reported(dataset, collate, tmp_path):
     shutil.copytree(dataset.root, tmp_path / "copy")
     copy = ShardIndex.open(tmp_path / "copy")
     source = reader(copy)
@@ -197,7 +197,7 @@ def test_a_damaged_sample_is_replaced_and_told(dataset, collate, tmp_path):
         ("mp4", b"v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n", "cannot be "),
     ],
 )
-def test_a_sample_that_is_not_what_a_store_holds_is_replaced(dataset, collate, monkeypatch, name, data, reason):
+def test_a_sample_that_is_not_what_a_store_contains_is_replaced(dataset, collate, monkeypatch, name, data, reason):
     """Its checksums are right: somebody else packed it."""
     source = reader(dataset)
     row = source.row(0)
@@ -316,7 +316,7 @@ def test_shards_from_elsewhere_are_never_executed_nor_written(dataset, tmp_path)
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_what_a_reader_holds_is_told_while_it_is_stuck(frames_store, collate, tmp_path):
+def test_the_sample_of_a_stuck_reader_is_reported(frames_store, collate, tmp_path):
     """A reader process at a FIFO that nobody writes to; then it is killed, as for lack of memory."""
     shutil.copytree(frames_store.root, tmp_path / "copy")
     index = ShardIndex.open(tmp_path / "copy")

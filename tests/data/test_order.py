@@ -1,3 +1,5 @@
+"""The order of samples: a pure function of seed and epoch."""
+
 from collections import Counter
 
 import pytest

@@ -1,3 +1,5 @@
+"""Stored samples: frames and descriptions, also damaged or hostile ones."""
+
 import io
 import json
 

@@ -1,4 +1,4 @@
-"""A URL that cannot be opened here is refused in one line that says what to install."""
+"""URLs whose driver is not installed: one line that says what to install."""
 
 import sys
 

@@ -1,3 +1,5 @@
+"""`vlmds demo`: its captions, and the whole command on the smallest size."""
+
 import json
 from types import SimpleNamespace
 

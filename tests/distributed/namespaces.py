@@ -172,31 +172,12 @@ def launch_command(node: Node, launcher: str, hostfile: Path, port: int, script:
             "test",
             str(script),
         ]
+    place = ["--node_rank", str(node.rank), "--master_addr", ADDRESSES[0], "--master_port", str(port)]
     if launcher == "torchrun":
-        return [
-            *torchrun,
-            "--node_rank",
-            str(node.rank),
-            "--master_addr",
-            ADDRESSES[0],
-            "--master_port",
-            str(port),
-            str(script),
-        ]
+        return [*torchrun, *place, str(script)]
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    return [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--hostfile",
-        str(hostfile),
-        "--no_ssh",
-        "--node_rank",
-        str(node.rank),
-        "--master_addr",
-        ADDRESSES[0],
-        "--master_port",
-        str(port),
-        str(script),
-    ]
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    return [deepspeed, "--hostfile", str(hostfile), "--no_ssh", *place, str(script)]
 
 
 @contextmanager
@@ -258,9 +239,7 @@ def same_weights(a: Path, b: Path) -> bool:
     )
 
 
-def node_gone(
-    folder: Path, models: Path, shards: Path, survivor: int, seconds: float, launcher: str = "torchrun"
-) -> tuple[int, float, list[str]]:
+def node_gone(folder: Path, models: Path, shards: Path, survivor: int, seconds: float) -> tuple[int, float, list[str]]:
     """While the rank on node ``survivor`` waits outside of collectives (as for a GPU), the other node is
     lost: no packet passes any more, and all its processes are killed.
 
@@ -284,7 +263,7 @@ def node_gone(
     )
     with (
         two_nodes() as nodes,
-        launched(nodes, launcher, log, 29506, words, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault)) as processes,
+        launched(nodes, "torchrun", log, 29506, words, script=FAULTY, VLMDS_TEST_FAULT=json.dumps(fault)) as processes,
     ):
         deadline = time.monotonic() + START_SECONDS
         while not struck.exists():

@@ -1,5 +1,5 @@
-"""The loss of a node or rank ends the others in time, also in a wait outside of collectives; a slow rank does
-not end the job."""
+"""The heartbeat: the loss of a node or rank ends the others in time, also in a wait outside of collectives; a
+slow rank does not end the job."""
 
 import json
 import os

@@ -70,7 +70,7 @@ def test_one_line_for_a_machine_names_the_rank(tmp_path, kind, line):
         ),
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms"), False),
         (dist.DistBackendError("ncclUnhandledCudaError: Call to CUDA function failed."), False),
-        (ConnectionResetError("Connection reset by peer"), False),  # of a data server, for one
+        (ConnectionResetError("Connection reset by peer"), False),  # for example of a data server
         (RuntimeError("shape mismatch"), False),
     ],
 )

@@ -145,9 +145,9 @@ def context(models, output, *overrides):
     )
 
 
-def finding(check, *arguments, seconds=20):
+def finding(check, *arguments):
     """The most severe finding of the check."""
-    return max(findings_within(seconds, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
+    return max(findings_within(20, lambda: check(*arguments)), key=lambda found: LEVELS.index(found.level))
 
 
 def alone(tmp_path, *words, before=(), **variables):
@@ -204,6 +204,30 @@ def test_one_machine_with_all_faults(models, shards, tmp_path):
     ):
         assert words in line, printed
     assert "000000.tar" in failed[3], printed
+
+
+STUCK = """
+import atexit, sys
+from vlmds.cli import main
+atexit.register(print, "normal exit of Python", flush=True)
+sys.exit(main(["doctor", *sys.argv[1:]]))
+"""
+
+
+def test_a_plain_process_ends_beside_a_check_that_does_not(models, tmp_path):
+    """Python's normal exit may abort while a thread is inside a library."""
+    os.mkfifo(tmp_path / ".doctor-write-0.tmp")  # opening it for writing blocks
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, "--output", ".", "--seconds", "5", "--set", *tiny.settings(models)],
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "FAILED   output: no answer within 5 s" in done.stdout
+    assert "normal exit" not in done.stdout
 
 
 SLOW = """
@@ -269,7 +293,7 @@ os._exit(0)
 
 
 def test_a_link_that_never_answers_is_reported(tmp_path):
-    """NCCL, for one, has no timeout while it connects. All links together take longer than the watchdog
+    """NCCL, for example, has no timeout while it connects. All links together take longer than the watchdog
     allows for one."""
     script = tmp_path / "rank.py"
     script.write_text(HUNG)

@@ -1,4 +1,4 @@
-"""Tiny models, packed clips and runs, made once."""
+"""Fixtures: tiny models, packed clips and runs, made once."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.models.artifact import save_artifact
 from vlmds.models.assemble import load_model
 from vlmds.models.language import add_adapter
-from vlmds.packing.pack import pack
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +38,7 @@ def shards(tmp_path_factory) -> Path:
         }
         rows.append(row | ({"prompt": "무엇?"} if i in (5, 9) else {}))
     manifest = write_manifest(folder / "manifest.jsonl", rows)
-    pack(
-        manifest,
-        folder / "out",
-        store="frames",
-        num_frames=tiny.FRAMES,
-        image_size=tiny.SIDE,
-        shard_size=5,
-        progress=False,
-    )
-    return folder / "out"
+    return tiny.pack_frames(manifest, folder / "out", shard_size=5)
 
 
 SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른쪽으로 움직입니다")
@@ -58,8 +48,8 @@ SAYINGS = ("빨간 원이 왼쪽으로 움직입니다", "파란 별이 오른�
 def make_run(
     models: Path, shards: Path, folder: Path, exp: str, seed: int = 5, *overrides, lessons: Sequence[tiny.Lesson] = ()
 ) -> Path:
-    """A run folder as training leaves it, with random weights that do look at the video, or that
-    were taught the lessons."""
+    """A run folder as training leaves it, with random weights whose captions depend on the video, or
+    that were trained on the lessons."""
     extra = tiny.RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []
     experiment = load_experiment(exp, [*tiny.settings(models, shards), *extra, *overrides])
     model = load_model(experiment, torch.device("cpu"))

@@ -12,10 +12,10 @@ from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.evaluation.compare import compare, factors
 from vlmds.evaluation.evaluate import evaluate_run
+from vlmds.evaluation.evaluated_runs import group_runs, load_run
 from vlmds.evaluation.report import write_report
-from vlmds.evaluation.runs import group_runs, load_run
 from vlmds.evaluation.statistics import estimate
-from vlmds.evaluation.words import found_words, word_accuracy
+from vlmds.evaluation.word_accuracy import found_words, word_accuracy
 from vlmds.experiments.schema import PROJECTORS
 from vlmds.inference.generation import GenerationOptions
 
@@ -135,7 +135,7 @@ def test_other_clips_are_left_out_with_a_warning_and_none_in_common_is_refused(r
         compare([load_run(path) for path in paths])
 
 
-def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
+def test_other_prompt_frames_and_data_are_reported(runs, tmp_path):
     paths = copies(runs, tmp_path)
     file = paths[0] / "evaluation" / "val" / "metrics.json"
     metrics = json.loads(file.read_text())
@@ -145,10 +145,10 @@ def test_other_prompt_frames_and_data_are_told(runs, tmp_path):
     assert not any("global batch" in w["en"] for w in compare([load_run(path) for path in paths])["warnings"])
     record.write_text(json.dumps(json.loads(record.read_text()) | {"data_fingerprint": "other", "global_batch": 64}))
     found = compare([load_run(path) for path in paths])
-    told = "\n".join(w["en"] for w in found["warnings"])
-    assert "differ in prompt: e3: 무엇?" in told and "differ in num_frames" in told
-    assert "not trained on the same data" in told
-    assert "different global batches" in told and "e3: 4; " in told and ": 64" in told
+    warnings = "\n".join(w["en"] for w in found["warnings"])
+    assert "differ in prompt: e3: 무엇?" in warnings and "differ in num_frames" in warnings
+    assert "not trained on the same data" in warnings
+    assert "different global batches" in warnings and "e3: 4; " in warnings and ": 64" in warnings
     keys = {d["key"]: d["expected"] for d in found["differences"]}
     assert keys["peft.type"] and keys["projector.type"] and "data.prompt" not in keys
 
@@ -208,7 +208,7 @@ def test_word_accuracy_against_the_most_frequent_answer():
 def test_words_are_matched_as_words_and_not_as_beginnings(installed, monkeypatch):
     """With Kiwi, and by particles without it."""
     if not installed:
-        monkeypatch.setattr("vlmds.evaluation.words.morphemes", lambda: None)
+        monkeypatch.setattr("vlmds.evaluation.word_accuracy.morphemes", lambda: None)
     texts = ["위험한 길", "공이 위로 갑니다.", "상자 위에서도", "위.", "오른쪽으로", "왼쪽과 오른쪽에서"]
     assert [[*found_words(text, ["위", "왼쪽"])] for text in texts] == [[], ["위"], ["위"], ["위"], [], ["왼쪽"]]
 

@@ -1,4 +1,4 @@
-"""Evaluation of tiny models: what it says, and that it does not depend on how it was run."""
+"""Evaluation of tiny models: its results, the same however it is run."""
 
 import json
 import shutil
@@ -118,8 +118,8 @@ def test_a_run_of_a_blend_is_evaluated_on_one_dataset(result, run, shards, tmp_p
     same(result, tmp_path / "one")
 
 
-def test_a_model_that_does_not_look_is_warned_of(run, tmp_path, result):
-    """The same projection whatever the video: blind is as good, exactly."""
+def test_a_model_that_ignores_the_video_is_warned_of(run, tmp_path, result):
+    """The projection ignores the video, so the blind scores are exactly as good."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(run / "artifacts" / "finetune", tmp_path / "artifact")
@@ -207,7 +207,7 @@ def lengths(folder):
     return [len(line["caption"].split()) for line in read_evaluation(folder)[1]]
 
 
-def test_other_settings_stand_beside_a_finished_evaluation_or_replace_it_when_told(models, shards, tmp_path):
+def test_other_settings_stand_beside_a_finished_evaluation_or_replace_it_on_request(models, shards, tmp_path):
     run = make_run(models, shards, tmp_path / "e8", "e8")
     short = GenerationOptions(max_new_tokens=2)
     one = evaluate_run(run, clips=2, generation=short)

@@ -1,4 +1,4 @@
-"""Against hand-computed values, and against independent code on Korean pairs."""
+"""Metrics against hand-computed values, and against independent code on Korean pairs."""
 
 import math
 import unicodedata
@@ -131,7 +131,7 @@ def test_morphemes_forgive_what_whitespace_words_do_not():
     assert score.value == pytest.approx(50)
 
 
-def test_intervals_hold_the_value_and_shrink_with_more_clips():
+def test_intervals_contain_the_value_and_shrink_with_more_clips():
     made, references = pairs()
     small = metrics.summarise(score_captions(made[:15], references[:15], [CHARACTERS]))
     large = metrics.summarise(score_captions(made * 4, references * 4, [CHARACTERS]))

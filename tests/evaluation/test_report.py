@@ -1,16 +1,14 @@
-"""The page in a real browser, and the tables."""
+"""The comparison report in a real browser, and its tables."""
 
 import json
 import re
-import shutil
 
 import pytest
 
+from tests.browser import open_browser
 from tests.evaluation.conftest import make_run
 from tests.evaluation.test_compare import copies, rewrite, runs  # noqa: F401
 from vlmds.cli import main
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +46,11 @@ def test_the_page_is_self_contained_and_tables_agree(page, runs):  # noqa: F811
     assert f"{value:.1f}" in (page.parent / "t.tex").read_text()
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
 def test_in_a_browser(page):
-    from selenium import webdriver
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import Select
+    with open_browser("1300,1600") as browser:
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.support.ui import Select
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1300,1600",
-        "--lang=en-US",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        browser.set_page_load_timeout(60)
         browser.get(page.as_uri())
 
         def find(css):
@@ -101,8 +83,6 @@ def test_in_a_browser(page):
         browser.execute_script("document.getElementById('clips').scrollIntoView({block: 'center'})")
         browser.save_screenshot(str(page.parent / "clips.png"))
         assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
-    finally:
-        browser.quit()
 
 
 def test_one_run_and_a_run_without_evaluation(models, shards, tmp_path, runs, capsys):  # noqa: F811

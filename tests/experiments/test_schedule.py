@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training.engine_worker import tiny_captioner
+from tests.training.engine_worker import TINY_PROJECTOR, tiny_captioner
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schedule import learning_rate
 from vlmds.models.language import add_adapter
@@ -34,10 +34,7 @@ def test_each_kind_of_parameter_has_its_rate_and_decay():
     experiment = load_experiment(
         "e8",
         [
-            "projector.width=32",
-            "projector.num_queries=4",
-            "projector.num_heads=2",
-            "data.num_frames=2",
+            *TINY_PROJECTOR,
             "training.weight_decay=0.1",
             "stages.1.lr=1e-4",
             "stages.1.lr_factors.lora_b=16",
@@ -62,18 +59,7 @@ def test_each_kind_of_parameter_has_its_rate_and_decay():
 
 
 def test_rank_stabilised_lora_scales_by_the_root_of_the_rank():
-    experiment = load_experiment(
-        "e7",
-        [
-            "projector.width=32",
-            "projector.num_queries=4",
-            "projector.num_heads=2",
-            "data.num_frames=2",
-            "peft.r=4",
-            "peft.alpha=8",
-            "peft.rslora=true",
-        ],
-    )
+    experiment = load_experiment("e7", [*TINY_PROJECTOR, "peft.r=4", "peft.alpha=8", "peft.rslora=true"])
     llm = add_adapter(tiny_captioner(experiment).llm, experiment.peft)
     scales = {m.scaling["default"] for m in llm.modules() if hasattr(m, "lora_A")}
     assert scales == {4.0}

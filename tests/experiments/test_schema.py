@@ -1,3 +1,5 @@
+"""Experiment files: the packaged ones, and refused keys and values."""
+
 import pytest
 
 from vlmds.errors import InputError

@@ -1,4 +1,4 @@
-"""Loads exported folders where vlmds cannot be imported; run as `python -I bare.py JOB OUT`.
+"""Loading of exported folders where vlmds cannot be imported: `python -I bare.py JOB OUT`.
 
 JOB: an .npz with "frames" uint8 [clips, F, 3, S, S], and a .json beside it: folders, prompt and
 max_new_tokens. OUT: an .npz, for each folder its captions and the first clip's prompt logits.

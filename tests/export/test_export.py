@@ -31,11 +31,6 @@ PROMPT = "이 영상을 설명해주세요."
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def artifacts(models, tmp_path_factory):
     root = tmp_path_factory.mktemp("artifacts")
     for exp in ALL:

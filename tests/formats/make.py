@@ -103,7 +103,7 @@ def make_stores() -> None:
 
 
 def make_run() -> None:
-    """Started as a user does, but for the host's name, which is nobody's business."""
+    """Started as a user does; the host's name, which is private, is replaced."""
     words = ["--exp", "e4", "--output", "run", "--data", "frames", "--set", *SETTINGS]
     subprocess.run(command(0, *words), env=environment(), check=True)
     record = json.loads(Path("run/run.json").read_text())

@@ -1,4 +1,4 @@
-"""Today's code reads what earlier versions wrote, with the same content."""
+"""Files of earlier versions, which today's code reads with the same content."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What is read of a folder of tests.formats.make, as JSON values."""
+"""The content of a folder of tests.formats.make, as JSON values."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vlmds.captioning.outputs import write_from
 from vlmds.data.dataset import open_dataset
 from vlmds.data.loader import SampleReader
-from vlmds.evaluation.runs import load_run
+from vlmds.evaluation.evaluated_runs import load_run
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.runs.folder import RunFolder, final_artifact
 from vlmds.training import checkpoint

@@ -1,4 +1,4 @@
-"""How captions are written, with a tiny model that is made to speak."""
+"""Caption generation by a tiny model that generates words with certainty."""
 
 import argparse
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from vlmds.cli.generation import add_generation, generation_options
+from vlmds.cli.options import add_generation, generation_options
 from vlmds.errors import InputError
 from vlmds.inference.generation import GenerationOptions, GumbelNoise
 from vlmds.inference.video_captioner import VideoCaptioner
@@ -120,7 +120,7 @@ def test_values_out_of_range_are_refused_by_name(bad, message):
 
 def test_the_command_line_has_the_options_and_their_defaults():
     parser = argparse.ArgumentParser()
-    add_generation(parser)
+    add_generation(parser.add_argument)
     assert generation_options(parser.parse_args([])) == GenerationOptions()
     given = ["--max-new-tokens", "7", "--beams", "3", "--repetition-penalty", "1.5", "--seed", "2"]
     assert generation_options(parser.parse_args(given)) == GenerationOptions(7, 3, repetition_penalty=1.5, seed=2)

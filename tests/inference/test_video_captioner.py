@@ -23,11 +23,6 @@ from vlmds.models.language import add_adapter
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
-
-
 def made(models, folder, exp="e7", *overrides):
     """An artifact with random weights that are not those of a fresh model."""
     extra = tiny.RESAMPLER if exp in ("e5", "e6", "e7", "e8") else []

@@ -1,4 +1,4 @@
-"""How often the verdict of a comparison is wrong, on scores drawn with a known truth.
+"""The error rate of a comparison's verdict, on scores drawn with a known truth.
 
     python -m tests.manual.calibration [REPEATS]     (default 400)
 
@@ -56,7 +56,7 @@ def draw(random: np.random.Generator, case: tuple, effects: list[float]) -> Esti
 
 def calibration(repeats: int, cases=CASES) -> list[dict[str, float]]:
     """For each case the shares of comparisons in which: "family", of equal methods any pair differs; "covered",
-    the interval of a pair holds its true difference; "named_worse", with the cheapest method 5% worse than the
+    the interval of a pair contains its true difference; "named_worse", with the cheapest method 5% worse than the
     seven others it is named; "found", its difference from the best is significant; "decided", of equal methods
     one is named."""
     rows = []

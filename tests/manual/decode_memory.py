@@ -1,4 +1,4 @@
-"""Whether decoding many videos makes the reader's child process, or the reader, grow.
+"""The memory of a reader and its child process while they decode many videos.
 
     python -m tests.manual.decode_memory [DECODES]     (default 10000)
 
@@ -40,7 +40,7 @@ def growth(folder: Path, decodes: int, warm_up: int) -> dict[str, float]:
     def repeat(times: int) -> dict[str, int]:
         for i in range(times):
             try:
-                # Of the reply, only what is looked at is resident.
+                # Only the parts of the reply that are read are resident.
                 decoder.frames(contents[i % 3], num_frames=2, image_size=32).max()
             except SampleError:
                 assert i % 3 == 2

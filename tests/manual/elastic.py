@@ -1,5 +1,5 @@
-"""`python -m tests.manual.elastic FOLDER`: a run that goes on with another number of ranks at every
-start, beside one that nothing happened to; prints a table of their losses."""
+"""`python -m tests.manual.elastic FOLDER`: a run that resumes with another number of ranks at every
+start, beside an uninterrupted one; prints a table of their losses."""
 
 import argparse
 from pathlib import Path

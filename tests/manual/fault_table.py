@@ -1,4 +1,4 @@
-"""Bring on each fault, see what happens, and print the table of docs/reliability.md.
+"""The table of docs/reliability.md: each fault is caused, and its effect observed.
 
 python -m tests.manual.fault_table [NAME …]
 """
@@ -24,7 +24,7 @@ train_and_kill = partial(launch.train_and_kill, fresh=True)
 
 
 class Table:
-    """One row a fault. Each method named ``fault_…`` brings one on and returns what was seen."""
+    """One row a fault. Each method named ``fault_…`` causes one and returns what was observed."""
 
     def __init__(self, folder: Path):
         self.folder = folder

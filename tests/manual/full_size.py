@@ -1,4 +1,4 @@
-"""All of vlmds at its real size on a CPU with 24 GB, by its commands, with one table at the end.
+"""All commands at full size on a CPU with 24 GB, with one table at the end.
 
     python -m tests.manual.full_size DIR --tokenizer DIR
 
@@ -164,7 +164,7 @@ class Program:
         def in_second_stage() -> bool:
             return any(self.run_folder(exp).glob("checkpoints/finetune-*"))
 
-        script = "tests/manual/held.py" if self.args.tiny else TRAIN
+        script = "tests/manual/wait_for_kill.py" if self.args.tiny else TRAIN
         row, printed = self.training(exp, f"{exp} train", script=script, kill=in_second_stage)
         return self.trained(exp, row, f"killed after {last(STEP, printed)}")
 

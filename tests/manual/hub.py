@@ -1,4 +1,4 @@
-"""The first start on a machine without models, against a hub of this machine: what a user sees.
+"""The first start on a machine without models, against a hub on this machine, as a user sees it.
 
     python -m tests.manual.hub DIR
 

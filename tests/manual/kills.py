@@ -1,5 +1,5 @@
-"""Kill a run on two ranks again and again, at random moments and while it saves, until it is done;
-then compare it with an undisturbed one, bit for bit.
+"""A run on two ranks that is killed repeatedly, at random moments and while it saves, until it is
+finished; then compared with an uninterrupted one, bit for bit.
 
     python -m tests.manual.kills --kills 30
 """

@@ -1,4 +1,4 @@
-"""What vlmds writes, on a real NFS mount, with a second mount in the part of another machine.
+"""Files and training on a real NFS mount; a second mount plays the other machine.
 
     mount -t nfs4 -o nosharecache SERVER:/export /mnt/a
     mount -t nfs4 -o nosharecache SERVER:/export /mnt/b

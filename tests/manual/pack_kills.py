@@ -1,4 +1,4 @@
-"""Kill packing again and again at random moments, and compare with an undisturbed run.
+"""Packing that is killed repeatedly at random moments, compared with an uninterrupted run.
 
 python -m tests.manual.pack_kills --clips 220 --kills 20
 """

@@ -1,4 +1,4 @@
-"""Pack on a Ray cluster of its own, and kill the worker that packs the first shard."""
+"""Packing on a Ray cluster of its own, whose worker is killed while it packs the first shard."""
 
 import json
 import os

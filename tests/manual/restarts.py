@@ -1,8 +1,8 @@
-"""`--max-restarts` over two nodes, for real, on two machines that are one.
+"""`--max-restarts` over two nodes, which are two network namespaces of this machine.
 
 `python -m tests.manual.restarts FOLDER` (as root) trains across two network namespaces under
 launch/torchrun.py, kills the rank of either node and cuts the link for a while; each time the ranks
-must start again by themselves and end as a run that nothing happened to. Addresses exist in the
+must start again by themselves and end like an uninterrupted run. Addresses exist in the
 namespaces only, the host's name means nothing in them, and where faketime is installed node 1's
 clock is a day behind.
 """

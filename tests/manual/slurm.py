@@ -2,7 +2,7 @@
 
 `python -m tests.manual.slurm FOLDER` (as root; needs Debian's slurm-wlm and munge) submits a
 run, asks it to stop as Slurm does before the time limit, kills a rank of it, lets it go back into
-the queue, and compares with a run that nothing happened to. Configuration, keys, state and logs lie
+the queue, and compares with an uninterrupted run. Configuration, keys, state and logs lie
 in FOLDER; a Slurm of the machine's own is not touched.
 """
 
@@ -204,7 +204,7 @@ def scenario(folder: Path, models: Path, shards: Path) -> None:
         print(f"USR1, as before the time limit, after {len(metrics(ended))} lines: back in the queue")
         until_lines(ended, len(metrics(ended)) + 8, job)
         os.kill(ranks()[0], signal.SIGKILL)
-        print(f"kill -9 of a rank after {len(metrics(ended))} lines: torchrun starts both nodes' anew")
+        print(f"kill -9 of a rank after {len(metrics(ended))} lines: torchrun restarts both nodes'")
         found = wait_for(job, "COMPLETED", "FAILED")
         assert found["JobState"] == "COMPLETED", (folder / "ended.log").read_text()[-3000:]
     assert found["Restarts"] == "1", found

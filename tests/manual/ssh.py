@@ -1,4 +1,4 @@
-"""`deepspeed --hostfile` over ssh, for real, on two machines that are one.
+"""`deepspeed --hostfile` over real ssh, between two namespaces of this machine.
 
 `python -m tests.manual.ssh FOLDER` (as root; needs Debian's openssh-server and pdsh) starts an
 sshd in each of two namespaces of network and processes, trains over both from the first with one

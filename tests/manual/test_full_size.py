@@ -1,4 +1,4 @@
-"""The program for the full size, on tiny models: each of its steps runs, and none twice."""
+"""tests/manual/full_size.py on tiny models: each of its steps runs, and none twice."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Which attention is taken where. The kernels of FlashAttention themselves need a GPU."""
+"""The choice of the attention implementation. The kernels of FlashAttention need a GPU."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Models by hub name, from a hub of this machine."""
+"""Models by hub name, from a hub on this machine."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The sha256 of a weight file is not computed again while the file stays as it is."""
+"""Hashes of weight files, computed once while a file stays unchanged."""
 
 import hashlib
 import json

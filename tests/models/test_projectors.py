@@ -1,3 +1,5 @@
+"""The projectors: shapes, parameters, frame order."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""The sequence builder: prompt, labels, and what it refuses."""
+
 import pytest
 import torch
 from transformers import AutoTokenizer

@@ -1,3 +1,5 @@
+"""The vision tower: its features, pooling, and models that are refused."""
+
 import numpy as np
 import pytest
 import torch

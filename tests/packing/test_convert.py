@@ -1,3 +1,5 @@
+"""Conversion of one store to another."""
+
 import io
 import json
 import os

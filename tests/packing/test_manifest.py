@@ -1,3 +1,5 @@
+"""Reading of manifests: formats, columns, rejected rows, ids and keys."""
+
 import csv
 import hashlib
 import re

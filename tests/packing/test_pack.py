@@ -1,3 +1,5 @@
+"""Packing: the bytes of a dataset, and bad videos."""
+
 import errno
 import json
 import os
@@ -49,8 +51,8 @@ def children(*parents: int) -> dict[int, int]:
     return found
 
 
-def eventually(condition, seconds=60.0) -> bool:
-    end = time.monotonic() + seconds
+def eventually(condition) -> bool:
+    end = time.monotonic() + 60
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
@@ -105,7 +107,7 @@ def test_webdataset_tar_and_index_agree(tmp_path, videos, store):
                 assert samples[0]["0.jpg"].size == (32, 32)
 
 
-def test_a_sample_holds_the_original_bytes_and_its_facts(tmp_path, videos):
+def test_a_sample_has_the_original_bytes_and_its_facts(tmp_path, videos):
     pack(videos / "manifest.jsonl", tmp_path / "out", **SMALL)
     index = ShardIndex.open(tmp_path / "out")
     row = index.row("val", 0, 0)

@@ -295,7 +295,7 @@ def test_a_ray_cluster_packs_the_same_also_when_a_worker_is_killed(videos, clean
 
 
 def test_a_network_error_does_not_change_the_plan(monkeypatch):
-    from vlmds.packing import shard_plan
+    from vlmds.packing import video_facts
 
     calls = []
 
@@ -305,19 +305,19 @@ def test_a_network_error_does_not_change_the_plan(monkeypatch):
             raise error
         return 7
 
-    monkeypatch.setattr(shard_plan.time, "sleep", lambda seconds: None)
-    assert shard_plan._ask("v.mp4", 0, lambda: flaky(2)) == 7 and len(calls) == 3
+    monkeypatch.setattr(video_facts.time, "sleep", lambda seconds: None)
+    assert video_facts._ask("v.mp4", 0, lambda: flaky(2)) == 7 and len(calls) == 3
     calls.clear()
     with pytest.raises(InputError, match="v.mp4: cannot be read to plan .* reset by peer"):
-        shard_plan._ask("v.mp4", 0, lambda: flaky(99))
+        video_facts._ask("v.mp4", 0, lambda: flaky(99))
     calls.clear()
-    assert shard_plan._ask("v.mp4", 0, lambda: flaky(99, FileNotFoundError())) == 0 and len(calls) == 1
+    assert video_facts._ask("v.mp4", 0, lambda: flaky(99, FileNotFoundError())) == 0 and len(calls) == 1
 
 
 @pytest.mark.parametrize("options", [{"shard_bytes": 4_500}, {"dedup": True}])
 def test_a_repaired_file_goes_into_its_place_in_the_plan(videos, tmp_path, options, monkeypatch):
     """Videos are read once, by the first start; later ones only read its plan."""
-    from vlmds.packing import shard_plan
+    from vlmds.packing import video_facts
 
     folder = shutil.copytree(videos, tmp_path / "in")
     manifest, out, options = folder / "manifest.jsonl", tmp_path / "out", SMALL | options
@@ -325,8 +325,8 @@ def test_a_repaired_file_goes_into_its_place_in_the_plan(videos, tmp_path, optio
     pack(manifest, out, task=(0, 2), **options)
     (plan,) = out.glob("plan-*.jsonl")
     assert [json.loads(line)[0] for line in plan.read_bytes().splitlines()].count(0) == 2
-    monkeypatch.setattr(shard_plan, "_size", None)
-    monkeypatch.setattr(shard_plan, "_digest", None)
+    monkeypatch.setattr(video_facts, "_size", None)
+    monkeypatch.setattr(video_facts, "_digest", None)
     pack(manifest, out, task=(1, 2), **options)
     pack(manifest, out, finish=True, **options)
     before = contents(out)
@@ -342,7 +342,7 @@ def test_a_repaired_file_goes_into_its_place_in_the_plan(videos, tmp_path, optio
 
 
 def test_reading_the_videos_to_plan_says_how_far_it_is(videos, tmp_path, monkeypatch):
-    from vlmds.packing import shard_plan
+    from vlmds.packing import video_facts
 
     shown = []
 
@@ -350,8 +350,8 @@ def test_reading_the_videos_to_plan_says_how_far_it_is(videos, tmp_path, monkeyp
         shown.append(Phase(what, total, unit, **how))
         return nullcontext(shown[-1])
 
-    monkeypatch.setattr(shard_plan, "phase", recorded)
-    monkeypatch.setattr(shard_plan, "BATCH", 4)  # less than the videos
+    monkeypatch.setattr(video_facts, "phase", recorded)
+    monkeypatch.setattr(video_facts, "BATCH", 4)  # less than the videos
     pack(videos / "manifest.jsonl", tmp_path, dedup=True, **SMALL)
     assert [(p.what, p.done, p.total, p.unit) for p in shown] == [
         ("reading the videos' sizes", 10, 10, "videos"),
@@ -361,7 +361,7 @@ def test_reading_the_videos_to_plan_says_how_far_it_is(videos, tmp_path, monkeyp
 
 def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
     """The plan that another task wrote meanwhile counts."""
-    from vlmds.packing import shard_plan
+    from vlmds.packing import video_facts
 
     options = SMALL | {"shard_bytes": 4_500}
     pack(videos / "manifest.jsonl", tmp_path / "first", **options)
@@ -372,7 +372,7 @@ def test_tasks_that_start_together_have_one_plan(videos, tmp_path, monkeypatch):
         shutil.copy(plan, tmp_path / "out")
         return [(1, None)] * len(videos)
 
-    monkeypatch.setattr(shard_plan, "_look_up", slow)
+    monkeypatch.setattr(video_facts, "_look_up", slow)
     pack(videos / "manifest.jsonl", tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "first")
     (tmp_path / "out" / plan.name).write_text("[1, null]\n")

@@ -1,3 +1,5 @@
+"""`pack_report.html`: its figures, in both languages, and its safety."""
+
 import base64
 import io
 import re
@@ -170,7 +172,7 @@ def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
         *((f"{i}.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n") for i in range(6)),
     ],
 )
-def test_a_sample_that_is_not_what_a_store_holds_costs_its_picture_alone(packed, monkeypatch, name, data):
+def test_a_sample_that_is_not_what_a_store_contains_costs_its_picture_alone(packed, monkeypatch, name, data):
     read = ShardIndex.read
     monkeypatch.setattr(
         ShardIndex,

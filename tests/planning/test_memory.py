@@ -1,4 +1,4 @@
-"""What the plan says of checkpoints and partitions, against a real run's."""
+"""The plan's sizes of checkpoints and partitions, against a real run's."""
 
 import pytest
 from safetensors import safe_open

@@ -1,4 +1,4 @@
-"""`vlmds new`: what it writes loads, plans and trains as the packaged experiment it extends."""
+"""`vlmds new`: its file loads, plans and trains like the packaged experiment that it extends."""
 
 import pytest
 import yaml

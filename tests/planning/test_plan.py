@@ -41,11 +41,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def data(models, tmp_path_factory):
     """A dataset in its three stores."""
     folder = tmp_path_factory.mktemp("data")

@@ -1,3 +1,5 @@
+"""The prices of the stores: sizes and decoding times."""
+
 import time
 
 import numpy as np

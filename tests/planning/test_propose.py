@@ -1,4 +1,4 @@
-"""Operations counted from shapes against those that run, and what is proposed for a card."""
+"""Operations counted from shapes against those that run, and proposals for a card."""
 
 import pytest
 import torch
@@ -17,11 +17,6 @@ from vlmds.planning.cards import CARDS, device_card, find_card
 from vlmds.planning.flops import sample_flops
 from vlmds.planning.memory import longest
 from vlmds.planning.propose import predicted_rate, proposals
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return tiny.make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("exp", ["e3", "e7"])
@@ -93,7 +88,7 @@ def test_with_few_visual_tokens_the_host_is_the_slower_one():
         experiment = load_experiment(exp, overrides)
         model = meta_models(experiment)
         freeze(model.captioner, experiment.stages[1])
-        return predicted_rate(experiment, experiment.stages[1], model, find_card(card), every, False)
+        return predicted_rate(experiment, model, find_card(card), every, False)
 
     assert rate("e7", "h100") == pytest.approx(2 / 73.8e-3) == rate("e7", "b200")
     assert rate("e7", "h100", 1) == pytest.approx(2 / (1.5 * 73.8e-3))  # forward a second time

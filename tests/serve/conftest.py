@@ -1,4 +1,4 @@
-"""A server with two tiny runs that are made to speak, in a thread."""
+"""Fixtures: a server in a thread, with two tiny runs whose captions are known."""
 
 import threading
 from dataclasses import dataclass

@@ -357,8 +357,8 @@ def test_the_page_opens_neither_files_nor_addresses(server, site, clip):
         call = {"data": data, "fn_index": events[0], "session_hash": "s", "event_data": None}
         assert httpx.post(f"{server.url}/gradio_api/queue/join", json=call).status_code == 200
         with httpx.stream("GET", f"{server.url}/gradio_api/queue/data?session_hash=s", timeout=30) as reply:
-            told = next(line for line in reply.iter_lines() if "process_completed" in line)
-        assert '"success":false' in told and "uploads only" in told
+            answer = next(line for line in reply.iter_lines() if "process_completed" in line)
+        assert '"success":false' in answer and "uploads only" in answer
     assert not asked
     large = httpx.post(f"{server.url}/gradio_api/queue/join", content=bytes(12_000_000))
     assert large.status_code == 413

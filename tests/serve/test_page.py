@@ -1,9 +1,8 @@
-"""The page in a real browser, and the command."""
+"""The web page in a real browser, and the command `vlmds serve`."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,35 +15,16 @@ pytest.importorskip("gradio")
 
 import httpx  # noqa: E402
 
+from tests.browser import open_browser  # noqa: E402
 from tests.serve.conftest import SAYINGS  # noqa: E402
 from tests.serve.test_api import idle  # noqa: E402
 from vlmds.cli import main  # noqa: E402
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
 
 @pytest.fixture
 def browser():
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1280,1000",
-        "--lang=en-US",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    browser.set_page_load_timeout(60)
-    yield browser
-    browser.quit()
+    with open_browser("1280,1000", "performance") as browser:
+        yield browser
 
 
 class Page:

@@ -1,4 +1,4 @@
-"""launch/train.py, or faulty.py if VLMDS_TEST_FAULT is set, in which CLIP runs ahead as on a GPU.
+"""launch/train.py, or faulty.py if VLMDS_TEST_FAULT is set, in which CLIP runs one micro-batch ahead as on a GPU.
 
 Rank 0 adds to the file VLMDS_TEST_AHEAD a letter for each time that CLIP works on a micro-batch
 of training, and for each forward pass: c, f.

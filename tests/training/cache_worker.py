@@ -1,4 +1,4 @@
-"""Ranks of two machines that download into one cache or into two: FOLDER "shared|separate".
+"""Ranks of two simulated machines that download into one cache or two: FOLDER "shared|separate".
 
 The first rank works for longer than the job's timeout, and reports. Who worked is written to FOLDER.
 """

@@ -1,4 +1,4 @@
-"""Two stages of three optimizer steps on a tiny captioner; rank 0 writes what it saw as JSON.
+"""Two stages of three optimizer steps on a tiny captioner; rank 0 writes its results as JSON.
 
 With "plain" among the overrides DeepSpeed reduces the gradients of every micro-batch, as it does by
 itself.
@@ -25,6 +25,9 @@ from vlmds.training.engine import build_engine, reduced_once, release, set_learn
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, STEPS = 8, 3
+
+TINY_PROJECTOR = ["projector.width=32", "projector.num_queries=4", "projector.num_heads=2", "data.num_frames=2"]
+"""Overrides of a packaged experiment with a resampler that fit it to `tiny_captioner`."""
 
 
 def tiny_captioner(exp):
@@ -101,17 +104,7 @@ def main(output, *overrides):
     plain = "plain" in overrides
     overrides = [override for override in overrides if override != "plain"]
     exp = load_experiment(
-        "e7",
-        [
-            "llm.dtype=float32",
-            "llm.load_in_4bit=false",
-            "peft.dropout=0",
-            "projector.width=32",
-            "projector.num_queries=4",
-            "projector.num_heads=2",
-            "data.num_frames=2",
-            *overrides,
-        ],
+        "e7", ["llm.dtype=float32", "llm.load_in_4bit=false", "peft.dropout=0", *TINY_PROJECTOR, *overrides]
     )
     model = tiny_captioner(exp)
     model.to(getattr(torch, exp.llm.dtype))

@@ -1,8 +1,8 @@
 """launch/train.py with a fault: VLMDS_TEST_FAULT is JSON {kind, rank, call}.
 
-The fault strikes on that rank at the call-th (from 1) forward pass of training, or for "stuck" at
-the call-th sample that the rank reads; when it does, the machine's monotonic clock goes into the
-file "note". "load": the rank cannot load its language model. "full": a disk is. "wait" stands for
+The fault occurs on that rank at forward pass number `call` (from 1) of training, or for "stuck" at
+sample number `call` that the rank reads; the machine's monotonic clock is then written to the file
+"note". "load": the rank cannot load its language model. "full": a disk is. "wait" stands for
 a wait for a GPU that never ends; with "alone" all other ranks are killed then. "lock" (Python's
 own, held in C) and "stop" (SIGSTOP) are over after "seconds".
 """

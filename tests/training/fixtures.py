@@ -9,7 +9,6 @@ import pytest
 from tests import tiny
 from tests.clips import write_manifest, write_video
 from tests.training.launch import arguments, train
-from vlmds.packing.pack import pack
 
 
 @contextmanager
@@ -54,16 +53,7 @@ def make_shards(folder: Path) -> Path:
             }
         )
     manifest = write_manifest(folder / "manifest.jsonl", rows)
-    pack(
-        manifest,
-        folder / "out",
-        store="frames",
-        num_frames=tiny.FRAMES,
-        image_size=tiny.SIDE,
-        shard_size=5,
-        progress=False,
-    )
-    return folder / "out"
+    return tiny.pack_frames(manifest, folder / "out", shard_size=5)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
-"""Ranks without a launcher, and without the seconds that a process needs to import PyTorch,
-DeepSpeed and transformers: they are forked from a process that has imported them and done nothing
-else. Each is a process of its own, with its own environment, that runs the script from its first
+"""Ranks forked from a process that has imported PyTorch, DeepSpeed and transformers and done nothing
+else: no launcher, and no seconds of imports. Each is a process of its own, with its own environment, that runs the script from its first
 line; what it cannot show is how a launcher starts and ends ranks.
 """
 
@@ -46,7 +45,7 @@ class Forked:
     """The parent of the ranks; what of subprocess.Popen the tests need.
 
     Args:
-        ranks: 0 for one process that no launcher has told its rank.
+        ranks: 0 for one process without the environment variables of a launcher.
         words: the script, or -m and a module, and the arguments.
         env: whole environment of the ranks.
         log: their output goes to log.out and log.err.

@@ -1,4 +1,4 @@
-"""Start real training processes, and leave none behind."""
+"""Start and clean-up of real training processes."""
 
 import json
 import os
@@ -189,7 +189,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def ranks_of(process: subprocess.Popen, script: Path = SCRIPT) -> list[int]:
+def ranks_of(process: subprocess.Popen) -> list[int]:
     """Process ids of the ranks below a launcher, by rank."""
     found = {}
     for pid in [process.pid, *descendants(process.pid)]:
@@ -198,7 +198,7 @@ def ranks_of(process: subprocess.Popen, script: Path = SCRIPT) -> list[int]:
             variables = dict(v.partition(b"=")[::2] for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         except OSError:
             continue
-        if str(script).encode() in words and b"RANK" in variables and b"LOCAL_RANK" in variables:
+        if str(SCRIPT).encode() in words and b"RANK" in variables and b"LOCAL_RANK" in variables:
             found.setdefault(int(variables[b"RANK"]), pid)
     return [found[rank] for rank in sorted(found)]
 

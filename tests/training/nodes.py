@@ -1,4 +1,4 @@
-"""launch/train.py, or faulty.py if VLMDS_TEST_FAULT is set, in which each rank believes it is
+"""launch/train.py, or faulty.py if VLMDS_TEST_FAULT is set, in which each rank is
 the only one of its node.
 
 VLMDS_TEST_NODES is JSON: additional arguments of rank 1.

@@ -1,5 +1,5 @@
-"""Optimizer steps on a tiny captioner, some with a gradient that is no number on the last rank
-alone; rank 0 writes what all ranks saw as JSON: `norm_worker.py OUTPUT DS_CONFIG [OVERRIDE …]`."""
+"""Optimizer steps on a tiny captioner, some with a NaN gradient on the last rank alone; rank 0
+writes the results of all ranks as JSON: `norm_worker.py OUTPUT DS_CONFIG [OVERRIDE …]`."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import deepspeed.runtime.zero.stage_1_and_2 as zero
 import torch
 import torch.distributed as dist
 
-from tests.training.engine_worker import GLOBAL_BATCH, batch, tiny_captioner
+from tests.training.engine_worker import GLOBAL_BATCH, TINY_PROJECTOR, batch, tiny_captioner
 from vlmds.distributed.ranks import gather, init_distributed
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schedule import accumulation_steps
@@ -91,17 +91,7 @@ def take_step(engine, experiment, fault, searches):
 def main(output, ds_config, *overrides):
     init_distributed(timeout_minutes=3)
     experiment = load_experiment(
-        "e7",
-        [
-            "llm.load_in_4bit=false",
-            "peft.dropout=0",
-            "projector.width=32",
-            "projector.num_queries=4",
-            "projector.num_heads=2",
-            "data.num_frames=2",
-            "training.micro_batch=2",
-            *overrides,
-        ],
+        "e7", ["llm.load_in_4bit=false", "peft.dropout=0", *TINY_PROJECTOR, "training.micro_batch=2", *overrides]
     )
     model = tiny_captioner(experiment)
     model.llm = add_adapter(model.llm, experiment.peft)

@@ -1,5 +1,5 @@
-"""What forked ranks need not import themselves; see forked.py. Nothing here starts a thread that
-they would miss, or makes an engine or a model."""
+"""Imports that forked ranks need not make themselves; see forked.py. Nothing here starts a thread,
+which a fork would not have, or makes an engine or a model."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, and as little of it as fits."""
+"""Activation checkpointing: the same gradients, and the fewest layers recomputed for which the memory is enough."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.manual.optimisations import curves, differences
-from tests.training.engine_worker import batch, tiny_captioner
+from tests.training.engine_worker import TINY_PROJECTOR, batch, tiny_captioner
 from tests.training.launch import forked, metrics
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
@@ -33,7 +33,7 @@ def gpu(monkeypatch, free, held=0):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held)
 
 
-def test_auto_looks_at_the_gpu_also_outside_of_a_job(monkeypatch):
+def test_auto_measures_the_gpu_also_outside_of_a_job(monkeypatch):
     """As the baselines of `vlmds bench train` do."""
     experiment = setting("auto")
     for free, expected in ((1e15, 0), (1e9, 1)):
@@ -42,7 +42,7 @@ def test_auto_looks_at_the_gpu_also_outside_of_a_job(monkeypatch):
 
 
 def test_what_is_loaded_already_does_not_count_twice(monkeypatch):
-    """A plan holds the weights; on the GPU PyTorch has them already. What others hold is not free."""
+    """A plan counts the weights; on the GPU PyTorch has them already. What others use is not free."""
     experiment = setting("auto")
 
     def chosen(free, held):
@@ -55,7 +55,7 @@ def test_what_is_loaded_already_does_not_count_twice(monkeypatch):
 
 
 def test_the_rank_with_the_least_free_memory_decides_for_all(tmp_path: Path):
-    """Two ranks; each measures after a collective, for the first one takes memory itself."""
+    """Two ranks; each measures after a collective, because the first one takes memory itself."""
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, torch\n"
@@ -93,16 +93,7 @@ def test_other_values_are_refused(value):
 
 def test_it_changes_no_gradient():
     """Dropout included: its masks are drawn again alike."""
-    experiment = load_experiment(
-        "e8",
-        [
-            "projector.width=32",
-            "projector.num_queries=4",
-            "projector.num_heads=2",
-            "data.num_frames=2",
-            "peft.dropout=0.3",
-        ],
-    )
+    experiment = load_experiment("e8", [*TINY_PROJECTOR, "peft.dropout=0.3"])
     captioner = tiny_captioner(experiment)
     captioner.llm = add_adapter(captioner.llm, experiment.peft)
     freeze(captioner, experiment.stages[1])

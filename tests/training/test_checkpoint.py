@@ -1,4 +1,4 @@
-"""Which checkpoints appear, and which stay."""
+"""Checkpoints: when they are written, and which are kept."""
 
 import json
 import math

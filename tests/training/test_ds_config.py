@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON may say."""
+"""DeepSpeed JSONs: what is set in them, and what is refused."""
 
 import json
 

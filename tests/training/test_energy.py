@@ -1,3 +1,5 @@
+"""Energy of the GPUs, with an imitation of NVML."""
+
 import sys
 import types
 
@@ -25,7 +27,7 @@ class Properties:
 
 
 class FakeNVML(types.ModuleType):
-    """As much of nvidia-ml-py 13 as is called, for a machine that has no driver: there the real one
+    """As much of nvidia-ml-py 13 as is called, on a machine that has no driver: there the real one
     ends at nvmlInit. One GPU, second by NVML's numbers and first by CUDA's."""
 
     class NVMLError(Exception):

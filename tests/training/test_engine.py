@@ -1,4 +1,4 @@
-"""The engine on real ranks (gloo, CPU): world size must not show in losses or gradients."""
+"""The engine on real ranks (gloo, CPU): losses and gradients do not depend on the world size."""
 
 import json
 from pathlib import Path

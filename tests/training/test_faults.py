@@ -1,4 +1,4 @@
-"""What goes wrong in training, on real ranks: nothing hangs, and the cause is reported."""
+"""Faults in training, on real ranks: nothing hangs, and the cause is reported."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(models, shards, two_r
     assert [(r["stage"], r["step"], r["loss"]) for r in skipped] == [("align", 3, None)]
     undisturbed = [r for r in metrics(two_ranks) if r["kind"] == "train"]
     assert records[1] == undisturbed[1]
-    assert records[3]["loss"] != undisturbed[3]["loss"]  # the skipped step taught nothing
+    assert records[3]["loss"] != undisturbed[3]["loss"]  # the skipped step changed no weights
     assert all(r["loss"] is not None for r in records if r not in skipped)
     (line,) = (run / "ledger.jsonl").read_text().splitlines()
     record = json.loads(line)

@@ -18,7 +18,7 @@ from vlmds.runs.folder import RunFolder
 from vlmds.training.context import StageContext
 from vlmds.training.ledger import SampleLedger
 from vlmds.training.monitor import Monitor
-from vlmds.training.progress import StageProgress, ValidationState
+from vlmds.training.stage_progress import StageProgress, ValidationState
 
 
 def sample(key: str, caption: str) -> Sample:

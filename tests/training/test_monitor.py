@@ -1,4 +1,4 @@
-"""What the monitor measures."""
+"""Measurements of the monitor."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from vlmds.training.monitor import Monitor, peak_memory
 
 
 def test_peak_memory_is_of_this_program_alone():
-    """Linux tells a new program its starter's peak as if it were its own."""
+    """Linux reports the peak of the starting program as that of the new one."""
     ballast = bytearray(b"x") * (1 << 30)
     assert peak_memory() > 1e9
     code = "from vlmds.training.monitor import peak_memory; print(peak_memory())"

@@ -1,4 +1,4 @@
-"""The gradients' norm decides whether a step is taken, on all ranks, and nothing else looks at them.
+"""The gradients' norm: it alone decides, on all ranks, whether a step is taken.
 
 tests/contracts/test_deepspeed.py names what is private in DeepSpeed and used here (see NormChecked).
 """

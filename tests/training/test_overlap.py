@@ -1,4 +1,4 @@
-"""Features come in the order of the micro-batches, whatever works beside them."""
+"""Features ahead of the training: in the order of the micro-batches, for any timing."""
 
 import json
 from pathlib import Path

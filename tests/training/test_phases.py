@@ -1,4 +1,4 @@
-"""Whatever takes long at full size is announced, with what there is to count."""
+"""Progress messages of a training: all that takes long at full size is announced and counted."""
 
 import json
 import re

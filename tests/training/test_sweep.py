@@ -86,7 +86,7 @@ def test_trains_evaluates_compares_and_skips_what_is_done(models, shards, tmp_pa
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bad.yaml").write_text(
         "extends: e1.yaml\nname: bad\ndata: {num_frames: 5}\n"
-    )  # not what the shards hold
+    )  # not what the shards contain
     short = [*tiny.settings(models), "stages.0.steps=1", "stages.1.steps=1"]
     short = [s for s in short if not s.startswith("data.num_frames")]
     (tmp_path / "good.yaml").write_text(f"extends: e3.yaml\nname: good\ndata: {{num_frames: {tiny.FRAMES}}}\n")

@@ -23,8 +23,8 @@ from vlmds.training.origin import begin
 pytestmark = pytest.mark.distributed
 
 
-def weights(run, stage="finetune"):
-    folder = run / "artifacts" / stage
+def weights(run):
+    folder = run / "artifacts" / "finetune"
     return load_file(folder / "projector.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
@@ -110,7 +110,7 @@ def test_world_size_may_change_between_starts(models, shards, two_ranks, tmp_pat
 
 
 def test_an_optimizer_in_the_hosts_memory_trains_the_same(models, shards, two_ranks, tmp_path):
-    """To rounding, for gradient norms are added up in another order. A run may change the DeepSpeed
+    """Up to rounding, because gradient norms are added up in another order. A run may change the DeepSpeed
     configuration between its starts: killed in each stage, it goes from one to the other and back."""
     run = tmp_path / "offload"
     args = arguments(models, shards, run)

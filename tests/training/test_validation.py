@@ -1,4 +1,4 @@
-"""Validation in training: captions, the best checkpoint, ending early."""
+"""Validation in training: captions, the best checkpoint, early stopping."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from tests.training.launch import FAULTY, arguments, metrics, train
 from tests.training.test_training import assert_same_weights, checkpoint_tensors, weights
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
-from vlmds.planning.checks import check_validation
-from vlmds.training.progress import ValidationState
+from vlmds.planning.start_checks import check_validation
+from vlmds.training.stage_progress import ValidationState
 
 
 def test_the_best_score_is_the_first_of_the_highest():

@@ -1,4 +1,4 @@
-"""Between the start of a step and its end the host gives work to a GPU and never waits for it."""
+"""Waits of the host for a GPU: none between the start of a step and its end."""
 
 import json
 from pathlib import Path

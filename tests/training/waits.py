@@ -1,4 +1,4 @@
-"""launch/train.py, in which it is noted where the host would wait for a GPU.
+"""launch/train.py that records where the host would wait for a GPU.
 
 On a CPU nothing waits, and all tensors are alike. So those that would be on the GPU are followed:
 the engine's weights, the features, what is sent there, and whatever is computed from them. An
@@ -45,7 +45,7 @@ found = {"operations": 0, "steps": 0, "waits": {}}
 
 
 class OnGpu(TorchDispatchMode):
-    """Follows tensors by their memory, which it keeps, lest another tensor gets the same."""
+    """Follows tensors by their memory, which it keeps, as another tensor could otherwise get the same."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Each way to decode a video, against decoding all of it in order with FFmpeg (PyAV).
+"""A table of the ways to decode a video, each against a full decode in order with FFmpeg (PyAV).
 
     python -m tests.video.backend_table
 
@@ -113,7 +113,7 @@ FILTERS: dict[str, list[tuple[str, str | None]]] = {
 
 
 def _flipped(data: bytes) -> bytes:
-    """A few bits of the frames' data turned; in an MP4 not of the table behind it, for that can make
+    """A few bits of the frames' data turned; in an MP4 not of the table behind it, because that can make
     another sound video of it."""
     damaged = bytearray(data)
     begin, end = 0, len(data)

@@ -1,3 +1,5 @@
+"""The table of tests/video/backend_table.py: no way to decode gives wrong frames."""
+
 from dataclasses import fields
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The opening of video files: accepted formats, and files that name others."""
+
 import http.server
 import threading
 

@@ -1,3 +1,5 @@
+"""Decoding of chosen frames against a full sequential decode."""
+
 from dataclasses import replace
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The frame table: as it is stored, and damaged descriptions."""
+
 import json
 from dataclasses import replace
 
@@ -130,7 +132,7 @@ def test_a_reader_probes_only_what_has_no_description(tmp_path):
         assert np.array_equal(reader.load(position).frames, new.frames)
         index.read = read
     assert [more["described"] is None for more in asked] == [False, True, False, True]
-    reader._decoder.close()  # the lambda holds it: no process may outlive the test
+    reader._decoder.close()  # the lambda keeps it alive: no process may outlive the test
 
 
 def test_a_description_of_another_video_is_an_error_not_other_frames(tmp_path, info):

@@ -1,3 +1,5 @@
+"""Decoding processes: deadlines, crashes, replacement."""
+
 import os
 import pickle
 import signal
@@ -129,7 +131,7 @@ def test_a_long_file_is_decoded_and_one_that_takes_too_long_is_ended(tmp_path, d
 
 
 def test_a_child_that_neither_answers_nor_ends_is_given_up(tmp_path, small, monkeypatch):
-    """A stopped process, for want of one at a drive that hangs: the alarm does not end it either."""
+    """A stopped process stands for one at a drive that hangs: the alarm does not end it either."""
     path = tmp_path / "v.mp4"
     path.write_bytes(small)
     stopped = []

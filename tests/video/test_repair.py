@@ -1,3 +1,5 @@
+"""Repair of videos at packing."""
+
 import numpy as np
 import pytest
 

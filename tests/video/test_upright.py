@@ -64,7 +64,7 @@ def test_pixels_that_are_not_square_give_the_display_shape(tmp_path, aspect, siz
     assert (turned.width, turned.height) == size[::-1]
 
 
-def test_a_shape_of_pixels_that_no_memory_holds_is_refused(tmp_path):
+def test_a_shape_of_pixels_too_large_for_any_memory_is_refused(tmp_path):
     path = write_video(tmp_path / "v.mp4", frames=2, aspect=Fraction(4))
     data = bytearray(path.read_bytes())
     at = data.index(b"pasp") + 4

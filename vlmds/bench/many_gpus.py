@@ -55,7 +55,7 @@ def bench_scaling(output: Path, gpu: str, overrides: Sequence[str] = ()) -> dict
         stage, model = experiment.stages[-1], meta_models(experiment)
         every = fewest_that_fits(experiment, stage, False, card.memory, PER_NODE)
         freeze(model.captioner, stage)
-        rate = predicted_rate(experiment, stage, model, card, every, False)
+        rate = predicted_rate(experiment, model, card, every, False)
         training = experiment.training
         work = training.micro_batch * training.gradient_accumulation / rate
         size = 2 * sum(p.numel() for p in model.captioner.parameters() if p.requires_grad)

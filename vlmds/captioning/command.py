@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from vlmds.captioning.job import CaptionJob, caption_to_file, caption_to_stdout, stream_to_stdout, title
-from vlmds.captioning.sources import parse_seconds
+from vlmds.captioning.windows import parse_seconds
 from vlmds.console.text import counted
 from vlmds.distributed.ranks import is_main
 from vlmds.errors import InputError

@@ -23,11 +23,13 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from vlmds.errors import InputError
-from vlmds.files import check_writable, is_url, path_in, write
+from vlmds.files import is_url, path_in, write
+from vlmds.permissions import check_writable
 from vlmds.runs.rank_jsonl import Appender, RankJsonl, Record
 
 if TYPE_CHECKING:  # it imports PyTorch
-    from vlmds.captioning.sources import Item, Span
+    from vlmds.captioning.sources import Item
+    from vlmds.captioning.windows import Span
 
 FORMATS = ("jsonl", "json", "csv", "srt")
 RECORD = frozenset(("id", "video", "start", "end"))  # fields of every line

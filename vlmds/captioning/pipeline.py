@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmds.captioning.sources import Item, Span, grouped, spans
+from vlmds.captioning.sources import Item
+from vlmds.captioning.windows import Span, grouped, spans
 from vlmds.console.progress import phase
 from vlmds.data.exact_reader import Unreadable, read_exactly
 from vlmds.data.loader import SampleReader, visual_inputs

@@ -16,7 +16,7 @@ from vlmds.cli.options import add_local_rank
 from vlmds.console.quiet import quiet_libraries
 from vlmds.distributed.cuda import use_expandable_segments
 from vlmds.errors import InputError
-from vlmds.files import unusable_place
+from vlmds.permissions import unusable_place
 
 
 def main(arguments: list[str] | None = None) -> int:

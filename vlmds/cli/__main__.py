@@ -1,3 +1,5 @@
+"""`python -m vlmds.cli`: the command `vlmds`, for launchers that take a module."""
+
 import sys
 
 from vlmds.cli import main

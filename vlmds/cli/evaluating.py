@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmds.cli.generation import add_generation, add_loading, generation_options
-from vlmds.cli.options import add_data, add_set, load
-from vlmds.console.progress import tell
+from vlmds.cli.options import add_data, add_generation, add_loading, add_set, generation_options, load
+from vlmds.console.progress import log_line
 from vlmds.errors import InputError
 
 
@@ -67,8 +66,8 @@ def write_comparison(
     latex: Path | None = None,
 ) -> None:
     from vlmds.evaluation.compare import compare
+    from vlmds.evaluation.evaluated_runs import load_run
     from vlmds.evaluation.report import to_csv, to_latex, write_report
-    from vlmds.evaluation.runs import load_run
     from vlmds.evaluation.verdict import verdict_line
     from vlmds.files import write
 
@@ -113,7 +112,7 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     try:
         code = module.run_jobs(jobs, data, launcher, options, environment)
     finally:
-        tell(module.status_table(jobs))
+        log_line(module.status_table(jobs))
     evaluated = [job.run for job in jobs if job.evaluated]
     if evaluated and code != module.STOPPED:
         write_comparison(evaluated, output / "report.html", words=words)
@@ -134,10 +133,10 @@ def add_evaluate(commands) -> None:
     add("--output", type=Path, metavar="DIR", help="for the results (default: RUN/evaluation/SPLIT)")
     add("--as", dest="name", metavar="NAME", help="write to RUN/evaluation/NAME, beside other evaluations")
     add("--clips", type=int, metavar="N", help="evaluate only N clips, evenly spaced (default: all)")
-    add_generation(command)
+    add_generation(add)
     add("--batch-size", type=int, default=8, metavar="N", help="clips per batch (default: 8)")
     add("--again", action="store_true", help="repeat a finished evaluation, or replace one that has other settings")
-    add_loading(command)
+    add_loading(add)
     command.set_defaults(call=evaluate)
 
 

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from vlmds.captioning.outputs import FORMATS as CAPTION_FORMATS
-from vlmds.cli.generation import add_generation, add_loading, generation_options
-from vlmds.cli.options import add_data, load
+from vlmds.cli.options import add_data, add_generation, add_loading, generation_options, load
 from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.export import FORMATS as EXPORT_FORMATS
@@ -110,7 +109,7 @@ def add_caption(commands) -> None:
     add("--stream", action="store_true", help="print each caption while it is generated")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--prompt", metavar="TEXT", help="prompt to use (default: the experiment's)")
-    add_generation(command)
+    add_generation(add)
     add("--batch-size", type=int, default=4, metavar="N", help="videos per batch (default: 4)")
     add("--workers", type=int, metavar="N", help="decoding processes (default: one per core)")
     add(
@@ -120,7 +119,7 @@ def add_caption(commands) -> None:
         metavar="SECONDS",
         help="longest time for decoding one video, or some of its windows (default: 60)",
     )
-    add_loading(command)
+    add_loading(add)
     command.set_defaults(call=caption, parser=command)
 
 
@@ -161,7 +160,7 @@ def add_serve(commands) -> None:
         action="store_true",
         help="also download videos from http(s) URLs in requests, from anywhere this machine can reach",
     )
-    add_loading(command)
+    add_loading(add)
     command.set_defaults(call=serve)
 
 
@@ -183,5 +182,5 @@ def add_export(commands) -> None:
         help="fold the adapter into the language model's weights (in llm.dtype, not in 4 bits)",
     )
     add("--push-to-hub", metavar="OWNER/NAME", help="also upload the folder to this repository; a new one is private")
-    add_loading(command)
+    add_loading(add)
     command.set_defaults(call=export)

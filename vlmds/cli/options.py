@@ -6,6 +6,7 @@ import argparse
 from importlib import import_module
 
 from vlmds.console.progress import phase
+from vlmds.inference.options import GenerationOptions
 
 
 def add_exp(add, default: str | None = None, **more) -> None:
@@ -17,14 +18,26 @@ def add_data(add, help: str) -> None:
     add("--data", metavar="DIR", help=help)
 
 
-def add_set(add) -> None:
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the experiment, such as training.micro_batch=4 or llm.model=/models/Qwen3-8B",
+def add_set(
+    add, help: str = "override keys of the experiment, such as training.micro_batch=4 or llm.model=/models/Qwen3-8B"
+) -> None:
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help)
+
+
+def add_loading(add) -> None:
+    """Options of the commands that load a trained run."""
+    add("--device", help="cpu, cuda:0, … (default: the first GPU, else the CPU)")
+    add_set(add, "override the paths of the models, such as llm.model=/models/Qwen3-8B")
+
+
+def add_generation(add) -> None:
+    for name, type, default, help in GenerationOptions.command_line().values():
+        add(f"--{name.replace('_', '-')}", type=type, default=default, help=help)
+
+
+def generation_options(args: argparse.Namespace) -> GenerationOptions:
+    return GenerationOptions(
+        **{field: getattr(args, name) for field, (name, *_) in GenerationOptions.command_line().items()}
     )
 
 

@@ -47,7 +47,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from vlmds.packing.check import check_manifest
+    from vlmds.packing.manifest_check import check_manifest
 
     for line in check_manifest(args.manifest, **_reading(args)):
         print(line)
@@ -110,8 +110,8 @@ def _convert(args: argparse.Namespace) -> PackSummary:
 
 
 def _pack_manifest(args: argparse.Namespace) -> PackSummary:
+    from vlmds.packing.options import PackOptions
     from vlmds.packing.pack import pack
-    from vlmds.packing.shards import PackOptions
 
     _refuse(
         args,

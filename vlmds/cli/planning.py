@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from vlmds.cli.options import add_data, add_exp, add_local_rank, add_set, load, overrides
@@ -20,16 +22,22 @@ def plan(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     load("vlmds.doctor.cluster")
+    from vlmds.distributed.deadline import work_is_left
     from vlmds.doctor.cluster import examine
     from vlmds.experiments.reading import load_experiment
 
-    return examine(
+    code = examine(
         load_experiment(args.exp, overrides(args)),
         args.output,
         seconds=args.seconds,
         samples=args.samples,
         wanted=args.samples_per_second,
     )
+    if work_is_left():  # Python's normal exit may abort while a check still runs in a thread
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def fetch(args: argparse.Namespace) -> int:

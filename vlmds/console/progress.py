@@ -118,7 +118,7 @@ def phase(
         if shown.is_set():
             _clear()
             if finished:
-                tell(f"{who}{current.final_line()}", sys.stderr)
+                log_line(f"{who}{current.final_line()}", sys.stderr)
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def silenced(yes: bool = True) -> Iterator[None]:
         _silenced -= yes
 
 
-def tell(text: str, stream: TextIO | None = None) -> None:
+def log_line(text: str, stream: TextIO | None = None) -> None:
     """Print a line, by default on stdout. If the reader is gone (a closed terminal or ssh), this does not
     raise, because training must go on: the stream is redirected to /dev/null."""
     _clear()
@@ -166,7 +166,7 @@ def _show(current: Phase, who: str, over: threading.Event, shown: threading.Even
         if _open[-1] is current:
             shown.set()
             line = f"{who}{current.progress_line()}"
-            _replace(line) if terminal else tell(line, sys.stderr)
+            _replace(line) if terminal else log_line(line, sys.stderr)
         wait = TERMINAL_SECONDS if terminal else interval
         interval = interval if terminal else min(2 * interval, LOG_SECONDS[1])
 

@@ -27,7 +27,7 @@ from vlmds.files import as_path, is_url, sha256_of
 
 FORMAT, VERSION = "vlmds", 2
 
-# index.parquet has one row group per shard that holds a sample, in order of (split, shard).
+# index.parquet has one row group per shard that contains a sample, in order of (split, shard).
 SCHEMA = pa.schema(
     [
         ("split", pa.string()),

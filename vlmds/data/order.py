@@ -43,7 +43,7 @@ class SampleOrder:
         epoch, place = divmod(position, self.total)
         shards, ends = self._shards(epoch if self.shuffle else 0)
         if self.shuffle:
-            slot = int(np.searchsorted(ends, place, side="right"))  # whose window holds the place
+            slot = int(np.searchsorted(ends, place, side="right"))  # whose window contains the place
             first = slot // self.window * self.window
             start = int(ends[first - 1]) if first else 0
             last = min(first + self.window, len(shards))

@@ -7,12 +7,12 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 from vlmds.distributed.lost_ranks import connection_lost
 from vlmds.distributed.ranks import is_main, leave, rank_and_world
 from vlmds.distributed.watchdog import note_failure, report_failure, report_lost_rank
 from vlmds.errors import InputError, Stopped
-from vlmds.files import unusable_place
+from vlmds.permissions import unusable_place
 
 
 def run_on_ranks(command: Callable[[], int]) -> int:
@@ -28,10 +28,10 @@ def run_on_ranks(command: Callable[[], int]) -> int:
         code = command()
     except (InputError, Stopped) as error:
         if is_main():
-            tell(f"vlmds: {error}", sys.stderr)
+            log_line(f"vlmds: {error}", sys.stderr)
         elif not error.shared and os.environ.get("LOCAL_RANK") == "0":
             # A problem of this node only, such as a missing file; rank 0 may still be waiting.
-            tell(f"vlmds: rank {os.environ['RANK']}: {error}", sys.stderr)
+            log_line(f"vlmds: rank {os.environ['RANK']}: {error}", sys.stderr)
         if not error.shared:
             note_failure()
         code = 2 if isinstance(error, InputError) else 3
@@ -49,12 +49,12 @@ def run_on_ranks(command: Callable[[], int]) -> int:
 def report_error(error: BaseException) -> int:
     """Print on stderr why this rank ends, and note it for the others. Returns the exit code."""
     if line := unusable_place(error):
-        tell(f"vlmds: {line}" if is_main() else f"vlmds: rank {os.environ['RANK']}: {line}", sys.stderr)
+        log_line(f"vlmds: {line}" if is_main() else f"vlmds: rank {os.environ['RANK']}: {line}", sys.stderr)
         note_failure()
         return 2
     if connection_lost(error):
         report_lost_rank()
     else:
-        tell("".join(traceback.format_exception(error)), sys.stderr)
+        log_line("".join(traceback.format_exception(error)), sys.stderr)
         report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
     return 1

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 from vlmds.distributed.lost_ranks import reports_for_machine
 from vlmds.distributed.watchdog import MOST_RANKS, end_job, idle_seconds
 
@@ -262,7 +262,7 @@ class Member:
     def _warn(self) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             host, port = self._address
-            tell(
+            log_line(
                 f"vlmds: rank {self._rank}: WARNING: port {port} of {host} cannot be "
                 "reached; the loss of a node is noticed only after training.timeout_minutes",
                 sys.stderr,

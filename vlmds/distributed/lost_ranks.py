@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 from vlmds.distributed.deadline import finishes_within
 from vlmds.files import machine
 
@@ -70,7 +70,7 @@ def report_loss(store: dist.Store | None) -> None:
         )
     rank = os.environ.get("RANK", "0")
     if found and found[0]:
-        tell(f"vlmds: rank {rank}: {found[0]}", sys.stderr)
+        log_line(f"vlmds: rank {rank}: {found[0]}", sys.stderr)
     if rank == "0" and store is not None:  # the store is in this process, and other ranks still use it
         time.sleep(SETTLE_SECONDS)
 

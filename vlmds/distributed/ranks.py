@@ -226,7 +226,7 @@ def shared_error(problem: str) -> InputError:
 
 
 def on_each_cache(work: Callable[[Callable[[str], None]], None], folder: Path) -> None:
-    """Call ``work`` on one rank for each disk that holds ``folder``, while the others wait. All ranks
+    """Call ``work`` on one rank for each disk that has ``folder``, while the others wait. All ranks
     call it.
 
     Unlike that of a collective, the wait has no fixed timeout: it lasts as long as some rank reports

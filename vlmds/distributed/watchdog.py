@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 from vlmds.distributed import lost_ranks
 from vlmds.distributed.deadline import finishes_within
 
@@ -90,7 +90,7 @@ class Watchdog:
         others: list[str] = []
         if not finishes_within(lost_ranks.STORE_SECONDS, lambda: self._ask_others(others)):
             others.append(NO_ANSWER)
-        tell("\n".join(lines + list(others)), sys.stderr)
+        log_line("\n".join(lines + list(others)), sys.stderr)
 
     def note_failure(self) -> None:
         """Note for the other ranks that this one ends by an error that it reports itself."""
@@ -147,7 +147,7 @@ class Watchdog:
             if waited >= timeout:
                 self.end_job(f"no progress for {timeout:.0f} s (training.timeout_minutes)")
             if waited >= due and activity.explain is not None:
-                tell(f"vlmds: rank {os.environ.get('RANK', '0')}: still {activity.described()}", sys.stderr)
+                log_line(f"vlmds: rank {os.environ.get('RANK', '0')}: still {activity.described()}", sys.stderr)
                 due *= 2
             wait = min(max(timeout - waited, 0) + 0.05, 1.0)
 

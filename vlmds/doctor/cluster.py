@@ -304,7 +304,7 @@ def step_rate(experiment: Experiment, number: int, stored: bool, card: Card) -> 
     """Predicted samples per second of one GPU in stage ``number``. stored: the data holds CLIP's features."""
     model, stage = meta_models(experiment), experiment.stages[number]
     freeze(model.captioner, stage)
-    return predicted_rate(experiment, stage, model, card, 0, stored)
+    return predicted_rate(experiment, model, card, 0, stored)
 
 
 def judge_decoding(total: float, wanted: float | None, text: str, predicted: bool = False) -> Finding:

@@ -26,8 +26,8 @@ from vlmds.models.fetch import presence
 from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.trainable import freeze
 from vlmds.models.vision import vision_half
-from vlmds.planning.checks import check_experiment
 from vlmds.planning.memory import checkpoint_bytes
+from vlmds.planning.start_checks import check_experiment
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""Numbers of `vlmds compare`: which experiment is best, by how much, and can the data decide it.
+"""Numbers of `vlmds compare`: which experiment is best, by how much, and whether the difference is significant.
 
 Runs are compared on the same clips. :mod:`vlmds.evaluation.statistics` says how sure a difference is,
 :mod:`vlmds.evaluation.verdict` which experiment to take, and :mod:`vlmds.evaluation.like_for_like` what
@@ -13,12 +13,12 @@ from typing import Any, get_args
 import numpy as np
 
 from vlmds.errors import InputError
+from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.like_for_like import differing_settings, warnings
 from vlmds.evaluation.metrics import aggregate, characters, score_captions, undefined_metrics
-from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
 from vlmds.evaluation.verdict import MARGIN, pair_tests, verdict
-from vlmds.evaluation.words import word_accuracy
+from vlmds.evaluation.word_accuracy import word_accuracy
 from vlmds.experiments.schema import PROJECTORS, PeftSection
 
 ADAPTERS = get_args(PeftSection.model_fields["type"].annotation)
@@ -31,7 +31,7 @@ def compare(
 
     Args:
         margin: how much worse than the best the chosen experiment may be, as a share of its value.
-        words: sets of words to look for in captions, see :func:`vlmds.evaluation.words.word_accuracy`.
+        words: sets of words to look for in captions, see :func:`vlmds.evaluation.word_accuracy.word_accuracy`.
 
     Raises:
         InputError: fewer than two clips that all runs were evaluated on, or no such metric.
@@ -44,7 +44,7 @@ def compare(
     undefined = undefined_metrics(names)
     metric = metric or names[0]
     if metric in undefined:
-        raise InputError(f"--metric {metric}: undefined, for the references of the clips do not differ")
+        raise InputError(f"--metric {metric}: undefined, because the references of the clips do not differ")
     if metric not in names:
         raise InputError(f"--metric {metric}: no such metric; the runs share {', '.join(names)}")
     if not 0 < margin < 1:

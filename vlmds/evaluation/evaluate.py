@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmds.console.progress import phase, silenced, tell
+from vlmds.console.progress import log_line, phase, silenced
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_features
@@ -37,11 +37,12 @@ from vlmds.evaluation.metrics import describe_captions, score_captions, summaris
 from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
 from vlmds.experiments.differences import changed_settings
 from vlmds.experiments.schema import Experiment
-from vlmds.files import absolute, check_writable, write
+from vlmds.files import absolute, write
 from vlmds.inference.options import GenerationOptions, caption_settings
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import artifact_experiment, read_artifact, weights_sha256
 from vlmds.models.assemble import Model
+from vlmds.permissions import check_writable
 from vlmds.runs.folder import final_artifact
 from vlmds.runs.rank_jsonl import RankJsonl, json_line
 
@@ -402,4 +403,4 @@ def _folder_name(run: Path, dataset: Dataset, split: str) -> str:
 
 def _say(text: str) -> None:
     if ranks.rank_and_world()[0] == 0:
-        tell(f"vlmds: {text}")
+        log_line(f"vlmds: {text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from vlmds.evaluation.blind import doubts
-from vlmds.evaluation.runs import Run
+from vlmds.evaluation.evaluated_runs import Run
 from vlmds.experiments.differences import flat_settings
 
 EXPECTED = ("name", "owner", "priority", "projector", "peft.type", "training.seed")

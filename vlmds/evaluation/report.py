@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from vlmds.evaluation.compare import ADAPTERS, common_keys
-from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
+from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.verdict import verdict_sentences
 from vlmds.experiments.schema import PROJECTORS
 from vlmds.files import write

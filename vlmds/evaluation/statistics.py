@@ -8,7 +8,7 @@ difference between methods has two parts:
   whole corpus (BLEU, chrF++) are linearised: a clip's value is its influence on the metric
   (Hampel, JASA 69, 1974).
 - of the seeds: the variance between the seeds of a method, pooled over all methods, less the residual
-  of the clips in it, which the first part holds already.
+  of the clips in it, which the first part contains already.
 
 Student's t with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946) gives intervals and
 p-values; nothing is drawn at random for them, so a small p-value is not limited by a number of draws.

@@ -6,7 +6,7 @@
     peft              the adapter in PEFT's format, and the projector
     hf-llava          a LLaVA folder for plain transformers (:mod:`vlmds.export.llava`), or where
                       that architecture does not fit, one with its own code
-                      (:mod:`vlmds.export.remote`)
+                      (:mod:`vlmds.export.remote_code`)
 
 Each has a model card. A folder with folded weights is loaded back before it gets its final name,
 and its logits are compared with those of the original model.
@@ -33,14 +33,15 @@ from vlmds.export.card import REMOTE, Facts, model_card
 from vlmds.export.llava import fits_llava, write_llava
 from vlmds.export.merge import load_unmerged, merge_adapter, unquantised
 from vlmds.export.parity import Parity, captioner_logits, compare_logits, folder_logits, make_probes
-from vlmds.export.remote import write_remote
-from vlmds.files import check_writable, copy_files, new_folder, sha256_of
+from vlmds.export.remote_code import write_remote
+from vlmds.files import copy_files, new_folder, sha256_of
 from vlmds.inference.video_captioner import VideoCaptioner, choose_device
 from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact, stage_experiment
 from vlmds.models.assemble import Model
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import counted_phase
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.permissions import check_writable
 from vlmds.runs.folder import final_artifact
 
 PEFT_CARD = ("README.md",)  # a template with nothing filled in

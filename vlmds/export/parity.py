@@ -94,7 +94,7 @@ def make_probes(experiment: Experiment, model: Model) -> tuple[list[Probe], str]
 def _dataset_samples(experiment: Experiment, image_size: int):
     dataset = open_dataset(experiment.data)
     if dataset.store == "features":
-        raise InputError(f"{dataset.root} holds features, not frames")
+        raise InputError(f"{dataset.root} contains features, not frames")
     split = "val" if "val" in dataset.splits else dataset.splits[0]
     reader = SampleReader(
         dataset,

@@ -29,7 +29,7 @@ from vlmds.models.vision import VisionTower, frame_side, load_vision_tower, patc
 class Model:
     """The models of an experiment.
 
-    tower: frozen, outside the engine; None where the data holds its features. captioner:
+    tower: frozen, outside the engine; None where the data contains its features. captioner:
     projector and LLM, which the engine trains. image_size: side of the tower's frames in pixels.
     stored_tower: see :func:`load_model`."""
 
@@ -65,7 +65,7 @@ def load_model(experiment: Experiment, device: torch.device, stored_tower: str |
     a job call it alike; what is missing on this machine is downloaded.
 
     Args:
-        stored_tower: fingerprint of the tower whose features the data holds, which the caller has
+        stored_tower: fingerprint of the tower whose features the data contains, which the caller has
             checked (:func:`vlmds.data.features.check_features`); then no tower is loaded.
 
     Raises:

@@ -169,15 +169,14 @@ class Presence:
     text: str
 
 
-def presence(section: ModelSection, timeout: float = 5.0) -> Presence:
-    """Whether a start will find the model. timeout: of a question to the hub, in seconds. Raises
-    InputError: a path without a model."""
+def presence(section: ModelSection) -> Presence:
+    """Whether a start will find the model. Raises InputError: a path without a model."""
     folder = cached_folder(section)
     if folder is not None:
         commit = commit_of(folder)
         return Presence(True, 0, f"in {folder}" if commit is None else f"commit {commit[:12]} is in {hub_cache()}")
     try:
-        missing = ask_hub(section, timeout).to_download(section)
+        missing = ask_hub(section, timeout=5.0).to_download(section)
     except InputError as error:
         reason = str(error).partition(": ")[2].removeprefix(f"{section.model} is not complete in {hub_cache()}, and ")
         return Presence(False, None, f"not in {hub_cache()}, and {reason}")

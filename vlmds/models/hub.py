@@ -20,7 +20,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment, LanguageConfig, VisionConfig
-from vlmds.files import denied
+from vlmds.permissions import denied
 
 ModelSection = VisionConfig | LanguageConfig
 

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
-from vlmds.console.progress import phase, tell
+from vlmds.console.progress import log_line, phase
 from vlmds.console.quiet import quietly
 from vlmds.console.text import size_text
 from vlmds.errors import InputError
@@ -163,7 +163,7 @@ def bring(
                 if failures == TRIES:
                     raise InputError(str(error)) from None
                 wait = min(2.0 ** (failures - 1), LONGEST_WAIT)
-                tell(f"vlmds: {str(error).partition('; ')[0]}; trying again in {wait:.0f} s", sys.stderr)
+                log_line(f"vlmds: {str(error).partition('; ')[0]}; trying again in {wait:.0f} s", sys.stderr)
                 time.sleep(wait)
 
 

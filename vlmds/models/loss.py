@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without the logits of all tokens at once."""
+"""Cross-entropy over a large vocabulary, without the logits of all tokens at once."""
 
 from __future__ import annotations
 

@@ -149,11 +149,11 @@ def vision_half(config: PretrainedConfig, name: str) -> CLIPVisionConfig:
     """The vision half of a CLIP configuration.
 
     Raises:
-        InputError: ``name`` holds no CLIP model.
+        InputError: ``name`` contains no CLIP model.
     """
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig):
-        raise InputError(f"vision.model: {name} holds a {config.model_type} model, not CLIP")
+        raise InputError(f"vision.model: {name} contains a {config.model_type} model, not CLIP")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Make one store from another: video -> frames, video -> features, frames -> features.
+"""Conversion of one store to another: video -> frames, video -> features, frames -> features.
 
 A conversion keeps splits, shard numbers, keys, order and captions: training and validation read the
 same samples in the same order. A shard of the result is a pure function of the source's shard and
@@ -32,12 +32,14 @@ from vlmds.data.index import VERSION, SampleRow, ShardIndex
 from vlmds.data.shard_reader import ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
-from vlmds.files import as_path, check_writable, is_url
+from vlmds.files import as_path, is_url
 from vlmds.packing.finish import finish_dataset
 from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
+from vlmds.packing.options import PackOptions
 from vlmds.packing.pack import PackSummary
-from vlmds.packing.shards import PackOptions, Shard, json_line, unfinished, write_shard
+from vlmds.packing.shards import Shard, json_line, unfinished, write_shard
+from vlmds.permissions import check_writable
 from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import RESIZER
 from vlmds.video.pool import DecodePool

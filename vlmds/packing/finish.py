@@ -17,8 +17,8 @@ from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
 from vlmds.errors import InputError
 from vlmds.files import is_url, replacing, sha256_of, temporary_owner, write
 from vlmds.packing.manifest import Known, Manifest, ManifestRow, Reject
-from vlmds.packing.shard_plan import PLANS
 from vlmds.packing.shards import MARKERS, Shard, json_line, read_marker
+from vlmds.packing.video_facts import PLANS
 
 DAY = 86400.0
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from vlmds.console.progress import Phase, phase
 from vlmds.packing.manifest import ManifestRow
-from vlmds.packing.shards import PackOptions, Shard, write_shard
+from vlmds.packing.options import PackOptions
+from vlmds.packing.shards import Shard, write_shard
 from vlmds.video.decode_work import VideoReply, VideoRequest
 from vlmds.video.pool import DecodePool
 

@@ -1,4 +1,4 @@
-"""Pack shards on a Ray cluster: `vlmds pack --engine ray`.
+"""Packing of shards on a Ray cluster: `vlmds pack --engine ray`.
 
 A task packs one shard: a lost worker costs one shard, which Ray packs again elsewhere, to the same
 bytes. All workers must see the videos and the output folder under the same paths or URLs.
@@ -11,7 +11,8 @@ from vlmds.console.progress import Phase, phase, silenced
 from vlmds.console.text import install_hint
 from vlmds.errors import InputError
 from vlmds.packing.local import pack_here
-from vlmds.packing.shards import PackOptions, Shard
+from vlmds.packing.options import PackOptions
+from vlmds.packing.shards import Shard
 
 IN_FLIGHT = 2  # tasks per CPU of the cluster that are handed out at once
 RETRIES = 5  # of a task whose worker or machine is lost

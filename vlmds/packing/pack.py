@@ -16,14 +16,18 @@ from typing import Any
 from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.errors import InputError
-from vlmds.files import as_path, check_writable, driver_advice, is_url
+from vlmds.files import as_path, driver_advice, is_url
 from vlmds.packing.captions import CutCaptions
 from vlmds.packing.finish import Base, Finished, finish_dataset
 from vlmds.packing.local import pack_here
 from vlmds.packing.manifest import Manifest, ManifestRow, Reject, read_manifest
 from vlmds.packing.on_ray import pack_on_ray
-from vlmds.packing.shard_plan import facts_of, shards_of, with_val, without_duplicates
-from vlmds.packing.shards import PackOptions, Shard, unfinished
+from vlmds.packing.options import PackOptions
+from vlmds.packing.shard_plan import shards_of, without_duplicates
+from vlmds.packing.shards import Shard, unfinished
+from vlmds.packing.split import with_val
+from vlmds.packing.video_facts import facts_of
+from vlmds.permissions import check_writable
 
 
 @dataclass(frozen=True)

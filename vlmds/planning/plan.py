@@ -24,10 +24,10 @@ from vlmds.models.language import load_tokenizer
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import find_card
-from vlmds.planning.checks import check_experiment, sequence_builder, training_reader
 from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
+from vlmds.planning.start_checks import check_experiment, sequence_builder, training_reader
 from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0
@@ -85,7 +85,7 @@ def plan_experiment(
     if rate is None:
         freeze(model.captioner, experiment.stages[-1])
         assumed = find_card(ASSUMED_CARD)
-        rate = predicted_rate(experiment, experiment.stages[-1], model, assumed, 0, stored)
+        rate = predicted_rate(experiment, model, assumed, 0, stored)
         how = f"predicted on {assumed.name}; give --gpu, or --samples-per-second if you know it"
     return "\n\n".join(
         [

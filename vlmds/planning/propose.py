@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmds.console.text import counted, size_text
 from vlmds.errors import InputError
-from vlmds.experiments.schema import Experiment, StageConfig
+from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import MetaModels
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import Card
@@ -105,15 +105,13 @@ def proposals(
                         share // micro_batch,
                         every,
                         sum(memories[every].values()),
-                        predicted_rate(changed, stage, model, card, every, stored_features),
+                        predicted_rate(changed, model, card, every, stored_features),
                     )
                 )
     return sorted(found, key=lambda p: (-round(p.rate, 2), -p.micro_batch))
 
 
-def predicted_rate(
-    experiment: Experiment, stage: StageConfig, model: MetaModels, card: Card, every: int, stored_features: bool
-) -> float:
+def predicted_rate(experiment: Experiment, model: MetaModels, card: Card, every: int, stored_features: bool) -> float:
     """Samples a second on one GPU of this kind; communication is not counted."""
     size = experiment.training.micro_batch
     positions = model.captioner.projector.num_tokens + TEXT_POSITIONS

@@ -28,8 +28,9 @@ from vlmds.errors import InputError
 from vlmds.experiments.differences import differing_keys
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.experiments.schema import Experiment
-from vlmds.files import check_writable, write
+from vlmds.files import write
 from vlmds.models.artifact import is_artifact
+from vlmds.permissions import check_writable
 from vlmds.runs.journal import Journal
 
 PACKAGES = ("vlmds", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "webdataset", "decord", "av")

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 
 
 class Journal:
@@ -26,7 +26,7 @@ class Journal:
             append(self.path, "".join(lines).encode())
         except OSError as error:
             if not self._kept:
-                tell(
+                log_line(
                     f"vlmds: WARNING: {self.path}: {error.strerror}; training goes on, and the "
                     "records are written as soon as there is room"
                 )

@@ -1,4 +1,4 @@
-"""JSONL that several ranks write together, and that a stopped job goes on with."""
+"""JSONL files that several ranks write together, and that a restarted job continues."""
 
 from __future__ import annotations
 

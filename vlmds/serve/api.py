@@ -31,8 +31,8 @@ from starlette.exceptions import HTTPException
 
 from vlmds.errors import SampleError
 from vlmds.inference.options import GenerationOptions
-from vlmds.serve.fetch import fetch
 from vlmds.serve.loaded import Busy, Models, RequestError
+from vlmds.serve.url_download import fetch
 
 UPLOADS = 4  # bodies read at once; others wait before theirs is
 READING = 600.0  # seconds that a body may take to arrive
@@ -176,7 +176,7 @@ async def _read(request: Request, models: Models, file) -> _Ask:
             if int(request.headers.get("content-length") or 0) > most:
                 raise too_large
             bounded = Request(request.scope, receive)
-            ask = await (_read_form if form else _read_json)(bounded, models, file)
+            ask = await (_read_form(bounded, file) if form else _read_json(bounded, models, file))
     except TimeoutError:
         raise RequestError("the request did not arrive in time", 408) from None
     except RequestError as error:
@@ -197,7 +197,7 @@ async def _drain(request: Request, most: int) -> None:
                 return
 
 
-async def _read_form(request: Request, models: Models, file) -> _Ask:
+async def _read_form(request: Request, file) -> _Ask:
     try:
         form = await request.form(max_files=1, max_fields=16, max_part_size=1 << 16)
     except HTTPException as error:  # how Starlette says that it cannot be parsed

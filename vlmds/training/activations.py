@@ -19,7 +19,7 @@ def checkpointed_layers(experiment: Experiment, stage: StageConfig, stored_featu
     is not predicted to fit. The rank with the least memory decides for all; all ranks call it alike.
 
     Args:
-        stored_features: the data holds CLIP's features, so no tower is loaded.
+        stored_features: the data contains CLIP's features, so no tower is loaded.
     """
     setting = experiment.training.activation_checkpointing
     if setting != "auto":

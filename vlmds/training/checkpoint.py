@@ -1,7 +1,7 @@
 """The format of checkpoints: the trainables in fp32, their Adam moments, and the stage's progress.
 
     checkpoints/align-0000200/
-        rank-00000.safetensors ...   what each rank's ZeRO-2 partition holds, cut by parameter
+        rank-00000.safetensors ...   the content of each rank's ZeRO-2 partition, cut by parameter
         checkpoint.json              written last: the state, and size and sha256 of each file
 
 A tensor is named ``exp_avg/projector.net.weight/4096``: what it is, of which parameter, from which
@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmds.console.progress import phase, tell
+from vlmds.console.progress import log_line, phase
 from vlmds.distributed.ranks import on_main, together
 from vlmds.errors import InputError
 from vlmds.files import publish_folder, refresh_listing, remove_folder, sha256_of, sync_file
@@ -190,7 +190,7 @@ def latest_checkpoint(root: Path, stage: str) -> tuple[Path, dict] | None:
             problem = check(folder)
             if problem is None:
                 return folder, read_state(folder)
-            tell(f"vlmds: {folder}: damaged checkpoint passed over: {problem}")
+            log_line(f"vlmds: {folder}: damaged checkpoint passed over: {problem}")
         return None
 
     return on_main(newest)

@@ -115,7 +115,7 @@ def experiment_ds_config(path: Path, experiment: Experiment, accumulation: int, 
     )
     zero = config["zero_optimization"]
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(bucket) == "auto":  # one bucket that just holds everything; the default is 1 GB
+        if zero.get(bucket) == "auto":  # one bucket, large enough for everything; the default is 1 GB
             zero[bucket] = trainables
     if zero.get("use_multi_rank_bucket_allreduce") == "auto":
         zero["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(dist.get_world_size())

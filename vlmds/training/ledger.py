@@ -7,7 +7,7 @@ from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset
 from vlmds.distributed.ranks import gather, is_main, shared_error
 from vlmds.training.context import StageContext
-from vlmds.training.progress import StageProgress
+from vlmds.training.stage_progress import StageProgress
 
 
 class SampleLedger:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vlmds.console.progress import phase, tell
+from vlmds.console.progress import log_line, phase
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_stages, stages_with
 from vlmds.data.features import check_features, needs_tower
@@ -36,7 +36,7 @@ from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.hub import pretrained_models
 from vlmds.models.language import load_tokenizer
-from vlmds.planning.checks import check_experiment, sequence_builder
+from vlmds.planning.start_checks import check_experiment, sequence_builder
 from vlmds.runs.folder import RunFolder, check_run_folder, open_run
 from vlmds.runs.lineage import base_weights, recorded_revisions
 from vlmds.training.ds_config import check_ds_config, find_ds_config
@@ -74,7 +74,7 @@ def start(args: argparse.Namespace) -> int:
         if is_main():
             from vlmds.planning.plan import plan_experiment
 
-            tell(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
+            log_line(plan_experiment(experiment, gpus=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
     train(experiment, Path(args.output or Path("runs") / experiment.name), args)
     return 0
@@ -120,7 +120,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     together(lambda: check_ds_config(config, experiment, schedule.accumulation))
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
-        tell(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
+        log_line(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
     warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
     stored = None if needs_tower(experiment, datasets) else datasets[0].meta["vision"]["fingerprint"]
@@ -160,7 +160,7 @@ def warn_of_readers(num_workers: int) -> None:
     (:class:`vlmds.data.loader.Batches`)."""
     cores = cores_of_rank()
     if is_main() and num_workers > cores:
-        tell(
+        log_line(
             f"vlmds: WARNING: data.num_workers {num_workers}: a rank starts only "
             f"{counted(cores, 'reader process', 'reader processes')}, its share of this node's "
             "cores"
@@ -172,9 +172,9 @@ def note_attention(run: RunFolder, attention: str, remark: str) -> None:
     :func:`attention_for`; a warning has a line of its own."""
     run.note(attention=attention)
     warning = remark.startswith("WARNING: ")
-    tell(f"vlmds: attention: {attention}{f' ({remark})' if remark and not warning else ''}")
+    log_line(f"vlmds: attention: {attention}{f' ({remark})' if remark and not warning else ''}")
     if warning:
-        tell(f"vlmds: {remark}")
+        log_line(f"vlmds: {remark}")
 
 
 def check_same_everywhere(experiment: Experiment, ds_config: Path) -> None:

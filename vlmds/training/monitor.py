@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from vlmds.console.progress import duration, tell
+from vlmds.console.progress import duration, log_line
 from vlmds.console.text import counted
 from vlmds.experiments.schema import Experiment
 from vlmds.runs.journal import Journal
@@ -169,7 +169,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         if self.active:
-            tell(f"vlmds: {text}")
+            log_line(f"vlmds: {text}")
 
     def close(self) -> None:
         self._metrics.add([])  # what a full disk would not take yet
@@ -235,7 +235,7 @@ def peak_memory() -> int:
     if get_accelerator().device_name() != "cpu":
         return get_accelerator().max_memory_allocated()
     try:
-        # Of this program alone: getrusage starts from what the process that started it held.
+        # Of this program alone: getrusage starts from the memory of the process that started it.
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:  # no Linux
         found = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
 from vlmds.files import copy_files, new_folder
@@ -37,7 +37,7 @@ def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken
         )
     again = start_from is not None and started_from(run, start_from)
     if again:
-        tell(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
+        log_line(f"vlmds: {run.path}: started from {start_from} before, and goes on from there")
     elif start_from is not None:
         run.record["resumed_from"] = {
             "checkpoint": str(start_from.resolve()),
@@ -103,6 +103,6 @@ def adopt(folder: Path, experiment: Experiment, run: RunFolder) -> None:
     if later:
         aside = run.path / f"before-start-{len(run.record['starts'])}"
         aside.mkdir(exist_ok=True)
-        tell(f"vlmds: what came after {folder.name} is moved to {aside}")
+        log_line(f"vlmds: what came after {folder.name} is moved to {aside}")
         for found in later:
             found.rename(aside / f"{found.parent.name}-{found.name}")

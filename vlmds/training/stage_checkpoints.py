@@ -10,8 +10,8 @@ from vlmds.training import checkpoint
 from vlmds.training.context import StageContext
 from vlmds.training.ema import WeightAverage
 from vlmds.training.engine import Engine
-from vlmds.training.progress import StageProgress
 from vlmds.training.saver import Saver
+from vlmds.training.stage_progress import StageProgress
 
 
 class StageCheckpoints:

@@ -1,4 +1,4 @@
-"""The schedule: each stage loads what the one before left, trains, and leaves an artifact.
+"""The schedule: each stage loads the previous one's artifact, trains, and writes its own.
 
 A stage always starts from the artifact on disk, never from what is in memory: a run that was stopped
 between two stages equals one that was not.
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 
-from vlmds.console.progress import phase, tell
+from vlmds.console.progress import log_line, phase
 from vlmds.data.dataset import Dataset
 from vlmds.distributed.ranks import is_main, on_main, shared_error
 from vlmds.distributed.stop_request import StopRequest
@@ -56,7 +56,7 @@ def run_stages(
     finished = on_main(lambda: [is_artifact(run.artifact(name)) for name in names])
     if all(finished):
         if is_main():
-            tell(f"vlmds: {run.path}: all stages are finished, nothing to do")
+            log_line(f"vlmds: {run.path}: all stages are finished, nothing to do")
         return
     first = finished.index(False)
     stop.training_begins()
@@ -120,7 +120,7 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
     checkpoint_activations(captioner, every)
     if dist.get_rank() == 0 and device.type == "cuda":
         layers = {0: "of no layer", 1: "of every layer"}.get(every, f"of one layer in {every}")
-        tell(f"vlmds: {stage.name}: activations {layers} are computed again in the backward pass")
+        log_line(f"vlmds: {stage.name}: activations {layers} are computed again in the backward pass")
     return every
 
 

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmds.console.progress import tell
+from vlmds.console.progress import log_line
 from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment, packaged_experiments
 from vlmds.experiments.schema import Experiment
@@ -163,7 +163,7 @@ def run_jobs(
             if task == "training" and job.trained:
                 continue
             job.state = task
-            tell(f"vlmds: {job.name}: {shlex.join(command)}")
+            log_line(f"vlmds: {job.name}: {shlex.join(command)}")
             code = subprocess.run(command, env=environment).returncode
             if code:
                 job.state = f"{task} stopped" if code == STOPPED else f"{task} failed ({code})"

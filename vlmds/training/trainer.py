@@ -24,8 +24,8 @@ from vlmds.training.energy import EnergyMeter, gpu_counter
 from vlmds.training.engine import build_engine, reduced_once, release, seed_micro_batch, set_learning_rate
 from vlmds.training.ledger import SampleLedger
 from vlmds.training.overlap import FeaturesAhead
-from vlmds.training.progress import StageProgress
 from vlmds.training.stage_checkpoints import StageCheckpoints
+from vlmds.training.stage_progress import StageProgress
 from vlmds.training.validation import Validator
 
 

@@ -22,7 +22,7 @@ from vlmds.training.batches import StageData
 from vlmds.training.context import StageContext
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ledger import SampleLedger
-from vlmds.training.progress import ValidationState
+from vlmds.training.stage_progress import ValidationState
 
 
 class Validator:

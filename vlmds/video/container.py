@@ -21,7 +21,7 @@ from vlmds.video.webp import is_animated_webp, webp_to_mov
 
 Source = str | os.PathLike | bytes
 
-# FFmpeg's names of the formats that hold all of a video, or of a picture, in one file: their readers open no
+# FFmpeg's names of the formats that contain all of a video, or of a picture, in one file: their readers open no
 # other file or address. Not among them are playlists (hls, dash, concat), session descriptions (sdp, rtsp),
 # numbered files (image2, which takes a name for a pattern) and svg_pipe, whose pictures may name others.
 _FORMATS = ",".join(

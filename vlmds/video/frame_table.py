@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192; a header may claim more than memory holds
+MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192; a header may claim more than fits in memory
 DESCRIBED = ("width", "height", "rotation", "frames", "timing")  # what `from_described` reads
 
 

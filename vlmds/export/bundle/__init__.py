@@ -1,4 +1,4 @@
 """Code that is copied into exported folders and runs without vlmds: nothing here imports vlmds.
 
-`vlmds.export.remote` copies it, together with the projectors.
+`vlmds.export.remote_code` copies it, together with the projectors.
 """

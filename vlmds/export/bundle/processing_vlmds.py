@@ -1,4 +1,4 @@
-"""Frames and a prompt -> what the video captioner takes."""
+"""The processor of a video captioner: frames and a prompt -> model inputs."""
 
 from transformers import ProcessorMixin
 

@@ -1,5 +1,5 @@
-"""launch/train.py that waits to be killed once it has saved the second stage's first checkpoint:
-tiny models could be through with the stage before anybody sees that checkpoint."""
+"""launch/train.py that stops after the second stage's first checkpoint and waits to be killed: tiny
+models could finish the stage before the checkpoint is noticed."""
 
 import sys
 import time

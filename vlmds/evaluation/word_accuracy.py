@@ -1,5 +1,5 @@
-"""Word accuracy: how often captions contain the right ones of some chosen words, such as directions,
-which need the order of the frames."""
+"""Word accuracy: how often captions contain the correct ones of some chosen words, such as directions,
+which depend on the order of the frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks before a start: training, the plan and the doctor refuse the same, in the same words."""
+"""Checks before a start: training, the plan and the doctor refuse the same things with the same messages."""
 
 import json
 import shutil
@@ -20,8 +20,8 @@ from vlmds.models.language import load_tokenizer
 from vlmds.models.vision import load_vision_tower
 from vlmds.packing.convert import convert
 from vlmds.packing.pack import pack
-from vlmds.planning.checks import sequence_builder, training_reader
 from vlmds.planning.plan import plan_experiment
+from vlmds.planning.start_checks import sequence_builder, training_reader
 
 CPU = torch.device("cpu")
 
@@ -129,7 +129,7 @@ def test_what_is_sound_passes(models, data, tmp_path):
 
 def test_charts_at_wandb_need_wandb(models, shards, monkeypatch):
     experiment = load_experiment("e3", [*tiny.settings(models, shards), "logging.wandb_project=p"])
-    monkeypatch.setattr("vlmds.planning.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("vlmds.planning.start_checks.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"wandb is not installed; pip .* -e '\.\[track\]', or"):
         plan_experiment(experiment)
 

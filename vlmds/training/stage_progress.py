@@ -1,4 +1,4 @@
-"""How far a stage has come: what its checkpoints record beside weights and moments."""
+"""The progress of a stage, which its checkpoints record beside weights and moments."""
 
 from __future__ import annotations
 
