@@ -43,7 +43,8 @@ def load_experiment(exp: str | Path, overrides: list[str] | tuple[str, ...] = ()
     path = find_experiment(exp)
     origins: dict[str, str] = {}
     tree = _read_layers(path, origins, seen=())
-    for override in sorted(overrides, key=lambda text: ".model=" not in text):  # before .revision=
+    # A model resets its revision and a type the projector's keys, so these overrides come first.
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith((".model", ".type"))):
         _apply_override(tree, override, origins)
     return parse_experiment(tree, path.name, origins)
 

@@ -23,10 +23,11 @@ from vlmds.models.language import load_tokenizer
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze
 from vlmds.planning.cards import find_card
-from vlmds.planning.checks import check_experiment, sequence_builder, training_reader
+from vlmds.planning.checks import check_experiment, check_initial, sequence_builder, training_reader
 from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
+from vlmds.runs.initial import InitialProjector, initial_projector
 from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0
@@ -68,10 +69,13 @@ def plan_experiment(
     dataset = open_dataset(data) if data.path or data.blend else None
     stored = dataset is not None and dataset.store == "features"
     model = meta_models(experiment)
-    check_experiment(experiment, model, dataset, gpus)
+    initial = initial_projector(experiment)
+    check_experiment(experiment, model, dataset, gpus, initial)
+    if initial is not None:
+        check_initial(initial, experiment, dataset)
     sections = [
         _heading(experiment),
-        _presence(experiment),
+        _presence(experiment, initial),
         _parameters(experiment, model),
         _memory(experiment, model, gpus, dataset),
     ]
@@ -105,12 +109,14 @@ def _heading(experiment: Experiment) -> str:
     )
 
 
-def _presence(experiment: Experiment) -> str:
-    """The models: on this machine, or how much is to be downloaded."""
+def _presence(experiment: Experiment, initial: InitialProjector | None) -> str:
+    """The models: on this machine, or how much is to be downloaded; and the projector that the run starts from."""
     lines = ["models"]
     for section in (experiment.vision, experiment.llm):
         found = presence(section)
         lines.append(f"  {section.model}: {found.text}")
+    if initial is not None:
+        lines.append(f"  {initial}")
     return "\n".join(lines)
 
 
