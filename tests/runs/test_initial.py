@@ -37,10 +37,10 @@ def edit(folder, **lineage):
     path.write_text(json.dumps(meta))
 
 
-def change(file):
-    """Change the first of a file's tensors."""
+def change(file, part=""):
+    """Change a tensor of the file, one of this part."""
     tensors = load_file(file)
-    tensors[min(tensors)] += 1
+    tensors[min(name for name in tensors if part in name)] += 1
     save_file(tensors, file, {"format": "pt"})
 
 
@@ -57,9 +57,9 @@ def sources(models, tmp_path_factory):
     for exp in ("e3", "e7"):
         edit(folder / exp, tower=tower.fingerprint(), weights=weights)
     tiny.make_models(folder / "wide", width=128)
-    for name, part in (("llm", "qwen3"), ("tower", "clip")):
+    for name, file, part in (("llm", "qwen3", "model"), ("tower", "clip", "vision_model")):
         shutil.copytree(models, folder / name)
-        change(folder / name / part / "model.safetensors")
+        change(folder / name / file / "model.safetensors", part)
     shutil.copytree(models / "qwen3", folder / "renamed")
     return folder
 
