@@ -152,6 +152,8 @@ def test_a_later_start_needs_the_copy_only_and_a_changed_source_is_refused(model
     with pytest.raises(InputError, match="has other weights .* than .*run started from .*; restore them, or"):
         initial_projector(experiment, run)
     assert initial_projector(experiment, tmp_path / "new").record != first.record
+    (source / "artifact.json").unlink()
+    assert initial_projector(experiment, run).record == first.record
     shutil.rmtree(source)
     assert initial_projector(experiment, run).record == first.record
     with pytest.raises(InputError, match="no such folder"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,13 +72,15 @@ def initial_projector(experiment: Experiment, *runs: Path | None) -> InitialProj
     if earlier is None or recorded is None or load_experiment(earlier / "experiment.yaml").projector.init != name:
         artifact = _source(name)
         return InitialProjector(artifact, _record(artifact))
+    now = known = recorded["projector_sha256"]
     if Path(name).expanduser().is_dir():
-        now = projector_sha256(_source(name, recorded["stage"]))
-        if now != recorded["projector_sha256"]:
-            raise InputError(
-                f"projector.init: {name} has other weights (sha256 {now[:12]}) than {earlier} started from "
-                f"({recorded['projector_sha256'][:12]}); restore them, or choose another --output"
-            )
+        with suppress(InputError):  # the rest of a deleted source
+            now = projector_sha256(_source(name, recorded["stage"]))
+    if now != known:
+        raise InputError(
+            f"projector.init: {name} has other weights (sha256 {now[:12]}) than {earlier} started from "
+            f"({known[:12]}); restore them, or choose another --output"
+        )
     return InitialProjector(read_artifact(earlier / COPY), recorded)
 
 
