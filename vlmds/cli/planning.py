@@ -125,7 +125,8 @@ def add_fetch(commands) -> None:
         "fetch",
         help="download the pretrained models before a training",
         description="Downloads the pretrained models and the projector.init of an experiment into the cache of the "
-        "Hugging Face hub (HF_HOME), for machines without a network. Models that are already there are updated to the newest commit.",
+        "Hugging Face hub (HF_HOME), for machines without a network. Models that are already there are updated to "
+        "the newest commit.",
     )
     which = command.add_mutually_exclusive_group(required=True)
     add_exp(which.add_argument)
