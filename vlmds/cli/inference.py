@@ -168,8 +168,9 @@ def add_export(commands) -> None:
     command = commands.add_parser(
         "export",
         help="write a trained run as a folder that others can load",
-        description="Exports a trained run. Formats: vlmds (for vlmds itself), peft (only the adapter and the "
-        "projector), hf-llava (for plain transformers, with the adapter folded in). Folders with folded "
+        description="Exports a trained run. Formats: vlmds (for vlmds itself), projector (only the projector, to "
+        "start other trainings from), peft (only the adapter and the projector), hf-llava (for plain "
+        "transformers, with the adapter folded in). Folders with folded "
         "weights are loaded back and their logits compared.",
     )
     add = command.add_argument

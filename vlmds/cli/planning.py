@@ -46,6 +46,7 @@ def fetch(args: argparse.Namespace) -> int:
     from vlmds.models.artifact import artifact_experiment, resolve_artifact
     from vlmds.models.fetch import fetch_newest
     from vlmds.runs.folder import final_artifact
+    from vlmds.runs.initial import initial_projector
 
     if args.run is None:
         experiment = load_experiment(args.exp, args.set)
@@ -53,6 +54,8 @@ def fetch(args: argparse.Namespace) -> int:
         experiment = load_experiment(Path(args.run) / "experiment.yaml", args.set)
     else:
         experiment = artifact_experiment(final_artifact(resolve_artifact(args.run)), args.set)
+    if args.run is None and (initial := initial_projector(experiment)):
+        print(initial, flush=True)
     for line in fetch_newest(experiment):
         print(line, flush=True)
     return 0
@@ -129,8 +132,9 @@ def add_fetch(commands) -> None:
     command = commands.add_parser(
         "fetch",
         help="download the pretrained models before a training",
-        description="Downloads the pretrained models of an experiment into the cache of the Hugging Face hub "
-        "(HF_HOME), for machines without a network. Models that are already there are updated to the newest commit.",
+        description="Downloads the pretrained models and the projector.init of an experiment into the cache of the "
+        "Hugging Face hub (HF_HOME), for machines without a network. Models that are already there are updated to "
+        "the newest commit.",
     )
     which = command.add_mutually_exclusive_group(required=True)
     add_exp(which.add_argument)

@@ -34,6 +34,7 @@ from vlmds.doctor.node import (
     check_limits,
     check_models,
     check_shared_memory,
+    check_start,
     decode_rate,
 )
 from vlmds.errors import InputError
@@ -84,6 +85,7 @@ def examine(experiment: Experiment, output: Path, *, seconds: float, samples: in
         ("output", _by_leaders(check_disk)),
         ("same output", check_same_output),
         ("models", _by_leaders(check_models)),
+        ("projector", _by_leaders(lambda p: check_start(p) if is_main() else [])),  # it reads the source
         ("dataset", _by_leaders(check_dataset)),
         ("decoding", check_decoding),
     ):

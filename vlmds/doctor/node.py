@@ -27,7 +27,8 @@ from vlmds.models.pretrained import published_or_loaded_config
 from vlmds.models.trainable import freeze
 from vlmds.models.vision import vision_half
 from vlmds.planning.memory import checkpoint_bytes
-from vlmds.planning.start_checks import check_experiment
+from vlmds.planning.start_checks import check_experiment, check_initial
+from vlmds.runs.initial import check_fits, initial_projector
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 GIB = 2**30
@@ -207,6 +208,17 @@ def check_models(context: CheckContext) -> list[Finding]:
         level = OK if found.here else FAILED if found.missing is None else WARNING
         findings.append(Finding(level, f"{section.model}: {found.text}"))
     return findings
+
+
+def check_start(context: CheckContext) -> list[Finding]:
+    """The projector that ``projector.init`` names is there, and fits the experiment, as training checks it."""
+    experiment = context.experiment
+    initial = initial_projector(experiment)
+    if initial is None:
+        return []
+    check_fits(initial, experiment, meta_models(experiment).captioner.projector)
+    check_initial(initial, experiment, open_given(experiment))
+    return [Finding(OK, str(initial))]
 
 
 def check_dataset(context: CheckContext) -> list[Finding]:

@@ -55,7 +55,8 @@ def override_experiment(experiment: Experiment, overrides: list[str] | tuple[str
 def _with_overrides(
     tree: dict, overrides: list[str] | tuple[str, ...], source: str, origins: dict[str, str]
 ) -> Experiment:
-    for override in sorted(overrides, key=lambda text: ".model=" not in text):  # before .revision=
+    # A model resets its revision and a type the projector's keys, so these overrides come first.
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith((".model", ".type"))):
         _apply_override(tree, override, origins)
     return parse_experiment(tree, source, origins)
 

@@ -54,6 +54,10 @@ class ProjectorSection(Section):
 
     rate_advice: ClassVar[str] = "If the loss jumps or grows, halve the rate."
     """On the learning rate of stage align; `vlmds new` writes it above the stages."""
+    init: str | None = None
+    """Trained weights that the projector starts from: a run folder (its last finished stage), an artifact, or
+    ``owner/name`` of one on the hub. Projector, vision tower, feature layer, pooling and language model must be the
+    same. null: random weights."""
 
 
 class LinearProjector(ProjectorSection):

@@ -22,6 +22,7 @@ REMOTE = "remote"
 """Kind of the folder that `--format hf-llava` writes where LLaVA's architecture does not fit."""
 FRONT = {  # library_name, base_model_relation
     "vlmds": ("vlmds", "adapter"),
+    "projector": ("vlmds", "adapter"),
     "peft": ("peft", "adapter"),
     "merged": ("vlmds", "finetune"),
     "hf-llava": ("transformers", "finetune"),
@@ -50,16 +51,18 @@ def model_card(facts: Facts) -> str:
     """Text of README.md."""
     exp = facts.experiment
     results, doubtful = _results(facts)
+    alone = facts.kind == "projector"
     sections = [
-        f"# {exp.name}: Korean captions of videos",
+        f"# {exp.name}: " + (f"{exp.projector.type} projector" if alone else "Korean captions of videos"),
         f"{exp.vision.model} encodes {exp.data.num_frames} frames, a {exp.projector.type} projector "
         f"turns the features into visual tokens, and {exp.llm.model} with {_adapter(facts)} writes a "
-        "caption in Korean. Trained with vlmds.",
+        "caption in Korean. Trained with vlmds." + (" Only the projector is in this folder." if alone else ""),
         "## Use\n\n" + _use(facts),
-        "## Results\n\n" + (results or "Not evaluated yet (`vlmds evaluate`)."),
+        "## Results\n\n"
+        + (results or ("Evaluations are of the whole model." if alone else "Not evaluated yet (`vlmds evaluate`).")),
         "## Components\n\n" + _parts(facts),
         "## Limits\n\n" + _limits(facts),
-        "## 한국어 요약\n\n" + _korean(facts, bool(results), doubtful),
+        "## 한국어 요약\n\n" + _korean(facts, bool(results) or alone, doubtful),
     ]
     return _front_matter(facts) + "\n\n".join(sections) + "\n"
 
@@ -89,6 +92,13 @@ def _adapter(facts: Facts) -> str:
 
 def _use(facts: Facts) -> str:
     exp = facts.experiment
+    if facts.kind == "projector":
+        return (
+            "```yaml\n# in the experiment file of another training with vlmds\nprojector:\n"
+            f"  type: {exp.projector.type}\n  init: this folder, or owner/name\n```\n\n"
+            "The training then starts from these weights. It must have the same projector, vision tower, feature "
+            "layer, pooling and language model."
+        )
     if facts.kind in ("vlmds", "merged"):
         return (
             "```python\nfrom vlmds.inference.video_captioner import VideoCaptioner\n"
@@ -137,7 +147,7 @@ def _use(facts: Facts) -> str:
 def _results(facts: Facts) -> tuple[str, list[str]]:
     """Tables of all evaluations of exactly these weights; Korean warnings that the model may not use
     the video."""
-    if facts.run is None:
+    if facts.run is None or (facts.kind == "projector" and facts.meta["adapter"]):  # the figures are the whole model's
         return "", []
     weights, parts, korean = weights_sha256(facts.artifact), [], []
     for path in sorted(facts.run.glob("evaluation/*/metrics.json")):
@@ -181,7 +191,7 @@ def _parts(facts: Facts) -> str:
         ("features", f"layer {exp.vision.feature_layer}, pooling {exp.vision.pool} x {exp.vision.pool}"),
         ("language model", base("llm")),
         ("its precision in training", precision),
-        ("projector", ", ".join(f"{k} {v}" for k, v in exp.projector.model_dump().items())),
+        ("projector", ", ".join(f"{k} {v}" for k, v in exp.projector.model_dump(exclude={"init"}).items())),
         ("adapter", f"{peft.type}, r {peft.r}, alpha {peft.alpha:g}, {', '.join(peft.target_modules)}"),
         ("prompt", exp.data.prompt),
         ("frames", f"{exp.data.num_frames}, sampled {sampling.get('sampler', '(not recorded)')}"),
@@ -189,6 +199,8 @@ def _parts(facts: Facts) -> str:
         ("last stage", facts.meta["stage"]),
         ("data fingerprint", lineage.get("data_fingerprint", "(not recorded)")),
     ]
+    if init := lineage.get("init"):
+        rows.append(("sha256 of the projector that training started from", init["projector_sha256"]))
     if facts.visual_tokens:
         rows.append(("visual tokens", f"{facts.visual_tokens:,} per clip"))
     if facts.template:
@@ -233,6 +245,11 @@ def _korean(facts: Facts, evaluated: bool, doubtful: list[str]) -> str:
         f"비전 타워({exp.vision.model})가 프레임 {exp.data.num_frames}장을 인코딩하고, {exp.projector.type} 프로젝터가 그 "
         f"특징을 시각 토큰으로 바꾸며, 언어 모델({exp.llm.model}{adapter})이 한국어 캡션을 생성합니다. vlmds로 학습했습니다. "
         "사용법, 지표, 구성은 위의 Use, Results, Components에 있습니다."
+        + (
+            " 이 폴더에는 프로젝터만 있으며, 다른 학습의 `projector.init`으로 씁니다."
+            if facts.kind == "projector"
+            else ""
+        )
     )
     points = [
         f"소리 없이 프레임 {exp.data.num_frames}장만 보므로 프레임 사이에 일어난 일은 추측입니다.",

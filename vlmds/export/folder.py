@@ -1,8 +1,9 @@
-"""Export of a run or artifact into a folder of one of four forms.
+"""Export of a run or artifact into a folder of one of five forms.
 
     vlmds             the artifact itself: experiment.yaml, artifact.json, projector, adapter/
     vlmds --merge     the same, but with llm/ (the language model with the adapter folded in)
                       instead of adapter/
+    projector         an artifact of the projector alone, for ``projector.init``
     peft              the adapter in PEFT's format, and the projector
     hf-llava          a LLaVA folder for plain transformers (:mod:`vlmds.export.llava`), or where
                       that architecture does not fit, one with its own code
@@ -36,8 +37,18 @@ from vlmds.export.parity import Parity, captioner_logits, compare_logits, folder
 from vlmds.export.remote_code import write_remote
 from vlmds.files import copy_files, new_folder, sha256_of
 from vlmds.inference.video_captioner import VideoCaptioner, choose_device
-from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact, stage_experiment
+from vlmds.models.artifact import (
+    LLM,
+    PROJECTOR,
+    VERSION,
+    check_complete,
+    copy_projector,
+    is_artifact,
+    read_artifact,
+    stage_experiment,
+)
 from vlmds.models.assemble import Model
+from vlmds.models.hub import is_local
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import counted_phase
 from vlmds.models.sequences import SequenceBuilder
@@ -78,10 +89,12 @@ def export_run(
     check_request(artifact, meta, output, format, merge)
     places = (run, artifact.parent.parent)
     run_folder = next((place for place in places if (place / "run.json").is_file()), None)
+    init = experiment.projector.init
     published = experiment.model_copy(
-        update={  # paths of the team's data are private
-            "data": experiment.data.model_copy(update={"path": None, "blend": None, "cache_dir": None}),
+        update={  # the team's paths are private
             "stages": [stage.model_copy(update={"data": None}) for stage in experiment.stages],
+            "data": experiment.data.model_copy(update={"path": None, "blend": None, "cache_dir": None}),
+            "projector": experiment.projector.model_copy(update={"init": None if init and is_local(init) else init}),
         }
     )
 
@@ -96,10 +109,12 @@ def export_run(
             copy_files(artifact, new, PEFT_CARD)
             if meta["adapter"]:
                 _name_base(new / "adapter" / "adapter_config.json", experiment, meta)
+        elif format == "projector":
+            copy_projector(read_artifact(artifact), new)
         else:
             copy_files(artifact / "adapter", new, PEFT_CARD)
             _name_base(new / "adapter_config.json", experiment, meta)
-            shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
+            shutil.copyfile(artifact / PROJECTOR, new / PROJECTOR)
             _write_json(new / "lineage.json", meta["lineage"])
         (new / "experiment.yaml").write_text(to_yaml(published), encoding="utf-8")
         (new / "README.md").write_text(model_card(facts(format, template=_template(experiment))), encoding="utf-8")
@@ -130,9 +145,11 @@ def check_request(artifact: Path, meta: dict, output: Path, format: str, merge: 
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output}: exists already; choose another folder")
     check_writable(output, "--output")
-    if format == "peft" and merge:
-        raise InputError("--merge: --format peft is the adapter itself; leave one of them out")
-    if meta.get("llm") and (format != "vlmds" or merge):
+    if format in ("projector", "peft") and merge:
+        raise InputError(f"--merge: --format {format} has no language model; leave one of them out")
+    if format == "hf-llava" or merge:
+        check_complete(read_artifact(artifact))
+    if meta.get("llm") and (format not in ("vlmds", "projector") or merge):
         raise InputError(f"--run {artifact}: its adapter is folded in already; export the run that it came from")
     if not meta["adapter"] and (merge or format == "peft"):
         raise InputError(f"--run {artifact}: stage {meta['stage']} has no adapter; export a stage that trains peft")
@@ -189,9 +206,9 @@ def _write_merged(new: Path, artifact: Path, model: Model, published: Experiment
     with counted_phase("writing the language model", "files"):
         model.captioner.llm.save_pretrained(new / LLM)
     model.tokenizer.save_pretrained(new / LLM)
-    shutil.copyfile(artifact / "projector.safetensors", new / "projector.safetensors")
+    shutil.copyfile(artifact / PROJECTOR, new / PROJECTOR)
     (new / "experiment.yaml").write_text(to_yaml(unquantised(published)), encoding="utf-8")
-    files = [new / "projector.safetensors", *sorted((new / LLM).glob("*.safetensors"))]
+    files = [new / PROJECTOR, *sorted((new / LLM).glob("*.safetensors"))]
     _write_json(
         new / "artifact.json",
         meta

@@ -40,7 +40,7 @@ def write_remote(folder: Path, model: Model, experiment: Experiment, builder: Se
     config = VlmdsConfig(
         vision_config=nameless(tower.clip.config),
         text_config=nameless(llm.config),
-        projector=experiment.projector.model_dump(),
+        projector=experiment.projector.model_dump(exclude={"init"}),
         num_frames=projector.num_frames,
         feature_layer=tower.feature_layer,
         pool=tower.pool,

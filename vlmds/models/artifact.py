@@ -8,12 +8,16 @@
     llm/                   only from ``vlmds export --merge``: the language model with the adapter
                            merged into it; "llm" in artifact.json names this folder
 
+``vlmds export --format projector`` leaves the adapter out; "left_out" in artifact.json then says so, and
+only ``projector.init`` takes such an artifact.
+
 Loading is strict: a missing, extra or misshapen tensor is an error.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -33,16 +37,22 @@ from vlmds.models.captioner import Captioner
 from vlmds.models.hub import HubArtifact, cached_snapshot, is_commit, is_local, snapshot
 from vlmds.models.hub_download import ask_hub, bring, note_commit
 from vlmds.models.language import add_adapter
+from vlmds.models.projectors import Projector
 from vlmds.models.vision import VisionTower
 
 FORMAT, VERSION = "vlmds-artifact", 2
-READABLE = (1, 2)
-"""Version 2 added "llm", and "revisions" in the lineage; otherwise the two are the same."""
+LEFT_OUT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 2 added "llm", and "revisions" in the lineage. Version 3 is an artifact with "left_out", which an
+older vlmds would caption with, without its adapter."""
 
+PROJECTOR = "projector.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
 LLM = "llm"
 FILES = ("experiment.yaml", "artifact.json", "*.safetensors", "adapter/*", f"{LLM}/*")
 """What of a repository is downloaded."""
+PROJECTOR_FILES = ("experiment.yaml", "artifact.json", PROJECTOR)
+"""The part of it that ``projector.init`` needs."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +85,55 @@ def save_artifact(folder: Path, captioner: Captioner, experiment: Experiment, st
         (new / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
         state = captioner.projector.state_dict()
         # Clones: under an engine the parameters are views of one flat buffer.
-        save_file({k: v.detach().cpu().clone() for k, v in state.items()}, new / "projector.safetensors")
+        save_file({k: v.detach().cpu().clone() for k, v in state.items()}, new / PROJECTOR)
         if adapter:
             captioner.llm.save_pretrained(new / "adapter", save_embedding_layers=False)
-        files = ["projector.safetensors", *([ADAPTER] if adapter else [])]
+        files = [PROJECTOR, *([ADAPTER] if adapter else [])]
         meta |= {"files": {name: sha256_of(new / name) for name in files}, "lineage": lineage}
         (new / "artifact.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def copy_projector(artifact: Artifact, folder: Path) -> None:
+    """Write the artifact's projector, without an adapter, into an empty folder: an artifact of its own.
+
+    Raises:
+        InputError: the projector's file is damaged.
+    """
+    for name in ("experiment.yaml", PROJECTOR):
+        shutil.copyfile(artifact.folder / name, folder / name)
+    meta = {key: value for key, value in artifact.meta.items() if key not in ("llm", "merged_adapter")}
+    if trained_with_adapter(artifact):
+        meta |= {"version": LEFT_OUT_VERSION, "left_out": "adapter"}
+    meta |= {"adapter": False, "files": {PROJECTOR: projector_sha256(artifact)}}
+    _check_file(folder / PROJECTOR, meta)
+    (folder / "artifact.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def trained_with_adapter(artifact: Artifact) -> bool:
+    """Whether the projector was trained for a language model with an adapter."""
+    return any(artifact.meta.get(key) for key in ("adapter", "merged_adapter", "left_out"))
+
+
+def check_complete(artifact: Artifact) -> None:
+    """Raise :class:`InputError` if the model's adapter was left out: its captions would be another model's."""
+    if artifact.meta.get("left_out"):
+        raise InputError(
+            f"{artifact.folder}: is the projector alone of a model with an adapter; start a training from it with "
+            "projector.init, or export the whole model with --format vlmds"
+        )
 
 
 def is_artifact(folder: Path) -> bool:
     return is_there(folder / "artifact.json")
 
 
-def resolve_artifact(name: str | Path) -> Path:
+def resolve_artifact(name: str | Path, files: Sequence[str] = FILES) -> Path:
     """The folder of an artifact: ``name`` itself, or its snapshot in the hub's cache, if it is
     ``owner/name`` or ``owner/name@revision`` of the hub. What is missing there is downloaded; where the
     hub cannot be asked for a newer commit, the one in the cache is used.
+
+    Args:
+        files: patterns of the names of the files that are needed.
 
     Raises:
         InputError: no such folder, and no such repository, or one that cannot be downloaded.
@@ -102,7 +145,7 @@ def resolve_artifact(name: str | Path) -> Path:
     repository, _, revision = str(name).partition("@")
     source = HubArtifact(repository, revision or None)
     cached = cached_snapshot(source)
-    if cached is not None and not _is_complete(cached):
+    if cached is not None and not _is_complete(cached, files):
         cached = None
     if cached is not None and is_commit(revision):
         return cached
@@ -112,15 +155,20 @@ def resolve_artifact(name: str | Path) -> Path:
         if cached is not None:
             return cached
         raise
-    bring(source, found, [file for file in found.sizes if any(fnmatch(file, pattern) for pattern in FILES)])
+    bring(source, found, [file for file in found.sizes if _is_needed(file, files)])
     note_commit(source, found.commit)
     return snapshot(repository, found.commit)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether all files that artifact.json names are there."""
+def _is_needed(file: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(file, pattern) for pattern in patterns)
+
+
+def _is_complete(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether the needed ones of the files that artifact.json names are there."""
     try:
-        return all((folder / name).is_file() for name in read_artifact(folder).meta["files"])
+        names = read_artifact(folder).meta["files"]
+        return all((folder / name).is_file() for name in names if _is_needed(name, patterns))
     except InputError:
         return False
 
@@ -131,9 +179,11 @@ def artifact_experiment(artifact: Path | Artifact, overrides: Sequence[str] = ()
     not be installed here.
 
     Raises:
-        InputError: not an artifact, a bad override, or another LLM for one that has its own.
+        InputError: not an artifact, one without its adapter, a bad override, or another LLM for one that has
+            its own.
     """
     artifact = read_artifact(artifact)
+    check_complete(artifact)
     own = artifact.meta.get("llm")
     overrides = ["llm.attention=auto", *_revisions(artifact, overrides), *overrides]
     if own is None:
@@ -187,7 +237,7 @@ def read_artifact(artifact: Path | Artifact) -> Artifact:
     if meta.get("format") != FORMAT or meta.get("version") not in READABLE:
         raise InputError(
             f"{path}: {meta.get('format')} version {meta.get('version')}, but this "
-            f"vlmds reads {FORMAT} versions {' and '.join(map(str, READABLE))}"
+            f"vlmds reads {FORMAT} versions {', '.join(map(str, READABLE))}"
         )
     return Artifact(folder, meta, load_experiment(folder / "experiment.yaml"))
 
@@ -213,6 +263,7 @@ def load_artifact(artifact: Path | Artifact, captioner: Captioner) -> None:
         InputError: a file is damaged, or its tensors are not exactly the captioner's.
     """
     artifact = read_artifact(artifact)
+    check_complete(artifact)
     folder, meta = artifact.folder, artifact.meta
     projector = captioner.projector
     for name, key, width in (("vision", "vision.model", projector.vision_dim), ("llm", "llm.model", projector.llm_dim)):
@@ -221,11 +272,7 @@ def load_artifact(artifact: Path | Artifact, captioner: Captioner) -> None:
                 f"{folder}: its projector was trained for {key} of width {meta[f'{name}_width']}, "
                 f"but {getattr(artifact.trained, name).model} has hidden_size {width}"
             )
-    path = folder / "projector.safetensors"
-    tensors = _read(path)
-    _check_same(path, tensors, projector.state_dict())
-    _check_file(path, meta)
-    projector.load_state_dict(tensors)
+    load_projector(artifact, projector)
     if not meta["adapter"]:
         return
     if not isinstance(captioner.llm, PeftModel):
@@ -238,6 +285,24 @@ def load_artifact(artifact: Path | Artifact, captioner: Captioner) -> None:
     set_peft_model_state_dict(captioner.llm, tensors)
 
 
+def projector_weights(artifact: Artifact, projector: Projector) -> dict[str, Tensor]:
+    """The artifact's projector by name, checked against ``projector``, which may be on the meta device.
+
+    Raises:
+        InputError: the file is damaged, or its tensors are not exactly those of ``projector``.
+    """
+    path = artifact.folder / PROJECTOR
+    tensors = _read(path)
+    _check_same(path, tensors, projector.state_dict())
+    _check_file(path, artifact.meta)
+    return tensors
+
+
+def load_projector(artifact: Artifact, projector: Projector) -> None:
+    """Load the artifact's weights into ``projector``. Raises InputError, as :func:`projector_weights`."""
+    projector.load_state_dict(projector_weights(artifact, projector))
+
+
 def weights_sha256(artifact: Path | Artifact) -> str:
     """Hash that identifies an artifact's trained weights. Raises InputError."""
     return "-".join(sha256[:16] for sha256 in read_artifact(artifact).meta["files"].values())
@@ -245,7 +310,7 @@ def weights_sha256(artifact: Path | Artifact) -> str:
 
 def projector_sha256(artifact: Path | Artifact) -> str:
     """Hash that identifies an artifact's projector. Raises InputError."""
-    return read_artifact(artifact).meta["files"]["projector.safetensors"]
+    return read_artifact(artifact).meta["files"][PROJECTOR]
 
 
 def _read(path: Path) -> dict[str, Tensor]:

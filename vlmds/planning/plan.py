@@ -27,7 +27,8 @@ from vlmds.planning.cards import find_card
 from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
-from vlmds.planning.start_checks import check_experiment, sequence_builder, training_reader
+from vlmds.planning.start_checks import check_experiment, check_initial, sequence_builder, training_reader
+from vlmds.runs.initial import InitialProjector, initial_projector
 from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0
@@ -68,10 +69,13 @@ def plan_experiment(
     datasets = open_given(experiment)
     stored = not any(dataset is None or dataset.store != "features" for dataset in datasets)
     model = meta_models(experiment)
-    check_experiment(experiment, model, datasets, gpus)
+    initial = initial_projector(experiment)
+    check_experiment(experiment, model, datasets, gpus, initial)
+    if initial is not None:
+        check_initial(initial, experiment, datasets)
     sections = [
         _heading(experiment),
-        _presence(experiment),
+        _presence(experiment, initial),
         _parameters(experiment, model),
         _memory(experiment, model, gpus, datasets),
     ]
@@ -108,12 +112,14 @@ def _heading(experiment: Experiment) -> str:
     )
 
 
-def _presence(experiment: Experiment) -> str:
-    """The models: on this machine, or how much is to be downloaded."""
+def _presence(experiment: Experiment, initial: InitialProjector | None) -> str:
+    """The models: on this machine, or how much is to be downloaded; and the projector that the run starts from."""
     lines = ["models"]
     for section in (experiment.vision, experiment.llm):
         found = presence(section)
         lines.append(f"  {section.model}: {found.text}")
+    if initial is not None:
+        lines.append(f"  {initial}")
     return "\n".join(lines)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.console.text import install_hint
@@ -20,14 +21,24 @@ from vlmds.experiments.schema import Experiment
 from vlmds.models.assemble import MetaModels
 from vlmds.models.attention import FLASH, choose_attention
 from vlmds.models.captioner import Captioner
+from vlmds.models.hashes import weights_sha256
+from vlmds.models.hub import cached_folder, weight_files
 from vlmds.models.language import check_vocabulary
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.trainable import freeze, parameter_groups
+from vlmds.models.vision import load_vision_tower
+from vlmds.runs.initial import InitialProjector, check_fits, check_pretrained
 
 
-def check_experiment(experiment: Experiment, model: MetaModels, datasets: Sequence[Dataset | None], ranks: int) -> None:
+def check_experiment(
+    experiment: Experiment,
+    model: MetaModels,
+    datasets: Sequence[Dataset | None],
+    ranks: int,
+    initial: InitialProjector | None = None,
+) -> None:
     """Check all that needs no weights, tokenizer or other ranks: the global batch, what each stage
-    trains, attention and precision, the logging, and whether the data fits the experiment.
+    trains, attention and precision, the logging, and whether the data and ``projector.init`` fit the experiment.
 
     Args:
         model: of :func:`vlmds.models.assemble.meta_models`, which has checked that its parts fit each
@@ -52,6 +63,35 @@ def check_experiment(experiment: Experiment, model: MetaModels, datasets: Sequen
     for dataset in stages_with(present):
         check_data(experiment, model, dataset)
         check_same_sampling(dataset, present[0])
+    if initial is not None:
+        check_fits(initial, experiment, model.captioner.projector)
+
+
+def check_initial(
+    initial: InitialProjector,
+    experiment: Experiment,
+    datasets: Sequence[Dataset | None],
+    weights: Mapping[str, str] | None = None,
+) -> None:
+    """Check that ``projector.init`` was trained with the experiment's vision tower and language model. A model that
+    is not on this machine is not compared.
+
+    Args:
+        weights: sha256 of the language model's weight files (:func:`vlmds.runs.lineage.base_weights`), if they are
+            known; else they are read.
+
+    Raises:
+        InputError: names the model that differs.
+    """
+    vision, llm, tower = experiment.vision, experiment.llm, None
+    stored = next((dataset for dataset in datasets if dataset is not None and dataset.store == "features"), None)
+    if stored is not None:
+        tower = stored.meta["vision"]["fingerprint"]
+    elif cached_folder(vision) is not None:
+        tower = load_vision_tower(vision, torch.bfloat16, torch.device("cpu")).fingerprint()
+    if weights is None and (folder := cached_folder(llm)) is not None:
+        weights = weights_sha256({f"llm/{path.name}": path for path in weight_files(llm, folder)})
+    check_pretrained(initial, experiment, tower, weights)
 
 
 def check_data(experiment: Experiment, model: MetaModels, dataset: Dataset) -> None:

@@ -2,13 +2,14 @@
 
 experiment.yaml   the resolved experiment
 run.json          an id, the global batch, what it is trained from (data fingerprints, hashes of
-                  the base weights, sampling of frames, the checkpoint or run it started from),
+                  the base weights, sampling of frames, the checkpoint, run or projector it started from),
                   and for each start: versions, git commit, world size, command line and the
                   implementation of attention
 metrics.jsonl     one line per optimizer step, per validation and per evaluation
 samples.jsonl     captions made in training, if training.evaluate_every is set
 ledger.jsonl      every sample that could not be read or whose caption was cut, every skipped step
 tensorboard/  checkpoints/  artifacts/{stage}/
+init/             the projector that the run started from, if projector.init is set
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ def open_run(
     Args:
         resume: "auto" resumes an existing run, "never" requires a new folder.
         origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
-            ``stage_data`` (if stages have data of their own), ``sampling``, ``weights`` and ``revisions``.
+            ``stage_data`` (if stages have data of their own), ``sampling``, ``weights`` and ``revisions``, and with
+            ``projector.init`` ``init``.
 
     Raises:
         InputError: ``never``, but the folder has a run; or that run is of another experiment, other data

@@ -24,6 +24,7 @@ from vlmds.models.hashes import weights_sha256
 from vlmds.models.hub import weight_files
 from vlmds.models.language import load_tokenizer
 from vlmds.runs.folder import RunFolder, check_base_weights, stage_fingerprint
+from vlmds.runs.initial import initial_lineage
 
 # A projector of an earlier stage depends on these keys, the base weights and the sampling.
 PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.prompt")
@@ -101,9 +102,16 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
 
     Raises:
         InputError: the other run has not finished a stage, or trained it with another projector,
-            vision tower, language model, number of frames, prompt or sampling, or on other data than the stage's own.
+            vision tower, language model, number of frames, prompt or sampling, or from another
+            ``projector.init`` than this experiment's, or on other data than the stage's own.
     """
     record = RunFolder.read(other)
+    started, began = run.record.get("init"), record.get("init") or {}
+    if started and started["projector_sha256"] != began.get("projector_sha256"):
+        raise InputError(
+            f"--from {other}: its projector did not start from projector.init {experiment.projector.init}; "
+            "leave one of the two out"
+        )
     taken = {}
     for number, stage in enumerate(experiment.stages[:-1]):
         source, target = other / "artifacts" / stage.name, run.artifact(stage.name)
@@ -112,7 +120,9 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
         stage_artifact = read_artifact(source)
         meta, theirs = stage_artifact.meta, stage_artifact.trained
         keys = PROJECTOR_KEYS + (("peft",) if meta["adapter"] else ())
-        if changed := differing_keys(theirs.for_stage(stage.name), experiment.for_stage(stage.name), only=keys):
+        if changed := differing_keys(
+            theirs.for_stage(stage.name), experiment.for_stage(stage.name), only=keys, but=("projector.init",)
+        ):
             raise InputError(
                 f"--from {other}: its stage {stage.name} was trained with other settings ({'; '.join(changed)})"
             )
@@ -149,6 +159,8 @@ def stage_lineage(run: RunFolder, experiment: Experiment, number: int) -> dict:
     lineage = {name: run.record[name] for name in ("weights", "sampling")}
     lineage["data_fingerprint"] = stage_fingerprint(run.record, experiment.stages[number].name)
     lineage["revisions"] = run.record.get("revisions")  # None: the run was begun before they were recorded
+    if init := initial_lineage(run.record):
+        lineage["init"] = init
     if number:
         parent = experiment.stages[number - 1].name
         lineage["parent"] = {"stage": parent, "projector_sha256": projector_sha256(run.artifact(parent))}

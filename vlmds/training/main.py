@@ -36,8 +36,9 @@ from vlmds.models.attention import attention_for
 from vlmds.models.fetch import fetch_models, pin_models
 from vlmds.models.hub import pretrained_models
 from vlmds.models.language import load_tokenizer
-from vlmds.planning.start_checks import check_experiment, sequence_builder
+from vlmds.planning.start_checks import check_experiment, check_initial, sequence_builder
 from vlmds.runs.folder import RunFolder, check_run_folder, open_run
+from vlmds.runs.initial import COPY, initial_projector
 from vlmds.runs.lineage import base_weights, recorded_revisions
 from vlmds.training.ds_config import check_ds_config, find_ds_config
 from vlmds.training.origin import begin, check_origin
@@ -102,14 +103,19 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     experiment = pin_models(experiment, on_main(lambda: recorded_revisions(experiment, *earlier)))
     # Only rank 0 needs them.
     parts: Any = together(lambda: meta_models(experiment) if is_main() else None)
-    on_main(lambda: check_experiment(experiment, parts, datasets, dist.get_world_size()))
+    initial = on_main(lambda: initial_projector(experiment, *earlier))
+    on_main(lambda: check_experiment(experiment, parts, datasets, dist.get_world_size(), initial))
     experiment = fetch_models(experiment)
     on_main(lambda: check_models(experiment, parts, datasets))
     doing("checking the base weights")
+    weights = base_weights(experiment)
+    if initial is not None and initial.artifact.folder != output / COPY:  # its own copy has been checked
+        on_main(lambda: check_initial(initial, experiment, datasets, weights))
     origin = {
         **data_origin(experiment, datasets),
-        "weights": base_weights(experiment),
+        "weights": weights,
         "revisions": {part: section.revision for part, section in pretrained_models(experiment).items()},
+        **({"init": initial.record} if initial is not None else {}),
     }
     world_size = dist.get_world_size()
     run = on_main(
@@ -121,11 +127,13 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     taken = on_main(lambda: check_origin(run, experiment, start_from, args.from_run))
     if is_main():
         log_line(f"vlmds: {describe_batch(experiment, world_size, run.global_batch)}")
+        if initial is not None:
+            log_line(f"vlmds: {initial}")
     warn_of_readers(experiment.data.num_workers)
     doing("loading the models")
     stored = None if needs_tower(experiment, datasets) else datasets[0].meta["vision"]["fingerprint"]
     model = together(lambda: load_model(experiment, device, stored))
-    run = on_main(lambda: begin(run, experiment, start_from, taken))
+    run = on_main(lambda: begin(run, experiment, start_from, taken, initial))
     _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
     run_stages(experiment, model, datasets, run, schedule, config, device, stop)

@@ -1,5 +1,5 @@
-"""The origin of a run: a checkpoint (``--resume PATH``) or another run's stages (``--from RUN``), checked
-and taken over."""
+"""The origin of a run: a checkpoint (``--resume PATH``), another run's stages (``--from RUN``) or a trained
+projector (``projector.init``), checked and taken over."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
 from vlmds.files import copy_files, new_folder
 from vlmds.runs.folder import RunFolder, check_same_experiment, stage_fingerprint
+from vlmds.runs.initial import InitialProjector, initial_lineage, keep_initial
 from vlmds.runs.lineage import inherit, inheritance
 from vlmds.training import checkpoint
 
@@ -24,8 +25,15 @@ def check_origin(
     return inheritance(from_run, experiment, run) if from_run is not None else {}
 
 
-def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken: dict[str, dict]) -> RunFolder:
-    """Write the run, and take over the stages and the checkpoint that it starts from. Returns the run.
+def begin(
+    run: RunFolder,
+    experiment: Experiment,
+    start_from: Path | None,
+    taken: dict[str, dict],
+    initial: InitialProjector | None = None,
+) -> RunFolder:
+    """Write the run, and take over the stages, the checkpoint and the projector that it starts from. Returns
+    the run.
 
     Raises:
         InputError: meanwhile another start has begun a run there.
@@ -44,6 +52,8 @@ def begin(run: RunFolder, experiment: Experiment, start_from: Path | None, taken
             "stage": checkpoint.read_state(start_from)["stage"],
         }
     inherit(taken, run)
+    if initial is not None:
+        keep_initial(initial, run.path)
     if start_from is not None and not again:
         adopt(start_from, experiment, run)
     run.begin(experiment)
@@ -67,11 +77,16 @@ def check_adoptable(folder: Path, experiment: Experiment, run: RunFolder) -> Non
         raise InputError(f"--resume {folder}: {run.path} has checkpoints of its own; choose another --output")
     state, record = checkpoint.read_state(folder), RunFolder.read(other)
     stages = [stage.name for stage in experiment.stages]
-    ours = {**run.record, "data_fingerprint": stage_fingerprint(run.record, state["stage"])}
+    ours = {
+        **run.record,
+        "data_fingerprint": stage_fingerprint(run.record, state["stage"]),
+        "init": initial_lineage(run.record),
+    }
     for name, what in (
         ("data_fingerprint", "on other data"),
         ("weights", "from other base weights"),
         ("sampling", "on frames that were sampled or resized otherwise"),
+        ("init", "from another projector.init"),
     ):
         if state["lineage"].get(name, ours[name]) != ours[name]:
             raise InputError(f"--resume {folder}: was trained {what}; use the same, or start a new run")

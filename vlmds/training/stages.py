@@ -20,11 +20,12 @@ from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing
 from vlmds.experiments.schedule import Schedule
 from vlmds.experiments.schema import Experiment
-from vlmds.models.artifact import is_artifact, load_artifact, save_artifact
+from vlmds.models.artifact import is_artifact, load_artifact, load_projector, read_artifact, save_artifact
 from vlmds.models.assemble import Model
 from vlmds.models.language import add_adapter
 from vlmds.models.trainable import freeze
 from vlmds.runs.folder import RunFolder
+from vlmds.runs.initial import COPY
 from vlmds.training import checkpoint
 from vlmds.training.activations import checkpoint_activations, checkpointed_layers
 from vlmds.training.context import StageContext
@@ -102,7 +103,8 @@ def resumable(run: RunFolder, stage: str) -> tuple[Path, dict] | None:
 
 
 def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFolder, device: torch.device) -> int:
-    """Give the captioner the weights of the stage before, and freeze all but what this one trains.
+    """Give the captioner the weights of the stage before, or of ``projector.init``, and freeze all but what this
+    one trains.
     Returns which layers recompute their activations: none (0), or every n-th.
 
     The adapter comes into being in the first stage that trains it.
@@ -111,6 +113,8 @@ def prepare_stage(model: Model, experiment: Experiment, number: int, run: RunFol
     captioner = model.captioner
     if number:
         load_artifact(run.artifact(experiment.stages[number - 1].name), captioner)
+    elif experiment.projector.init is not None:
+        load_projector(read_artifact(run.path / COPY), captioner.projector)
     if "peft" in stage.train and not isinstance(captioner.llm, PeftModel):
         torch.manual_seed(experiment.training.seed + 1)  # the same adapter on every rank
         with phase("adding the adapter"):  # for DoRA's magnitudes, each weight is unpacked
