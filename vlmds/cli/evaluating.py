@@ -63,7 +63,7 @@ def power(args: argparse.Namespace) -> int:
         if not 0 < getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name):g}: not a share between 0 and 1, such as 3% or 0.03")
     if not args.runs and args.clip_sd is None:
-        raise InputError("vlmds power: give evaluated runs, or assume --clip-sd (and --seed-sd)")
+        raise InputError("RUN: give evaluated runs, or assume --clip-sd (and --seed-sd)")
     parts, methods = Spread(0.0, None), 8
     if args.runs:
         from vlmds.evaluation.compare import estimates_of

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmds.errors import InputError
 from vlmds.evaluation.like_for_like import differing_settings, refuse, warnings
-from vlmds.evaluation.metrics import aggregate, characters, score_captions, undefined_metrics
+from vlmds.evaluation.metrics import aggregate, characters, score_captions, tokenizers, undefined_metrics
 from vlmds.evaluation.runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
 from vlmds.evaluation.verdict import MARGIN, pair_tests, verdict
@@ -77,12 +77,7 @@ def compare(
         "factors": factors(table, estimates[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
         "words": _words(groups, keys, words),
-        "tokenisation": {
-            n.partition("@")[2]: next(r.metrics["metrics"][n] for r in runs if n in r.metrics["metrics"])[
-                "tokenisation"
-            ]
-            for n in names
-        },
+        "tokenisation": {level: text for level, text in _levels(runs).items() if f"@{level}" in "".join(names)},
     }
 
 
@@ -94,6 +89,15 @@ def estimates_of(runs: list[Run], metric: str | None = None) -> tuple[str, Estim
     scores = _all_scores(groups, runs, keys)
     metric = _chosen(metric, [n for n in scores[0][0] if all(n in s for group in scores for s in group)])
     return metric, _estimate(metric, scores, runs[0], keys)
+
+
+def _levels(runs: list[Run]) -> dict[str, str]:
+    """How captions were divided at each level: by the evaluations, or, where scores are computed here, by this
+    vlmds."""
+    found = {level.level: level.name for level in tokenizers()}
+    for run in runs:
+        found |= {name.partition("@")[2]: own["tokenisation"] for name, own in run.metrics["metrics"].items()}
+    return found
 
 
 def _chosen(metric: str | None, names: list[str]) -> str:

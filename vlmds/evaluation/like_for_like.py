@@ -22,6 +22,8 @@ EXPECTED = ("owner", "priority", "name", "projector", "peft.type", "training.see
 """Settings that are meant to differ between experiments."""
 SAME = ("data_fingerprint", "clips", "prompt", "num_frames", "vision", "llm", "llm_precision", "tokenisation")
 """Settings of the evaluation that make scores doubtful where they differ."""
+PLACES = ("vision", "llm")
+"""Of these, names or paths of base weights, which run.json knows by their hashes."""
 AGAIN = "evaluate them in the same way (vlmds evaluate --again, or --as NAME and compare --evaluation NAME)"
 
 
@@ -93,7 +95,7 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
         )
     hashed = all(run.record.get("weights") for run in runs)
     for setting in SAME:
-        if hashed and setting in ("vision", "llm"):  # names of what the hashes say
+        if hashed and setting in PLACES:
             continue
         values = {run.name: run.metrics["settings"].get(setting) for run in runs}
         add_differing(values, f"Evaluations differ in {setting}", f"평가 설정이 서로 다릅니다 ({setting})")
@@ -162,6 +164,7 @@ def differing_settings(runs: list[Run]) -> list[dict]:
     """[{key, expected, values by run}] of everything recorded that is not the same in all: experiment keys, and
     what run.json and the evaluation record ("run: …", "evaluation: …"). Those that are meant to differ, or that
     change nothing that is learned, are "expected"."""
+    hashed = all(run.record.get("weights") for run in runs)
     recorded: tuple[tuple[str, bool, Callable[[Run], Any]], ...] = (
         ("run: global batch", False, lambda run: run.record.get("global_batch")),
         ("run: steps", False, lambda run: run.steps),
@@ -174,7 +177,7 @@ def differing_settings(runs: list[Run]) -> list[dict]:
         ("run: versions", False, lambda run: _versions(run)),
         ("run: git commit", False, lambda run: _of_starts(run, "git")),
         *(
-            (f"evaluation: {name}", False, lambda run, name=name: run.metrics["settings"].get(name))
+            (f"evaluation: {name}", hashed and name in PLACES, lambda run, name=name: run.metrics["settings"].get(name))
             for name in (*SAME, "artifact")
         ),
         *(

@@ -33,7 +33,7 @@ def measured(found: Estimates) -> Spread:
     """
     best = abs(float(found.values.max()))
     if len(found.values) < 2 or not best:
-        raise InputError("vlmds power: give the runs of two experiments or more, or assume --clip-sd and --seed-sd")
+        raise InputError("RUN: give the runs of two experiments or more, or assume --clip-sd and --seed-sd")
     parts = spread(found)
     return Spread(parts.clip_sd / best, None if parts.seed_sd is None else parts.seed_sd / best)
 
@@ -53,7 +53,7 @@ def power_table(parts: Spread, difference: float, seeds: Iterable[int], methods:
         f"clips that find a difference of {100 * difference:g}% with a probability of {100 * power:g}%:",
         "seeds" + "".join(f"{f'{count} experiments':>20}" for count in columns),
     ]
-    for place, row in enumerate(found[columns[0]]):
+    for place, row in enumerate(found[columns[0]][: 1 if parts.seed_sd is None else None]):
         cells = [found[count][place]["clips"] for count in columns]
         shown = "".join(f"{'too few seeds' if cell is None else f'{cell:,}':>20}" for cell in cells)
         lines.append(f"{row['seeds']:>5}{shown}" + ("   of these checkpoints only" if row["seeds"] == 1 else ""))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from vlmds.errors import InputError
@@ -87,7 +89,7 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
         experiment,
         record,
         metrics,
-        {p["key"]: p for p in predictions},
+        {p["key"]: _kept(p) for p in predictions},
         cost.values,
         cost,
         curves(records, experiment),
@@ -95,6 +97,15 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
         is_artifact(path / "artifacts" / experiment.stages[-1].name),
         _changed(path, metrics["settings"]),
     )
+
+
+def _kept(line: dict) -> dict:
+    """A line of predictions.jsonl, which comparisons of many clips can have in memory: names are shared between
+    lines, numbers are packed."""
+    kept = {intern(name): value for name, value in line.items()}
+    kept["scores"] = {intern(name): value for name, value in line["scores"].items()}
+    kept["statistics"] = {intern(name): array("d", values) for name, values in line["statistics"].items()}
+    return kept
 
 
 def _changed(path: Path, settings: dict) -> bool:
