@@ -228,7 +228,10 @@ def test_runs_whose_folders_have_the_same_name_have_longer_names(runs, tmp_path)
     for path in paths:
         record = json.loads((path / "run.json").read_text())
         (path / "run.json").write_text(json.dumps(record | {"id": "0123abcd"}))
-    assert any("same run more than once: 0/run, 1/run" in w["en"] for w in compare(loaded)["warnings"])
+    assert any(
+        "same run more than once: 0/run, 1/run" in w["en"]
+        for w in compare([load_run(path) for path in paths])["warnings"]
+    )
 
 
 def test_a_fifth_projector_appears_by_its_registration(runs, tmp_path, monkeypatch):
