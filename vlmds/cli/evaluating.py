@@ -62,6 +62,8 @@ def power(args: argparse.Namespace) -> int:
     for name in ("difference", "power"):
         if not 0 < getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name):g}: not a share between 0 and 1, such as 3% or 0.03")
+    if args.experiments is not None and args.experiments < 2:
+        raise InputError(f"--experiments {args.experiments}: must be at least 2")
     if not args.runs and args.clip_sd is None:
         raise InputError("RUN: give evaluated runs, or assume --clip-sd (and --seed-sd)")
     parts, methods = Spread(0.0, None), 8

@@ -128,7 +128,7 @@ def _gpu_hours(path: Path, record: dict, stage: str, times: dict[str, StageTime]
             cost.unknown.append(
                 (
                     f"stage {stage} was inherited from {path}, which is not there any more",
-                    f"{stage} 단계를 물려준 {path}이(가) 더 이상 없습니다",
+                    f"{stage} 단계를 학습한 실행 폴더를 찾을 수 없습니다({path})",
                 )
             )
             return None
