@@ -154,14 +154,14 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or of the processor."""
+    """The name of a GPU, or "CPU: " and that of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:  # no Linux
         found = None
-    return found[1] if found else platform.processor() or "CPU"
+    return f"CPU: {found[1] if found else platform.processor()}"
 
 
 def take_turns(items: Sequence[Item]) -> Iterator[Item]:

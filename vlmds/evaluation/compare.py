@@ -115,11 +115,11 @@ def _estimate(name: str, scores: list[list[dict[str, np.ndarray]]], run: Run, ke
 
 def order_of_cost(groups: list[Group], table: list[dict]) -> tuple[list[tuple], bool]:
     """(what the cheapest experiment is the smallest of, whether these are GPU-hours). GPU-hours count where they
-    are known of all experiments, on the same hardware; to two digits, as equal work takes not quite equal
-    time. Then visual tokens, then trainable parameters."""
+    are known of all experiments, on the same kind of GPU (processors are shared with other work); to two digits,
+    as equal work takes not quite equal time. Then visual tokens, then trainable parameters."""
     kinds = {tuple(run.cost_facts.hardware) for group in groups for run in group.runs}
     known = all(run.cost["gpu_hours"] for group in groups for run in group.runs)
-    by_hours = known and len(kinds) == 1 and () not in kinds
+    by_hours = known and len(kinds) == 1 and all(kind and not kind[0].startswith("CPU") for kind in kinds)
     sizes = [(row["cost"]["visual_tokens"], row["cost"]["trainable"]) for row in table]
     if not by_hours:
         return [*sizes], False
@@ -137,8 +137,8 @@ def cost_notes(groups: list[Group], by_hours: bool) -> list[tuple[str, str]]:
         if by_hours
         else (
             "Cheapest: the fewest visual tokens, then the fewest trainable parameters, because GPU-hours on the same "
-            "hardware are not known of all experiments.",
-            "비용 순서: 시각 토큰 수, 다음으로 학습 파라미터 수가 적은 순서(같은 하드웨어에서 잰 GPU 시간이 없는 실험이 있음).",
+            "kind of GPU are not known of all experiments.",
+            "비용 순서: 시각 토큰 수, 다음으로 학습 파라미터 수가 적은 순서(같은 GPU에서 잰 GPU 시간이 없는 실험이 있음).",
         )
     ]
     runs = [run for group in groups for run in group.runs]
