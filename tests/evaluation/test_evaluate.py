@@ -283,7 +283,9 @@ def test_two_ranks_equal_one(result, run, tmp_path):
     )
     assert printed.count("saved: ") == 1 and "cider_d@morpheme" in printed
     same(result, tmp_path / "val")
-    assert read_evaluation(tmp_path / "val")[0]["timing"]["ranks"] == 2
+    timing = read_evaluation(tmp_path / "val")[0]["timing"]
+    assert (timing["ranks"], timing["captioned"], timing["batch_size"], len(timing["devices"])) == (2, 11, 2, 1)
+    assert timing["captioning_seconds"] > 0
 
 
 KILLED = """

@@ -160,7 +160,7 @@ def until_lines(run: Path, lines: int, *processes: subprocess.Popen) -> None:
 
 def metrics(run: Path) -> list[dict]:
     """metrics.jsonl without what depends on the machine's speed."""
-    timing = ("samples_per_s", "tokens_per_s", "data_wait", "memory_gib")
+    timing = ("samples_per_s", "tokens_per_s", "data_wait", "memory_gib", "ranks")
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in _lines(run)]
 
 

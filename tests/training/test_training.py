@@ -48,7 +48,9 @@ def test_both_stages_train_and_leave_what_the_design_says(two_ranks):
     record = json.loads((two_ranks / "run.json").read_text())
     assert record["global_batch"] == 4 and record["data_fingerprint"]
     assert record["starts"][0]["world_size"] == 2 and record["starts"][0]["versions"]["torch"]
-    assert record["starts"][0]["attention"] == "sdpa"
+    assert record["starts"][0]["attention"] == "sdpa" and record["starts"][0]["hardware"][0]
+    written = [json.loads(line) for line in (two_ranks / "metrics.jsonl").read_text().splitlines()]
+    assert {r["ranks"] for r in written if "memory_gib" in r} == {2}
     assert {p.name for p in (two_ranks / "artifacts" / "align").iterdir()} == {
         "artifact.json",
         "experiment.yaml",

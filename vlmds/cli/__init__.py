@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         inference.add_export,
         evaluating.add_evaluate,
         evaluating.add_compare,
+        evaluating.add_power,
         evaluating.add_sweep,
         bench.add_bench,
         planning.add_demo,

@@ -54,6 +54,32 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def power(args: argparse.Namespace) -> int:
+    from vlmds.evaluation.power import measured, power_table
+    from vlmds.evaluation.statistics import Spread
+
+    for name in ("difference", "power"):
+        if not 0 < getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name):g}: not a share between 0 and 1, such as 3% or 0.03")
+    if args.experiments is not None and args.experiments < 2:
+        raise InputError(f"--experiments {args.experiments}: must be at least 2")
+    if not args.runs and args.clip_sd is None:
+        raise InputError("RUN: give evaluated runs, or assume --clip-sd (and --seed-sd)")
+    parts, methods = Spread(0.0, None), 8
+    if args.runs:
+        from vlmds.evaluation.compare import estimates_of
+        from vlmds.evaluation.evaluated_runs import load_run
+
+        metric, found = estimates_of([load_run(path, args.evaluation) for path in args.runs], args.metric)
+        if args.clip_sd is None or args.seed_sd is None:
+            parts, methods = measured(found), len(found.values)
+        print(f"{metric}, measured on {found.clips:,} clips of {found.sources:,} videos")
+    clip_sd = parts.clip_sd if args.clip_sd is None else args.clip_sd
+    parts = Spread(clip_sd, parts.seed_sd if args.seed_sd is None else args.seed_sd)
+    print(power_table(parts, args.difference, args.seeds, args.experiments or methods, args.power))
+    return 0
+
+
 def write_comparison(
     runs: list[Path],
     output: Path,
@@ -161,13 +187,52 @@ def add_compare(commands) -> None:
     )
     add(
         "--margin",
-        type=float,
+        type=_share,
         metavar="SHARE",
         help="how much worse than the best a cheaper experiment may be, as a share of its value (default: 0.03)",
     )
     add("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
     add("--latex", type=Path, metavar="FILE", help="also write the table as LaTeX")
     command.set_defaults(call=compare)
+
+
+def add_power(commands) -> None:
+    command = commands.add_parser(
+        "power",
+        help="how many clips and seeds a comparison needs",
+        description="How many clips and seeds find a difference between experiments of a given size: from the "
+        "spread of existing evaluations, or from stated assumptions. All shares are of the metric's value.",
+    )
+    add = command.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="evaluated runs of two experiments or more")
+    add("--difference", type=_share, default=0.03, metavar="SHARE", help="to be found, such as 3%% (default)")
+    add("--power", type=_share, default=0.8, metavar="SHARE", help="probability to find it (default: 0.8)")
+    add("--seeds", type=_seed_range, default=[*range(1, 6)], metavar="FIRST..LAST", help="default: 1..5")
+    add("--experiments", type=int, metavar="N", help="compared with one another (default: those of the runs, or 8)")
+    add(
+        "--clip-sd",
+        type=_share,
+        metavar="SHARE",
+        help="assumed standard deviation of the difference between two experiments on one clip, such as 60%%",
+    )
+    add("--seed-sd", type=_share, metavar="SHARE", help="assumed one of an experiment over its seeds, such as 2%%")
+    add("--evaluation", metavar="NAME", help="folder under RUN/evaluation (default: val)")
+    add("--metric", metavar="NAME", help="metric of the runs (default: cider_d@morpheme, if the runs have it)")
+    command.set_defaults(call=power)
+
+
+def _seed_range(text: str) -> list[int]:
+    """ "1..5" or "3" as numbers. Raises ValueError."""
+    first, _, last = text.partition("..")
+    found = [*range(int(first), int(last or first) + 1)]
+    if not found or found[0] < 1:
+        raise ValueError(f"{text}: not a range such as 1..5")
+    return found
+
+
+def _share(text: str) -> float:
+    """ "3%" and "0.03" alike. Raises ValueError."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def add_sweep(commands) -> None:
@@ -183,7 +248,14 @@ def add_sweep(commands) -> None:
     add("--owner", metavar="NAME", help="all packaged experiments of this owner")
     add_data(add, "packed dataset")
     add("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs; with --demo: demo)")
-    add("--seeds", type=int, default=1, metavar="N", help="train each experiment with N seeds (default: 1)")
+    add(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train each experiment with N seeds (default: 1, which compares these checkpoints only; with 3 the "
+        "verdict is on the methods; vlmds power says how many are needed)",
+    )
     add(
         "--share-stage1",
         action="store_true",

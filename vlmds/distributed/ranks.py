@@ -7,6 +7,8 @@ and a message over NCCL would make the host wait for the GPU.
 from __future__ import annotations
 
 import os
+import platform
+import re
 import secrets
 import socket
 import time
@@ -149,6 +151,17 @@ def is_main() -> bool:
 def rank_and_world() -> tuple[int, int]:
     """(this rank, number of ranks); (0, 1) in a process that has not joined others."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or "CPU: " and that of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # no Linux
+        found = None
+    return f"CPU: {found[1] if found else platform.processor()}"
 
 
 def take_turns(items: Sequence[Item]) -> Iterator[Item]:

@@ -14,8 +14,8 @@ import numpy as np
 
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
-from vlmds.evaluation.like_for_like import differing_settings, warnings
-from vlmds.evaluation.metrics import aggregate, characters, score_captions, undefined_metrics
+from vlmds.evaluation.like_for_like import differing_settings, refuse, warnings
+from vlmds.evaluation.metrics import aggregate, characters, score_captions, tokenizers, undefined_metrics
 from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
 from vlmds.evaluation.verdict import MARGIN, pair_tests, verdict
 from vlmds.evaluation.word_accuracy import word_accuracy
@@ -34,25 +34,18 @@ def compare(
         words: sets of words to look for in captions, see :func:`vlmds.evaluation.word_accuracy.word_accuracy`.
 
     Raises:
-        InputError: fewer than two clips that all runs were evaluated on, or no such metric.
+        InputError: the evaluations cannot be compared (:func:`vlmds.evaluation.like_for_like.refuse`), fewer than
+            two clips that all runs were evaluated on, or no such metric.
     """
+    if not 0 < margin < 1:
+        raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
     runs = with_unique_names(runs)
     groups = group_runs(runs)
     keys = common_keys(runs)
-    scores = [[_scores(run, keys, runs) for run in group.runs] for group in groups]
+    scores = _all_scores(groups, runs, keys)
     names = [n for n in scores[0][0] if all(n in s for group in scores for s in group)]
-    undefined = undefined_metrics(names)
-    metric = metric or names[0]
-    if metric in undefined:
-        raise InputError(f"--metric {metric}: undefined, because the references of the clips do not differ")
-    if metric not in names:
-        raise InputError(f"--metric {metric}: no such metric; the runs share {', '.join(names)}")
-    if not 0 < margin < 1:
-        raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
-    sources = sources_of(runs[0], keys)
-    estimates = {
-        name: estimate(name, [np.stack([s[name] for s in group]) for group in scores], sources) for name in names
-    }
+    metric = _chosen(metric, names)
+    estimates = {name: _estimate(name, scores, runs[0], keys) for name in names}
     table = []
     for number, group in enumerate(groups):
         table.append(
@@ -68,32 +61,115 @@ def compare(
             }
         )
     pairs = pair_tests(estimates[metric])
-    costs = [(row["cost"]["visual_tokens"], row["cost"]["trainable"]) for row in table]
+    costs, by_hours = order_of_cost(groups, table)
     return {
         "metric": metric,
         "metrics": names,
-        "undefined": undefined,
+        "undefined": undefined_metrics(names),
         "clips": len(keys),
         "table": table,
-        "sources": len({*sources}),
+        "sources": estimates[metric].sources,
         "pairs": [pair | {side: groups[int(pair[side])].name for side in ("one", "other")} for pair in pairs],
         "verdict": _named(verdict(estimates[metric], pairs, costs, margin), table, metric),
+        "cost_notes": cost_notes(groups, by_hours),
         "warnings": warnings(runs, keys),
         "differences": differing_settings(runs),
         "factors": factors(table, estimates[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
         "words": _words(groups, keys, words),
-        "tokenisation": {n.partition("@")[2]: runs[0].metrics["metrics"][n]["tokenisation"] for n in names},
+        "tokenisation": {level: text for level, text in _levels(runs).items() if f"@{level}" in "".join(names)},
     }
 
 
-def common_keys(runs: list[Run]) -> list[str]:
-    """Keys of the clips that every run was evaluated on, with the same references."""
-    keys = [
-        key
-        for key, line in runs[0].predictions.items()
-        if all(key in run.predictions and run.predictions[key]["references"] == line["references"] for run in runs[1:])
+def estimates_of(runs: list[Run], metric: str | None = None) -> tuple[str, Estimates]:
+    """(the metric, its estimates of the experiments). Raises InputError as :func:`compare` does."""
+    runs = with_unique_names(runs)
+    groups = group_runs(runs)
+    keys = common_keys(runs)
+    scores = _all_scores(groups, runs, keys)
+    metric = _chosen(metric, [n for n in scores[0][0] if all(n in s for group in scores for s in group)])
+    return metric, _estimate(metric, scores, runs[0], keys)
+
+
+def _levels(runs: list[Run]) -> dict[str, str]:
+    """How captions were divided at each level: by the evaluations, or, where scores are computed here, by this
+    vlmds."""
+    found = {level.level: level.name for level in tokenizers()}
+    for run in runs:
+        found |= {name.partition("@")[2]: own["tokenisation"] for name, own in run.metrics["metrics"].items()}
+    return found
+
+
+def _chosen(metric: str | None, names: list[str]) -> str:
+    metric = metric or names[0]
+    if metric in undefined_metrics(names):
+        raise InputError(f"--metric {metric}: undefined, for the references of the clips do not differ")
+    if metric not in names:
+        raise InputError(f"--metric {metric}: no such metric; the runs share {', '.join(names)}")
+    return metric
+
+
+def _estimate(name: str, scores: list[list[dict[str, np.ndarray]]], run: Run, keys: list[str]) -> Estimates:
+    return estimate(name, [np.stack([s[name] for s in group]) for group in scores], sources_of(run, keys))
+
+
+def order_of_cost(groups: list[Group], table: list[dict]) -> tuple[list[tuple], bool]:
+    """(what the cheapest experiment is the smallest of, whether these are GPU-hours). GPU-hours count where they
+    are known of all experiments, on the same kind of GPU (processors are shared with other work); to two digits,
+    as equal work takes not quite equal time. Then visual tokens, then trainable parameters."""
+    kinds = {tuple(run.cost_facts.hardware) for group in groups for run in group.runs}
+    known = all(run.cost["gpu_hours"] for group in groups for run in group.runs)
+    by_hours = known and len(kinds) == 1 and all(kind and not kind[0].startswith("CPU") for kind in kinds)
+    sizes = [(row["cost"]["visual_tokens"], row["cost"]["trainable"]) for row in table]
+    if not by_hours:
+        return [*sizes], False
+    hours = [float(f"{row['cost']['gpu_hours']:.1e}") for row in table]
+    return [(own, *size) for own, size in zip(hours, sizes, strict=True)], True
+
+
+def cost_notes(groups: list[Group], by_hours: bool) -> list[tuple[str, str]]:
+    """What there is to say of the costs, in English and Korean."""
+    notes = [
+        (
+            "Cheapest: the fewest GPU-hours, all experiments on the same hardware.",
+            "비용 순서: GPU 시간이 적은 순서(모두 같은 하드웨어에서 측정).",
+        )
+        if by_hours
+        else (
+            "Cheapest: the fewest visual tokens, then the fewest trainable parameters, because GPU-hours on the same "
+            "kind of GPU are not known of all experiments.",
+            "비용 순서: 시각 토큰 수, 다음으로 학습 파라미터 수가 적은 순서(같은 GPU에서 잰 GPU 시간이 없는 실험이 있음).",
+        )
     ]
+    runs = [run for group in groups for run in group.runs]
+    for run in runs:
+        for english, korean in run.cost_facts.unknown:
+            notes.append(
+                (
+                    f"{run.name}: GPU-hours are not known: {english}.",
+                    f"{run.name}: GPU 시간을 알 수 없습니다. {korean}.",
+                )
+            )
+    for english, korean, names in (
+        ("trained", "학습", {run.name: run.cost_facts.hardware for run in runs}),
+        ("evaluated", "평가", {run.name: run.metrics.get("timing", {}).get("devices", []) for run in runs}),
+    ):
+        if len({tuple(found) for found in names.values()}) > 1:
+            listed = "; ".join(f"{name}: {', '.join(found) or '?'}" for name, found in names.items())
+            notes.append(
+                (
+                    f"The runs were {english} on different hardware, so their times cannot be compared: {listed}",
+                    f"{korean}에 쓴 하드웨어가 달라 시간을 비교할 수 없습니다: {listed}",
+                )
+            )
+    return notes
+
+
+def common_keys(runs: list[Run]) -> list[str]:
+    """Keys of the clips that every run was evaluated on. Raises InputError if there are less than two, or the
+    evaluations cannot be compared."""
+    refuse(runs)
+    keys = [key for key in runs[0].predictions if all(key in run.predictions for run in runs[1:])]
     if not keys:
         raise InputError(
             f"{', '.join(r.name for r in runs)}: no clip was evaluated in all of them; "
@@ -218,14 +294,15 @@ def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]])
     return accuracies
 
 
-def _scores(run: Run, keys: list[str], runs: list[Run]) -> dict[str, np.ndarray]:
-    """Statistics [clips, k] by metric: those of the evaluation where all runs have the same clips,
-    else computed for the common ones (CIDEr-D depends on the set)."""
-    same = all(
-        r.predictions.keys() == runs[0].predictions.keys()
-        and r.metrics["settings"]["tokenisation"] == runs[0].metrics["settings"]["tokenisation"]
-        for r in runs
-    ) and len(keys) == len(runs[0].predictions)
+def _all_scores(groups: list[Group], runs: list[Run], keys: list[str]) -> list[list[dict[str, np.ndarray]]]:
+    """For each run of each group its statistics [clips, k] by metric: those of the evaluations where all have the
+    same clips and tokenisation, else computed for the common clips (CIDEr-D depends on the set)."""
+    levels = runs[0].metrics["settings"]["tokenisation"]
+    same = all(len(run.predictions) == len(keys) and run.metrics["settings"]["tokenisation"] == levels for run in runs)
+    return [[_scores(run, keys, same) for run in group.runs] for group in groups]
+
+
+def _scores(run: Run, keys: list[str], same: bool) -> dict[str, np.ndarray]:
     lines = [run.predictions[key] for key in keys]
     if same:
         return {

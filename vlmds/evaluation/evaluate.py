@@ -35,7 +35,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation.blind import blind_tests
 from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers, undefined_metrics
 from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
-from vlmds.experiments.differences import changed_settings
+from vlmds.experiments.differences import changed_settings, differing_keys
 from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, write
 from vlmds.inference.options import GenerationOptions, caption_settings
@@ -43,7 +43,7 @@ from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import artifact_experiment, read_artifact, weights_sha256
 from vlmds.models.assemble import Model
 from vlmds.permissions import check_writable
-from vlmds.runs.folder import final_artifact
+from vlmds.runs.folder import HARMLESS, final_artifact
 from vlmds.runs.rank_jsonl import RankJsonl, json_line
 
 FORMAT, VERSION = "vlmds-evaluation", 1
@@ -92,7 +92,7 @@ def evaluate_run(
         dataset = open_dataset(experiment.data)
         split = dataset.choose_split(split)
         folder = Path(output or Path(run) / "evaluation" / (name or _folder_name(Path(run), dataset, split)))
-        settings = {
+        settings: dict[str, Any] = {
             "run": str(run),
             "artifact": artifact.folder.name,
             "weights_sha256": weights_sha256(artifact),
@@ -103,6 +103,8 @@ def evaluate_run(
             **caption_settings(experiment, generation),
             "tokenisation": [level.name for level in tokenizers()],
         }
+        if changed := differing_keys(artifact.trained, experiment, but=(*HARMLESS, "data.blend")):
+            settings["changed"] = changed
         if ranks.on_main(lambda: _prepare(folder, settings, again)):
             _say(f"{folder}: evaluated already with these settings (--again repeats it)")
             return folder
@@ -142,7 +144,9 @@ def _evaluate(
         _say(f"{folder}: {len(finished)} of {counted(len(positions), 'clip')} are done already")
     shown = {positions[number] for number in evaluated_positions(len(positions), THUMBNAILS)}
     _score_share(scorer, reader, todo, folder, parts, shown)
-    ranks.gather(None)  # a barrier over gloo, whose timeout is init_distributed's
+    device = ranks.device_name(next(model.captioner.projector.parameters()).device)
+    # Also a barrier over gloo, whose timeout is init_distributed's.
+    captioned, seconds, devices = zip(*ranks.gather((scorer.captioned, scorer.seconds, device)), strict=True)
 
     def finish() -> None:
         records = [*_by_position(parts.read()).values()]
@@ -152,6 +156,11 @@ def _evaluate(
             "seconds": round(time.perf_counter() - started, 1),
             "ranks": ranks.rank_and_world()[1],
             "resumed": bool(finished),
+            # Of this start: clips, and seconds of CLIP and generation, both added up over the ranks.
+            "captioned": sum(captioned),
+            "captioning_seconds": round(sum(seconds), 3),
+            "batch_size": batch_size,
+            "devices": sorted({*devices}),
         }
         _save(folder, {"format": FORMAT, "version": VERSION, "settings": settings, **result}, predictions, records)
 
@@ -275,17 +284,26 @@ def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
     folder = Path(folder)
     if (folder / "parts").is_dir() and not (folder / "metrics.json").is_file():
         raise InputError(f"{folder}: the evaluation is not finished; run vlmds evaluate again")
+    predictions: list[dict] = []
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        # Not splitlines(), which also splits where a caption has U+2028.
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-        predictions = [json.loads(line) for line in lines if line]
+        # Binary: a text file would also be split where a caption has U+2028.
+        with (folder / "predictions.jsonl").open("rb") as lines:
+            predictions.extend(json.loads(line) for line in lines)
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: missing; run vlmds evaluate") from None
     except ValueError as error:
-        raise InputError(f"{folder}: damaged ({error}); run vlmds evaluate --again") from None
+        raise InputError(
+            f"{folder}: damaged (line {len(predictions) + 1} of predictions.jsonl, or metrics.json: {error}); "
+            "run vlmds evaluate --again"
+        ) from None
     if (metrics.get("format"), metrics.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{folder / 'metrics.json'}: not an evaluation of this vlmds")
+    if len(predictions) != metrics["clips"]:
+        raise InputError(
+            f"{folder}: damaged (predictions.jsonl has {counted(len(predictions), 'line')} for "
+            f"{counted(metrics['clips'], 'clip')}); run vlmds evaluate --again"
+        )
     return metrics, predictions
 
 

@@ -4,30 +4,47 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from vlmds.errors import InputError
+from vlmds.evaluation.cost import Cost, read_metrics, run_cost
 from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
+from vlmds.models.artifact import is_artifact, weights_sha256
+from vlmds.runs.folder import HARMLESS, RunFolder
+
+NOT_LEARNED = ("name", *HARMLESS)
+"""Settings that do not change what is learned; owner and priority are among them."""
 
 
 @dataclass
 class Run:
-    """A run with its evaluation. predictions: by key."""
+    """A run with its evaluation.
+
+    record: run.json. predictions: by key. cost: by the keys of :data:`vlmds.evaluation.cost.COST`, with more
+    about it in cost_facts. steps: that were trained, by stage. changed: the evaluated weights are not those that
+    the run has now.
+    """
 
     name: str
     path: Path
     experiment: Experiment
+    record: dict[str, Any]
     metrics: dict[str, Any]
     predictions: dict[str, dict]
     cost: dict[str, float | None]
+    cost_facts: Cost
     curves: list[dict]
+    steps: dict[str, int]
     finished: bool
+    changed: bool
 
 
 @dataclass
@@ -59,21 +76,42 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     if name not in found:
         raise InputError(f"{path}: choose an evaluation with --evaluation: {', '.join(found)}")
     metrics, predictions = read_evaluation(root / name)
+    if not predictions:
+        raise InputError(f"{root / name}: no clip was evaluated; run vlmds evaluate --run {path} --again")
     metrics["folder"] = name
+    record = RunFolder.read(path)
     experiment = load_experiment(path / "experiment.yaml")
-    records = _read_metrics(path / "metrics.jsonl")
-    last = experiment.stages[-1].name
-    finished = (path / "artifacts" / last / "artifact.json").is_file()
+    records = read_metrics(path / "metrics.jsonl")
+    cost = run_cost(path, record, experiment, records, metrics)
     return Run(
         path.name,
         path,
         experiment,
+        record,
         metrics,
-        {p["key"]: p for p in predictions},
-        costs(records, metrics),
+        {p["key"]: _kept(p) for p in predictions},
+        cost.values,
+        cost,
         curves(records, experiment),
-        finished,
+        {r["stage"]: r["step"] for r in records if r["kind"] == "train"},
+        is_artifact(path / "artifacts" / experiment.stages[-1].name),
+        _changed(path, metrics["settings"]),
     )
+
+
+def _kept(line: dict) -> dict:
+    """A line of predictions.jsonl, which comparisons of many clips can have in memory: names are shared between
+    lines, numbers are packed."""
+    kept = {intern(name): value for name, value in line.items()}
+    kept["scores"] = {intern(name): value for name, value in line["scores"].items()}
+    kept["statistics"] = {intern(name): array("d", values) for name, values in line["statistics"].items()}
+    return kept
+
+
+def _changed(path: Path, settings: dict) -> bool:
+    """Whether the run now has other weights of that stage than were evaluated."""
+    artifact = path / "artifacts" / settings["artifact"]
+    return is_artifact(artifact) and weights_sha256(artifact) != settings["weights_sha256"]
 
 
 def with_unique_names(runs: Sequence[Run]) -> list[Run]:
@@ -95,12 +133,9 @@ def group_runs(runs: list[Run]) -> list[Group]:
     """Groups of runs that differ only in the seed, in the order given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        settings = flat_settings(run.experiment.model_dump())
-        identity = {k: v for k, v in settings.items() if k not in ("name", "owner", "priority", "training.seed")}
-        same = [r.experiment.training.seed for r in groups.get(json.dumps(identity, default=str), [])]
-        key = json.dumps(identity, default=str)
-        if run.experiment.training.seed in same:  # the same run twice is no new seed
-            key += str(run.path)
+        key = json.dumps(identity(run), default=str, sort_keys=True)
+        if run.experiment.training.seed in [r.experiment.training.seed for r in groups.get(key, [])]:
+            key += str(run.path)  # the same run twice is no new seed
         groups.setdefault(key, []).append(run)
     made: list[Group] = []
     for members in groups.values():
@@ -111,27 +146,20 @@ def group_runs(runs: list[Run]) -> list[Group]:
     return made
 
 
-def costs(records: list[dict], metrics: dict) -> dict[str, float | None]:
-    """visual_tokens, trainable (parameters), samples_per_s, memory_gib, hours of training
-    (validation and checkpoints not counted) and kilowatt_hours of the GPUs (all counted)."""
-    seconds, pending, samples = 0.0, 0, 0
-    for record in (r for r in records if r["kind"] == "train"):
-        pending += record["samples"]
-        if record.get("samples_per_s"):  # of the window that ends here
-            seconds += pending / record["samples_per_s"]
-            samples, pending = samples + pending, 0
-    speeds = samples / seconds if seconds else None
-    memory = [r["memory_gib"] for r in records if r.get("memory_gib")]
-    joules = {r["stage"]: r["joules"] for r in records if r["kind"] == "energy"}
-    model = metrics["model"]
-    return {
-        "visual_tokens": model["visual_tokens"],
-        "trainable": model["projector_parameters"] + model["adapter_parameters"],
-        "samples_per_s": speeds,
-        "memory_gib": max(memory, default=None),
-        "hours": seconds / 3600 if seconds else None,
-        "kilowatt_hours": sum(joules.values()) / 3.6e6 if joules else None,
-    }
+def identity(run: Run) -> dict[str, Any]:
+    """All that a method is, but for the seed: settings that change what is learned, and what run.json
+    records of data, base weights and global batch. The number of ranks is not of it."""
+    settings = flat_settings(run.experiment.model_dump())
+    found = {key: value for key, value in settings.items() if not under(key, (*NOT_LEARNED, "training.seed"))}
+    found |= {name: run.record.get(name) for name in ("global_batch", "data_fingerprint", "sampling", "weights")}
+    if not found["weights"]:  # runs of an early vlmds: by their names
+        found["weights"] = [run.experiment.vision.model, run.experiment.llm.model]
+    return found | {"stage": run.metrics["settings"].get("artifact")}
+
+
+def under(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of the names, or below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list[dict]:
@@ -153,14 +181,3 @@ def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list
                     {"stage": stage.name, "kind": kind, "step": [p[0] for p in points], "loss": [p[1] for p in points]}
                 )
     return found
-
-
-def _read_metrics(path: Path) -> list[dict]:
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a run in progress
-    return [r for r in records if isinstance(r, dict) and "kind" in r]

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from vlmds.evaluation.compare import ADAPTERS, common_keys
+from vlmds.evaluation.cost import COST
 from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
 from vlmds.evaluation.verdict import verdict_sentences
 from vlmds.experiments.schema import PROJECTORS
@@ -23,14 +24,6 @@ THUMBNAILS = 300
 THUMBNAIL_BYTES = 12_000_000
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 TEXT_PLACES = ("middle right", "middle left", "top right", "bottom left", "bottom right", "top left")
-COST = {  # key: (English, Korean, format)
-    "visual_tokens": ("visual tokens", "시각 토큰 수", "{:,.0f}"),
-    "trainable": ("trainable parameters", "학습 파라미터 수", "{:,.0f}"),
-    "samples_per_s": ("samples/s", "샘플/초", "{:,.2f}"),
-    "memory_gib": ("peak memory, GiB", "최대 메모리(GiB)", "{:,.2f}"),
-    "hours": ("training, hours", "학습 시간(시간)", "{:,.2f}"),
-    "kilowatt_hours": ("GPU energy, kWh", "GPU 전력량(kWh)", "{:,.2f}"),
-}
 
 
 def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> int:

@@ -96,6 +96,8 @@ class ClipScorer:
         texts: of all clips that are evaluated. swapped: see :func:`swap_videos`.
         batch_size: clips at once; the results do not depend on it.
         generation: options of the captions.
+
+    After :meth:`batches`, captioned and seconds are the clips that were captioned and how long that took.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class ClipScorer:
     ):
         self.model, self.batch_size = model, batch_size
         self.generation = generation
+        self.captioned, self.seconds = 0, 0.0
         self.num_frames = experiment.data.num_frames
         self.num_workers = experiment.data.num_workers
         self.builder = SequenceBuilder(
@@ -143,6 +146,8 @@ class ClipScorer:
                 if isinstance(item, Unreadable)
             ]
             samples = [item for item in items if not isinstance(item, Unreadable)]
+            self.captioned += len(samples)
+            self.seconds += batch.seconds
             if samples:
                 records += self.score([self.texts[sample.position] for sample in samples], batch)
             for sample in samples:

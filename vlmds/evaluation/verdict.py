@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmds.evaluation.statistics import FEW_SOURCES, Estimates, clips_needed, holm, spread
+from vlmds.evaluation.power import needed
+from vlmds.evaluation.statistics import FEW_SOURCES, Estimates, holm, spread
 
 MARGIN = 0.03
 """How much worse than the best, as a share of its value, a cheaper method may be; `vlmds compare --margin`."""
@@ -41,8 +42,8 @@ def verdict(
         "best": number of the method with the highest value. "could_be_best": those that no other one beats
         beyond doubt. "within_margin": those shown to be within the margin. "chosen": the cheapest of these, or
         None. "checkpoints_only": each method has one seed, so that the verdict holds for these checkpoints
-        alone. "few": fewer than 50 sources. "needed": {"clips", "seeds"} with which methods that are equal
-        would be found to be so, or None. "runner_up": the second with its pair's figures, or None.
+        alone. "few": fewer than 50 sources. "decidable_with": without a chosen one, [{"seeds", "clips"}] with which
+        methods that are equal would be found to be so; "needed": the first that has clips, or None. "runner_up": the second with its pair's figures, or None.
     """
     count = len(found.values)
     order = sorted(range(count), key=lambda method: -found.values[method])
@@ -52,6 +53,7 @@ def verdict(
     bounds, could_be_best = found.below_best(), found.could_be_best()
     within = [method for method in range(count) if bounds[method] > -allowed or (count == 1)]
     chosen = None if few or not within else min(within, key=lambda method: (costs[method], -found.values[method]))
+    rows = _decidable_with(found, allowed) if chosen is None and count > 1 else []
     return {
         "best": best,
         "could_be_best": [method for method in order if could_be_best[method]],
@@ -60,7 +62,8 @@ def verdict(
         "margin": margin,
         "checkpoints_only": count > 1 and found.seed_df == 0,
         "few": few,
-        "needed": _needed(found, allowed) if chosen is None and count > 1 else None,
+        "needed": next((row for row in rows if row["clips"] is not None), None),
+        "decidable_with": rows,
         "runner_up": _runner_up(order, pairs) if count > 1 else None,
     }
 
@@ -81,14 +84,10 @@ def _runner_up(order: list[int], pairs: list[dict[str, float]]) -> dict[str, Any
     }
 
 
-def _needed(found: Estimates, allowed: float) -> dict[str, int] | None:
-    """The fewest seeds, from those that there are on, with which some number of clips would do."""
-    parts, fewest = spread(found), int(found.seeds.min())
-    for seeds in range(fewest, max(fewest, MOST_SEEDS) + 1):
-        clips = clips_needed(parts, allowed, seeds, methods=len(found.values)) if allowed > 0 else None
-        if clips is not None:
-            return {"clips": max(clips, FEW_SOURCES), "seeds": seeds}
-    return None
+def _decidable_with(found: Estimates, allowed: float) -> list[dict[str, int | None]]:
+    """Clips for each number of seeds, from those that there are on, see :func:`vlmds.evaluation.power.needed`."""
+    fewest = int(found.seeds.min())
+    return needed(spread(found), allowed, range(fewest, max(fewest, MOST_SEEDS) + 1), methods=len(found.values))
 
 
 def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +44,13 @@ class CaptionedBatch:
     """A batch of clips with their captions.
 
     captions: one per clip, None for a clip that cannot be read. features: of the clips that can be
-    read, in their order, see :meth:`Model.features`.
+    read, in their order, see :meth:`Model.features`. seconds: of CLIP and the language model.
     """
 
     clips: Sequence[ClipInput]
     captions: list[str | None]
     features: Features
+    seconds: float
 
 
 def caption_batches(
@@ -58,6 +60,7 @@ def caption_batches(
     reported to the watchdog."""
     for batch in batches:
         doing("captioning", [clip.key for clip in batch])
+        started = time.perf_counter()
         inputs = [clip.inputs for clip in batch if clip.inputs is not None]
         made = iter(list[str]())
         features: Features = []
@@ -67,7 +70,7 @@ def caption_batches(
             prompts = [clip.prompt for clip in batch if clip.inputs is not None]
             made = iter(generate_captions(model, builder, features, prompts, options))
         captions = [None if clip.inputs is None else next(made) for clip in batch]
-        yield CaptionedBatch(batch, captions, features)
+        yield CaptionedBatch(batch, captions, features, time.perf_counter() - started)
         doing("waiting for clips to be read")
 
 

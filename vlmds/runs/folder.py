@@ -3,8 +3,8 @@
 experiment.yaml   the resolved experiment
 run.json          an id, the global batch, what it is trained from (data fingerprints, hashes of
                   the base weights, sampling of frames, the checkpoint, run or projector it started from),
-                  and for each start: versions, git commit, world size, command line and the
-                  implementation of attention
+                  and for each start: versions, git commit, world size, command line, hardware
+                  and the implementation of attention
 metrics.jsonl     one line per optimizer step, per validation and per evaluation
 samples.jsonl     captions made in training, if training.evaluate_every is set
 ledger.jsonl      every sample that could not be read or whose caption was cut, every skipped step

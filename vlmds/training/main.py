@@ -23,7 +23,7 @@ from vlmds.data.dataset import Dataset, open_stages, stages_with
 from vlmds.data.features import check_features, needs_tower
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.failures import run_on_ranks
-from vlmds.distributed.ranks import gather, is_main, join_ranks, on_main, shared_error, together
+from vlmds.distributed.ranks import device_name, gather, is_main, join_ranks, on_main, shared_error, together
 from vlmds.distributed.stop_request import StopRequest
 from vlmds.distributed.watchdog import doing
 from vlmds.experiments.differences import flat_settings
@@ -136,6 +136,8 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     run = on_main(lambda: begin(run, experiment, start_from, taken, initial))
     _, remark = attention_for(experiment.llm, experiment.training.micro_batch, device)
     on_main(lambda: note_attention(run, model.captioner.llm.config._attn_implementation, remark))
+    hardware = sorted({*gather(device_name(device))})
+    on_main(lambda: run.note(hardware=hardware))
     run_stages(experiment, model, datasets, run, schedule, config, device, stop)
 
 

@@ -19,12 +19,13 @@ from deepspeed.accelerator import get_accelerator
 
 from vlmds.console.progress import duration, log_line
 from vlmds.console.text import counted
+from vlmds.distributed.ranks import gather
 from vlmds.experiments.schema import Experiment
 from vlmds.runs.journal import Journal
 
 
 class Monitor:
-    """Records on rank 0; on the others every call does nothing.
+    """Records on rank 0; the other ranks make the same calls, and contribute their peak memory.
 
     Args:
         folder: the run's.
@@ -65,8 +66,7 @@ class Monitor:
         self._window_start = self._stage_start = time.perf_counter()
         self._stage_first = first
         self._waited = 0.0
-        if self.active:
-            get_accelerator().reset_peak_memory_stats()
+        get_accelerator().reset_peak_memory_stats()
 
     def step(
         self,
@@ -110,9 +110,12 @@ class Monitor:
             self.flush()
 
     def flush(self) -> None:
-        """Write the pending steps."""
+        """Write the pending steps. All ranks call it."""
         records, self._pending = self._pending, []
-        if not records or not self.active:  # only who writes the numbers waits for them
+        if not records:
+            return
+        memory = gather(peak_memory())
+        if not self.active:  # only who writes the numbers waits for them
             return
         for record in records:
             for name in ("loss", "grad_norm"):
@@ -126,9 +129,9 @@ class Monitor:
             "samples_per_s": sum(r["samples"] for r in records) / seconds,
             "tokens_per_s": sum(r["positions"] for r in records) / seconds,
             "data_wait": wait,
-            "memory_gib": peak_memory() / 2**30,
+            "memory_gib": max(memory) / 2**30,
         }
-        records[-1] |= {key: round(value, 4) for key, value in speed.items()}
+        records[-1] |= {key: round(value, 4) for key, value in speed.items()} | {"ranks": len(memory)}
         self._write(records)
         last = records[-1]
         self._show(last)
