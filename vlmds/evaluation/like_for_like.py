@@ -82,6 +82,8 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
                 f"{run.name}: the evaluation is of stage {artifact}, not of the last stage; evaluate again",
                 f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.",
             )
+        for warning in run.warnings:
+            add(*(f"{run.name}, {warning['stage']}: {warning[language]}" for language in ("en", "ko")))
         if found_doubts := doubts(run.metrics["looking"]):
             english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))
             add(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
+from vlmds.runs.journal import read_metrics
 
 
 @dataclass
 class Run:
-    """A run with its evaluation. predictions: by key."""
+    """A run with its evaluation. predictions: by key. warnings: of its training, {"stage", "en", "ko"}."""
 
     name: str
     path: Path
@@ -28,6 +29,7 @@ class Run:
     cost: dict[str, float | None]
     curves: list[dict]
     finished: bool
+    warnings: list[dict] = field(default_factory=list)
 
 
 @dataclass
@@ -61,7 +63,7 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     metrics, predictions = read_evaluation(root / name)
     metrics["folder"] = name
     experiment = load_experiment(path / "experiment.yaml")
-    records = _read_metrics(path / "metrics.jsonl")
+    records = read_metrics(path / "metrics.jsonl")
     last = experiment.stages[-1].name
     finished = (path / "artifacts" / last / "artifact.json").is_file()
     return Run(
@@ -73,6 +75,7 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
         costs(records, metrics),
         curves(records, experiment),
         finished,
+        [record for record in records if record["kind"] == "warning"],
     )
 
 
@@ -153,14 +156,3 @@ def curves(records: list[dict], experiment: Experiment, most: int = 400) -> list
                     {"stage": stage.name, "kind": kind, "step": [p[0] for p in points], "loss": [p[1] for p in points]}
                 )
     return found
-
-
-def _read_metrics(path: Path) -> list[dict]:
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a run in progress
-    return [r for r in records if isinstance(r, dict) and "kind" in r]
