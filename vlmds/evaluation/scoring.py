@@ -1,9 +1,10 @@
 """Scoring of clips by a model: the caption, and the likelihood of the references given the clip's
-own video, another clip's video, and black frames.
+own video, the same with its frames reversed, shuffled or reduced to one, another clip's video, and black frames.
 
 A model that ignores the video can score well on easy data, hence the blind tests. Captions under
 swapped videos cost nothing: the caption of clip j's video is the same, whichever references it is
-compared with. Black frames give one caption per prompt.
+compared with. Black frames give one caption per prompt. Other orders of the frames cost one pass per
+reference each and no caption; the order is that of the features, as CLIP encodes frame by frame.
 """
 
 from __future__ import annotations
@@ -30,6 +31,19 @@ from vlmds.models.sequences import SequenceBuilder
 from vlmds.video.jpeg import SHOWN_QUALITY, encode_jpeg
 
 THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 96
+
+
+def frame_orders(num_frames: int) -> dict[str, list[int]]:
+    """The frames that take the places 0 … num_frames - 1 in each test of their order; none for one frame."""
+    if num_frames < 2:
+        return {}
+    own = list(range(num_frames))
+    drawn = (np.random.RandomState(seed).permutation(num_frames).tolist() for seed in range(100))
+    return {
+        "frames_reversed": own[::-1],
+        "frames_shuffled": next((order for order in drawn if order not in (own, own[::-1])), own[::-1]),
+        "one_frame": [num_frames // 2] * num_frames,
+    }
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ class ClipScorer:
         self.model, self.batch_size = model, batch_size
         self.generation = generation
         self.num_frames = experiment.data.num_frames
+        self.orders = frame_orders(self.num_frames)
         self.num_workers = experiment.data.num_workers
         self.builder = SequenceBuilder(
             model.tokenizer,
@@ -162,19 +177,23 @@ class ClipScorer:
         captions = [caption for caption in batch.captions if caption is not None]
         records: list[dict[str, Any]] = []
         own: list[list] = []
-        jobs: list[tuple[int, str, str | None, list]] = []  # row of the features, caption, prompt, [sum, tokens]
+        as_is = list(range(self.num_frames))
+        # Row of the features, order of its frames, caption, prompt, [sum, tokens].
+        jobs: list[tuple[int, list[int], str, str | None, list]] = []
         for row, (text, caption) in enumerate(zip(texts, captions, strict=True)):
             own.append([0.0, 0])
             if caption:
-                jobs.append((row, caption, text.prompt, own[-1]))
+                jobs.append((row, as_is, caption, text.prompt, own[-1]))
             real, blank = [0.0, 0], [0.0, 0]
+            ordered: dict[str, list] = {name: [0.0, 0] for name in self.orders}
             for reference in text.captions:
-                jobs.append((row, reference, text.prompt, real))
-                jobs.append((len(texts), reference, text.prompt, blank))
+                jobs.append((row, as_is, reference, text.prompt, real))
+                jobs.append((len(texts), as_is, reference, text.prompt, blank))
+                jobs += [(row, self.orders[name], reference, text.prompt, sums) for name, sums in ordered.items()]
             lent: dict[str, list] = {str(position): [0.0, 0] for position in self.lent.get(text.position, ())}
             for position, sums in lent.items():
                 borrower = self.texts[int(position)]
-                jobs += [(row, reference, borrower.prompt, sums) for reference in borrower.captions]
+                jobs += [(row, as_is, reference, borrower.prompt, sums) for reference in borrower.captions]
             records.append(
                 {
                     "position": text.position,
@@ -183,15 +202,16 @@ class ClipScorer:
                     "caption_log_probability": None,
                     "real": real,
                     "blank": blank,
+                    **ordered,
                     "lent": lent,
                 }
             )
-        features = torch.cat([batch.features, self._blank_features])
+        features = torch.cat([batch.features, self._blank_features])  # [B + 1, F·P, vision_dim]
+        frames = features.unflatten(1, (self.num_frames, -1))
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
-            values = self._log_probabilities(
-                features[[job[0] for job in part]], [job[1] for job in part], [job[2] for job in part]
-            )
+            seen = torch.stack([frames[job[0]][job[1]] for job in part]).flatten(1, 2)
+            values = self._log_probabilities(seen, [job[2] for job in part], [job[3] for job in part])
             for (*_, sums), (total, tokens) in zip(part, values, strict=True):
                 sums[0] += total
                 sums[1] += tokens
