@@ -167,7 +167,7 @@ def test_a_run_that_may_not_use_the_video_is_reported_in_each_language(runs, tmp
     assert "other clips' videos: too few clips to decide; loss with black frames is not clearly worse" in warning["en"]
     korean = warning["ko"].replace("cider_d@morpheme", "")
     assert (
-        "입력을 바꿔도(검은 화면) 뚜렷이 나빠지지 않는 값: 손실" in korean
+        "입력을 바꿔도(검은 화면) 뚜렷이 나빠지지 않는 값 (손실)" in korean
         and "다른 클립의 영상: 클립이 너무 적어" in korean
     )
     assert not re.search("[a-zA-Z]{2}", korean.removeprefix("e3"))

@@ -108,7 +108,7 @@ def doubts(evidence: dict[str, Any]) -> list[dict[str, str]]:
             if not shares[1] >= FLOOR:
                 add(
                     f"{name} with {english} is not clearly worse",
-                    f"입력을 바꿔도({korean}) 뚜렷이 나빠지지 않는 값: {subject}",
+                    f"입력을 바꿔도({korean}) 뚜렷이 나빠지지 않는 값 ({subject})",
                     shares,
                     FLOOR,
                 )
