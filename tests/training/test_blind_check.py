@@ -74,8 +74,8 @@ def test_the_worth_does_not_depend_on_the_ranks(taught, monkeypatch):
 
 
 def test_worth_and_its_error():
-    found = summarised([(1.0, 2), (3.0, 2)])
-    assert (found.value, found.error, found.clips) == (1.0, 0.5, 2)
+    found = summarised([(0.0, 2), (4.0, 2)])
+    assert (found.value, found.error, found.clips) == (1.0, 1.0, 2)
     assert found.doubtful  # not two standard errors from 0
     assert not summarised([(1.0, 2), (1.1, 2)]).doubtful and summarised([(0.03, 2), (0.03, 2)]).doubtful
     assert summarised([(1.0, 2)]) is None
