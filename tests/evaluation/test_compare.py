@@ -10,8 +10,9 @@ import pytest
 from tests.evaluation.conftest import make_run
 from vlmds.cli import main
 from vlmds.errors import InputError
+from vlmds.evaluation.blind import ORDER
 from vlmds.evaluation.compare import compare, factors
-from vlmds.evaluation.evaluate import evaluate_run
+from vlmds.evaluation.evaluate import evaluate_run, evaluation_table
 from vlmds.evaluation.evaluated_runs import group_runs, load_run
 from vlmds.evaluation.report import write_report
 from vlmds.evaluation.statistics import estimate
@@ -155,20 +156,40 @@ def test_a_run_that_may_not_use_the_video_is_reported_in_each_language(runs, tmp
     file = path / "evaluation" / "val" / "metrics.json"
     metrics = json.loads(file.read_text())
     looking = metrics["looking"]
-    looking["loss"]["blank"]["low"] = looking["metrics"]["blank"]["cider_d@morpheme"]["low"] = -0.5
+    for test in (looking["loss"]["blank"], looking["metrics"]["blank"]["cider_d@morpheme"]):
+        test["low"] = test["share_low"] = -0.5
     del looking["loss"]["shuffled"]
     file.write_text(json.dumps(metrics))
     [warning] = compare([load_run(path)])["warnings"]
-    assert (
-        "other clips' videos: too few clips to decide; loss with black frames is not significantly worse"
-        in warning["en"]
-    )
+    assert "other clips' videos: too few clips to decide; loss with black frames is not clearly worse" in warning["en"]
     korean = warning["ko"].replace("cider_d@morpheme", "")
     assert (
-        "입력을 바꿔도(검은 화면) 유의하게 나빠지지 않는 값: 손실" in korean
+        "입력을 바꿔도(검은 화면) 뚜렷이 나빠지지 않는 값 (손실)" in korean
         and "다른 클립의 영상: 클립이 너무 적어" in korean
     )
     assert not re.search("[a-zA-Z]{2}", korean.removeprefix("e3"))
+
+
+def test_evaluations_and_runs_of_an_older_version_are_read(runs, tmp_path):
+    """Without the order of frames and without shares; a warning of a stage is passed on."""
+    path = copies(runs, tmp_path)[0]
+    file = path / "evaluation" / "val" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    assert {"frames_reversed", "one_frame"} < metrics["looking"]["loss"].keys()
+    for name in ORDER:
+        del metrics["looking"]["loss"][name]
+    for test in (*metrics["looking"]["loss"].values(), *metrics["looking"]["metrics"]["blank"].values()):
+        for key in [key for key in test if key.startswith(("share", "clips"))]:
+            del test[key]
+    metrics["looking"]["loss"]["shuffled"] |= {"blind": 4.0, "gap": 0.5, "low": 0.1, "high": 0.9}
+    file.write_text(json.dumps(metrics))
+    with (path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"kind": "warning", "stage": "align", "step": 3, "en": "blind", "ko": "경고"}\n')
+    runs_read = [load_run(path)]
+    found = compare(runs_read)
+    assert {"en": "e3, align: blind", "ko": "e3, align: 경고"} in found["warnings"]
+    assert any("loss with other clips' videos is not clearly worse: 12.5%" in w["en"] for w in found["warnings"])
+    assert write_report(tmp_path / "report.html", runs_read, found) and evaluation_table(metrics)
 
 
 def test_a_run_in_progress_is_reported_and_one_without_evaluation_refused(runs, tmp_path):

@@ -3,7 +3,6 @@ energy."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from vlmds.errors import InputError
 from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import projector_sha256
 from vlmds.runs.folder import RunFolder
+from vlmds.runs.journal import read_metrics
 
 COST = {  # key: (English, Korean, format)
     "visual_tokens": ("visual tokens", "시각 토큰 수", "{:,.0f}"),
@@ -99,18 +99,6 @@ def stage_times(records: list[dict], record: dict) -> dict[str, StageTime]:
             known = time.gpu_hours is not None and ranks is not None
             time.gpu_hours = time.gpu_hours + ranks * seconds / 3600 if known else None
     return times
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl; none if there is no such file."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a run in progress
-    return [r for r in records if isinstance(r, dict) and "kind" in r]
 
 
 def _gpu_hours(path: Path, record: dict, stage: str, times: dict[str, StageTime], cost: Cost) -> float | None:

@@ -32,7 +32,7 @@ from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
 from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
-from vlmds.evaluation.blind import blind_tests
+from vlmds.evaluation.blind import VIDEOS, blind_tests
 from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers, undefined_metrics
 from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
 from vlmds.experiments.differences import changed_settings, differing_keys
@@ -248,6 +248,7 @@ def summarise_records(
                         ("real", record["real"]),
                         ("shuffled", borrowed.get(text.position)),
                         ("blank", record["blank"]),
+                        *((name, record[name]) for name in scorer.orders if name in record),
                     )
                 },
                 "blind_captions": {"shuffled": partner.get(text.position), "blank": blank[text.prompt]},
@@ -331,6 +332,11 @@ def evaluation_table(metrics: dict) -> str:
     for name in metrics.get("undefined", ()):
         lines.append(f"{name:<20}undefined: the references of the clips do not differ")
     add("caption loss", next((f"{gap['own']:.2f}" for gap in blind["loss"].values()), "–"), "", blind["loss"])
+    lines.append(f"{'likelihood lost with':<20}{'share':>9}{'95% interval':>20}")
+    for name, (english, _) in VIDEOS.items():
+        if "share" in (gap := blind["loss"].get(name, {})):
+            span = f"{gap['share_low']:.1%} … {gap['share_high']:.1%}"
+            lines.append(f"{english:<20}{gap['share']:>9.1%}{span:>20}")
     lines += [f"WARNING: {warning}" for warning in blind["warnings"]]
     return "\n".join(lines)
 

@@ -6,19 +6,20 @@ import json
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from sys import intern
 from typing import Any
 
 from vlmds.errors import InputError
-from vlmds.evaluation.cost import Cost, read_metrics, run_cost
+from vlmds.evaluation.cost import Cost, run_cost
 from vlmds.evaluation.evaluate import read_evaluation
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
 from vlmds.models.artifact import is_artifact, weights_sha256
 from vlmds.runs.folder import HARMLESS, RunFolder
+from vlmds.runs.journal import read_metrics
 
 NOT_LEARNED = ("name", *HARMLESS)
 """Settings that do not change what is learned; owner and priority are among them."""
@@ -45,6 +46,7 @@ class Run:
     steps: dict[str, int]
     finished: bool
     changed: bool
+    warnings: list[dict] = field(default_factory=list)
 
 
 @dataclass
@@ -96,6 +98,7 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
         {r["stage"]: r["step"] for r in records if r["kind"] == "train"},
         is_artifact(path / "artifacts" / experiment.stages[-1].name),
         _changed(path, metrics["settings"]),
+        [record for record in records if record["kind"] == "warning"],
     )
 
 

@@ -151,6 +151,8 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
                 f"{run.name}: the run has other weights now than were evaluated; evaluate again",
                 f"{run.name}: 평가한 뒤에 모델의 가중치가 바뀌었습니다. 다시 평가하세요.",
             )
+        for warning in run.warnings:
+            add(*(f"{run.name}, {warning['stage']}: {warning[language]}" for language in ("en", "ko")))
         if found_doubts := doubts(run.metrics["looking"]):
             english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))
             add(

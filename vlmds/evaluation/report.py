@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from vlmds.evaluation.blind import VIDEOS, doubts
 from vlmds.evaluation.compare import ADAPTERS, common_keys
 from vlmds.evaluation.cost import COST
 from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
@@ -41,6 +42,8 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
     page = environment.get_template("report.html.j2").render(
         found=found,
         sentences=verdict_sentences(found),
+        videos=VIDEOS,
+        uses_video={row["name"]: not doubts(row["looking"]) for row in found["table"]},
         cost=COST,
         projectors=PROJECTORS,
         adapters=ADAPTERS,

@@ -1,9 +1,10 @@
 """Scoring of clips by a model: the caption, and the likelihood of the references given the clip's
-own video, another clip's video, and black frames.
+own video, the same with its frames reversed, shuffled or reduced to one, another clip's video, and black frames.
 
 A model that ignores the video can score well on easy data, hence the blind tests. Captions under
 swapped videos cost nothing: the caption of clip j's video is the same, whichever references it is
-compared with. Black frames give one caption per prompt.
+compared with. Black frames give one caption per prompt. Other orders of the frames cost one pass per
+reference each and no caption; the order is that of the features, as CLIP encodes frame by frame.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ from vlmds.models.sequences import SequenceBuilder
 from vlmds.video.jpeg import SHOWN_QUALITY, encode_jpeg
 
 THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 96
+
+
+def frame_orders(num_frames: int) -> dict[str, list[int]]:
+    """The frames that take the places 0 … num_frames - 1 in each test of their order; none for one frame."""
+    if num_frames < 2:
+        return {}
+    own = list(range(num_frames))
+    drawn = (np.random.RandomState(seed).permutation(num_frames).tolist() for seed in range(100))
+    return {
+        "frames_reversed": own[::-1],
+        "frames_shuffled": next((order for order in drawn if order not in (own, own[::-1])), own[::-1]),
+        "one_frame": [num_frames // 2] * num_frames,
+    }
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ class ClipScorer:
         self.generation = generation
         self.captioned, self.seconds = 0, 0.0
         self.num_frames = experiment.data.num_frames
+        self.orders = frame_orders(self.num_frames)
         self.num_workers = experiment.data.num_workers
         self.builder = SequenceBuilder(
             model.tokenizer,
@@ -168,19 +183,22 @@ class ClipScorer:
         captions = [caption for caption in batch.captions if caption is not None]
         records: list[dict[str, Any]] = []
         own: list[list] = []
-        jobs: list[tuple[int, str, str | None, list]] = []  # row of the features, caption, prompt, [sum, tokens]
+        # Row of the features, order of its frames (None: as they are), caption, prompt, [sum, tokens].
+        jobs: list[tuple[int, list[int] | None, str, str | None, list]] = []
         for row, (text, caption) in enumerate(zip(texts, captions, strict=True)):
             own.append([0.0, 0])
             if caption:
-                jobs.append((row, caption, text.prompt, own[-1]))
+                jobs.append((row, None, caption, text.prompt, own[-1]))
             real, blank = [0.0, 0], [0.0, 0]
+            ordered: dict[str, list] = {name: [0.0, 0] for name in self.orders}
             for reference in text.captions:
-                jobs.append((row, reference, text.prompt, real))
-                jobs.append((len(texts) + row, reference, text.prompt, blank))
+                jobs.append((row, None, reference, text.prompt, real))
+                jobs.append((len(texts) + row, None, reference, text.prompt, blank))
+                jobs += [(row, self.orders[name], reference, text.prompt, sums) for name, sums in ordered.items()]
             lent: dict[str, list] = {str(position): [0.0, 0] for position in self.lent.get(text.position, ())}
             for position, sums in lent.items():
                 borrower = self.texts[int(position)]
-                jobs += [(row, reference, borrower.prompt, sums) for reference in borrower.captions]
+                jobs += [(row, None, reference, borrower.prompt, sums) for reference in borrower.captions]
             records.append(
                 {
                     "position": text.position,
@@ -189,15 +207,15 @@ class ClipScorer:
                     "caption_log_probability": None,
                     "real": real,
                     "blank": blank,
+                    **ordered,
                     "lent": lent,
                 }
             )
         features = [*batch.features, *(self._blank_features[0, : len(clip)] for clip in batch.features)]
         for first in range(0, len(jobs), self.batch_size):
             part = jobs[first : first + self.batch_size]
-            values = self._log_probabilities(
-                [features[job[0]] for job in part], [job[1] for job in part], [job[2] for job in part]
-            )
+            seen = [self._ordered(features[row], order) for row, order, *_ in part]
+            values = self._log_probabilities(seen, [job[2] for job in part], [job[3] for job in part])
             for (*_, sums), (total, tokens) in zip(part, values, strict=True):
                 sums[0] += total
                 sums[1] += tokens
@@ -205,6 +223,11 @@ class ClipScorer:
             if tokens:
                 record["caption_log_probability"] = total / tokens
         return records
+
+    def _ordered(self, features: Tensor, order: list[int] | None) -> Tensor:
+        """A clip's features [F·P, vision_dim] with its frames in another order; a still picture stays as it is."""
+        frames = features.unflatten(0, (-1, self._blank_features.shape[1] // self.num_frames))
+        return features if order is None or len(frames) != self.num_frames else frames[order].flatten(0, 1)
 
     @torch.no_grad()
     def blank_captions(self, prompts: Sequence[str | None]) -> dict[str | None, str]:

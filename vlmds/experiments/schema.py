@@ -261,6 +261,9 @@ class TrainingConfig(Section):
     cider_d@morpheme or chrf++@char."""
     keep: Literal["last", "best"] = "last"
     """Weights that become the artifact of a stage."""
+    blind_check: Fraction | None = 0.5
+    """Share of a stage's steps after which a warning is logged if the model does not use the video or the
+    training loss does not fall; null: never, and validation does not measure what the video is worth."""
     early_stopping: PositiveInt | None = None
     """A stage ends after this many consecutive evaluations of best_metric without improvement; null: never
     early."""

@@ -5,7 +5,7 @@ run.json          an id, the global batch, what it is trained from (data fingerp
                   the base weights, sampling of frames, the checkpoint, run or projector it started from),
                   and for each start: versions, git commit, world size, command line, hardware
                   and the implementation of attention
-metrics.jsonl     one line per optimizer step, per validation and per evaluation
+metrics.jsonl     one line per optimizer step, per validation, per evaluation and per warning about a stage
 samples.jsonl     captions made in training, if training.evaluate_every is set
 ledger.jsonl      every sample that could not be read or whose caption was cut, every skipped step
 tensorboard/  checkpoints/  artifacts/{stage}/
@@ -68,6 +68,7 @@ HARMLESS = (
     "training.global_batch",
     "training.activation_checkpointing",
     "training.validate_every",
+    "training.blind_check",
     "training.evaluate_every",
     "training.evaluate_clips",
     "training.evaluate_tokens",

@@ -53,3 +53,15 @@ def append(path: Path, data: bytes) -> None:
             raise
     finally:
         os.close(file)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl, also of one in progress; none if it is missing."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a run in progress
+    return [r for r in records if isinstance(r, dict) and "kind" in r]

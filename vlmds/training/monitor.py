@@ -21,7 +21,8 @@ from vlmds.console.progress import duration, log_line
 from vlmds.console.text import counted
 from vlmds.distributed.ranks import gather
 from vlmds.experiments.schema import Experiment
-from vlmds.runs.journal import Journal
+from vlmds.runs.journal import Journal, read_metrics
+from vlmds.training.blind_check import VideoWorth, stalled
 
 
 class Monitor:
@@ -38,6 +39,7 @@ class Monitor:
     ):
         self.active = active
         self.every = experiment.logging.every
+        self.blind_check = experiment.training.blind_check
         self._metrics, self._samples = (Journal(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
         self._pending: list[dict] = []
         self._charts = self._wandb = None
@@ -135,12 +137,22 @@ class Monitor:
         self._write(records)
         last = records[-1]
         self._show(last)
+        checked = math.ceil((self.blind_check or 0) * self.total)
+        if checked in [record["step"] for record in records]:
+            stall = stalled(read_metrics(self._metrics.path), self.stage, checked, self.total)
+            if stall:
+                self.warn(checked, stall)
 
-    def validation(self, step: int, loss: float, samples: int) -> None:
-        """Record the validation loss after ``step`` optimizer steps of the stage."""
+    def validation(self, step: int, loss: float, samples: int, worth: VideoWorth | None = None) -> None:
+        """Record the validation loss after ``step`` optimizer steps of the stage, and what the video is worth."""
         self.flush()
-        self._write([{"kind": "val", "stage": self.stage, "step": step, "loss": loss, "samples": samples}])
-        self.say(f"{self.stage} step {step}/{self.total}  validation loss {loss:.4f} ({counted(samples, 'sample')})")
+        record = {"kind": "val", "stage": self.stage, "step": step, "loss": loss, "samples": samples}
+        shown = f"{self.stage} step {step}/{self.total}  validation loss {loss:.4f} ({counted(samples, 'sample')})"
+        if worth:
+            record |= {"video_worth": worth.value, "video_worth_error": worth.error, "video_worth_clips": worth.clips}
+            shown += f"  the video is worth {worth.value:.3f} ± {worth.error:.3f} nats/token ({worth.clips} clips)"
+        self._write([record])
+        self.say(shown)
         # Training throughput counts training only.
         self._window_start, self._waited = time.perf_counter(), 0.0
 
@@ -169,6 +181,13 @@ class Monitor:
         """Record the energy of the stage in joules, if it was measured."""
         if joules is not None:
             self._write([{"kind": "energy", "stage": self.stage, "step": step, "joules": joules}])
+
+    def warn(self, step: int, texts: dict[str, str]) -> None:
+        """Log a warning about the stage, and record it for the report. texts: "en" and "ko"."""
+        self.say(f"WARNING: {self.stage} step {step}/{self.total}: {texts['en']}")
+        if self.active:
+            self._metrics.add([{"kind": "warning", "stage": self.stage, "step": step, **texts}])
+            self._chart("add_text", "warnings", f"{self.stage}: {texts['en']}", self.steps_before + step)
 
     def say(self, text: str) -> None:
         if self.active:

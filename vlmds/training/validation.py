@@ -1,5 +1,5 @@
-"""Validation of a stage: the loss on split val, captions of some of its clips and their metrics, and
-whether the stage still improves."""
+"""Validation of a stage: the loss on split val, what the video is worth there, captions of some of its clips
+and their metrics, and whether the stage still improves."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vlmds.models.assemble import Model
 from vlmds.models.captioner import IGNORE
 from vlmds.models.dora import norms_kept
 from vlmds.training.batches import StageData
+from vlmds.training.blind_check import VideoWorth, checked_step, clips_to_measure, video_worth
 from vlmds.training.context import StageContext
 from vlmds.training.ema import WeightAverage
 from vlmds.training.ledger import SampleLedger
@@ -113,8 +114,34 @@ class Validator:
                     f"split val: {any_bad:.0f} of {counted(len(reader), 'sample')} could not be "
                     f"used, more than data.max_bad_fraction {limit} allows; see the run's ledger.jsonl"
                 )
-        stage.monitor.validation(step, total / tokens, len(reader))
+        worth = self._video_worth(step, reader)
+        stage.monitor.validation(step, total / tokens, len(reader), worth)
+        if worth and worth.doubtful and self.settings.blind_check is not None:
+            if step == checked_step(stage.total, self.settings.validate_every, self.settings.blind_check):
+                stage.monitor.warn(step, worth.warning())
         return total / tokens
+
+    def _video_worth(self, step: int, reader: SampleReader) -> VideoWorth | None:
+        """What the video is worth, if this validation measures it."""
+        stage, settings = self.stage, self.settings
+        batch, every, share = stage.schedule.global_batch, settings.validate_every, settings.blind_check
+        clips = clips_to_measure(step, stage.total, batch, every, share)
+        if not clips:
+            return None
+        with self._averaged(), phase("validating with other videos"):
+            return video_worth(
+                self.model,
+                reader,
+                self.data.collate,
+                clips=clips,
+                batch_size=settings.micro_batch,
+                num_workers=stage.experiment.data.num_workers,
+                rank=stage.rank,
+                world_size=stage.world_size,
+                activity=lambda number, count: stage.activity(
+                    step, f"validating with other videos, batch {number} of {count}"
+                ),
+            )
 
     def _captions(self, step: int, reader: SampleReader) -> dict[str, dict]:
         """Metrics of the captions of ``training.evaluate_clips`` clips, as in metrics.json."""
