@@ -36,7 +36,7 @@ from vlmds.export.parity import Parity, captioner_logits, compare_logits, folder
 from vlmds.export.remote import write_remote
 from vlmds.files import check_writable, copy_files, new_folder, sha256_of
 from vlmds.inference.video_captioner import VideoCaptioner, choose_device
-from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact
+from vlmds.models.artifact import LLM, VERSION, is_artifact, read_artifact, with_its_fit
 from vlmds.models.assemble import Model
 from vlmds.models.language import load_tokenizer
 from vlmds.models.pretrained import counted_phase
@@ -72,8 +72,9 @@ def export_run(
             base weights differ from the artifact's.
     """
     artifact = finished_artifact(run)
-    meta = read_artifact(artifact).meta
-    experiment = load_experiment(artifact / "experiment.yaml", tuple(overrides))
+    source = read_artifact(artifact)
+    meta = source.meta
+    experiment = with_its_fit(source, load_experiment(artifact / "experiment.yaml", tuple(overrides)))
     check_request(artifact, meta, output, format, merge)
     places = (run, artifact.parent.parent)
     run_folder = next((place for place in places if (place / "run.json").is_file()), None)
@@ -208,6 +209,7 @@ def write_example(folder: Path, experiment: Experiment, remote: bool) -> None:
     source = HOW_TO_LOAD.read_text(encoding="utf-8")
     for name, value in (
         ("NUM_FRAMES", experiment.data.num_frames),
+        ("FIT", experiment.data.fit),
         ("PROMPT", experiment.data.prompt),
         ("OPTIONS", {"trust_remote_code": True} if remote else {}),
     ):

@@ -130,20 +130,30 @@ def artifact_experiment(artifact: Path | Artifact, overrides: Sequence[str] = ()
     ``llm.attention`` is auto: the implementation that it was trained with may not be installed here.
 
     Raises:
-        InputError: not an artifact, a bad override, or another LLM for one that has its own.
+        InputError: not an artifact, a bad override, another data.fit, or another LLM for one that has its own.
     """
     artifact = read_artifact(artifact)
     path, own = artifact.folder / "experiment.yaml", artifact.meta.get("llm")
     overrides = ["llm.attention=auto", *_revisions(artifact, overrides), *overrides]
     if own is None:
-        return load_experiment(path, overrides)
+        return with_its_fit(artifact, load_experiment(path, overrides))
     if any(override.startswith("llm.model=") for override in overrides):
         raise InputError(
             f"--set llm.model: {artifact.folder} has its own language model, with the adapter merged into it; "
             "leave the override out"
         )
     overrides = [text for text in overrides if not text.startswith("llm.revision=")]
-    return load_experiment(path, [*overrides, f"llm.model={artifact.folder / own}"])
+    return with_its_fit(artifact, load_experiment(path, [*overrides, f"llm.model={artifact.folder / own}"]))
+
+
+def with_its_fit(artifact: Artifact, experiment: Experiment) -> Experiment:
+    """The experiment. Raises :class:`InputError` if its data.fit is not the one of the artifact's training."""
+    trained = artifact.trained.data.fit
+    if experiment.data.fit != trained:
+        raise InputError(
+            f"--set data.fit={experiment.data.fit}: {artifact.folder} was trained with {trained}; leave it out"
+        )
+    return experiment
 
 
 def _revisions(artifact: Artifact, overrides: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ def request(row: ManifestRow, options: PackOptions) -> VideoRequest:
         options.image_size,
         options.quality,
         options.verify,
+        options.fit,
     )
 
 

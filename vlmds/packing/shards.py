@@ -19,7 +19,7 @@ from vlmds.errors import InputError
 from vlmds.files import replacing, write
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.video.decode_work import VideoReply
-from vlmds.video.fit import RESIZER
+from vlmds.video.fit import FIT, RESIZERS
 from vlmds.video.jpeg import QUALITY
 from vlmds.video.sampling import SAMPLER
 
@@ -31,7 +31,8 @@ MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"
 class PackOptions:
     """The options that, with the manifest, decide the bytes of a dataset.
 
-    shard_size, shard_bytes: most manifest rows, and bytes of videos, that a shard is made of.
+    shard_size, shard_bytes: most manifest rows, and bytes of videos, that a shard is made of. fit: of
+    the frames store's frames to the square; videos are kept as they are.
     """
 
     store: str = "video"
@@ -41,10 +42,13 @@ class PackOptions:
     shard_size: int = 256
     shard_bytes: int | None = None
     verify: bool = True
+    fit: str = FIT
 
     def __post_init__(self) -> None:
         if self.store not in STORES:
             raise InputError(f"store: {self.store!r} is not one of {', '.join(STORES)}")
+        if self.fit not in RESIZERS:
+            raise InputError(f"fit: {self.fit!r} is not one of {', '.join(RESIZERS)}")
         for name in ("num_frames", "image_size", "shard_size", "shard_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -52,13 +56,18 @@ class PackOptions:
         if not 1 <= self.quality <= 100:
             raise InputError(f"quality: {self.quality} is not in 1 … 100")
 
+    @property
+    def resizer(self) -> str:
+        """The name of the fit. A video store, which fits nothing, keeps the name of older versions."""
+        return RESIZERS[self.fit if self.store == "frames" else "crop"]
+
     def described(self) -> dict[str, Any]:
         """dataset.json's record of the store."""
         frames = self.store == "frames"
         return {
             "store": self.store,
             "sampler": SAMPLER,
-            "resizer": RESIZER,
+            "resizer": self.resizer,
             "num_frames": self.num_frames if frames else None,
             "image_size": self.image_size if frames else None,
             "quality": self.quality if frames else None,
@@ -91,10 +100,19 @@ def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
             del row["kept"]
     effective = asdict(options)
     del effective["shard_size"], effective["shard_bytes"]  # the rows say it
+    del effective["fit"]  # the resizer says it
     for name in ("image_size", "quality") if options.store == "video" else ("verify",):
         del effective[name]
     return hashlib.sha256(
-        json_line({"version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "options": effective, "rows": described})
+        json_line(
+            {
+                "version": VERSION,
+                "sampler": SAMPLER,
+                "resizer": options.resizer,
+                "options": effective,
+                "rows": described,
+            }
+        )
     ).hexdigest()
 
 

@@ -76,7 +76,13 @@ def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset)
     data = experiment.data
     config: Any = model.tower.config
     return SampleReader(
-        dataset, "train", data.num_frames, config.image_size, seed=experiment.training.seed, window=data.shuffle_window
+        dataset,
+        "train",
+        data.num_frames,
+        config.image_size,
+        seed=experiment.training.seed,
+        window=data.shuffle_window,
+        fit=data.fit,
     )
 
 

@@ -27,6 +27,7 @@ from vlmds.planning.checks import check_experiment, sequence_builder, training_r
 from vlmds.planning.memory import USABLE, checkpoint_bytes, outside_bytes, stage_memory
 from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
+from vlmds.video.fit import RESIZERS
 from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0
@@ -188,7 +189,12 @@ def _stores(
     vision: Any = model.tower.config
     projector = model.captioner.projector
     found = prices(
-        dataset.parts if dataset else [], projector.num_frames, vision.image_size, projector.patches, vision.hidden_size
+        dataset.parts if dataset else [],
+        projector.num_frames,
+        vision.image_size,
+        projector.patches,
+        vision.hidden_size,
+        experiment.data.fit,
     )
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
@@ -217,6 +223,7 @@ def _stores(
                 "store": store,
                 "num_frames": projector.num_frames,
                 "image_size": vision.image_size,
+                "resizer": RESIZERS[experiment.data.fit],
                 "vision": tower_keys(experiment.vision),
             }
             for number, part in enumerate(dataset.parts):
@@ -245,7 +252,7 @@ def _schedule(experiment: Experiment, dataset: Dataset | None, gpus: int, rate: 
         lines.append("steps of stages given in epochs need the data: pass --data DIR")
     else:
         lines.append(_splits(dataset))
-        lines += coverage_lines(dataset.parts, experiment.data.num_frames)
+        lines += coverage_lines(dataset.parts, experiment.data.num_frames, experiment.data.fit)
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from vlmds.models.language import load_tokenizer
 from vlmds.runs.folder import RunFolder, check_base_weights
 
 # A projector of an earlier stage depends on these keys, the base weights and the sampling.
-PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.prompt")
+PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.fit", "data.prompt")
 
 
 def base_files(experiment: Experiment) -> dict[str, Path]:
@@ -101,7 +101,7 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
 
     Raises:
         InputError: the other run has not finished a stage, or trained it with another projector,
-            vision tower, language model, number of frames, prompt or sampling.
+            vision tower, language model, number of frames, fit, prompt or sampling.
     """
     record = RunFolder.read(other)
     taken = {}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from vlmds.console.progress import phase, tell
 from vlmds.console.text import counted
+from vlmds.data.alike import sampling_of
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_features, needs_tower
 from vlmds.distributed.cores import cores_of_rank
@@ -109,7 +110,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     doing("checking the base weights")
     origin = {
         "data_fingerprint": dataset.fingerprint,
-        "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
+        "sampling": sampling_of(dataset.meta, experiment.data.fit),
         "weights": base_weights(experiment),
         "revisions": {part: section.revision for part, section in pretrained_models(experiment).items()},
     }
