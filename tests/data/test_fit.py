@@ -116,7 +116,7 @@ def test_a_blend_takes_videos_of_any_record_but_frames_of_one_fit(stores, tmp_pa
 
 
 def test_appending_with_another_fit_is_refused(stores):
-    with pytest.raises(InputError, match="was packed with resizer 'pil-bicubic-shortest-edge-centre-crop', not 'pil-b"):
+    with pytest.raises(InputError, match="was packed with fit 'crop', not 'pad'; append with the same"):
         pack(stores / "m.jsonl", stores / "crop", store="frames", append=True, progress=False, **SIZE)
 
 

@@ -11,7 +11,6 @@ from vlmds.console.progress import phase
 from vlmds.console.text import counted, size_text
 from vlmds.errors import InputError
 from vlmds.files import as_path
-from vlmds.video.fit import RESIZERS
 
 if TYPE_CHECKING:
     from vlmds.packing.pack import PackSummary
@@ -256,7 +255,7 @@ def add_pack(commands) -> None:
     add("--image-size", type=int, help="of the frames store (default: 336)")
     add(
         "--fit",
-        choices=tuple(RESIZERS),
+        choices=("crop", "pad", "stretch"),
         help="how frames of the frames or features store become squares: data.fit of the experiment (default: pad)",
     )
     add("--vision", metavar="MODEL", help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")

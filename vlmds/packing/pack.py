@@ -24,6 +24,7 @@ from vlmds.packing.manifest import Manifest, ManifestRow, Reject, read_manifest
 from vlmds.packing.on_ray import pack_on_ray
 from vlmds.packing.shard_plan import facts_of, shards_of, with_val, without_duplicates
 from vlmds.packing.shards import PackOptions, Shard, unfinished
+from vlmds.video.fit import fit_of
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,10 @@ def _finish(out: Path, plan: PackPlan, options: PackOptions) -> Finished:
 
 def _check_same_options(out: Path, base: Base, options: PackOptions) -> None:
     for name, value in options.described().items():
-        if base.described.get(name) != value:
+        recorded = base.described.get(name)
+        if recorded != value:
+            if name == "resizer":
+                name, recorded, value = "fit", fit_of(recorded) or recorded, options.fit
             raise InputError(
-                f"{out}: was packed with {name} {base.described.get(name)!r}, not "
-                f"{value!r}; append with the same options, or pack into another folder"
+                f"{out}: was packed with {name} {recorded!r}, not {value!r}; append with the same options, or pack into another folder"
             )
