@@ -202,5 +202,6 @@ def _check_same_options(out: Path, base: Base, options: PackOptions) -> None:
             if name == "resizer":
                 name, recorded, value = "fit", fit_of(recorded) or recorded, options.fit
             raise InputError(
-                f"{out}: was packed with {name} {recorded!r}, not {value!r}; append with the same options, or pack into another folder"
+                f"{out}: was packed with {name} {recorded!r}, not {value!r}; append with the same "
+                "options, or pack into another folder"
             )
