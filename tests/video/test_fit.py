@@ -1,11 +1,15 @@
 """Crop, pad and stretch: to the pixel, and as transformers' image processors do."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from vlmds.experiments.schema import DataConfig
+from vlmds.packing.shards import PackOptions
 from vlmds.video.fit import FIT, PAD_COLOUR, RESIZERS, fit_of, resize_frames
 
 WIDE = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(1, 2, 4, 3) * 10  # 4 x 2 pixels
@@ -63,4 +67,6 @@ def test_they_equal_the_image_processors(height, width, size, fit):
 
 def test_names():
     assert [fit_of(RESIZERS[fit]) for fit in RESIZERS] == list(RESIZERS) == ["crop", "pad", "stretch"]
-    assert fit_of("another") is None and FIT == "pad"
+    assert fit_of("another") is None
+    kinds = get_args(DataConfig.model_fields["fit"].annotation)
+    assert DataConfig().fit == PackOptions.fit == FIT == "pad" and kinds == tuple(RESIZERS)
