@@ -101,7 +101,7 @@ def convert(
     was stopped.
 
     num_frames, image_size, quality, fit: of frames made from videos (default: 8, the tower's size or
-    336, packing's, packing's); a frames store already has its own. tower, tower_name: what makes the features.
+    336, 95, pad); a frames store already has its own. tower, tower_name: what makes the features.
     workers, deadline: as for packing. task: (i, n) makes only the ith of n parts; when all are
     done, a last call without it finds the shards and writes the index. finish: convert nothing; a
     missing shard is an InputError. merge: the former name of finish.
