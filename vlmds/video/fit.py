@@ -28,8 +28,6 @@ def resize_frames(frames: np.ndarray, size: int, fit: str = FIT) -> np.ndarray:
     CLIPImageProcessorPil (pad: LlavaImageProcessorPil) gives before it rescales and normalises.
     """
     height, width = frames.shape[1:3]
-    if fit == "pad":
-        frames = _padded(frames)
     new_width = new_height = size
     if fit == "crop":
         long = int(size * max(height, width) / min(height, width))
@@ -37,19 +35,22 @@ def resize_frames(frames: np.ndarray, size: int, fit: str = FIT) -> np.ndarray:
     left, top = (new_width - size) // 2, (new_height - size) // 2
     out = np.empty((len(frames), 3, size, size), np.uint8)
     for i, frame in enumerate(frames):
-        image = Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.BICUBIC)
+        image = Image.fromarray(frame)
+        if fit == "pad" and width != height:
+            image = _padded(image, size)
+        image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
         out[i] = np.asarray(image)[top : top + size, left : left + size].transpose(2, 0, 1)
     return out
 
 
-def _padded(frames: np.ndarray) -> np.ndarray:
-    """uint8 [F, H, W, 3] -> [F, S, S, 3], the frames in the middle of squares of the long edge, S."""
-    count, height, width = frames.shape[:3]
-    if height == width:
-        return frames
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    squares = np.empty((count, side, side, 3), np.uint8)
-    squares[:] = PAD_COLOUR
-    squares[:, top : top + height, left : left + width] = frames
-    return squares
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    """The picture with bars that make it a square. PIL resizes across before it resizes down; of a wide
+    picture this does the first part, to `size` columns, without the bars: the result is the same, sooner."""
+    side = max(image.size)
+    if image.width == side:
+        image = image.resize((size, image.height), Image.Resampling.BICUBIC)
+        square = Image.new("RGB", (size, side), PAD_COLOUR)
+    else:
+        square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image, ((square.width - image.width) // 2, (side - image.height) // 2))
+    return square
