@@ -27,14 +27,15 @@ def packed(tmp_path):
 
 def test_cropped_and_sparsely_sampled_clips_are_counted(packed):
     index = ShardIndex.open(packed)
-    assert coverage_lines([index], 8) == [
+    assert coverage_lines([index], 8, "crop") == [
         "centre crop: 2 landscape clips lose 38% of the picture, 1 portrait clip loses 25% of the picture",
         "sampling: 2 clips longer than 16 s get 8 frames, one every 3.8 s (median; 5.0 s in the longest)",
     ]
-    assert coverage_lines([index, index], 16)[1] == (
+    assert coverage_lines([index], 8) == coverage_lines([index], 8, "crop")[1:]  # by default nothing is cut
+    assert coverage_lines([index, index], 16, "crop")[1] == (
         "sampling: 2 clips longer than 32 s get 16 frames, one every 2.5 s (median; 2.5 s in the longest)"
     )
-    assert len(coverage_lines([index], 20)) == 1
+    assert len(coverage_lines([index], 20, "crop")) == 1
 
 
 def test_nothing_is_said_where_nothing_is_lost(tmp_path):
@@ -57,8 +58,14 @@ def test_pack_and_its_report_and_plan_say_it(tmp_path, capsys):
     said = capsys.readouterr().out
     assert main(["plan", "--exp", "e7", "--data", str(out)]) == 0
     planned = capsys.readouterr().out
-    for line in lines:
-        assert line in said and line in page and line in planned
+    assert lines[1] in said and lines[1] in page and lines[1] in planned
+    assert not any("crop:" in text for text in (said, page, planned))
+    assert main(["plan", "--exp", "e7", "--data", str(out), "--set", "data.fit=crop"]) == 0
+    assert lines[0] in capsys.readouterr().out
+    frames = tmp_path / "frames"
+    assert main(["pack", str(manifest), str(frames), "--store", "frames", "--fit", "crop", "--image-size", "32"]) == 0
+    for text in (capsys.readouterr().out, (frames / "pack_report.html").read_text()):
+        assert lines[0] in text and lines[1] in text
     # 32 frames are a second apart.
     assert main(["plan", "--exp", "e7", "--data", str(out), "--set", "data.num_frames=32"]) == 0
     assert "sampling:" not in capsys.readouterr().out

@@ -6,12 +6,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from tests import tiny
 from tests.clips import MIRRORS, change_size, hold_last_frame, orient_video, rotate_video, write_animation, write_video
 from vlmds.experiments.reading import load_experiment
 from vlmds.export.folder import write_example
+from vlmds.export.processor import image_processor
+from vlmds.models.vision import load_vision_tower
 from vlmds.video.decode import decode_frames
-from vlmds.video.fit import resize_frames
+from vlmds.video.fit import RESIZERS, resize_frames
 from vlmds.video.probe import probe
 
 
@@ -32,8 +36,9 @@ def videos(tmp_path_factory):
     ]
 
 
-def test_the_example_has_the_frames_of_vlmds(videos, tmp_path):
-    write_example(tmp_path, load_experiment("e1"), remote=False)
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_the_example_has_the_frames_of_vlmds(videos, tmp_path, fit):
+    write_example(tmp_path, load_experiment("e1", [f"data.fit={fit}"]), remote=False)
     script = f"""
 import runpy, sys
 sys.modules["vlmds"] = None
@@ -45,5 +50,15 @@ np.savez({str(tmp_path / "frames.npz")!r}, *(np.stack(example["read_frames"](vid
     number = runpy.run_path(str(tmp_path / "example.py"))["NUM_FRAMES"]
     with np.load(tmp_path / "frames.npz") as found:
         for video, frames in zip(videos, found.values(), strict=True):
-            expected = resize_frames(decode_frames(video, probe(video), number), 48)
+            expected = resize_frames(decode_frames(video, probe(video), number), 48, fit)
             assert np.array_equal(frames.transpose(0, 3, 1, 2), expected), video.name
+
+
+def test_the_image_processor_fits_as_vlmds_does(tmp_path):
+    vision = load_experiment("e1", tiny.settings(tiny.make_models(tmp_path))).vision
+    tower = load_vision_tower(vision, torch.float32, torch.device("cpu"))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 70, 3), dtype=np.uint8)
+    for fit in RESIZERS:
+        found = image_processor(tower, fit)(list(frames), return_tensors="pt")["pixel_values"]
+        fitted = torch.from_numpy(resize_frames(frames, tiny.SIDE, fit))
+        torch.testing.assert_close(found, (fitted / 255 - tower.mean) / tower.std, rtol=0, atol=1e-5)

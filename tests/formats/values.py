@@ -32,7 +32,7 @@ def store(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"fingerprint": dataset.fingerprint}
     for split in index.splits:
         index.verify(index.shards(split), "sha256")
-        reader = SampleReader(dataset, split, 2, 32, shuffle=False)
+        reader = SampleReader(dataset, split, 2, 32, shuffle=False, fit="crop")
         found[split] = []
         for sample in map(reader.load, range(len(reader))):
             shown = sample.features if sample.frames is None else torch.from_numpy(sample.frames)
@@ -46,7 +46,7 @@ def store(folder: Path) -> dict[str, Any]:
 def artifact(folder: Path) -> dict[str, Any]:
     """The loss of each validation caption."""
     captioner = VideoCaptioner.from_pretrained(final_artifact(folder / "run"), device="cpu", overrides=models(folder))
-    reader = SampleReader(open_dataset(str(folder / "frames")), "val", 2, 32, shuffle=False)
+    reader = SampleReader(open_dataset(str(folder / "frames")), "val", 2, 32, shuffle=False, fit="crop")
     losses = []
     for sample in map(reader.load, range(len(reader))):
         batch = captioner.builder.collate_training([captioner.builder.training(sample.caption, sample.prompt)])

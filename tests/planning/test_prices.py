@@ -13,7 +13,7 @@ from vlmds.packing.pack import pack
 from vlmds.planning import prices as module
 from vlmds.planning.prices import ASSUMED, Price, cheapest, needs, prices
 
-SHAPE = dict(num_frames=tiny.FRAMES, image_size=tiny.SIDE, patches=4, width=48)
+SHAPE = dict(num_frames=tiny.FRAMES, image_size=tiny.SIDE, patches=4, width=48, fit="pad")
 FEATURES = 2 * tiny.FRAMES * 4 * 48
 
 

@@ -8,7 +8,6 @@ import pytest
 from tests.clips import cut_video, decode_all, rotate_video, write_video
 from vlmds.errors import SampleError
 from vlmds.video.decode import decode_frames
-from vlmds.video.fit import resize_frames
 from vlmds.video.probe import probe
 from vlmds.video.sampling import pick, pick_frames, sample_times
 
@@ -162,19 +161,3 @@ def test_a_file_without_a_video_stream_is_refused(tmp_path):
         container.mux(stream.encode(None))
     with pytest.raises(SampleError, match="no video stream"):
         probe(path)
-
-
-@pytest.mark.parametrize(
-    "height, width", [(48, 64), (64, 48), (50, 50), (1080, 1920), (101, 67), (333, 500), (17, 400), (33, 31)]
-)
-@pytest.mark.parametrize("size", [32, 33, 336])
-def test_resize_equals_clips_own_processor(height, width, size):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    frames = np.random.default_rng(height * width).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_rescale=False, do_normalize=False
-    )
-    resized = resize_frames(frames, size)
-    assert resized.dtype == np.uint8
-    assert np.array_equal(resized, np.stack(processor(list(frames))["pixel_values"]))

@@ -150,6 +150,7 @@ def micro_batches(work: Workload, model: Model) -> list[dict[str, Tensor]]:
         model.image_size,
         seed=training.seed + (work.stage << 32),
         window=data.shuffle_window,
+        fit=data.fit,
     )
     positions = TrainingPositions(
         0,

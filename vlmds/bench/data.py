@@ -35,7 +35,7 @@ from vlmds.packing.pack import pack
 from vlmds.packing.shards import Shard, write_shard
 from vlmds.video.decode import decode_frames
 from vlmds.video.decode_work import VideoReply
-from vlmds.video.fit import RESIZER, resize_frames
+from vlmds.video.fit import FIT, RESIZERS, resize_frames
 from vlmds.video.probe import probe
 from vlmds.video.sampling import SAMPLER
 
@@ -272,7 +272,7 @@ def _make_features(source: Path, out: Path) -> None:
         {
             "store": "features",
             "sampler": SAMPLER,
-            "resizer": RESIZER,
+            "resizer": RESIZERS[FIT],
             "num_frames": FRAMES,
             "image_size": SIDE,
             "quality": None,

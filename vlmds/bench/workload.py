@@ -27,6 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from vlmds.data.alike import sampling_of
 from vlmds.data.dataset import open_dataset
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.errors import InputError
@@ -191,7 +192,7 @@ def prepare(
             "weights": {},
             "data_fingerprint": dataset.fingerprint,
             "starts": [],
-            "sampling": {name: dataset.meta[name] for name in ("sampler", "resizer")},
+            "sampling": sampling_of(dataset.meta, experiment.data.fit),
         },
     ).update()
     make_artifact(work, vision)

@@ -101,6 +101,7 @@ class CaptionJob:
             captioner.model.image_size,
             shuffle=False,
             decode_seconds=self.deadline,
+            fit=data.fit,
         )
         workers = data.num_workers if self.workers is None else self.workers
         return packed(reader, tasks[rank::world], workers, self.batch_size)

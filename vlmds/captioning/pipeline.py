@@ -179,6 +179,7 @@ def decoded(
         captioner.model.image_size,
         workers=workers or cores_of_rank(),
         deadline=deadline,
+        fit=captioner.experiment.data.fit,
     ):
         yield from problems()
         task = taken.popleft()

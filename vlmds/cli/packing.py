@@ -105,6 +105,7 @@ def _convert(args: argparse.Namespace) -> PackSummary:
         pool=args.pool,
         num_frames=args.num_frames,
         image_size=args.image_size,
+        fit=args.fit,
         **_common(args),
     )
 
@@ -126,6 +127,7 @@ def _pack_manifest(args: argparse.Namespace) -> PackSummary:
         store=args.store or PackOptions.store,
         num_frames=PackOptions.num_frames if args.num_frames is None else args.num_frames,
         image_size=PackOptions.image_size if args.image_size is None else args.image_size,
+        fit=args.fit or PackOptions.fit,
         shard_size=args.shard_size,
         shard_bytes=_bytes(args.shard_bytes),
         val_fraction=args.val_fraction,
@@ -251,6 +253,11 @@ def add_pack(commands) -> None:
     )
     add("--num-frames", type=int, help="of the frames or features store (default: 8)")
     add("--image-size", type=int, help="of the frames store (default: 336)")
+    add(
+        "--fit",
+        choices=("crop", "pad", "stretch"),
+        help="how frames of the frames or features store become squares: data.fit of the experiment (default: pad)",
+    )
     add("--vision", metavar="MODEL", help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")
     add(
         "--feature-layer",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlmds.console.text import counted
 from vlmds.data.index import ShardIndex
 from vlmds.errors import InputError
-from vlmds.video.fit import RESIZER
+from vlmds.video.fit import FIT, RESIZERS, fit_of
 from vlmds.video.jpeg import QUALITY
 from vlmds.video.sampling import SAMPLER
 
@@ -26,12 +26,22 @@ _SAMPLING = ("sampler", "resizer")
 _SHAPE = ("num_frames", "image_size")
 
 
+def sampling_of(meta: dict[str, Any], fit: str) -> dict[str, Any]:
+    """How the frames of a store are chosen and fitted: as dataset.json (meta) says if they are stored; by
+    this vlmds with this fit if they are decoded from videos."""
+    if meta["store"] == "video":
+        return {"sampler": SAMPLER, "resizer": RESIZERS[fit]}
+    return {name: meta[name] for name in _SAMPLING}
+
+
 def check_alike(parts: Sequence[ShardIndex], key: str = "data") -> None:
     """Raise InputError, naming both and the command that converts one, unless all parts of a blend
     are of the same store and have the same frames. key: of the blend's section, for messages."""
     for number, part in enumerate(parts[1:], 1):
         first = parts[0].meta
-        names = ["store", *_SAMPLING]
+        names = ["store", "sampler"]  # the frames of videos are fitted when they are read
+        if "video" not in (part.store, parts[0].store):
+            names.append("resizer")
         if part.store == parts[0].store != "video":
             names += _SHAPE
         differing = [name for name in names if part.meta.get(name) != first.get(name)]
@@ -45,15 +55,22 @@ def check_alike(parts: Sequence[ShardIndex], key: str = "data") -> None:
         )
 
 
-def check_frames(index: ShardIndex, num_frames: int, image_size: int) -> None:
+def check_frames(index: ShardIndex, num_frames: int, image_size: int, fit: str) -> None:
     """Raise InputError, naming the command that fixes it, if a frames or features store was packed
-    with another number of frames than the experiment's, or a frames store with another size.
+    with another number of frames or fit than the experiment's, or a frames store with another size.
     Features of another size are of another tower, which vlmds.data.features checks."""
     if index.store == "video":
         return
     wanted = {"num_frames": num_frames}
     if index.store == "frames":
         wanted["image_size"] = image_size
+    if index.meta["resizer"] != RESIZERS[fit]:
+        recorded = fit_of(index.meta["resizer"])
+        origin, command, _ = remade(index, {**index.meta, **wanted, "resizer": RESIZERS[fit]})
+        raise InputError(
+            f"{index.root}: packed with fit {recorded or index.meta['resizer']}, but the experiment has data.fit "
+            f"{fit}; make it again from its {origin}: {command}" + (f", or set data.fit={recorded}" if recorded else "")
+        )
     for name, want in wanted.items():
         if index.meta[name] != want:
             origin, command, _ = remade(index, {**index.meta, **wanted})
@@ -112,6 +129,8 @@ def _command(like: dict[str, Any], source: str, out: str) -> str:
         words += ["--image-size", str(like["image_size"])]
     if like.get("quality") not in (None, QUALITY):
         words += ["--quality", str(like["quality"])]
+    if (fit := fit_of(like.get("resizer"))) not in (None, FIT):
+        words += ["--fit", str(fit)]
     if like["store"] == "features":
         vision = like["vision"]
         words += ["--vision", vision["model"]]
@@ -127,7 +146,7 @@ def _fix(parts: Sequence[ShardIndex], number: int, key: str) -> str:
         if _convertible(parts[source].meta, parts[target].meta):
             command, out = converted(parts[source], parts[target].meta)
             return f"convert one: {command}; then name {out} in {key}.blend.{source}.path"
-    old = 0 if _sampling(parts[0].meta) != [SAMPLER, RESIZER] else number
+    old = 0 if _sampling(parts[0].meta) != [SAMPLER, RESIZERS[FIT]] else number
     origin, command, out = remade(parts[old], parts[number - old].meta)
     return f"make one again from its {origin}: {command}; then name {out} in {key}.blend.{old}.path"
 
@@ -137,7 +156,7 @@ def _convertible(source: dict[str, Any], target: dict[str, Any]) -> bool:
     if (source["store"], target["store"]) not in CONVERSIONS:
         return False
     if source["store"] == "video":
-        return _sampling(target) == [SAMPLER, RESIZER]
+        return target.get("sampler") == SAMPLER and fit_of(target.get("resizer")) is not None
     return all(source.get(name) == target.get(name) for name in (*_SAMPLING, *_SHAPE))
 
 

@@ -11,17 +11,20 @@ import pyarrow as pa
 from vlmds.console.text import counted
 from vlmds.data.index import ShardIndex
 from vlmds.experiments.schema import DataConfig
+from vlmds.video.fit import FIT, fit_of
 
 SPARSE_SECONDS = 2.0
 """Distance of a clip's frames above which it is counted as sparsely sampled."""
 
 
-def coverage_lines(parts: Sequence[ShardIndex], num_frames: int | None = None, *, korean: bool = False) -> list[str]:
+def coverage_lines(
+    parts: Sequence[ShardIndex], num_frames: int | None = None, fit: str | None = None, *, korean: bool = False
+) -> list[str]:
     """At most a line about the crop and a line about sampling; none where nothing is lost.
 
     Args:
         parts: packed datasets, all of one store.
-        num_frames: None for the store's own number, or what experiments take by default.
+        num_frames, fit: None for the store's own, or of a video store what experiments take by default.
 
     Raises:
         InputError: a damaged index.
@@ -31,7 +34,11 @@ def coverage_lines(parts: Sequence[ShardIndex], num_frames: int | None = None, *
     columns = {name: np.concatenate([_numbers(table[name]) for table in tables]) for name in tables[0].column_names}
     ends = np.fmin(columns["end"], columns["duration"])
     gaps = (ends - np.nan_to_num(columns["start"])) / num_frames
-    found = [_crop(columns["width"], columns["height"], korean), _sampling(gaps, num_frames, korean)]
+    if fit is None:
+        stored = parts[0].store != "video"
+        fit = fit_of(parts[0].meta["resizer"]) if stored else FIT
+    found = [_crop(columns["width"], columns["height"], korean) if fit == "crop" else ""]
+    found.append(_sampling(gaps, num_frames, korean))
     return [line for line in found if line]
 
 

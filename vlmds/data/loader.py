@@ -30,6 +30,7 @@ from vlmds.distributed.cores import cores_of_rank
 from vlmds.errors import InputError, SampleError
 from vlmds.models.captioner import as_batch
 from vlmds.models.sequences import SequenceBuilder
+from vlmds.video.fit import FIT
 from vlmds.video.frame_table import DESCRIBED
 from vlmds.video.pool import FrameDecoder
 
@@ -61,9 +62,10 @@ class SampleReader:
         num_frames, image_size: frames per clip and their side in pixels.
         seed, window, shuffle: as :class:`DatasetOrder`.
         decode_seconds: time limit for decoding one video.
+        fit: of the frames to the square (``resize_frames``); stored ones must have been made with it.
 
     Raises:
-        InputError: a frames or features store was packed with another number or size of frames.
+        InputError: a frames or features store was packed with another number, size or fit of frames.
     """
 
     def __init__(
@@ -77,11 +79,12 @@ class SampleReader:
         window: int = 16,
         shuffle: bool = True,
         decode_seconds: float = 60.0,
+        fit: str = FIT,
     ):
         for index in dataset.parts:
-            check_frames(index, num_frames, image_size)
+            check_frames(index, num_frames, image_size, fit)
         self.dataset, self.split = dataset, split
-        self.num_frames, self.image_size = num_frames, image_size
+        self.num_frames, self.image_size, self.fit = num_frames, image_size, fit
         self.order = DatasetOrder(dataset, split, seed, window, shuffle)
         self._decoder = FrameDecoder(decode_seconds)
 
@@ -161,6 +164,7 @@ class SampleReader:
             end=row.end,
             decoder=row.decoder,
             described=described,
+            fit=self.fit,
         )
 
 

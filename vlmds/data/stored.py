@@ -16,6 +16,7 @@ from PIL import Image
 from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.errors import SampleError
 from vlmds.video.decode_work import VideoReply, VideoRequest
+from vlmds.video.fit import FIT
 from vlmds.video.pool import DecodePool
 
 
@@ -76,11 +77,13 @@ def decode_stored(
     num_frames: int,
     image_size: int,
     quality: int | None = None,
+    fit: str = FIT,
 ) -> Generator[VideoReply, None, None]:
     """Decoded samples of a video store, in order.
 
     Args:
         store: "frames" gives JPEGs of this quality, "pixels" gives uncompressed frames.
+        fit: of the frames to the square (`resize_frames`).
 
     Yields:
         A VideoReply for each sample; with a reason if it cannot be read or decoded.
@@ -95,7 +98,7 @@ def decode_stored(
                     path.write_bytes(read_video(index.read(row)))
                 except SampleError as error:
                     damaged[number] = str(error)  # the decoding process would only report a missing file
-                yield VideoRequest(str(path), row.start, row.end, store, num_frames, image_size, quality)
+                yield VideoRequest(str(path), row.start, row.end, store, num_frames, image_size, quality, fit=fit)
 
         for number, reply in enumerate(pool.map(requests())):
             (Path(folder) / str(number)).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from vlmds.demo.clips import COLOURS, DIRECTIONS, SHAPES, make_clips, parse_capt
 from vlmds.demo.picture import draw_results
 from vlmds.demo.pretrain import make_tiny_models
 from vlmds.distributed.ranks import cpu_environment, free_port
-from vlmds.errors import InputError, SampleError
+from vlmds.errors import InputError
 from vlmds.experiments.reading import load_experiment
 from vlmds.inference.generation import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
@@ -66,23 +66,23 @@ def run_demo(output: Path, exp: str = "demo", size: Size = Size(), overrides: tu
     manifest = prepare_demo(output, size, seconds)
     run = output / "runs" / load_experiment(settings).name
     with _timed("training", seconds):
-        _train(settings, output / "shards", run, overrides)
+        train_demo(settings, output / "shards", run, overrides)
     with _timed("captions of held-out clips", seconds):
-        clips = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-        clips = [clip for clip in clips if clip["split"] == "val"]
-        captioner = VideoCaptioner.from_pretrained(final_artifact(run), device="cpu")
-        captions = [
-            str(c) if isinstance(c, SampleError) else c
-            for c in captioner.caption(
-                (str(output / "data" / clip["video"]) for clip in clips),
-                GenerationOptions(max_new_tokens=32),
-                batch_size=32,
-            )
-        ]
+        clips, captions = caption_held_out(run, manifest)
     results = score(captions, [clip["caption"] for clip in clips])
     results["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
     _save(output / "results", run.name, results, clips, captions, output / "data")
     return results
+
+
+def caption_held_out(run: Path, manifest: Path) -> tuple[list[dict], list[str]]:
+    """The manifest's rows of split val, and the run's captions of them."""
+    clips = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    clips = [clip for clip in clips if clip["split"] == "val"]
+    captioner = VideoCaptioner.from_pretrained(final_artifact(run), device="cpu")
+    videos = (str(manifest.parent / clip["video"]) for clip in clips)
+    options = GenerationOptions(max_new_tokens=32)
+    return clips, [str(caption) for caption in captioner.caption(videos, options, batch_size=32)]
 
 
 def prepare_demo(output: Path, size: Size, seconds: dict[str, float]) -> Path:
@@ -170,7 +170,7 @@ def _shares(captions: list[str], references: list[str]) -> dict[str, float]:
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 
-def _train(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
+def train_demo(settings: Path, shards: Path, run: Path, overrides: tuple) -> None:
     """`deepspeed --num_gpus 2 launch/train.py …`, its output passed through."""
     script = REPOSITORY / "launch" / "train.py"
     if not script.is_file():

@@ -283,7 +283,8 @@ def decode_rate(context: CheckContext, dataset: Dataset) -> float:
 
 def _reader(context: CheckContext, dataset: Dataset, split: str) -> SampleReader:
     data = context.experiment.data
-    return SampleReader(dataset, split, data.num_frames, _image_size(context.experiment), window=data.shuffle_window)
+    size = _image_size(context.experiment)
+    return SampleReader(dataset, split, data.num_frames, size, window=data.shuffle_window, fit=data.fit)
 
 
 def _image_size(experiment: Experiment) -> int:

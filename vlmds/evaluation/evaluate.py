@@ -117,6 +117,7 @@ def evaluate_run(
             captioner.model.image_size,
             shuffle=False,
             decode_seconds=experiment.data.decode_seconds,
+            fit=experiment.data.fit,
         )
         _evaluate(folder, settings, experiment, captioner.model, reader, batch_size, generation, started)
     return folder

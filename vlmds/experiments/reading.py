@@ -122,6 +122,9 @@ def _read_layers(path: Path, origins: dict[str, str], seen: tuple[Path, ...]) ->
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: an experiment is a mapping of keys, not {type(tree).__name__}")
+    recorded = any((path.parent / name).is_file() for name in ("run.json", "artifact.json"))
+    if recorded and path.name == "experiment.yaml":
+        _complete(tree)
     parent = tree.pop("extends", None)
     merged: dict = {}
     if parent is not None:
@@ -130,6 +133,14 @@ def _read_layers(path: Path, origins: dict[str, str], seen: tuple[Path, ...]) ->
         parent_path = find_experiment(parent, relative_to=path.parent)
         merged = _read_layers(parent_path, origins, (*seen, path.resolve()))
     return _merge(merged, tree, path.name, origins, "")
+
+
+def _complete(tree: dict) -> None:
+    """Add the keys that the experiment of a run or an artifact lacks if an older version wrote it, with
+    the values that stood for them then."""
+    data = tree.setdefault("data", {})
+    if isinstance(data, dict):
+        data.setdefault("fit", "crop")
 
 
 def _merge(base: dict, over: dict, source: str, origins: dict[str, str], prefix: str) -> dict:

@@ -200,6 +200,9 @@ class DataConfig(_Source):
     """Seconds that decoding one video may take before the sample counts as unreadable."""
     num_frames: PositiveInt = 8
     """Frames per clip, sampled at the centres of this many equal spans."""
+    fit: Literal["crop", "pad", "stretch"] = "pad"
+    """How a frame becomes the vision tower's square. pad: bars of CLIP's mean colour on the short sides, as
+    LLaVA-1.5 does; crop: only the centre, which loses 44% of a 16:9 frame; stretch: both sides resized."""
     prompt: str = "이 영상을 설명해주세요."
     """Text of the user's turn, for clips without a prompt of their own."""
     max_caption_tokens: PositiveInt = 256

@@ -227,6 +227,7 @@ def write_example(folder: Path, experiment: Experiment, remote: bool) -> None:
     source = HOW_TO_LOAD.read_text(encoding="utf-8")
     for name, value in (
         ("NUM_FRAMES", experiment.data.num_frames),
+        ("FIT", experiment.data.fit),
         ("PROMPT", experiment.data.prompt),
         ("OPTIONS", {"trust_remote_code": True} if remote else {}),
     ):

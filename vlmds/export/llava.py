@@ -63,7 +63,7 @@ def write_llava(folder: Path, model: Model, experiment: Experiment, builder: Seq
     weights |= named("multi_modal_projector.linear_2", second)
     write_model(folder, config, weights, builder)
     processor = LlavaProcessor(
-        image_processor(tower),
+        image_processor(tower, experiment.data.fit),
         tokenizer,
         patch_size=tower.clip.config.patch_size,
         vision_feature_select_strategy="default",

@@ -103,6 +103,7 @@ def _dataset_samples(experiment: Experiment, image_size: int):
         image_size,
         shuffle=False,
         decode_seconds=experiment.data.decode_seconds,
+        fit=experiment.data.fit,
     )
     return [reader.load(p) for p in evaluated_positions(len(reader), CLIPS)], split
 

@@ -5,8 +5,11 @@ From a list of frames and a prompt they make exactly the sequence that vlmds tra
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vlmds.errors import InputError
 from vlmds.models.captioner import VISUAL
@@ -69,15 +72,18 @@ def exported_tokenizer(
     return tokenizer, token
 
 
-def image_processor(tower: VisionTower) -> CLIPImageProcessorPil:
-    """Resizes as :func:`vlmds.video.fit.resize_frames` does, bit for bit, then normalises."""
+def image_processor(tower: VisionTower, fit: str) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
+    """Resizes as :func:`vlmds.video.fit.resize_frames` does, bit for bit, then normalises. (It pads with
+    the tower's mean colour: for a tower with another one than CLIP's, the bars differ.)"""
     size = tower.image_size
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=tower.get_buffer("mean").flatten().tolist(),
-        image_std=tower.get_buffer("std").flatten().tolist(),
-    )
+    square = {"height": size, "width": size}
+    options: dict[str, Any] = {
+        "size": square if fit == "stretch" else {"shortest_edge": size},
+        "crop_size": square,
+        "image_mean": tower.get_buffer("mean").flatten().tolist(),
+        "image_std": tower.get_buffer("std").flatten().tolist(),
+    }
+    return LlavaImageProcessorPil(do_pad=True, **options) if fit == "pad" else CLIPImageProcessorPil(**options)
 
 
 def user_message(prompt: str, num_frames: int) -> list[dict]:

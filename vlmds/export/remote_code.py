@@ -56,7 +56,7 @@ def write_remote(folder: Path, model: Model, experiment: Experiment, builder: Se
     write_model(folder, config, weights, builder)
     VlmdsProcessor.register_for_auto_class()  # which makes save_pretrained name its code
     processor = VlmdsProcessor(
-        image_processor(tower),
+        image_processor(tower, experiment.data.fit),
         tokenizer,
         num_frames=projector.num_frames,
         num_visual_tokens=projector.num_tokens,

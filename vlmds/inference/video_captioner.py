@@ -110,6 +110,7 @@ class VideoCaptioner:
             self.model.image_size,
             workers=workers or cores_of_rank(),
             deadline=deadline,
+            fit=self.experiment.data.fit,
         )
 
     @torch.no_grad()

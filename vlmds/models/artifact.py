@@ -201,7 +201,17 @@ def stage_experiment(artifact: Artifact, overrides: Sequence[str]) -> Experiment
     """The experiment as it was trained, with the data of the artifact's stage in ``data``, then the overrides.
     Raises InputError."""
     trained = artifact.trained.for_stage(artifact.meta["stage"])
-    return override_experiment(trained, list(overrides), "experiment.yaml")
+    return with_its_fit(artifact, override_experiment(trained, list(overrides), "experiment.yaml"))
+
+
+def with_its_fit(artifact: Artifact, experiment: Experiment) -> Experiment:
+    """The experiment. Raises :class:`InputError` if its data.fit is not the one of the artifact's training."""
+    trained = artifact.trained.data.fit
+    if experiment.data.fit != trained:
+        raise InputError(
+            f"--set data.fit={experiment.data.fit}: {artifact.folder} was trained with {trained}; leave it out"
+        )
+    return experiment
 
 
 def _revisions(artifact: Artifact, overrides: Sequence[str]) -> list[str]:

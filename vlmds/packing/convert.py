@@ -26,7 +26,7 @@ import torch
 
 from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
-from vlmds.data.alike import CONVERSIONS
+from vlmds.data.alike import CONVERSIONS, sampling_of
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
 from vlmds.data.index import VERSION, SampleRow, ShardIndex
 from vlmds.data.shard_reader import ShardInfo
@@ -41,9 +41,8 @@ from vlmds.packing.pack import PackSummary
 from vlmds.packing.shards import Shard, json_line, unfinished, write_shard
 from vlmds.permissions import check_writable
 from vlmds.video.decode_work import VideoReply
-from vlmds.video.fit import RESIZER
+from vlmds.video.fit import FIT, fit_of
 from vlmds.video.pool import DecodePool
-from vlmds.video.sampling import SAMPLER
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
@@ -62,6 +61,13 @@ class Conversion:
     image_size: int
     quality: int | None = None
     vision: dict[str, Any] | None = None
+    fit: str = FIT
+
+    def described(self) -> dict[str, Any]:
+        """The values by name; the fit has another name in a dataset (`sampling_of`)."""
+        described = asdict(self)
+        del described["fit"]
+        return described
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ def convert(
     num_frames: int | None = None,
     image_size: int | None = None,
     quality: int = PackOptions.quality,
+    fit: str | None = None,
     tower: VisionTower | None = None,
     tower_name: str | None = None,
     workers: int | None = None,
@@ -95,8 +102,8 @@ def convert(
     """Convert the packed dataset `source` to another store in `out`, continuing a conversion that
     was stopped.
 
-    num_frames, image_size, quality: of frames made from videos (default: 8, the tower's size or
-    336, packing's); a frames store already has its own. tower, tower_name: what makes the features.
+    num_frames, image_size, quality, fit: of frames made from videos (default: 8, the tower's size or
+    336, 95, pad); a frames store already has its own. tower, tower_name: what makes the features.
     workers, deadline: as for packing. task: (i, n) makes only the ith of n parts; when all are
     done, a last call without it finds the shards and writes the index. finish: convert nothing; a
     missing shard is an InputError. merge: the former name of finish.
@@ -109,7 +116,7 @@ def convert(
     index, out = ShardIndex.open(source), as_path(out)
     if not is_url(out):
         check_writable(out, "OUT")
-    target = _conversion(index, store, num_frames, image_size, quality, tower, tower_name)
+    target = _conversion(index, store, num_frames, image_size, quality, fit, tower, tower_name)
     old = [_OldShard(position, info) for split in index.splits for position, info in enumerate(index.shards(split))]
     shards = [_shard(index, each.info, target) for each in old]
     todo = {shard.name for shard in unfinished(out, shards, {})}
@@ -208,6 +215,7 @@ def _conversion(
     num_frames: int | None,
     image_size: int | None,
     quality: int,
+    fit: str | None,
     tower: VisionTower | None,
     tower_name: str | None,
 ) -> Conversion:
@@ -225,6 +233,12 @@ def _conversion(
             raise InputError(f"--image-size: {image_size}, but {tower_name} takes {tower.image_size}")
         image_size = tower.image_size
     if index.store == "frames":
+        recorded = fit_of(index.meta["resizer"])
+        if fit not in (None, recorded):
+            raise InputError(
+                f"{index.root}: packed with --fit {recorded or index.meta['resizer']}, not {fit}; convert the video store, or leave --fit out"
+            )
+        fit = recorded
         for name, value in (("num_frames", num_frames), ("image_size", image_size)):
             if value not in (None, index.meta[name]):
                 raise InputError(
@@ -232,19 +246,12 @@ def _conversion(
                     "convert the video store, or leave the frames as they are"
                 )
         num_frames, image_size = index.meta["num_frames"], index.meta["image_size"]
+    fit = fit or FIT
     num_frames, image_size = num_frames or PackOptions.num_frames, image_size or PackOptions.image_size
     if tower is not None and tower_name is not None and store == "features":
-        return Conversion(store, num_frames, image_size, vision=describe_tower(tower, tower_name))
-    PackOptions(store, num_frames, image_size, quality)  # which checks them
-    return Conversion(store, num_frames, image_size, quality)
-
-
-def _sampling(index: ShardIndex) -> dict[str, str]:
-    """How the new store's frames are chosen and fitted: by this vlmds if they are decoded now; an
-    older one may have made those of a frames store, as its dataset.json records."""
-    if index.store == "frames":
-        return {name: index.meta[name] for name in ("sampler", "resizer")}
-    return {"sampler": SAMPLER, "resizer": RESIZER}
+        return Conversion(store, num_frames, image_size, vision=describe_tower(tower, tower_name), fit=fit)
+    PackOptions(store, num_frames, image_size, quality, fit=fit)  # which checks them
+    return Conversion(store, num_frames, image_size, quality, fit=fit)
 
 
 def _shard(index: ShardIndex, info: ShardInfo, target: Conversion) -> Shard:
@@ -252,11 +259,13 @@ def _shard(index: ShardIndex, info: ShardInfo, target: Conversion) -> Shard:
 
     The model's name and folder may differ between machines; its fingerprint does not.
     """
-    described = asdict(target)
+    described = target.described()
     if target.vision is not None:
         described["vision"] = {k: v for k, v in target.vision.items() if k != "model"}
     digest = hashlib.sha256(
-        json_line({"version": VERSION, **_sampling(index), "target": described, "source": info.sha256})
+        json_line(
+            {"version": VERSION, **sampling_of(index.meta, target.fit), "target": described, "source": info.sha256}
+        )
     ).hexdigest()
     return Shard(info.split, info.shard, [], digest)
 
@@ -275,7 +284,7 @@ def _made(
         for shard in old:
             yield from shard.rows(index)
 
-    options: dict[str, Any] = {"num_frames": target.num_frames, "image_size": target.image_size}
+    options: dict[str, Any] = {"num_frames": target.num_frames, "image_size": target.image_size, "fit": target.fit}
     if target.store == "frames":
         yield from decode_stored(index, rows(), pool, store="frames", quality=target.quality, **options)
         return
@@ -363,8 +372,8 @@ def _with_facts(replies: Iterator[VideoReply], described: list[dict[str, Any]]) 
 def _described(index: ShardIndex, target: Conversion) -> dict[str, Any]:
     """What dataset.json says of the new store."""
     described = {
-        **asdict(target),
-        **_sampling(index),
+        **target.described(),
+        **sampling_of(index.meta, target.fit),
         "verify": None,
         "shard_size": index.meta["shard_size"],
         "shard_bytes": index.meta["shard_bytes"],

@@ -34,6 +34,7 @@ def request(row: ManifestRow, options: PackOptions) -> VideoRequest:
         options.image_size,
         options.quality,
         options.verify,
+        options.fit,
     )
 
 

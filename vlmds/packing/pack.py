@@ -28,6 +28,7 @@ from vlmds.packing.shards import Shard, unfinished
 from vlmds.packing.split import with_val
 from vlmds.packing.video_facts import facts_of
 from vlmds.permissions import check_writable
+from vlmds.video.fit import fit_of
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,11 @@ def _finish(out: Path, plan: PackPlan, options: PackOptions) -> Finished:
 
 def _check_same_options(out: Path, base: Base, options: PackOptions) -> None:
     for name, value in options.described().items():
-        if base.described.get(name) != value:
+        recorded = base.described.get(name)
+        if recorded != value:
+            if name == "resizer":
+                name, recorded, value = "fit", fit_of(recorded) or recorded, options.fit
             raise InputError(
-                f"{out}: was packed with {name} {base.described.get(name)!r}, not "
-                f"{value!r}; append with the same options, or pack into another folder"
+                f"{out}: was packed with {name} {recorded!r}, not {value!r}; append with the same "
+                "options, or pack into another folder"
             )

@@ -26,6 +26,7 @@ from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.stored import decode_stored, pixels_of, read_description, read_jpeg
 from vlmds.errors import SampleError
 from vlmds.files import write
+from vlmds.video.fit import fit_of
 from vlmds.video.jpeg import data_uri
 from vlmds.video.pool import DecodePool
 
@@ -214,6 +215,9 @@ def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[Tex
         facts.append((("frames per sample", "샘플당 프레임"), str(index.meta["num_frames"])))
     if index.meta.get("image_size"):
         facts.append((("frame side", "프레임 한 변"), f"{index.meta['image_size']} px"))
+    if index.store != "video":
+        resizer = index.meta["resizer"]
+        facts.append((("fit to the square", "정사각형 맞춤"), fit_of(resizer) or resizer))
     if index.store == "video":
         decoders = _counts(table["decoder"])
         facts.append(

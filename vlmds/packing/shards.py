@@ -20,7 +20,6 @@ from vlmds.files import replacing, write
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.packing.options import PackOptions
 from vlmds.video.decode_work import VideoReply
-from vlmds.video.fit import RESIZER
 from vlmds.video.sampling import SAMPLER
 
 MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"
@@ -49,10 +48,19 @@ def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
             del row["kept"]
     effective = asdict(options)
     del effective["shard_size"], effective["shard_bytes"]  # the rows say it
+    del effective["fit"]  # the resizer says it
     for name in ("image_size", "quality") if options.store == "video" else ("verify",):
         del effective[name]
     return hashlib.sha256(
-        json_line({"version": VERSION, "sampler": SAMPLER, "resizer": RESIZER, "options": effective, "rows": described})
+        json_line(
+            {
+                "version": VERSION,
+                "sampler": SAMPLER,
+                "resizer": options.resizer,
+                "options": effective,
+                "rows": described,
+            }
+        )
     ).hexdigest()
 
 

@@ -29,6 +29,7 @@ from vlmds.planning.prices import cheapest, needs, prices
 from vlmds.planning.propose import predicted_rate, proposal_table, proposals
 from vlmds.planning.start_checks import check_experiment, check_initial, sequence_builder, training_reader
 from vlmds.runs.initial import InitialProjector, initial_projector
+from vlmds.video.fit import RESIZERS
 from vlmds.video.sampling import sample_times
 
 CORES_PER_GPU = 8.0
@@ -197,7 +198,12 @@ def _stores(
     vision: Any = model.tower.config
     projector = model.captioner.projector
     found = prices(
-        dataset.parts if dataset else [], projector.num_frames, vision.image_size, projector.patches, vision.hidden_size
+        dataset.parts if dataset else [],
+        projector.num_frames,
+        vision.image_size,
+        projector.patches,
+        vision.hidden_size,
+        experiment.data.fit,
     )
     samples = sum(map(dataset.count, dataset.splits)) if dataset else None
     rows = needs(found, rate, samples)
@@ -227,6 +233,7 @@ def _stores(
                 "store": store,
                 "num_frames": projector.num_frames,
                 "image_size": vision.image_size,
+                "resizer": RESIZERS[experiment.data.fit],
                 "vision": tower_keys(experiment.vision),
             }
             for number, part in enumerate(dataset.parts):
@@ -258,7 +265,7 @@ def _schedule(experiment: Experiment, datasets: Sequence[Dataset | None], gpus: 
             lines.append("steps of stages given in epochs need the data: pass --data DIR")
             continue
         lines.append(_splits(dataset))
-        lines += coverage_lines(dataset.parts, experiment.data.num_frames)
+        lines += coverage_lines(dataset.parts, experiment.data.num_frames, experiment.data.fit)
     return "\n".join(lines)
 
 

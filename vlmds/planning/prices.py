@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,11 +65,13 @@ class Need:
         return self.cores <= cores
 
 
-def prices(parts: Sequence[ShardIndex], num_frames: int, image_size: int, patches: int, width: int) -> list[Price]:
+def prices(
+    parts: Sequence[ShardIndex], num_frames: int, image_size: int, patches: int, width: int, fit: str
+) -> list[Price]:
     """Prices of the data's store and of those it can be converted to; of typical clips without data.
 
-    parts: the packed datasets, all of one store. num_frames, image_size: of the experiment's
-    frames. patches, width: of its features, P vectors a frame.
+    parts: the packed datasets, all of one store. num_frames, image_size, fit: of the
+    experiment's frames. patches, width: of its features, P vectors a frame.
     """
     features = _features_price(num_frames, patches, width)
     if not parts:
@@ -84,7 +87,7 @@ def prices(parts: Sequence[ShardIndex], num_frames: int, image_size: int, patche
     chosen = [(part, spread(part, max(1, SAMPLES // len(parts)))) for part in parts]
     if store == "frames":
         return [_stored_frames_price(chosen), features]
-    return [*_video_prices(chosen, num_frames, image_size), features]
+    return [*_video_prices(chosen, num_frames, image_size, fit), features]
 
 
 def needs(found: Sequence[Price], samples_per_second: float, samples: int | None) -> list[Need]:
@@ -106,7 +109,9 @@ def cheapest(found: Sequence[Need], cores: float) -> Need | None:
     return min((need for need in found if need.fed_by(cores)), key=lambda need: need.price.bytes, default=None)
 
 
-def _video_prices(chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int) -> list[Price]:
+def _video_prices(
+    chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int, fit: str
+) -> list[Price]:
     """Prices of the videos, and of the frames that they would become."""
     seconds, frame_sizes, frame_seconds = [], [], []
     shape = {"num_frames": num_frames, "image_size": image_size}
@@ -114,9 +119,8 @@ def _video_prices(chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: 
     for index, rows in chosen:
         with DecodePool(1, deadline=SECONDS) as pool:
             # The first one starts the decoding process, so it is decoded twice and timed the second time.
-            replies = decode_stored(
-                index, [rows[0], *rows], pool, store="pixels", num_frames=num_frames, image_size=image_size
-            )
+            options: dict[str, Any] = {"num_frames": num_frames, "image_size": image_size, "fit": fit}
+            replies = decode_stored(index, [rows[0], *rows], pool, store="pixels", **options)
             next(replies)
             for _ in rows:
                 started = time.perf_counter()

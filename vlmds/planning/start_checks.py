@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmds.console.text import install_hint
+from vlmds.data.alike import sampling_of
 from vlmds.data.dataset import Dataset, stages_with
 from vlmds.data.features import check_feature_keys
 from vlmds.data.loader import SampleReader, stage_seed
@@ -62,7 +63,7 @@ def check_experiment(
     present = [dataset for dataset in datasets if dataset is not None]
     for dataset in stages_with(present):
         check_data(experiment, model, dataset)
-        check_same_sampling(dataset, present[0])
+        check_same_sampling(dataset, present[0], experiment.data.fit)
     if initial is not None:
         check_fits(initial, experiment, model.captioner.projector)
 
@@ -114,13 +115,14 @@ def check_data(experiment: Experiment, model: MetaModels, dataset: Dataset) -> N
     check_validation(experiment, "val" in dataset.splits, dataset.root)
 
 
-def check_same_sampling(dataset: Dataset, other: Dataset) -> None:
-    """Raise InputError if the frames of two stages were sampled or resized differently."""
+def check_same_sampling(dataset: Dataset, other: Dataset, fit: str) -> None:
+    """Raise InputError if the frames of two stages are sampled or resized differently. fit: of decoded videos."""
+    ours, theirs = sampling_of(dataset.meta, fit), sampling_of(other.meta, fit)
     for name in ("sampler", "resizer"):
-        if dataset.meta.get(name) != other.meta.get(name):
+        if ours[name] != theirs[name]:
             raise InputError(
-                f"{dataset.key}: {dataset.root} has {name} {dataset.meta.get(name)!r}, but {other.root} of another "
-                f"stage has {other.meta.get(name)!r}; pack the older one again"
+                f"{dataset.key}: {dataset.root} has {name} {ours[name]!r}, but {other.root} of another "
+                f"stage has {theirs[name]!r}; pack the older one again"
             )
 
 
@@ -135,6 +137,7 @@ def training_reader(experiment: Experiment, model: MetaModels, dataset: Dataset,
         config.image_size,
         seed=stage_seed(experiment.training.seed, number),
         window=data.shuffle_window,
+        fit=data.fit,
     )
 
 

@@ -27,7 +27,7 @@ from vlmds.runs.folder import RunFolder, check_base_weights, stage_fingerprint
 from vlmds.runs.initial import initial_lineage
 
 # A projector of an earlier stage depends on these keys, the base weights and the sampling.
-PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.prompt")
+PROJECTOR_KEYS = ("projector", "vision.feature_layer", "vision.pool", "data.num_frames", "data.fit", "data.prompt")
 
 
 def base_files(experiment: Experiment) -> dict[str, Path]:
@@ -102,7 +102,7 @@ def inheritance(other: Path, experiment: Experiment, run: RunFolder) -> dict[str
 
     Raises:
         InputError: the other run has not finished a stage, or trained it with another projector,
-            vision tower, language model, number of frames, prompt or sampling, or from another
+            vision tower, language model, number of frames, fit, prompt or sampling, or from another
             ``projector.init`` than this experiment's, or on other data than the stage's own.
     """
     record = RunFolder.read(other)

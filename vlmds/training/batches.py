@@ -68,4 +68,5 @@ class StageData:
             window=data.shuffle_window,
             shuffle=shuffle,
             decode_seconds=data.decode_seconds,
+            fit=data.fit,
         )

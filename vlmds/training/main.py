@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from vlmds.console.progress import log_line, phase
 from vlmds.console.text import counted
+from vlmds.data.alike import sampling_of
 from vlmds.data.dataset import Dataset, open_stages, stages_with
 from vlmds.data.features import check_features, needs_tower
 from vlmds.distributed.cores import cores_of_rank
@@ -155,10 +156,7 @@ def data_origin(experiment: Experiment, datasets: list[Dataset]) -> dict[str, An
     """What a run records of its data. ``stage_data``, the fingerprint of each stage's data, is there if a stage
     has data of its own; ``data_fingerprint`` is that of the last stage."""
     last = datasets[-1]
-    origin = {
-        "data_fingerprint": last.fingerprint,
-        "sampling": {name: last.meta[name] for name in ("sampler", "resizer")},
-    }
+    origin = {"data_fingerprint": last.fingerprint, "sampling": sampling_of(last.meta, experiment.data.fit)}
     if len(stages_with(datasets)) > 1:
         names = [stage.name for stage in experiment.stages]
         origin["stage_data"] = {name: dataset.fingerprint for name, dataset in zip(names, datasets, strict=True)}

@@ -13,7 +13,7 @@ from vlmds.errors import SampleError
 from vlmds.files import driver_advice, is_url
 from vlmds.video import repair
 from vlmds.video.decode import decode_decord, decode_frames
-from vlmds.video.fit import resize_frames
+from vlmds.video.fit import FIT, resize_frames
 from vlmds.video.frame_table import FrameTable
 from vlmds.video.jpeg import encode_jpegs
 from vlmds.video.probe import VideoInfo, probe
@@ -38,6 +38,7 @@ class VideoRequest:
     image_size: int
     quality: int | None = None
     verify: bool = True
+    fit: str = FIT
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class FramesRequest:
     end: float | None
     decoder: str
     described: dict[str, Any] | None = None
+    fit: str = FIT
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _images(request: VideoRequest, data: bytes, info: VideoInfo) -> np.ndarray:
     """uint8 [num_frames, 3, size, size]"""
     # PyAV: it reports damage that decord ignores.
     frames = decode_frames(data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
-    return resize_frames(frames, request.image_size)
+    return resize_frames(frames, request.image_size, request.fit)
 
 
 def _kept_video(
@@ -146,7 +148,7 @@ def read_frames(data: bytes, request: FramesRequest) -> VideoReply:
     if request.decoder != "decord":  # packing found that decord fails on this file
         table = replace(table, decoder="pyav")
     frames = decode_frames(data, table, request.num_frames, request.start, request.end)
-    return VideoReply(members={"rgb": resize_frames(frames, request.image_size).tobytes()})
+    return VideoReply(members={"rgb": resize_frames(frames, request.image_size, request.fit).tobytes()})
 
 
 def _verified_decoder(data: bytes, info: VideoInfo, span: tuple) -> str:

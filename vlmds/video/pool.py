@@ -27,6 +27,7 @@ import numpy as np
 
 from vlmds.errors import SampleError
 from vlmds.video.decode_work import FramesRequest, VideoReply, VideoRequest
+from vlmds.video.fit import FIT
 from vlmds.video.handover import give, take
 
 LOOK_AHEAD = 256 << 20  # bytes of replies that wait for an earlier one
@@ -45,25 +46,38 @@ class Clip:
 
 
 def decode_videos(
-    videos: Iterable[str | Clip], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
+    videos: Iterable[str | Clip],
+    num_frames: int,
+    image_size: int,
+    *,
+    workers: int,
+    deadline: float = 60.0,
+    fit: str = FIT,
 ) -> Iterator[np.ndarray | SampleError]:
     """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size],
     or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
     clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
     for result in decode_windows(
-        ((clip, 1) for clip in clips), num_frames, image_size, workers=workers, deadline=deadline
+        ((clip, 1) for clip in clips), num_frames, image_size, workers=workers, deadline=deadline, fit=fit
     ):
         yield result if isinstance(result, SampleError) else result[0][0]
 
 
 def decode_windows(
-    clips: Iterable[tuple[Clip, int]], num_frames: int, image_size: int, *, workers: int, deadline: float = 60.0
+    clips: Iterable[tuple[Clip, int]],
+    num_frames: int,
+    image_size: int,
+    *,
+    workers: int,
+    deadline: float = 60.0,
+    fit: str = FIT,
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
     """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
     uint8 [W, F, 3, size, size], and the facts as of :func:`video_facts`; or why it cannot be
     used. The file is read once for all its windows.
 
     clips: with W. num_frames: F, of a window. deadline: seconds that a clip may take.
+    fit: of the frames to the square (`resize_frames`).
     """
     # The centres of W x F equal spans are those of F spans of each window.
     counts: list[int] = []
@@ -71,7 +85,7 @@ def decode_windows(
     def requests() -> Iterator[VideoRequest]:
         for clip, windows in clips:
             counts.append(windows)
-            yield VideoRequest(clip.video, clip.start, clip.end, "pixels", windows * num_frames, image_size)
+            yield VideoRequest(clip.video, clip.start, clip.end, "pixels", windows * num_frames, image_size, fit=fit)
 
     with DecodePool(workers, deadline) as pool:
         for number, reply in enumerate(pool.map(requests())):
@@ -124,17 +138,18 @@ class FrameDecoder:
         end: float | None = None,
         decoder: str = "decord",
         described: dict[str, Any] | None = None,
+        fit: str = FIT,
     ) -> np.ndarray:
-        """The frames that stand for [start, end] (seconds; default: the video), resized.
+        """The frames that stand for [start, end] (seconds; default: the video), fitted to squares.
 
         data: a video file's bytes. decoder: "pyav", or "decord" to use it where the probe clears
         the file. described: packing's description of the file, in place of a probe (see
-        `FrameTable.from_described`). Returns uint8 [num_frames, 3, image_size, image_size].
+        `FrameTable.from_described`). fit: as for `resize_frames`. Returns uint8 [num_frames, 3, image_size, image_size].
         Raises SampleError: it cannot be decoded, or its decoder hung, crashed or ran out of memory.
         """
         if self._child is None or self._child.closed:  # closed: it is that of the forking process
             self._child = _Child(self._deadline)
-        self._child.send(FramesRequest(num_frames, image_size, start, end, decoder, described), data)
+        self._child.send(FramesRequest(num_frames, image_size, start, end, decoder, described, fit), data)
         reply = self._child.reply()
         if not self._child.alive:
             self._child = None

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FOLDER = Path(__file__).resolve().parent
 NUM_FRAMES = 8
+FIT = "pad"
 PROMPT = "이 영상을 설명해주세요."
 OPTIONS = {}
 
@@ -27,7 +28,7 @@ def read_frames(video, size):
     from frames_vlmds.probe import probe  # type: ignore[import-not-found]
 
     frames = decode_frames(video, replace(probe(video), decoder="pyav"), NUM_FRAMES)
-    return [Image.fromarray(frame) for frame in resize_frames(frames, size).transpose(0, 2, 3, 1)]
+    return [Image.fromarray(frame) for frame in resize_frames(frames, size, FIT).transpose(0, 2, 3, 1)]
 
 
 def main(videos):
