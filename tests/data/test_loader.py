@@ -108,7 +108,7 @@ def test_every_split_of_the_work_reads_the_same_positions_and_each_sample_once(
     seen = {step: [] for step in range(first, first + steps)}
     for rank in range(world):
         positions = TrainingPositions(
-            first, first + steps, factor, rank, global_batch=8, micro_batch=micro, world_size=world
+            first, first + steps, factor, rank, global_batch=batch, micro_batch=micro, world_size=world
         )
         assert len(positions) == steps * factor  # equal steps on every rank
         for number, part in enumerate(positions):

@@ -98,7 +98,7 @@ def test_other_placeholders_than_visual_tokens_are_refused(captioner, places):
     features, ids, _ = rows()
     ids[1, ids[1] == VISUAL] = 5
     ids[1, list(places)] = VISUAL
-    message = rf"rows have \[6, {len(places)}\] placeholders; each must have 6"
+    message = rf"rows have \[6, {len(places)}\] placeholders; they must have \[6, 6\]"
     with pytest.raises(ValueError, match=message):
         captioner.embed(features, ids)
 
