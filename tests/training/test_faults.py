@@ -221,7 +221,7 @@ def test_what_one_node_finds_or_all_is_one_line(models, shards, tmp_path, there,
         2,
         *arguments(models, shards, tmp_path / "run", "training.max_skipped_steps=0"),
         expect=2,
-        script=Path(__file__).with_name("nodes.py"),
+        script=ROOT / "tests" / "training" / "nodes.py",
         VLMDS_TEST_NODES=json.dumps(there),
         **env,
     )

@@ -200,5 +200,4 @@ def test_pictures_and_animations_are_packed_and_read(tmp_path):
         reader = SampleReader(open_dataset(tmp_path / store), "train", 4, 32, shuffle=False)
         samples = {sample.key: sample for sample in map(reader.load, range(3))}
         assert not any(sample.bad for sample in samples.values())
-        still = 1 if store == "video" else 4  # frames are stored as often as the model takes them
-        assert [samples[key].frames.shape for key in "abc"] == [(n, 3, 32, 32) for n in (4, 4, still)]
+        assert [samples[key].frames.shape for key in "abc"] == [(n, 3, 32, 32) for n in (4, 4, 1)]
