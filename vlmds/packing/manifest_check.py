@@ -12,7 +12,7 @@ from pathlib import Path
 from vlmds.console.progress import phase
 from vlmds.console.text import counted
 from vlmds.files import as_spelled, is_url
-from vlmds.packing.captions import CutCaptions
+from vlmds.packing.long_captions import CutCaptions
 from vlmds.packing.manifest import ManifestReader, ManifestRow, Reject
 
 EXAMPLES = 3  # rows named for each finding
