@@ -17,9 +17,9 @@ from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.files import as_path, driver_advice, is_url
-from vlmds.packing.long_captions import CutCaptions
 from vlmds.packing.finish import Base, Finished, finish_dataset
 from vlmds.packing.local import pack_here
+from vlmds.packing.long_captions import CutCaptions
 from vlmds.packing.manifest import Manifest, ManifestRow, Reject, read_manifest
 from vlmds.packing.on_ray import pack_on_ray
 from vlmds.packing.options import PackOptions
