@@ -44,7 +44,7 @@ def test_the_share_of_the_order(models, worth):
     scorer.__dict__["_blank_features"] = torch.full((1, 2 * FRAMES, 3), -1.0)
     features = torch.arange(FRAMES).repeat_interleave(2)[None, :, None].expand(len(texts), -1, 3).float()
     captions = [text.captions[0] for text in texts]
-    records = scorer.score(texts, CaptionedBatch([], captions, features))
+    records = scorer.score(texts, CaptionedBatch([], captions, features, 0.0))
     loss = blind_tests(texts, records, captions, {}, {}, {None: "네"})["loss"]
     shuffled = frame_orders(FRAMES)["frames_shuffled"]
     kept = sum(one < other for one, other in zip(shuffled, shuffled[1:])) / (FRAMES - 1)

@@ -82,7 +82,6 @@ def test_the_page_has_counts_rejects_and_captions(packed):
         HOSTILE,
         "val / v2",
         "3 samples샘플",
-        "중앙 크롭으로 잘리는 부분: 가로 영상 클립 3개는 화면의",
         f"median 1.5, from 1 to {len(HOSTILE)};",
     ):
         assert part in text, part
@@ -132,8 +131,8 @@ def test_the_sheet_shows_the_frames(packed):
     assert len(images) == 3 * report.SHEET_FRAMES
     assert {image.size for image in images} == {(report.SHEET_SIDE,) * 2}
     first, last = np.asarray(images[0], int), np.asarray(images[3], int)
-    # The grey of the square in the upper left corner is the frame's number times 4.
-    assert 0 <= first[10:40, 10:40].mean() < last[10:40, 10:40].mean() <= 48
+    # The grey of the square in the upper left corner, below the bar of padding, is the frame's number times 4.
+    assert 0 <= first[20:45, 10:40].mean() < last[20:45, 10:40].mean() <= 48
 
 
 def test_the_bytes_do_not_depend_on_when_and_where(packed, tmp_path):

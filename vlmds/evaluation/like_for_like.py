@@ -197,9 +197,6 @@ def differing_settings(runs: list[Run]) -> list[dict]:
     for key, expected, value in recorded:
         values = {run.name: value(run) for run in runs}
         if _differ(values):
-            expected = under(key, (*EXPECTED, *NOT_LEARNED))
-            if key == "projector.init" and None in values.values():  # some had a better start
-                expected = False
             found.append({"key": key, "expected": expected, "values": values})
     return sorted(found, key=lambda d: d["expected"])
 
