@@ -23,7 +23,7 @@ class Planted(ClipScorer):
     worth = 1.0
 
     def _log_probabilities(self, features, captions, prompts):
-        frames = features.unflatten(1, (FRAMES, -1))[:, :, 0, 0]
+        frames = torch.stack(list(features)).unflatten(1, (FRAMES, -1))[:, :, 0, 0]
         ordered = (frames[:, 1:] > frames[:, :-1]).double().mean(1)
         losses = torch.where(frames[:, 0] < 0, 3.0, 2 - self.worth * ordered)
         return [(-TOKENS * loss, TOKENS) for loss in losses.tolist()]
