@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vlmds.errors import InputError
@@ -66,30 +66,28 @@ def _changed_settings(run: Run) -> list[str]:
 
 def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
     """What makes the comparison doubtful, most important first, in English ("en") and Korean ("ko")."""
-    found = []
+    found = [*_of_evaluations(runs, keys), *_of_trainings(runs)]
+    for run in runs:
+        found += _of_run(run)
+    return [{"en": english, "ko": korean} for english, korean in found]
 
-    def add(english: str, korean: str) -> None:
-        found.append({"en": english, "ko": korean})
 
-    def add_differing(values: dict[str, Any], english: str, korean: str) -> None:
-        if _differ(values):
-            listed = _listed(values)
-            add(f"{english}: {listed}", f"{korean}: {listed}")
-
+def _of_evaluations(runs: list[Run], keys: list[str]) -> Iterator[tuple[str, str]]:
+    """Warnings, in English and Korean, about what was evaluated and how."""
     sizes = {run.name: len(run.predictions) for run in runs}
     if set(sizes.values()) != {len(keys)}:
-        add(
+        yield (
             f"The runs were not evaluated on the same clips ({_listed(sizes)}); only the {len(keys)} clips "
             "that all runs have are compared.",
             f"실험마다 평가한 클립이 다릅니다 ({_listed(sizes)}). 공통 클립 {len(keys)}개만 비교합니다.",
         )
     if runs[0].metrics["settings"].get("split") == "train":
-        add(
+        yield (
             "The clips are of split train: the models were trained on them, and may know them by heart.",
             "학습에 쓰인 train 분할의 클립으로 평가했습니다. 모델이 정답을 외웠을 수 있습니다.",
         )
     if changed := _changed_settings(runs[0]):
-        add(
+        yield (
             f"All evaluations have other settings than the training: {'; '.join(changed)}",
             f"모든 평가의 설정이 학습 때와 다릅니다: {'; '.join(changed)}",
         )
@@ -98,68 +96,82 @@ def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
         if hashed and setting in PLACES:
             continue
         values = {run.name: run.metrics["settings"].get(setting) for run in runs}
-        add_differing(values, f"Evaluations differ in {setting}", f"평가 설정이 서로 다릅니다 ({setting})")
+        yield from _differing(values, f"Evaluations differ in {setting}", f"평가 설정이 서로 다릅니다 ({setting})")
     ids: dict[str, list[str]] = {}
     for run in runs:
         if "id" in run.record:
             ids.setdefault(run.record["id"], []).append(run.name)
     for copies in (", ".join(names) for names in ids.values() if len(names) > 1):
-        add(f"The same run more than once: {copies}", f"같은 모델이 두 번 이상 들어 있습니다: {copies}")
-    add_differing(
+        yield (f"The same run more than once: {copies}", f"같은 모델이 두 번 이상 들어 있습니다: {copies}")
+
+
+def _of_trainings(runs: list[Run]) -> Iterator[tuple[str, str]]:
+    """Warnings about what the runs were trained from."""
+    yield from _differing(
         {run.name: _data(run.record) for run in runs},
         "The runs were not trained on the same data",
         "학습 데이터가 서로 다릅니다",
     )
     for part, korean in (("vision", "비전 타워"), ("llm", "언어 모델")):
-        add_differing(
+        yield from _differing(
             {run.name: _base(run, part) for run in runs if run.record.get("weights")},
             f"The runs were trained from different weights of {part}.model",
             f"{korean}({part}.model)의 사전 학습 가중치가 서로 다릅니다",
         )
-    add_differing(
+    yield from _differing(
         {run.name: json.dumps(run.record["sampling"]) for run in runs if "sampling" in run.record},
         "The frames of the training data were sampled or fitted differently",
         "학습 데이터의 프레임 추출 또는 크기 맞춤 방식이 서로 다릅니다",
     )
-    add_differing(
+    yield from _differing(
         {run.name: run.record.get("global_batch") for run in runs},
         "The runs were trained with different global batches, and so with different numbers of steps "
         "(set training.global_batch)",
         "글로벌 배치 크기가 서로 달라 학습 스텝 수도 다릅니다 (training.global_batch로 맞추세요)",
     )
     if learned := [d["key"] for d in _setting_rows(runs) if not d["expected"]]:
-        add(
+        yield (
             f"The experiments differ in more than projector, adapter and seed: {', '.join(learned)} "
             '(values under "Settings that differ")',
             f"프로젝터, 어댑터, 시드 외에도 실험 설정이 다릅니다: {', '.join(learned)} "
             "(값은 아래 '서로 다른 설정' 표 참고)",
         )
-    for run in runs:
-        artifact = run.metrics["settings"]["artifact"]
-        if not run.finished:
-            add(
-                f"{run.name}: training is not finished; the evaluation is of stage {artifact}",
-                f"{run.name}: 학습이 끝나지 않았습니다. {artifact} 단계를 평가한 결과입니다.",
-            )
-        elif artifact != run.experiment.stages[-1].name:
-            add(
-                f"{run.name}: the evaluation is of stage {artifact}, not of the last stage; evaluate again",
-                f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.",
-            )
-        if run.changed:
-            add(
-                f"{run.name}: the run has other weights now than were evaluated; evaluate again",
-                f"{run.name}: 평가한 뒤에 모델의 가중치가 바뀌었습니다. 다시 평가하세요.",
-            )
-        for warning in run.warnings:
-            add(*(f"{run.name}, {warning['stage']}: {warning[language]}" for language in ("en", "ko")))
-        if found_doubts := doubts(run.metrics["looking"]):
-            english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))
-            add(
-                f"{run.name} may not use the video: {english}",
-                f"{run.name}: 모델이 영상을 활용하지 않을 수 있습니다 ({korean})",
-            )
-    return found
+
+
+def _of_run(run: Run) -> Iterator[tuple[str, str]]:
+    """Warnings about one run."""
+    artifact = run.metrics["settings"]["artifact"]
+    if not run.finished:
+        yield (
+            f"{run.name}: training is not finished; the evaluation is of stage {artifact}",
+            f"{run.name}: 학습이 끝나지 않았습니다. {artifact} 단계를 평가한 결과입니다.",
+        )
+    elif artifact != run.experiment.stages[-1].name:
+        yield (
+            f"{run.name}: the evaluation is of stage {artifact}, not of the last stage; evaluate again",
+            f"{run.name}: 마지막 단계가 아닌 {artifact} 단계를 평가했습니다. 다시 평가하세요.",
+        )
+    if run.changed:
+        yield (
+            f"{run.name}: the run has other weights now than were evaluated; evaluate again",
+            f"{run.name}: 평가한 뒤에 모델의 가중치가 바뀌었습니다. 다시 평가하세요.",
+        )
+    for warning in run.warnings:
+        english, korean = (f"{run.name}, {warning['stage']}: {warning[language]}" for language in ("en", "ko"))
+        yield english, korean
+    if found_doubts := doubts(run.metrics["looking"]):
+        english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))
+        yield (
+            f"{run.name} may not use the video: {english}",
+            f"{run.name}: 모델이 영상을 활용하지 않을 수 있습니다 ({korean})",
+        )
+
+
+def _differing(values: dict[str, Any], english: str, korean: str) -> Iterator[tuple[str, str]]:
+    """The warning with the values, if they are not all the same."""
+    if _differ(values):
+        listed = _listed(values)
+        yield f"{english}: {listed}", f"{korean}: {listed}"
 
 
 def _data(record: dict) -> str:

@@ -97,7 +97,7 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
         found: of :func:`vlmds.evaluation.compare.compare`.
     """
     v, metric = found["verdict"], found["metric"]
-    best, value, margin = v["best"], f"{v['value']:.2f}", f"{100 * v['margin']:g}%"
+    best, value = v["best"], f"{v['value']:.2f}"
     if v["runner_up"] is None:
         return [
             (
@@ -105,42 +105,7 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"실험이 하나뿐입니다: {best}, {metric} {value}. 비교 대상이 없습니다.",
             )
         ]
-    said = []
-    if v["chosen"] is not None and v["chosen"] != best:
-        said.append(
-            (
-                f"Take {v['chosen']}: it is the cheapest experiment shown to be at most {margin} below the best, "
-                f"{best} ({metric} {value}).",
-                f"권장: {v['chosen']}. 1위 {best}({metric} {value})보다 최대 {margin} 낮다는 것이 확인된 실험 중 비용이 "
-                "가장 낮습니다.",
-            )
-        )
-    elif v["chosen"] is not None:
-        said.append(
-            (
-                f"Take {best}: it has the highest {metric} ({value}), and no cheaper experiment is shown to be within "
-                f"{margin} of it.",
-                f"권장: {best}. {metric} {value}로 1위이며, 이보다 저렴하면서 {margin} 이내라고 확인된 실험은 없습니다.",
-            )
-        )
-    elif v["few"]:
-        said.append(
-            (
-                f"No winner is named: {found['sources']} videos are too few (50 at least). {best} has the highest "
-                f"{metric}, {value}.",
-                f"판정 보류: 영상 {found['sources']}개로는 부족합니다(50개 이상 필요). {metric}가 가장 높은 실험은 "
-                f"{best}({value})입니다.",
-            )
-        )
-    else:
-        said.append(
-            (
-                f"Not decidable with this data: no experiment is shown to be within {margin} of the best. {best} has "
-                f"the highest {metric}, {value}.",
-                f"이 데이터로는 판정할 수 없습니다. 1위와의 차이가 {margin} 이내라고 확인된 실험이 없습니다. "
-                f"{metric}가 가장 높은 실험은 {best}({value})입니다.",
-            )
-        )
+    said = [_recommendation(found)]
     if v["needed"]:
         clips, seeds = f"{v['needed']['clips']:,}", v["needed"]["seeds"]
         said.append(
@@ -164,6 +129,38 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return said
+
+
+def _recommendation(found: dict[str, Any]) -> tuple[str, str]:
+    """The first sentence: which experiment to take, or why none is named."""
+    v, metric = found["verdict"], found["metric"]
+    best, value, margin = v["best"], f"{v['value']:.2f}", f"{100 * v['margin']:g}%"
+    if v["chosen"] is not None and v["chosen"] != best:
+        return (
+            f"Take {v['chosen']}: it is the cheapest experiment shown to be at most {margin} below the best, "
+            f"{best} ({metric} {value}).",
+            f"권장: {v['chosen']}. 1위 {best}({metric} {value})보다 최대 {margin} 낮다는 것이 확인된 실험 중 비용이 "
+            "가장 낮습니다.",
+        )
+    if v["chosen"] is not None:
+        return (
+            f"Take {best}: it has the highest {metric} ({value}), and no cheaper experiment is shown to be within "
+            f"{margin} of it.",
+            f"권장: {best}. {metric} {value}로 1위이며, 이보다 저렴하면서 {margin} 이내라고 확인된 실험은 없습니다.",
+        )
+    if v["few"]:
+        return (
+            f"No winner is named: {found['sources']} videos are too few (50 at least). {best} has the highest "
+            f"{metric}, {value}.",
+            f"판정 보류: 영상 {found['sources']}개로는 부족합니다(50개 이상 필요). {metric}가 가장 높은 실험은 "
+            f"{best}({value})입니다.",
+        )
+    return (
+        f"Not decidable with this data: no experiment is shown to be within {margin} of the best. {best} has "
+        f"the highest {metric}, {value}.",
+        f"이 데이터로는 판정할 수 없습니다. 1위와의 차이가 {margin} 이내라고 확인된 실험이 없습니다. "
+        f"{metric}가 가장 높은 실험은 {best}({value})입니다.",
+    )
 
 
 def verdict_line(found: dict[str, Any]) -> str:
