@@ -40,10 +40,8 @@ def compare(
     if not 0 < margin < 1:
         raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
     runs = with_unique_names(runs)
-    groups = group_runs(runs)
-    keys = common_keys(runs)
-    scores = _all_scores(groups, runs, keys)
-    names = [n for n in scores[0][0] if all(n in s for group in scores for s in group)]
+    groups, keys, scores = _scored(runs)
+    names = _shared_metrics(scores)
     metric = _chosen(metric, names)
     estimates = {name: _estimate(name, scores, runs[0], keys) for name in names}
     table = []
@@ -84,11 +82,23 @@ def compare(
 def estimates_of(runs: list[Run], metric: str | None = None) -> tuple[str, Estimates]:
     """(the metric, its estimates of the experiments). Raises InputError as :func:`compare` does."""
     runs = with_unique_names(runs)
-    groups = group_runs(runs)
-    keys = common_keys(runs)
-    scores = _all_scores(groups, runs, keys)
-    metric = _chosen(metric, [n for n in scores[0][0] if all(n in s for group in scores for s in group)])
+    _, keys, scores = _scored(runs)
+    metric = _chosen(metric, _shared_metrics(scores))
     return metric, _estimate(metric, scores, runs[0], keys)
+
+
+Scores = list[list[dict[str, np.ndarray]]]
+"""For each experiment and seed the statistics [clips, k] by metric."""
+
+
+def _scored(runs: list[Run]) -> tuple[list[Group], list[str], Scores]:
+    """The experiments, the clips that all runs share, and their scores."""
+    groups, keys = group_runs(runs), common_keys(runs)
+    return groups, keys, _all_scores(groups, runs, keys)
+
+
+def _shared_metrics(scores: Scores) -> list[str]:
+    return [name for name in scores[0][0] if all(name in own for group in scores for own in group)]
 
 
 def _levels(runs: list[Run]) -> dict[str, str]:
@@ -109,7 +119,7 @@ def _chosen(metric: str | None, names: list[str]) -> str:
     return metric
 
 
-def _estimate(name: str, scores: list[list[dict[str, np.ndarray]]], run: Run, keys: list[str]) -> Estimates:
+def _estimate(name: str, scores: Scores, run: Run, keys: list[str]) -> Estimates:
     return estimate(name, [np.stack([s[name] for s in group]) for group in scores], sources_of(run, keys))
 
 
@@ -294,7 +304,7 @@ def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]])
     return accuracies
 
 
-def _all_scores(groups: list[Group], runs: list[Run], keys: list[str]) -> list[list[dict[str, np.ndarray]]]:
+def _all_scores(groups: list[Group], runs: list[Run], keys: list[str]) -> Scores:
     """For each run of each group its statistics [clips, k] by metric: those of the evaluations where all have the
     same clips and tokenisation, else computed for the common clips (CIDEr-D depends on the set)."""
     levels = runs[0].metrics["settings"]["tokenisation"]

@@ -137,9 +137,7 @@ class Estimates:
         0 means that the method is the best."""
         count = len(self.values)
         bounds = np.zeros(count)
-        for method in range(count):
-            errors = self._errors_against(method)
-            quantile = self._dunnett(method, errors)
+        for method, (errors, quantile) in enumerate(self._against):
             behind = self.values - self.values[method] + quantile * errors
             bounds[method] = -max(0.0, np.delete(behind, method).max(initial=0.0))
         return bounds
@@ -148,11 +146,16 @@ class Estimates:
         """bool [M]: no other method is better beyond doubt, at 95% for all together."""
         count = len(self.values)
         found = np.ones(count, dtype=bool)
-        for method in range(count):
-            errors = self._errors_against(method)
-            ahead = self.values - self.values[method] - self._dunnett(method, errors) * errors
+        for method, (errors, quantile) in enumerate(self._against):
+            ahead = self.values - self.values[method] - quantile * errors
             found[method] = np.delete(ahead, method).max(initial=-1.0) <= 0
         return found
+
+    @cached_property
+    def _against(self) -> list[tuple[np.ndarray, float]]:
+        """For each method the standard errors of all others' differences to it, [M], and their 95% quantile."""
+        errors = [self._errors_against(method) for method in range(len(self.values))]
+        return [(own, self._dunnett(method, own)) for method, own in enumerate(errors)]
 
     def _errors_against(self, method: int) -> np.ndarray:
         covariance = self.covariance
