@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from vlmds.data.dataset import open_dataset
     from vlmds.errors import InputError, SampleError
     from vlmds.evaluation.compare import compare
-    from vlmds.evaluation.evaluate import evaluate_run, read_evaluation
+    from vlmds.evaluation.evaluate import evaluate_run
     from vlmds.evaluation.evaluated_runs import load_run
     from vlmds.evaluation.report import write_report
+    from vlmds.evaluation.saved import read_evaluation
     from vlmds.experiments.reading import load_experiment
     from vlmds.experiments.schema import Experiment
     from vlmds.inference.options import GenerationOptions
@@ -55,7 +56,8 @@ _MODULES = {
     "packing.pack": ("pack",),
     "errors": ("InputError", "SampleError"),
     "evaluation.compare": ("compare",),
-    "evaluation.evaluate": ("evaluate_run", "read_evaluation"),
+    "evaluation.evaluate": ("evaluate_run",),
+    "evaluation.saved": ("read_evaluation",),
     "evaluation.report": ("write_report",),
     "evaluation.evaluated_runs": ("load_run",),
     "inference.options": ("GenerationOptions",),

@@ -18,7 +18,8 @@ from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.evaluation import evaluate
-from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset, read_evaluation
+from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset
+from vlmds.evaluation.saved import read_evaluation
 from vlmds.evaluation.scoring import ClipText, evaluated_positions, frame_orders, read_text, swap_videos
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.files import sha256_of

@@ -34,6 +34,7 @@ from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import VIDEOS, blind_tests
 from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers, undefined_metrics
+from vlmds.evaluation.saved import FORMAT, VERSION
 from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
 from vlmds.experiments.differences import changed_settings, differing_keys
 from vlmds.experiments.schema import Experiment
@@ -46,7 +47,6 @@ from vlmds.permissions import check_writable
 from vlmds.runs.folder import HARMLESS, final_artifact
 from vlmds.runs.rank_jsonl import RankJsonl, json_line
 
-FORMAT, VERSION = "vlmds-evaluation", 1
 THUMBNAILS = 500
 OUTDATED = ("artifact", "weights_sha256")  # newer weights of the run replace an evaluation
 PLACES = ("run", "data")  # may be written in several ways; the hashes decide
@@ -275,38 +275,6 @@ def model_facts(model: Model) -> dict[str, int]:
         "projector_parameters": projector,
         "adapter_parameters": adapter,
     }
-
-
-def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
-    """(metrics.json, the lines of predictions.jsonl).
-
-    Raises:
-        InputError: not finished, or damaged.
-    """
-    folder = Path(folder)
-    if (folder / "parts").is_dir() and not (folder / "metrics.json").is_file():
-        raise InputError(f"{folder}: the evaluation is not finished; run vlmds evaluate again")
-    predictions: list[dict] = []
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        # Binary: a text file would also be split where a caption has U+2028.
-        with (folder / "predictions.jsonl").open("rb") as lines:
-            predictions.extend(json.loads(line) for line in lines)
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename}: missing; run vlmds evaluate") from None
-    except ValueError as error:
-        raise InputError(
-            f"{folder}: damaged (line {len(predictions) + 1} of predictions.jsonl, or metrics.json: {error}); "
-            "run vlmds evaluate --again"
-        ) from None
-    if (metrics.get("format"), metrics.get("version")) != (FORMAT, VERSION):
-        raise InputError(f"{folder / 'metrics.json'}: not an evaluation of this vlmds")
-    if len(predictions) != metrics["clips"]:
-        raise InputError(
-            f"{folder}: damaged (predictions.jsonl has {counted(len(predictions), 'line')} for "
-            f"{counted(metrics['clips'], 'clip')}); run vlmds evaluate --again"
-        )
-    return metrics, predictions
 
 
 def evaluation_table(metrics: dict) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmds.errors import InputError
 from vlmds.evaluation.cost import Cost, run_cost
-from vlmds.evaluation.evaluate import read_evaluation
+from vlmds.evaluation.saved import evaluation_folder, read_evaluation, unique_names
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
 from vlmds.experiments.schema import Experiment
@@ -70,17 +70,11 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     path = Path(path)
     if not (path / "run.json").is_file():
         raise InputError(f"{path}: not a run folder")
-    root = path / "evaluation"
-    found = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    if not found:
-        raise InputError(f"{path}: no evaluation; run vlmds evaluate --run {path}")
-    name = evaluation or ("val" if "val" in found else found[0] if len(found) == 1 else None)
-    if name not in found:
-        raise InputError(f"{path}: choose an evaluation with --evaluation: {', '.join(found)}")
-    metrics, predictions = read_evaluation(root / name)
+    folder = evaluation_folder(path, evaluation)
+    metrics, predictions = read_evaluation(folder)
     if not predictions:
-        raise InputError(f"{root / name}: no clip was evaluated; run vlmds evaluate --run {path} --again")
-    metrics["folder"] = name
+        raise InputError(f"{folder}: no clip was evaluated; run vlmds evaluate --run {path} --again")
+    metrics["folder"] = folder.name
     record = RunFolder.read(path)
     experiment = load_experiment(path / "experiment.yaml")
     records = read_metrics(path / "metrics.jsonl")
@@ -119,17 +113,8 @@ def _changed(path: Path, settings: dict) -> bool:
 
 def with_unique_names(runs: Sequence[Run]) -> list[Run]:
     """The runs, where those whose folders have the same name are named by more of their paths."""
-    paths = [run.path.absolute().parts for run in runs]
-    named = []
-    for number, (run, parts) in enumerate(zip(runs, paths, strict=True)):
-        others = [other for place, other in enumerate(paths) if place != number and other != parts]
-        length = 1
-        while any(other[-length:] == parts[-length:] for other in others):
-            length += 1
-        copies = paths[:number].count(parts)  # the same folder given again
-        name = "/".join(parts[-length:]) + (f" ({copies + 1})" if copies else "")
-        named.append(replace(run, name=name))
-    return named
+    names = unique_names([run.path for run in runs])
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def group_runs(runs: list[Run]) -> list[Group]:

@@ -12,7 +12,7 @@ import yaml
 from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import doubts
-from vlmds.evaluation.evaluate import read_evaluation
+from vlmds.evaluation.saved import read_evaluation
 from vlmds.experiments.schema import Experiment
 from vlmds.export.parity import Parity
 from vlmds.models.artifact import weights_sha256
