@@ -36,3 +36,13 @@ def open_browser(size: str, *logs: str) -> Iterator:
         yield browser
     finally:
         browser.quit()
+
+
+def see_charts(browser) -> None:
+    """Scroll to each chart of a report and wait until it is drawn, as charts are only drawn near the screen."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    for chart in browser.find_elements(By.CSS_SELECTOR, ".chart"):
+        browser.execute_script("arguments[0].scrollIntoView()", chart)
+        WebDriverWait(browser, 60).until(lambda _, chart=chart: chart.find_elements(By.CSS_SELECTOR, "svg.main-svg"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    "errors", "console", "files", "permissions", "experiments", "distributed", "video", "models", "runs", "data",
+    "errors", "console", "pages", "files", "permissions", "experiments", "distributed", "video", "models", "runs", "data",
     "packing", "inference", "evaluation", "planning", "captioning", "serve", "doctor", "training", "export", "demo",
     "bench", "cli",
 )  # fmt: skip

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.browser import open_browser
+from tests.browser import open_browser, see_charts
 from tests.evaluation.conftest import make_run
 from tests.evaluation.test_compare import copies, rewrite, runs  # noqa: F401
 from vlmds.cli import main
@@ -57,6 +57,7 @@ def test_in_a_browser(page):
             return browser.find_elements(By.CSS_SELECTOR, css)
 
         assert len(find(".clip")) == 11 and len(find(".clip img")) == 11
+        see_charts(browser)
         assert len(find("svg.main-svg")) >= 5 and find("mark")
         assert "나쁜 글" in find(".clip")[0].text and not find(".clip b b")
         assert browser.execute_script(

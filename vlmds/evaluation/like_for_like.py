@@ -249,7 +249,7 @@ def _only_differing(values: dict[str, Any]) -> dict[str, Any]:
         return values
     keys = set().union(*values.values())
     shown = [key for key in sorted(keys) if _differ({name: value.get(key) for name, value in values.items()})]
-    return {name: ", ".join(f"{key} {value.get(key)}" for key in shown) for name, value in values.items()}
+    return {name: {key: value.get(key) for key in shown} for name, value in values.items()}
 
 
 def _differ(values: dict[str, Any]) -> bool:
@@ -257,4 +257,15 @@ def _differ(values: dict[str, Any]) -> bool:
 
 
 def _listed(values: dict[str, Any]) -> str:
-    return "; ".join(f"{name}: {value}" for name, value in values.items())
+    return "; ".join(
+        f"{name}: {'—' if (text := shown_value(value)) is None else text}" for name, value in values.items()
+    )
+
+
+def shown_value(value: Any) -> str | None:
+    """A setting or recorded value as text; None for what is not set or empty."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown_value(part) or '—'}" for key, part in value.items()) or None
+    if isinstance(value, (list, tuple)):
+        return ", ".join(shown_value(part) or "—" for part in value) or None
+    return None if value is None or value == "" else str(value)

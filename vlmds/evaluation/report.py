@@ -5,56 +5,61 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from vlmds.evaluation.blind import VIDEOS, doubts
+from vlmds.evaluation.charts import charts
 from vlmds.evaluation.compare import ADAPTERS, common_keys
 from vlmds.evaluation.cost import COST
 from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
-from vlmds.evaluation.verdict import verdict_sentences
+from vlmds.evaluation.like_for_like import shown_value
+from vlmds.evaluation.metrics import CHARACTERS
+from vlmds.evaluation.next_steps import next_steps
+from vlmds.evaluation.verdict import verdict_sentences, weakened
 from vlmds.experiments.schema import PROJECTORS
 from vlmds.files import write
+from vlmds.pages.render import Text, json_text, policy, render, source
 
 THUMBNAILS = 300
 THUMBNAIL_BYTES = 12_000_000
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
-TEXT_PLACES = ("middle right", "middle left", "top right", "bottom left", "bottom right", "top left")
 
 
 def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> int:
     """Write the page; returns its size in bytes. found: result of :func:`compare`."""
-    environment = Environment(
-        loader=PackageLoader("vlmds.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     runs = with_unique_names(runs)
     groups = group_runs(runs)
     clips = clip_grid(groups, found["metric"], common_keys(runs))
-    page = environment.get_template("report.html.j2").render(
+    made = charts(runs, found)
+    scripts = [get_plotlyjs(), source("vlmds.pages", "switch.js") + source("vlmds.evaluation", "page/report.js")]
+    page = render(
+        "vlmds.evaluation",
+        "report.html.j2",
+        title=("Comparison of experiments", "실험 비교"),
+        policy=policy(*scripts),
+        scripts=scripts,
         found=found,
         sentences=verdict_sentences(found),
+        weakened=weakened(found),
+        compared=compared_facts(runs, groups, found),
+        by_value=by_value,
+        tokenisation=[(level, _in_both(name)) for level, name in found["tokenisation"].items()],
+        steps=next_steps(groups, found),
         videos=VIDEOS,
         uses_video={row["name"]: not doubts(row["looking"]) for row in found["table"]},
         cost=COST,
         projectors=PROJECTORS,
         adapters=ADAPTERS,
         cells={(r["projector"], r["adapter"]): r for r in reversed(found["table"])},
-        plotly=get_plotlyjs(),
-        data=_json(
+        charts=made,
+        data=json_text(
             {
                 "groups": [g.name for g in groups],
-                "metric": found["metric"],
                 "clips": clips,
-                "charts": charts(runs, found),
+                "charts": {name: {part: chart[part] for part in ("figure", "titles")} for name, chart in made.items()},
             }
         ),
         shown=sum("image" in clip for clip in clips),
@@ -62,6 +67,64 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
     data = page.encode()
     write(Path(path), data)
     return len(data)
+
+
+def compared_facts(runs: list[Run], groups: list[Group], found: dict[str, Any]) -> list[tuple[Text, list]]:
+    """Labels, and values: a string, a pair in English and Korean, or None if not recorded; several if they differ."""
+
+    def of_all(value: Callable[[Run], Any]) -> list:
+        return list(dict.fromkeys(None if (known := value(run)) is None else str(known) for run in runs))
+
+    seeds = [
+        (f"{group.name} ({count} seed{'s' if count > 1 else ''})", f"{group.name} (시드 {count}개)")
+        for group in groups
+        for count in [len(group.runs)]
+    ]
+    lengths = list(dict.fromkeys(map(_lengths, runs)))
+    clips, videos = f"{found['clips']:,}", f"{found['sources']:,}"
+    return [
+        (("experiments", "실험"), seeds),
+        (("metric of the verdict", "판정 지표"), [found["metric"]]),
+        (("clips", "클립"), [(f"{clips} of {videos} videos", f"영상 {videos}개에서 나온 {clips}개")]),
+        (("split", "분할"), of_all(lambda run: run.metrics["settings"].get("split"))),
+        (("training data (fingerprint)", "학습 데이터(지문)"), of_all(_data)),
+        (("global batch", "글로벌 배치"), of_all(lambda run: run.record.get("global_batch"))),
+        (("length by stage", "단계별 학습 길이"), lengths),
+        (("vision tower", "비전 타워"), of_all(lambda run: run.metrics["settings"].get("vision"))),
+        (("language model", "언어 모델"), of_all(lambda run: run.metrics["settings"].get("llm"))),
+        (("frames per clip", "클립당 프레임"), of_all(lambda run: run.metrics["settings"].get("num_frames"))),
+        (("prompt", "프롬프트"), of_all(lambda run: run.metrics["settings"].get("prompt"))),
+    ]
+
+
+def _data(run: Run) -> str | None:
+    fingerprint = run.record.get("data_fingerprint")
+    return fingerprint and fingerprint[:12]
+
+
+def _lengths(run: Run) -> Text:
+    parts = [
+        (s.name, s.epochs, "epochs", "에폭") if s.epochs else (s.name, s.steps, "steps", "스텝")
+        for s in run.experiment.stages
+    ]
+    return (
+        ", ".join(f"{name} {count:,g} {english}" for name, count, english, _ in parts),
+        ", ".join(f"{name} {count:,g}{korean}" for name, count, _, korean in parts),
+    )
+
+
+def by_value(values: dict[str, Any]) -> list[tuple[str | None, list[str]]]:
+    """Each value once, as text, with the names that have it; None for what is not set."""
+    found: dict[str | None, list[str]] = {}
+    for name, value in values.items():
+        found.setdefault(shown_value(value), []).append(name)
+    return list(found.items())
+
+
+def _in_both(name: str) -> Text:
+    """A way to divide captions, in English and Korean."""
+    korean = {CHARACTERS.name: "유니코드 글자(NFC, 공백 제외)", "characters": "글자"}
+    return name, korean.get(name, name.replace(", model ", ", 모델 "))
 
 
 def clip_grid(groups: list[Group], metric: str, keys: list[str]) -> list[dict]:
@@ -87,66 +150,6 @@ def clip_grid(groups: list[Group], metric: str, keys: list[str]) -> list[dict]:
             images, total = images + 1, total + len(image)
         clips.append(clip)
     return clips
-
-
-def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
-    """{name: {figure, titles}}: Plotly figures without colours of text or paper, which the page
-    sets for light and dark, and axis titles in both languages."""
-    metric = found["metric"]
-    scatter = go.Figure()
-    largest = max(row["cost"]["trainable"] for row in found["table"])
-    for number, row in enumerate(found["table"]):
-        cell = row["metrics"][metric]
-        scatter.add_scatter(
-            x=[row["cost"]["visual_tokens"]],
-            y=[cell["value"]],
-            name=row["name"],
-            text=[row["name"]],
-            mode="markers+text",
-            textposition=TEXT_PLACES[number % len(TEXT_PLACES)],
-            marker_size=[8 + 20 * (row["cost"]["trainable"] / largest) ** 0.5],
-            error_y=dict(
-                type="data",
-                symmetric=False,
-                array=[cell["high"] - cell["value"]],
-                arrayminus=[cell["value"] - cell["low"]],
-            ),
-        )
-    scatter.update_xaxes(type="log")
-    made = {
-        "scatter": _chart(scatter, ("visual tokens per clip (log)", metric), ("클립당 시각 토큰 수 (로그)", metric))
-    }
-    for number, stage in enumerate(runs[0].experiment.stages):
-        figure = go.Figure()
-        for number_of_run, run in enumerate(runs):
-            colour = COLOURS[number_of_run % len(COLOURS)]
-            for curve in run.curves:
-                if curve["stage"] == stage.name:
-                    validation = curve["kind"] == "val"
-                    figure.add_scatter(
-                        x=curve["step"],
-                        y=curve["loss"],
-                        name=run.name,
-                        legendgroup=run.name,
-                        showlegend=not validation,
-                        line_color=colour,
-                        mode="lines+markers" if validation else "lines",
-                        line_dash="dot" if validation else "solid",
-                    )
-        made[f"loss{number}"] = _chart(
-            figure, (f"step ({stage.name})", "loss per token"), (f"스텝 ({stage.name})", "토큰당 손실")
-        )
-    for name, unit in (
-        ("length", ("caption length, characters", "캡션 길이(글자 수)")),
-        ("duration", ("clip duration, s", "클립 길이(초)")),
-    ):
-        figure = go.Figure()
-        parts = found["breakdown"][name]
-        labels = [f"{p['low']:.3g}–{p['high']:.3g} (n={p['clips']})" for p in parts]
-        for number, row in enumerate(found["table"]):
-            figure.add_bar(x=labels, y=[p["values"][number] for p in parts], name=row["name"])
-        made[name] = _chart(figure, (unit[0], metric), (unit[1], metric))
-    return made
 
 
 def to_csv(found: dict[str, Any]) -> str:
@@ -203,11 +206,6 @@ def to_latex(found: dict[str, Any]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _chart(figure: go.Figure, english: tuple[str, str], korean: tuple[str, str]) -> dict:
-    figure.update_layout(template="none", margin=dict(l=60, r=20, t=40, b=60), height=380)
-    return {"figure": json.loads(figure.to_json()), "titles": {"en": english, "ko": korean}}
-
-
 def _thumbnail(groups: list[Group], key: str) -> str | None:
     """The strip that an evaluation kept of the clip, in base64."""
     for run in (run for group in groups for run in group.runs):
@@ -216,8 +214,3 @@ def _thumbnail(groups: list[Group], key: str) -> str | None:
         if path.is_file():
             return base64.b64encode(path.read_bytes()).decode()
     return None
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -163,9 +163,22 @@ def _recommendation(found: dict[str, Any]) -> tuple[str, str]:
     )
 
 
+def weakened(found: dict[str, Any]) -> tuple[str, str] | None:
+    """That there are warnings, which belongs beside the verdict, in English and Korean; None without warnings."""
+    count = len(found["warnings"])
+    if not count:
+        return None
+    return (
+        f"{count} warning{'s' if count > 1 else ''}: read {'them' if count > 1 else 'it'} before you use this verdict.",
+        f"경고 {count}건이 있습니다. 판정을 쓰기 전에 먼저 확인하세요.",
+    )
+
+
 def verdict_line(found: dict[str, Any]) -> str:
     """The verdict as one line for the terminal, with the second-best experiment's gap."""
-    line = " ".join(english for english, _ in verdict_sentences(found))
+    first, *others = verdict_sentences(found)
+    said = [first, *([warned] if (warned := weakened(found)) else []), *others]
+    line = " ".join(english for english, _ in said)
     if other := found["verdict"]["runner_up"]:
         line += (
             f" ({found['verdict']['best']} is {other['gap']:.2f} above {other['name']}, 95% interval "
