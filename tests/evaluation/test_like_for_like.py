@@ -36,7 +36,7 @@ def test_runs_that_differ_as_they_should_have_no_warning(tmp_path):
             {"settings": {"generation": {"num_beams": 3}}},
             r"differ in the generation options \(e3: num_beams 1; e7: num_beams 3\)",
         ),
-        ({"settings": {"prompt": "무엇?"}}, r"settings changed with --set \(e3: \[\]; e7: .*data.prompt .* -> '무엇"),
+        ({"settings": {"prompt": "무엇?"}}, r"settings changed with --set \(e3: —; e7: .*data.prompt .* -> '무엇"),
         (
             {"settings": {"changed": ["data.max_caption_tokens 256 -> 16"]}},
             r"changed with --set .*data.max_caption_tokens 256 -> 16",
