@@ -12,9 +12,10 @@ from vlmds.cli import main
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import ORDER
 from vlmds.evaluation.compare import compare, factors
-from vlmds.evaluation.evaluate import evaluate_run, evaluation_table
+from vlmds.evaluation.evaluate import evaluate_run
 from vlmds.evaluation.evaluated_runs import group_runs, load_run
 from vlmds.evaluation.report import write_report
+from vlmds.evaluation.results import evaluation_table
 from vlmds.evaluation.statistics import estimate
 from vlmds.evaluation.word_accuracy import found_words, word_accuracy
 from vlmds.experiments.schema import PROJECTORS

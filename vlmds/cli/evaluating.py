@@ -17,7 +17,8 @@ def evaluate(args: argparse.Namespace) -> int:
     load("vlmds.evaluation.evaluate")
     from vlmds.distributed.failures import run_on_ranks
     from vlmds.distributed.ranks import is_main
-    from vlmds.evaluation.evaluate import evaluate_run, evaluation_table
+    from vlmds.evaluation.evaluate import evaluate_run
+    from vlmds.evaluation.results import evaluation_table
     from vlmds.evaluation.saved import read_evaluation
 
     def run() -> int:

@@ -54,7 +54,34 @@ class Sample:
     still: bool = False
 
 
-class SampleReader:
+class SampleRows:
+    """The samples of a split by position, as their index rows describe them. Can be pickled.
+
+    Args:
+        seed, window, shuffle: as :class:`DatasetOrder`.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, *, seed: int = 0, window: int = 16, shuffle: bool = True):
+        self.dataset, self.split = dataset, split
+        self.order = DatasetOrder(dataset, split, seed, window, shuffle)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def row(self, position: int) -> SampleRow:
+        """The index row of the sample at a position."""
+        return self.order.row(self.dataset, self.split, position)
+
+    def index_of(self, position: int) -> ShardIndex:
+        """The packed dataset that has the sample at a position."""
+        return self.dataset.parts[self.order.locate(position).part]
+
+    def key(self, position: int) -> str:
+        """The key of the sample at a position."""
+        return self.row(position).key
+
+
+class SampleReader(SampleRows):
     """Reads and decodes the sample at a position of the stream. Can be pickled.
 
     Args:
@@ -83,25 +110,9 @@ class SampleReader:
     ):
         for index in dataset.parts:
             check_frames(index, num_frames, image_size, fit)
-        self.dataset, self.split = dataset, split
+        super().__init__(dataset, split, seed=seed, window=window, shuffle=shuffle)
         self.num_frames, self.image_size, self.fit = num_frames, image_size, fit
-        self.order = DatasetOrder(dataset, split, seed, window, shuffle)
         self._decoder = FrameDecoder(decode_seconds)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def row(self, position: int) -> SampleRow:
-        """The index row of the sample at a position."""
-        return self.order.row(self.dataset, self.split, position)
-
-    def index_of(self, position: int) -> ShardIndex:
-        """The packed dataset that has the sample at a position."""
-        return self.dataset.parts[self.order.locate(position).part]
-
-    def key(self, position: int) -> str:
-        """The key of the sample at a position."""
-        return self.row(position).key
 
     def load(self, position: int) -> Sample:
         """The sample at ``position``, or the next of its replacements that can be read.

@@ -30,12 +30,10 @@ from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.features import check_features
 from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
-from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
-from vlmds.evaluation.blind import VIDEOS, blind_tests
-from vlmds.evaluation.metrics import describe_captions, score_captions, summarise, tokenizers, undefined_metrics
-from vlmds.evaluation.saved import FORMAT, VERSION
-from vlmds.evaluation.scoring import ClipScorer, ClipText, evaluated_positions, read_text, swap_videos, thumbnail_jpeg
+from vlmds.evaluation.metrics import tokenizers
+from vlmds.evaluation.results import model_facts, save_results, summarise_records
+from vlmds.evaluation.scoring import ClipScorer, evaluated_positions, read_texts, swap_videos, thumbnail_jpeg
 from vlmds.experiments.differences import changed_settings, differing_keys
 from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, write
@@ -45,7 +43,7 @@ from vlmds.models.artifact import artifact_experiment, read_artifact, weights_sh
 from vlmds.models.assemble import Model
 from vlmds.permissions import check_writable
 from vlmds.runs.folder import HARMLESS, final_artifact
-from vlmds.runs.rank_jsonl import RankJsonl, json_line
+from vlmds.runs.rank_jsonl import RankJsonl
 
 THUMBNAILS = 500
 OUTDATED = ("artifact", "weights_sha256")  # newer weights of the run replace an evaluation
@@ -135,7 +133,7 @@ def _evaluate(
 ) -> None:
     """Score the clips that the folder lacks, on all ranks, and write the results."""
     positions = evaluated_positions(len(reader), settings["clips"])
-    texts = _read_texts(reader, positions)
+    texts = read_texts(reader, positions)
     scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
     parts = _parts(folder)
     # Rank 0 alone reads the finished clips: another rank may have begun to write by then.
@@ -163,7 +161,7 @@ def _evaluate(
             "batch_size": batch_size,
             "devices": sorted({*devices}),
         }
-        _save(folder, {"format": FORMAT, "version": VERSION, "settings": settings, **result}, predictions, records)
+        save_results(folder, settings, result, predictions, [r for r in records if "unreadable" in r])
 
     with phase("computing the metrics"):
         ranks.on_main(finish)
@@ -195,7 +193,7 @@ def evaluate_subset(
     captioner.eval()
     try:
         positions = evaluated_positions(len(reader), clips)
-        texts = _read_texts(reader, positions)
+        texts = read_texts(reader, positions)
         scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
         rank, world = ranks.rank_and_world()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the CPU's generator
@@ -207,107 +205,6 @@ def evaluate_subset(
     shown = evaluated_positions(len(predictions), samples)
     result["samples"] = [{key: predictions[i][key] for key in ("key", "references", "caption")} for i in shown]
     return result
-
-
-def summarise_records(
-    records: Sequence[dict], texts: Sequence[ClipText], scorer: ClipScorer
-) -> tuple[dict[str, Any], list[dict]]:
-    """(the part of metrics.json about all clips, the lines of predictions.jsonl).
-
-    Raises:
-        InputError: not one clip could be read.
-    """
-    doing("computing the metrics")
-    by_position = {r["position"]: r for r in records if "unreadable" not in r}
-    read = [text for text in texts if text.position in by_position]
-    if not read:
-        raise InputError("no clip of the split could be read; see ledger.jsonl")
-    records_read = [by_position[text.position] for text in read]
-    captions = [r["caption"] for r in records_read]
-    scores = score_captions(captions, [text.captions for text in read])
-    borrowed = {int(p): value for r in records_read for p, value in r["lent"].items()}
-    partner = {int(p): r["caption"] for r in records_read for p in r["lent"]}
-    blank = scorer.blank_captions([text.prompt for text in read])
-    predictions = []
-    for number, (text, record) in enumerate(zip(read, records_read, strict=True)):
-        predictions.append(
-            {
-                "key": text.key,
-                "position": text.position,
-                "source": text.source,
-                "references": text.captions,
-                "caption": record["caption"],
-                "duration": text.duration,
-                "scores": {name: round(float(m.per_clip[number]), 6) for name, m in scores.items()},
-                "statistics": {
-                    name: m.statistics[number].tolist() for name, m in scores.items() if m.statistics.shape[1] > 1
-                },
-                "caption_log_probability": record["caption_log_probability"],
-                "reference_log_probability": {
-                    name: pair and pair[0] / pair[1]
-                    for name, pair in (
-                        ("real", record["real"]),
-                        ("shuffled", borrowed.get(text.position)),
-                        ("blank", record["blank"]),
-                        *((name, record[name]) for name in scorer.orders if name in record),
-                    )
-                },
-                "blind_captions": {"shuffled": partner.get(text.position), "blank": blank[text.prompt]},
-            }
-        )
-    result = {
-        "clips": len(read),
-        "unreadable": len(records) - len(read),
-        "metrics": summarise(scores, [text.source for text in read]),
-        "undefined": undefined_metrics(scores),
-        "captions": describe_captions(captions),
-        "looking": blind_tests(read, records_read, captions, borrowed, partner, blank),
-    }
-    return result, predictions
-
-
-def model_facts(model: Model) -> dict[str, int]:
-    """Visual tokens per clip, and the numbers of trained parameters."""
-    adapter = sum(p.numel() for n, p in model.captioner.llm.named_parameters() if "lora_" in n)
-    projector = sum(p.numel() for p in model.captioner.projector.parameters())
-    return {
-        "visual_tokens": model.captioner.projector.num_tokens,
-        "projector_parameters": projector,
-        "adapter_parameters": adapter,
-    }
-
-
-def evaluation_table(metrics: dict) -> str:
-    """metrics.json for a terminal."""
-    blind = metrics["looking"]
-    lines = [
-        f"{counted(metrics['clips'], 'clip')}, {metrics['unreadable']:,} unreadable",
-        f"{'metric':<20}{'value':>9}{'95% interval':>20}{'shuffled':>10}{'blank':>9}",
-    ]
-
-    def add(name: str, value: str, span: str, gaps: dict[str, dict]) -> None:
-        blind_values = (f"{gaps[test]['blind']:.2f}" if test in gaps else "–" for test in ("shuffled", "blank"))
-        lines.append(f"{name:<20}{value:>9}{span:>20}{next(blind_values):>10}{next(blind_values):>9}")
-
-    for name, own in metrics["metrics"].items():
-        # The interval is over the clips: one clip has none.
-        span = f"{own['low']:.2f} … {own['high']:.2f}" if metrics["clips"] > 1 else "–"
-        add(
-            name,
-            f"{own['value']:.2f}",
-            span,
-            {test: gaps[name] for test, gaps in blind["metrics"].items() if name in gaps},
-        )
-    for name in metrics.get("undefined", ()):
-        lines.append(f"{name:<20}undefined: the references of the clips do not differ")
-    add("caption loss", next((f"{gap['own']:.2f}" for gap in blind["loss"].values()), "–"), "", blind["loss"])
-    lines.append(f"{'likelihood lost with':<20}{'share':>9}{'95% interval':>20}")
-    for name, (english, _) in VIDEOS.items():
-        if "share" in (gap := blind["loss"].get(name, {})):
-            span = f"{gap['share_low']:.1%} … {gap['share_high']:.1%}"
-            lines.append(f"{english:<20}{gap['share']:>9.1%}{span:>20}")
-    lines += [f"WARNING: {warning}" for warning in blind["warnings"]]
-    return "\n".join(lines)
 
 
 def _score_share(
@@ -325,16 +222,6 @@ def _score_share(
             file.add(records)
             # The other ranks are about as far.
             progress.done = min(progress.done + len(records) * world, len(todo))
-
-
-def _read_texts(reader: SampleReader, positions: Sequence[int]) -> list[ClipText]:
-    """The texts of the clips that can be read."""
-    with phase("reading the captions", len(positions), "clips") as progress:
-        texts = []
-        for position in positions:
-            texts.append(read_text(reader, position))
-            progress.advance()
-    return [text for text in texts if isinstance(text, ClipText)]
 
 
 def _prepare(folder: Path, settings: dict, again: bool) -> bool:
@@ -378,14 +265,6 @@ def _by_position(records: Sequence[dict]) -> dict[int, dict]:
     """One record per clip, in the order of the data."""
     found = {record["position"]: record for record in records}
     return dict(sorted(found.items()))
-
-
-def _save(output: Path, metrics: dict, predictions: list[dict], records: list[dict]) -> None:
-    bad = [r for r in records if "unreadable" in r]
-    write(output / "ledger.jsonl", "".join(map(json_line, bad)))
-    write(output / "predictions.jsonl", "".join(map(json_line, predictions)))
-    write(output / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(output / "parts", ignore_errors=True)  # NFS keeps what someone has open
 
 
 def _folder_name(run: Path, dataset: Dataset, split: str) -> str:

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlmds.console.progress import phase
 from vlmds.data.exact_reader import Unreadable, read_exactly
-from vlmds.data.loader import Sample, SampleReader, visual_inputs
+from vlmds.data.loader import Sample, SampleReader, SampleRows, visual_inputs
 from vlmds.data.stored import read_description
 from vlmds.errors import SampleError
 from vlmds.experiments.schema import Experiment
@@ -59,7 +60,7 @@ class ClipText:
     source: str
 
 
-def read_text(reader: SampleReader, position: int) -> ClipText | Unreadable:
+def read_text(reader: SampleRows, position: int) -> ClipText | Unreadable:
     """The text at a position; of the shard, only the clip's JSON is read."""
     row = reader.row(position)
     only_json = replace(row, members=tuple(m for m in row.members if m.ext == "json"))
@@ -69,6 +70,16 @@ def read_text(reader: SampleReader, position: int) -> ClipText | Unreadable:
         return Unreadable(position, row.key, str(error))
     duration = None if row.duration is None else row.span[1] - row.span[0]
     return ClipText(position, row.key, meta["captions"], meta.get("prompt"), duration, meta.get("source", row.key))
+
+
+def read_texts(reader: SampleRows, positions: Sequence[int]) -> list[ClipText]:
+    """The texts of the clips that can be read."""
+    with phase("reading the captions", len(positions), "clips") as progress:
+        texts = []
+        for position in positions:
+            texts.append(read_text(reader, position))
+            progress.advance()
+    return [text for text in texts if isinstance(text, ClipText)]
 
 
 def evaluated_positions(count: int, clips: int | None) -> list[int]:
