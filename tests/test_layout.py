@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "errors", "console", "pages", "files", "permissions", "experiments", "distributed", "video", "models", "runs", "data",
-    "packing", "inference", "evaluation", "planning", "captioning", "serve", "doctor", "training", "export", "demo",
-    "bench", "cli",
+    "packing", "inference", "evaluation", "planning", "captioning", "serve", "review", "doctor", "training", "export",
+    "demo", "bench", "cli",
 )  # fmt: skip
 """From the top. docs/architecture.md draws them in this order."""
 SHIPPED = "vlmds.export.bundle"  # modules that are copied into an export; there they import each other

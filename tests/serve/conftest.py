@@ -38,15 +38,16 @@ def served_runs(clip, tmp_path_factory):
 def server(served_runs, tmp_path_factory):
     import uvicorn
 
-    from vlmds.serve.app import _listen, make_app
+    from vlmds.serve.app import make_app
     from vlmds.serve.limits import Limits
+    from vlmds.serve.listening import listen
     from vlmds.serve.loaded import Models
 
     models = Models.load(
         served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000, decode_seconds=20.0), device="cpu"
     )
     folder = tmp_path_factory.mktemp("uploads")
-    listening = _listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(make_app(models, folder), log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -188,7 +188,15 @@ class ShardIndex:
     def read(self, row: SampleRow) -> dict[str, bytes]:
         """The sample's members {extension: bytes}, "json" among them, checked against the index.
         Raises SampleError naming shard, key and member."""
-        return self._reader.read(f"{row.split}/{row.shard:06d}.tar", row.key, row.members)
+        return self.read_members(row, row.members)
+
+    def read_members(self, row: SampleRow, members: Iterable[Member]) -> dict[str, bytes]:
+        """As :meth:`read`, some of the sample's members."""
+        return self._reader.read(f"{row.split}/{row.shard:06d}.tar", row.key, members)
+
+    def read_part(self, row: SampleRow, member: Member, begin: int, size: int) -> bytes:
+        """``size`` bytes of a member from ``begin`` on. Without a check: its crc32 is of the whole. Raises SampleError."""
+        return self._reader.read_part(f"{row.split}/{row.shard:06d}.tar", row.key, member, begin, size)
 
     def verify_index(self) -> None:
         """Read all of index.parquet and check its sha256. Raises InputError."""

@@ -84,6 +84,18 @@ class ShardReader:
             self._files.clear()
         return self._read(path, key, members)
 
+    def read_part(self, path: str, key: str, member: Member, begin: int, size: int) -> bytes:
+        """``size`` bytes of a member from ``begin`` on, which no checksum covers. Arguments and errors as of
+        :meth:`read`."""
+        where = f"{path}: {key}.{member.ext}"
+        try:
+            data = self._files.get(path)(member.offset + begin, size)
+        except OSError as error:
+            raise SampleError(f"{where}: {error.strerror or error}") from error
+        if len(data) != size:
+            raise SampleError(f"{where}: the shard ends before it")
+        return data
+
     def verify(self, shards: Iterable[ShardInfo], level: str = "size") -> None:
         """Check shards by "size", or by "sha256" (which reads them). Raises InputError."""
         if level not in ("size", "sha256"):

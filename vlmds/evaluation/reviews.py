@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from vlmds.errors import InputError
 from vlmds.files import sync_folder, write
@@ -40,7 +40,7 @@ MARKS: tuple[Mark, ...] = ("invented_object", "wrong_action", "wrong_direction",
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True)
 
 
 class ReviewedRun(_Record):
@@ -94,7 +94,7 @@ class Correction(_Record):
     """A better caption of the clip. run ("from" in the file): id of the run whose caption was corrected."""
 
     text: str = Field(min_length=1)
-    run: str = Field(alias="from")
+    run: str = Field(validation_alias=AliasChoices("from", "run"), serialization_alias="from")
 
 
 class Answer(_Record):
