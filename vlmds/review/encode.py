@@ -39,15 +39,14 @@ def main(start: float | None, end: float | None, seconds: float) -> None:
 
 
 def encode_span(data: bytes, start: float | None, end: float | None) -> bytes:
-    """The frames of [start, end] (seconds; default: the video), upright, as an MP4 that begins with its table of
-    frames. Raises SampleError."""
+    """The frames of [start, end] (seconds; default: the video), upright, as an MP4. Raises SampleError."""
     info = probe(data)
     begin, stop = clip_span(info.duration, start, end)
     first, last = (int(i) for i in pick_frames(info.pts, np.array([begin, stop])))
     scale = min(1.0, LINES / info.height, LINES * 16 / 9 / info.width)
     width, height = (max(2, round(side * scale / 2) * 2) for side in (info.width, info.height))
     buffer = io.BytesIO()
-    with reading("cannot be encoded"), av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}) as out:
+    with reading("cannot be encoded"), av.open(buffer, "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=30, options={"preset": "veryfast", "crf": "23", "bf": "0"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = _MICROSECONDS
