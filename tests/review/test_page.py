@@ -152,7 +152,7 @@ def test_marks_correction_reference_undo_and_skip_by_keyboard(server, tmp_path):
         page.until(f"pair.id === '{first}' && !busy")
         assert page.run("return [marksOf('left'), marksOf('right'), correction()]") == [
             ["invented_object"],
-            ["wrong_direction"],
+            ["wrong_action"],
             {"text": captions["right"] + "123 더.", "side": "right"},
         ]
         assert "taken back" in page.text()
@@ -160,7 +160,7 @@ def test_marks_correction_reference_undo_and_skip_by_keyboard(server, tmp_path):
         page.until(f"pair.id === '{third}' && !busy")
         [answer] = read_reviews(tmp_path / "reviews").answers
         assert answer.choice == "left" and answer.reference and answer.corrected.text.endswith("123 더.")
-        assert answer.corrected.run == answer.right and answer.marks.right == ("wrong_direction",)
+        assert answer.corrected.run == answer.right and answer.marks.right == ("wrong_action",)
         assert not browser.get_log("browser")
 
 
@@ -194,7 +194,8 @@ def test_headings_names_contrast_and_width(server, language, width, dark, tmp_pa
     with open_browser("1280,900") as browser:
         page = Browser(browser, server.url)
         browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False},
         )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})

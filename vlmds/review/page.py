@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from vlmds.evaluation.reviews import MARKS
+from vlmds.pages.render import json_text, source
 from vlmds.review.texts import TEXTS
 
-_FOLDER = Path(__file__).parent
-SCRIPT = (_FOLDER / "page.js").read_text(encoding="utf-8")
-STYLE = (_FOLDER / "page.css").read_text(encoding="utf-8")
+SCRIPT = source("vlmds.review", "page.js")
+STYLE = source("vlmds.pages", "base.css") + source("vlmds.review", "page.css")
 
 
 def page_html() -> str:
     """The page, with its texts; nothing in it depends on the reviews."""
-    page = (_FOLDER / "page.html").read_text(encoding="utf-8")
-    given = json.dumps({"texts": TEXTS, "marks": MARKS}, ensure_ascii=False).replace("<", "\\u003c")
-    return page.replace("{{given}}", given)
+    return source("vlmds.review", "page.html").replace("{{given}}", json_text({"texts": TEXTS, "marks": MARKS}))
