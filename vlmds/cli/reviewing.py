@@ -58,7 +58,7 @@ def _choice(args: argparse.Namespace) -> Any:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from vlmds.review.export import write_manifest, write_preferences
+    from vlmds.review.corrections import write_manifest, write_preferences
 
     if len(args.runs) != 2:
         raise InputError(

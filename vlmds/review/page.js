@@ -4,6 +4,7 @@
 const {texts, marks: MARKS} = JSON.parse(document.getElementById("given").textContent);
 const MARK_KEYS = {left: ["KeyA", "KeyS", "KeyD", "KeyF", "KeyG"], right: ["KeyH", "KeyJ", "KeyK", "KeyL", "Semicolon"]};
 const SIDES = ["left", "right"];
+const NARROW = matchMedia("(max-width: 480px)");
 const RETRY = 2000;  // milliseconds
 
 const $ = (id) => document.getElementById(id);
@@ -138,7 +139,9 @@ function showCaption(side, checked) {
   $(side).replaceChildren(
     make("h3", {textContent: text("caption", {number})}),
     make("p", {lang: caption ? "ko" : language, textContent: caption || text("empty")}),
-    make("fieldset", {}, make("legend", {textContent: text("marks")}), ...list),
+    // On a telephone closed, so that both captions are on the screen.
+    make("details", {open: !NARROW.matches || checked.length > 0},
+      make("summary", {textContent: text("marks")}), make("fieldset", {ariaLabel: text("marks")}, ...list)),
     make("div", {className: "row"}, make("button", {type: "button", className: "plain", onclick: () => edit(side)},
       make("span", {textContent: text("correct", {number})}), " ", make("kbd", {textContent: number === 1 ? "E" : "R"}))),
   );

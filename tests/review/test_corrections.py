@@ -13,7 +13,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation.reviews import Answer, Correction, SideMarks, answers_path, append_answer, read_reviews
 from vlmds.packing.pack import pack
 from vlmds.review.choose import Choice
-from vlmds.review.export import write_manifest, write_preferences
+from vlmds.review.corrections import write_manifest, write_preferences
 from vlmds.review.folder import open_reviews
 
 
