@@ -18,6 +18,7 @@ from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
 from vlmds.evaluation import evaluate
+from vlmds.evaluation.blind import blind_tests
 from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset
 from vlmds.evaluation.saved import read_evaluation
 from vlmds.evaluation.scoring import ClipText, evaluated_positions, frame_orders, read_text, swap_videos
@@ -144,7 +145,7 @@ def test_a_gap_beyond_noise_gives_no_warning():
     records = [{"real": [-2.0 - i / 90, 2], "blank": [-6.0, 2]} for i in range(30)]
     captions = [t.captions[0] for t in texts]
     swapped = swap_videos(texts)
-    found = evaluate.blind_tests(
+    found = blind_tests(
         texts,
         records,
         captions,
