@@ -52,6 +52,9 @@ def compare(args: argparse.Namespace) -> int:
         margin=args.margin,
         csv=args.csv,
         latex=args.latex,
+        json=args.json,
+        reviews=args.reviews,
+        by=args.by,
     )
     return 0
 
@@ -92,24 +95,32 @@ def write_comparison(
     margin: float | None = None,
     csv: Path | None = None,
     latex: Path | None = None,
+    json: Path | None = None,
+    reviews: Path | None = None,
+    by: str = "metrics",
 ) -> None:
     from vlmds.evaluation.compare import compare
     from vlmds.evaluation.evaluated_runs import load_run
-    from vlmds.evaluation.report import to_csv, to_latex, write_report
-    from vlmds.evaluation.verdict import verdict_line
+    from vlmds.evaluation.people_report import add_people, closing_line, people_text
+    from vlmds.evaluation.report import to_csv, to_json, to_latex, write_report
     from vlmds.files import write
 
+    if by == "people" and reviews is None:
+        raise InputError("--by people: give the folder of reviews with --reviews DIR (made by vlmds review)")
     loaded = [load_run(path, evaluation) for path in runs]
-    found = compare(
-        loaded, metric, [chosen.split() for chosen in words], **({} if margin is None else {"margin": margin})
-    )
+    of_metric = {} if margin is None or by == "people" else {"margin": margin}
+    found = compare(loaded, metric, [chosen.split() for chosen in words], **of_metric)
+    if reviews:
+        add_people(found, loaded, reviews, by, margin if by == "people" else None)
     size = write_report(output, loaded, found)
-    for path, text in ((csv, to_csv), (latex, to_latex)):
+    for path, text in ((csv, to_csv), (latex, to_latex), (json, to_json)):
         if path:
             write(path, text(found))
     for warning in found["warnings"]:
         print(f"WARNING: {warning['en']}", file=sys.stderr)
-    print(f"{verdict_line(found)}\nsaved: {output} ({size / 1e6:.1f} MB)")
+    if reviews:
+        print(people_text(found))
+    print(f"{closing_line(found)}\nsaved: {output} ({size / 1e6:.1f} MB)")
 
 
 def sweep(args: argparse.Namespace, size=None) -> int:
@@ -191,9 +202,18 @@ def add_compare(commands) -> None:
         "--margin",
         type=_share,
         metavar="SHARE",
-        help="how much worse than the best a cheaper experiment may be, as a share of its value (default: 0.03)",
+        help="how much worse than the best a cheaper experiment may be, as a share of its value (default: 0.03); with --by "
+        "people, how far below one half the probability may be that it is preferred (default: 0.05)",
+    )
+    add("--reviews", type=Path, metavar="DIR", help="folder of vlmds review: what people and judges answered")
+    add(
+        "--by",
+        choices=("metrics", "people"),
+        default="metrics",
+        help="what the verdict is by: metrics (default), or people's preference in --reviews",
     )
     add("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
+    add("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
     add("--latex", type=Path, metavar="FILE", help="also write the table as LaTeX")
     command.set_defaults(call=compare)
 
@@ -233,8 +253,13 @@ def _seed_range(text: str) -> list[int]:
 
 
 def _share(text: str) -> float:
-    """ "3%" and "0.03" alike. Raises ValueError."""
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    """ "3%" and "0.03" alike. Raises ValueError, or an error for argparse if it is a number of 1 or more without %."""
+    number = float(text.removesuffix("%"))
+    if text.endswith("%"):
+        return number / 100
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is {number:.0%}; write {number:g}% or {number / 100:g}")
+    return number
 
 
 def add_sweep(commands) -> None:

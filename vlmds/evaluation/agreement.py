@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+from vlmds.evaluation.preferences import DRAWS, resampled
 from vlmds.evaluation.statistics import CONFIDENCE
-
-DRAWS = 2000
 
 
 def share_interval(marked: np.ndarray, shown: np.ndarray) -> dict[str, float]:
@@ -63,8 +62,7 @@ def krippendorff_alpha(
     value = float(_alpha(summed.sum(axis=0)[None])[0])
     if np.isnan(value):
         return None
-    weights = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), DRAWS)
-    drawn = _alpha(np.tensordot(weights, summed, axes=1))
+    drawn = _alpha(np.tensordot(resampled(clusters, DRAWS), summed, axes=1))
     low, high = np.quantile(drawn[~np.isnan(drawn)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return {"value": value, "low": float(low), "high": float(high), "units": int(len(seen))}
 

@@ -75,6 +75,8 @@ def compare(
         "factors": factors(table, estimates[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
         "words": _words(groups, keys, words),
+        "people": None,  # see vlmds.evaluation.people_report.add_people
+        "by": "metrics",
         "tokenisation": {level: text for level, text in _levels(runs).items() if f"@{level}" in "".join(names)},
     }
 

@@ -139,7 +139,9 @@ def counts_by(comparisons: Comparisons, cluster: np.ndarray, clusters: int, meth
 
 def resampled(clusters: int, draws: int, seed: int = 0) -> np.ndarray:
     """float64 [draws, clusters]: how often each source is drawn."""
-    return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(np.float64)
+    drawn = np.random.default_rng(seed).integers(0, clusters, (draws, clusters))
+    index = (drawn + clusters * np.arange(draws)[:, None]).ravel()
+    return np.bincount(index, minlength=draws * clusters).reshape(draws, clusters).astype(np.float64)
 
 
 def spread_of(draws: np.ndarray) -> np.ndarray:

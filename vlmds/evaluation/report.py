@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from plotly.offline import get_plotlyjs
 
 from vlmds.evaluation.blind import VIDEOS, doubts
@@ -19,7 +22,9 @@ from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_
 from vlmds.evaluation.like_for_like import shown_value
 from vlmds.evaluation.metrics import CHARACTERS
 from vlmds.evaluation.next_steps import next_steps
-from vlmds.evaluation.verdict import verdict_sentences, weakened
+from vlmds.evaluation.people_report import MARK_NAMES, headline, people_columns
+from vlmds.evaluation.people_verdict import people_sentences
+from vlmds.evaluation.verdict import weakened
 from vlmds.experiments.schema import PROJECTORS
 from vlmds.files import write
 from vlmds.pages.render import Text, json_text, policy, render, source
@@ -42,7 +47,9 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
         policy=policy(*scripts),
         scripts=scripts,
         found=found,
-        sentences=verdict_sentences(found),
+        sentences=headline(found),
+        people_said=people_sentences(found["people"]["verdict"]) if (found["people"] or {}).get("verdict") else [],
+        marks=MARK_NAMES,
         weakened=weakened(found),
         compared=compared_facts(runs, groups, found),
         by_value=by_value,
@@ -153,10 +160,11 @@ def clip_grid(groups: list[Group], metric: str, keys: list[str]) -> list[dict]:
 
 
 def to_csv(found: dict[str, Any]) -> str:
-    """One row per experiment: metrics with their intervals, then costs."""
+    """One row per experiment: metrics with their intervals, costs, and what people answered."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     names = found["metrics"]
+    of_people, cells = people_columns(found)
     writer.writerow(
         [
             "experiment",
@@ -165,9 +173,10 @@ def to_csv(found: dict[str, Any]) -> str:
             "seeds",
             *(f"{n} {part}" for n in names for part in ("value", "low", "high")),
             *COST,
+            *of_people,
         ]
     )
-    for row in found["table"]:
+    for row, answered in zip(found["table"], cells, strict=True):
         writer.writerow(
             [
                 row["name"],
@@ -176,9 +185,25 @@ def to_csv(found: dict[str, Any]) -> str:
                 row["seeds"],
                 *(f"{row['metrics'][n][part]:.4f}" for n in names for part in ("value", "low", "high")),
                 *(row["cost"][key] for key in COST),
+                *answered,
             ]
         )
     return file.getvalue()
+
+
+def to_json(found: dict[str, Any]) -> str:
+    """All figures; what is not a number is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(found), ensure_ascii=False, indent=1, default=str) + "\n"
 
 
 def to_latex(found: dict[str, Any]) -> str:
