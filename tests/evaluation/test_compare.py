@@ -273,9 +273,12 @@ def test_the_command_lists_as_tied_others_than_the_best(runs, tmp_path, capsys):
 
 
 def test_the_margin_is_a_share(runs, tmp_path, capsys):
-    for margin in ("0", "1.5"):
+    for margin, shown in (("0", "0"), ("150%", "1.5")):
         assert main(["compare", str(runs["e3"]), "--margin", margin, "-o", str(tmp_path / "r.html")]) == 2
-        assert f"--margin {margin}: not a share between 0 and 1" in capsys.readouterr().err
+        assert f"--margin {shown}: not a share between 0 and 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", str(runs["e3"]), "--margin", "3", "-o", str(tmp_path / "r.html")])
+    assert "argument --margin: 3 is 300%; write 3% or 0.03" in capsys.readouterr().err
 
 
 def test_words_that_no_reference_has_are_refused(runs):

@@ -183,9 +183,12 @@ def test_power_from_assumptions_is_the_textbook_number(capsys):
     assert main(["power", "--clip-sd", "0.3", "--seed-sd", "1%", "--seeds", "2..5"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip()[0].isdigit()]
     assert rows[0][1:4] == ["too", "few", "seeds"] and int(rows[-1][1].replace(",", "")) > 785
-    for wrong in (["--difference", "0"], ["--clip-sd", "0.3", "--power", "2"], []):
+    for wrong in (["--difference", "0"], ["--clip-sd", "0.3", "--power", "200%"], []):
         assert main(["power", *wrong]) == 2
     assert "give evaluated runs, or assume --clip-sd" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["power", "--clip-sd", "30"])
+    assert "argument --clip-sd: 30 is 3000%; write 30% or 0.3" in capsys.readouterr().err
 
 
 def test_power_from_evaluations_and_in_the_report(tmp_path, capsys):
