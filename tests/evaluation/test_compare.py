@@ -262,7 +262,7 @@ def test_a_fifth_projector_appears_by_its_registration(runs, tmp_path, monkeypat
     found = compare(loaded)
     assert "fifth + lora" in found["factors"]["missing"]
     write_report(tmp_path / "r.html", loaded, found)
-    assert "<td>fifth</td>" in (tmp_path / "r.html").read_text("utf-8")
+    assert '<th scope="row">fifth</th>' in (tmp_path / "r.html").read_text("utf-8")
 
 
 def test_the_command_lists_as_tied_others_than_the_best(runs, tmp_path, capsys):

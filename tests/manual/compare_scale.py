@@ -1,4 +1,4 @@
-"""Seconds and peak memory of `vlmds compare` on planted evaluations.
+"""Seconds and peak memory of `vlmds compare` on planted evaluations, and seconds until its page is open in Chromium.
 
 python -m tests.manual.compare_scale FOLDER [CLIPS [EXPERIMENTS [SEEDS]]]     (default 10000 8 3)
 """
@@ -11,7 +11,25 @@ import sys
 import time
 from pathlib import Path
 
+from tests.browser import CHROMIUM, DRIVER, open_browser
 from tests.evaluation.planted import plant
+
+TIMES = 3
+
+
+def opening(page: Path) -> list[float]:
+    """Seconds from the start of loading until the page is painted with its first clips, each time in a new browser."""
+    found = []
+    for _ in range(TIMES):
+        with open_browser("1280,1000") as browser:
+            browser.get(page.as_uri())
+            found.append(
+                browser.execute_async_script(
+                    "const done = arguments[0], shown = () => document.querySelector('.clip') ? requestAnimationFrame(() =>"
+                    " requestAnimationFrame(() => done(performance.now() / 1000))) : setTimeout(shown, 20); shown()"
+                )
+            )
+    return found
 
 
 def main() -> None:
@@ -31,6 +49,8 @@ def main() -> None:
         f"{clips:,} clips × {experiments} experiments × {seeds} seeds: {seconds:.1f} s, {memory:.2f} GiB, "
         f"page {page.stat().st_size / 1e6:.1f} MB"
     )
+    if CHROMIUM and DRIVER:
+        print("page open after " + ", ".join(f"{seconds:.2f}" for seconds in opening(page)) + " s")
 
 
 if __name__ == "__main__":

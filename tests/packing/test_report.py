@@ -1,6 +1,8 @@
 """`pack_report.html`: its figures, in both languages, and its safety."""
 
 import base64
+import hashlib
+import html
 import io
 import re
 import shutil
@@ -24,18 +26,23 @@ HOSTILE = '</p><script>alert("x")</script><img src=x onerror=alert(1)>'
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the visible text."""
+    """Tags with their attributes, and the text that is visible in one language."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, language: str = "en"):
         super().__init__()
-        self.tags, self.text = [], ""
+        self.tags, self.text, self.hidden = [], "", False
+        self.other = {"en": "ko", "ko": "en"}[language]
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        self.hidden |= tag == "span" and dict(attrs).get("lang") == self.other
+
+    def handle_endtag(self, tag):
+        self.hidden &= tag != "span"
 
     def handle_data(self, data):
-        self.text += data
+        self.text += "" if self.hidden else data
 
     def images(self) -> list[Image.Image]:
         found = [a["src"] for tag, a in self.tags if tag == "img"]
@@ -71,9 +78,9 @@ def test_the_page_has_counts_rejects_and_captions(packed):
     page = Page(write_report(packed).read_text("utf-8"))
     text = re.sub(r"\s+", " ", page.text)
     for part in (
-        "3 samples",
-        "4 captions",
-        "2 rejected rows",
+        "samples 3",
+        "captions 4",
+        "rejected rows 2",
         "file not found 1",
         "empty caption 1",
         "h264 3",
@@ -81,10 +88,19 @@ def test_the_page_has_counts_rejects_and_captions(packed):
         "96 × 48 1",
         HOSTILE,
         "val / v2",
-        "3 samples샘플",
         f"median 1.5, from 1 to {len(HOSTILE)};",
     ):
         assert part in text, part
+
+
+def test_the_page_in_korean(packed):
+    text = re.sub(r"\s+", " ", Page(write_report(packed).read_text("utf-8"), "ko").text)
+    for part in ("샘플 3", "제외된 행 2", "파일을 찾을 수 없음 1", "빈 캡션 1", "64 × 48, 1.2초, h264", "중앙값 1.5,"):
+        assert part in text, part
+    for english in ("samples", "file not found", "median", "Resolution", "frame"):
+        assert english not in text[text.index("패킹한 데이터셋") :].split('"use strict"')[0].replace("frames", ""), (
+            english
+        )
 
 
 @pytest.mark.parametrize("store", ["video", "frames"])
@@ -111,13 +127,20 @@ def test_a_row_with_start_and_end_counts_for_its_span(tmp_path, store):
         ("all", "4.0"),
     ], text
     assert "median 1, from 0.5 to 4;" in text
-    assert re.search(r"\b6 s of video", text), text
+    assert "of video 6 s" in text, text
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing(packed):
+def test_the_page_asks_for_nothing_and_runs_its_own_script_alone(packed):
     text = write_report(packed).read_text("utf-8")
     page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a"}
+    tags = [tag for tag, _ in page.tags]
+    assert not {*tags} & {"link", "iframe", "object", "a"} and tags.count("script") == 1
+    script = re.search(r"<script>(.*)</script>", text, re.DOTALL)[1]
+    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'"
+        in html.unescape(text)
+    )
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") or name == "href" for name in attributes), tag
         assert attributes.get("src", "data:").startswith("data:image/jpeg;base64,") or tag != "img"
@@ -160,7 +183,7 @@ def test_a_damaged_sample_costs_its_picture_alone(packed, tmp_path):
     tar.write_bytes(data)
     page = Page(write_report(copy).read_text("utf-8"))
     assert len(page.images()) == 2 * report.SHEET_FRAMES
-    assert "not shown표시할 수 없음: val/000000.tar" in page.text
+    assert "not shown: val/000000.tar" in page.text
 
 
 @pytest.mark.parametrize(
@@ -209,10 +232,14 @@ def test_histogram_limits():
     bars = histogram("x", np.array([0.0] * 500 + [240.0] * 500 + [9000.0])).bars
     assert bars[0].label == "0 – 10" and bars[0].count == 500
     assert bars[-1].label == "≥ 230" and bars[-1].count == 501
+    ticks = histogram("x", np.array([0.0] * 500 + [240.0] * 500 + [9000.0])).ticks
+    assert ticks[0] == (0.0, "0") and ticks[-1][1] == "≥ 230" and len(ticks) <= 6
+    assert histogram("x", np.array([3.0, 3, 5]), True).ticks == [(100 * (i + 0.5) / 3, str(3 + i)) for i in range(3)]
 
 
 def test_categories_sum_up_the_rest():
     counts = Counter({f"{i:02d}": 20 - i for i in range(20)})
     bars = categories("x", counts).bars
     assert [b.label for b in bars[:2]] == ["00", "01"]
-    assert bars[-1].label == "8 others · 기타" and bars[-1].count == sum(20 - i for i in range(12, 20))
+    assert (bars[-1].label, bars[-1].korean) == ("8 others", "그 외 8가지")
+    assert bars[-1].count == sum(20 - i for i in range(12, 20))

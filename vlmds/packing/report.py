@@ -9,15 +9,15 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from vlmds.console.text import size_text
@@ -26,6 +26,8 @@ from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.stored import decode_stored, pixels_of, read_description, read_jpeg
 from vlmds.errors import SampleError
 from vlmds.files import write
+from vlmds.packing.korean import REASONS
+from vlmds.pages.render import Text, policy, render, source
 from vlmds.video.fit import fit_of
 from vlmds.video.jpeg import data_uri
 from vlmds.video.pool import DecodePool
@@ -46,29 +48,33 @@ KOREAN = {  # titles of charts
     "Resolution": "해상도",
 }
 
-Text = tuple[str, str]
-"""In English and in Korean."""
-
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a chart. share: of the longest bar, 0 … 1."""
+    """One bar of a chart. share: of the longest bar, 0 … 1. korean: the label in Korean."""
 
     label: str
     count: int
     share: float
+    korean: str
 
 
 @dataclass(frozen=True)
 class Chart:
     """A histogram. columns: bars side by side, ordered by a quantity; otherwise categories, one per
-    line. summary, note (what the chart leaves out): in English and Korean."""
+    line. summary, note (what the chart leaves out): in English and Korean. ticks: (place in percent of the width,
+    label) of the axis below columns."""
 
     title: str
     columns: bool
     bars: list[Bar]
     summary: Text = ("", "")
     note: Text = ("", "")
+    ticks: Sequence[tuple[float, str]] = ()
+
+    @property
+    def most(self) -> int:
+        return max(bar.count for bar in self.bars)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class SheetClip:
     key: str
     split: str
     caption: str
-    facts: str
+    facts: Text
     images: list[str]
     problem: str = ""
 
@@ -113,18 +119,17 @@ def write_report(out: Path) -> Path:
         categories("Codec", Counter(_counts(table["codec"]))),
         categories("Resolution", Counter(_resolutions(table))),
     ]
-    environment = Environment(
-        loader=PackageLoader("vlmds.packing", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    script = source("vlmds.pages", "switch.js")
+    page = render(
+        "vlmds.packing",
+        "report.html.j2",
+        title=("Packed dataset", "패킹한 데이터셋"),
+        policy=policy(script),
+        scripts=[script],
         facts=_facts(index, table, float(np.nansum(seconds))),
         splits=_splits(index),
         charts=charts,
-        rejects=categories("", reasons, most=len(reasons) or 1).bars,
+        rejects=categories("", reasons, most=len(reasons) or 1, korean=REASONS).bars,
         rejected=index.meta["rejected"],
         unseen={"en": coverage_lines([index]), "ko": coverage_lines([index], korean=True)},
         korean=KOREAN,
@@ -158,33 +163,52 @@ def histogram(title: str, values: np.ndarray, whole: bool = False, note: Text = 
     bins = min(math.floor(high / step) - first + 1, MOST_BINS)
     # The division may miss a limit by a rounding error, 0.3 / 0.1 for one.
     place = np.floor(values / step + 1e-9).astype(np.int64) - first
+    cut = bool(place.max() >= bins)
     counts = np.bincount(np.clip(place, 0, bins - 1), minlength=bins)
     labels = [f"{(first + i) * step:g} – {(first + i + 1) * step:g}" for i in range(bins)]
     if whole and step == 1:
         labels = [f"{first + i:g}" for i in range(bins)]
-    if place.max() >= bins:
+    if cut:
         labels[-1] = f"≥ {(first + bins - 1) * step:g}"
     median, least, largest = (f"{value:.4g}" for value in (np.median(values), values.min(), values.max()))
     summary = (
         f"median {median}, from {least} to {largest}; the highest column is {counts.max():,}",
         f"중앙값 {median}, 범위 {least} ~ {largest}, 가장 높은 막대 {counts.max():,}",
     )
-    return Chart(title, True, _bars(zip(labels, counts.tolist())), summary, note)
+    edges = [f"{(first + i) * step:g}" for i in range(bins + 1)]
+    ticks = _ticks(edges, centred=whole and step == 1, cut=cut)
+    return Chart(title, True, _bars(zip(labels, counts.tolist())), summary, note, ticks)
 
 
-def categories(title: str, counts: Counter[str], most: int = MOST_BARS) -> Chart:
-    """A bar for each of the most frequent categories, and one for all others."""
+def _ticks(edges: list[str], centred: bool, cut: bool) -> list[tuple[float, str]]:
+    """About five labels below the columns, whose limits are `edges`. centred: each column is one number. cut: the
+    last column has all larger values."""
+    bins = len(edges) - 1
+    last = bins - 1 if centred or cut else bins
+    every = max(1, math.ceil(last / 5))
+    # The last limit is always labelled, and those just before it are not.
+    chosen = [i for i in range(0, last, every) if last - i >= every / 2] + [last]
+    shift = 0.5 if centred else 0.0
+    return [(100 * (i + shift) / bins, f"≥ {edges[i]}" if cut and i == bins - 1 else edges[i]) for i in chosen]
+
+
+def categories(
+    title: str, counts: Counter[str], most: int = MOST_BARS, korean: Mapping[str, str] = MappingProxyType({})
+) -> Chart:
+    """A bar for each of the most frequent categories, and one for all others. korean: of categories."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown, others = ordered[:most], ordered[most:]
     if others:
-        shown.append((f"{len(others):,} others · 기타", sum(count for _, count in others)))
-    return Chart(title, False, _bars(shown))
+        rest = f"{len(others):,} others"
+        shown.append((rest, sum(count for _, count in others)))
+        korean = {**korean, rest: f"그 외 {len(others):,}가지"}
+    return Chart(title, False, _bars(shown, korean))
 
 
-def _bars(counts: Iterable[tuple[str, int]]) -> list[Bar]:
+def _bars(counts: Iterable[tuple[str, int]], korean: Mapping[str, str] = MappingProxyType({})) -> list[Bar]:
     pairs = list(counts)
     longest = max((count for _, count in pairs), default=0) or 1
-    return [Bar(label, count, count / longest) for label, count in pairs]
+    return [Bar(label, count, count / longest, korean.get(label, label)) for label, count in pairs]
 
 
 def _round_step(least: float, whole: bool) -> float:
@@ -197,11 +221,12 @@ def _round_step(least: float, whole: bool) -> float:
     return next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= least * (1 - 1e-9))
 
 
-def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[Text, str]]:
+def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[Text, str | Text]]:
     """Label and value of each tile at the top. seconds: total length of the samples."""
     shards = index.meta["shards"]
     size = sum(shard["bytes"] for shard in shards)
-    facts = [
+    hours, whole = f"{seconds / 3600:,.1f}", f"{seconds:,.0f}"
+    facts: list[tuple[Text, str | Text]] = [
         (("samples", "샘플"), f"{table.num_rows:,}"),
         (("captions", "캡션"), f"{pc.sum(table['num_captions']).as_py():,}"),
         (("rejected rows", "제외된 행"), f"{index.meta['rejected']:,}"),
@@ -209,7 +234,10 @@ def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[Tex
         (("shards", "샤드"), f"{len(shards):,}"),
         (("total size", "전체 크기"), size_text(size)),
         (("size per sample", "샘플당 크기"), size_text(size / max(table.num_rows, 1))),
-        (("of video", "영상 길이"), f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.0f} s"),
+        (
+            ("of video", "영상 길이"),
+            (f"{hours} h", f"{hours}시간") if seconds >= 3600 else (f"{whole} s", f"{whole}초"),
+        ),
     ]
     if index.meta.get("num_frames"):
         facts.append((("frames per sample", "샘플당 프레임"), str(index.meta["num_frames"])))
@@ -305,7 +333,10 @@ def _contact_sheet(index: ShardIndex) -> list[SheetClip]:
             caption, found = "", error
         images, problem = ([], str(found)) if isinstance(found, SampleError) else (found, "")
         start, end = row.span
-        facts = f"{row.width} × {row.height}, {end - start:.1f} s, {row.codec}"
+        facts = (
+            f"{row.width} × {row.height}, {end - start:.1f} s, {row.codec}",
+            f"{row.width} × {row.height}, {end - start:.1f}초, {row.codec}",
+        )
         clips.append(SheetClip(row.key, row.split, caption, facts, images, problem))
     return clips
 

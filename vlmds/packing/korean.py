@@ -1,0 +1,32 @@
+"""Korean forms of the phrases that reasons of rejected rows start with, for `pack_report.html`."""
+
+REASONS = {
+    "bad caption": "잘못된 캡션 형식",
+    "bad conversation": "잘못된 대화 형식",
+    "bad split": "잘못된 분할 이름",
+    "bad start or end": "잘못된 시작 또는 끝 시각",
+    "cannot be decoded": "디코딩할 수 없음",
+    "cannot be read": "영상 파일로 읽을 수 없음",
+    "cannot be repaired": "복구할 수 없음",
+    "decoder crashed": "디코더 비정상 종료",
+    "decoder hung": "디코딩 시간 초과",
+    "duplicate content": "중복된 내용",
+    "duplicate id": "중복된 id",
+    "empty caption": "빈 캡션",
+    "file cannot be read": "파일을 읽을 수 없음",
+    "file is empty": "빈 파일",
+    "file not found": "파일을 찾을 수 없음",
+    "file too large": "너무 큰 파일",
+    "frame too large": "너무 큰 화면",
+    "frame too large or narrow": "너무 크거나 좁은 화면",
+    "no caption": "캡션 없음",
+    "no frames": "프레임 없음",
+    "no video": "영상 경로 없음",
+    "no video stream": "영상 스트림 없음",
+    "not Unicode": "유니코드가 아닌 글자",
+    "out of memory": "디코딩 메모리 부족",
+    "several videos": "한 행에 영상이 여러 개",
+    "start past the end": "시작 시각이 영상보다 뒤",
+    "too many cells": "칸이 너무 많음",
+}
+"""An unknown phrase is shown in English."""
