@@ -39,13 +39,15 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
     groups = group_runs(runs)
     clips = clip_grid(groups, found["metric"], common_keys(runs))
     made = charts(runs, found)
-    scripts = [get_plotlyjs(), source("vlmds.pages", "switch.js") + source("vlmds.evaluation", "page/report.js")]
+    plotly = get_plotlyjs()
+    script = source("vlmds.pages", "switch.js") + source("vlmds.evaluation", "page/report.js")
     page = render(
         "vlmds.evaluation",
         "report.html.j2",
         title=("Comparison of experiments", "실험 비교"),
-        policy=policy(*scripts),
-        scripts=scripts,
+        policy=policy(script, plotly),
+        scripts=[script],
+        plotly=plotly,
         found=found,
         sentences=headline(found),
         people_said=people_sentences(found["people"]["verdict"]) if (found["people"] or {}).get("verdict") else [],

@@ -79,6 +79,7 @@ function colour(name) { // of a variable, as it is now
 }
 
 function draw(name) {
+  if (!window.Plotly) add(document.head, "script", $("plotly").textContent);
   const chart = D.charts[name], layout = chart.figure.layout, titles = chart.titles[root.lang], line = colour("--line");
   const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true };
   Plotly.react(name, chart.figure.data, {
@@ -89,7 +90,7 @@ function draw(name) {
   }, { responsive: true, displayModeBar: false });
 }
 
-// A chart is drawn when it comes near the screen, so that the page opens at once.
+// A chart is drawn when it comes near the screen, and the library only then, so that the page opens at once.
 const drawn = new Set();
 const near = new IntersectionObserver(entries => {
   for (const { isIntersecting, target } of entries)

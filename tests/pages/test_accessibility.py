@@ -1,0 +1,116 @@
+"""Both reports under axe-core, in both languages, light and dark, wide and narrow, and what axe does not check."""
+
+from importlib.resources import files
+
+import pytest
+
+from tests.browser import open_browser, see_charts
+from tests.clips import write_manifest, write_video
+from tests.evaluation.planted import plant
+from vlmds.evaluation.compare import compare
+from vlmds.evaluation.evaluated_runs import load_run
+from vlmds.evaluation.report import write_report
+from vlmds.packing import report as packing_report
+from vlmds.packing.pack import pack
+
+VIEWS = ((1280, "light", "en"), (1280, "dark", "ko"), (390, "dark", "en"), (390, "light", "ko"))
+"""Width, colours and language; each pair of two of these occurs."""
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]
+SMALL = """return [...document.querySelectorAll('button, select, input, summary, nav a')].filter(e => {
+  const r = e.getBoundingClientRect(); return e.checkVisibility() && Math.min(r.width, r.height) < 24;
+}).map(e => e.outerHTML)"""
+HALF = """const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) {
+  const span = walk.currentNode.parentElement.closest('span[lang=ko]'), text = walk.currentNode.textContent;
+  if (span && /[a-z]{3}/.test(text) && !/[가-힣]/.test(text)) found.push(text);
+}
+return found"""
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """With warnings, a long name and values that are not known."""
+    folder = tmp_path_factory.mktemp("comparison")
+    runs = [
+        plant(folder / "e3", "e3"),
+        plant(folder / "e4", "e4", value=52.0, overrides=["stages.0.epochs=3"]),
+        plant(folder / "e7-an-experiment-with-a-long-name", "e7", value=55.0, record={"global_batch": None}),
+    ]
+    loaded = [load_run(run) for run in runs]
+    write_report(folder / "report.html", loaded, compare(loaded))
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def packing(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packing")
+    for i in range(3):
+        write_video(folder / f"v{i}.mp4", frames=8 + 4 * i)
+    rows = [{"video": f"v{i}.mp4", "caption": "한 남자가 공원에서 산책하고 있습니다." * (i + 1)} for i in range(3)]
+    manifest = write_manifest(folder / "m.jsonl", [*rows, {"video": "none.mp4", "caption": "가"}])
+    pack(manifest, folder / "out", store="frames", num_frames=4, image_size=32, progress=False)
+    return packing_report.write_report(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser("1280,1000") as opened:
+        yield opened
+
+
+def show(browser, page, width, theme, language):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    colours = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", colours)
+    browser.get(page.as_uri())
+    if browser.execute_script("return document.documentElement.lang") != language:
+        browser.find_element("id", "lang").click()
+
+
+@pytest.mark.parametrize("report", ["comparison", "packing"])
+def test_a_report_is_accessible(report, request, browser):
+    axe = pytest.importorskip("axe_core_python", reason="axe-core-python is part of the extra test")
+    script = files(axe).joinpath("axe.min.js").read_text(encoding="utf-8")
+    page = request.getfixturevalue(report)
+    for view in VIEWS:
+        show(browser, page, *view)
+        browser.execute_script(script)
+        found = browser.execute_async_script(
+            "const done = arguments[1]; axe.run(document, {runOnly: arguments[0]}).then(done, e => done(String(e)))",
+            RULES,
+        )
+        broken = [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]]
+        assert found["passes"] and not broken, (view, broken)
+
+
+@pytest.mark.parametrize("report", ["comparison", "packing"])
+def test_a_report_fits_a_phone_and_follows_the_switches(report, request, browser):
+    page = request.getfixturevalue(report)
+    backgrounds = {}
+    for width, theme, language in VIEWS:
+        show(browser, page, width, theme, language)
+        ran = browser.execute_script
+        if width == 390:
+            see_charts(browser)
+        assert ran("return document.documentElement.scrollWidth <= innerWidth"), (width, language)
+        assert ran(SMALL) == [] and ran(HALF) == []
+        assert ran("return document.documentElement.lang") == language
+        assert ran("return document.querySelectorAll('h1').length") == 1
+        assert ran("return document.title") == ran("return document.querySelector('h1').innerText")
+        assert ran("return [...document.querySelectorAll('th')].every(e => e.scope)")
+        names = ran(
+            "return [...document.querySelectorAll('[role=img], img')].map(e => e.alt || e.getAttribute('aria-label'))"
+        )
+        assert names and all(names)
+        korean = [name for name in names if any("가" <= letter <= "힣" for letter in name)]
+        assert bool(korean) == (language == "ko")
+        backgrounds[theme] = ran("return getComputedStyle(document.body).backgroundColor")
+        # Wherever columns are out of sight a line says so, and the keyboard can scroll.
+        for box in browser.find_elements("css selector", ".scroll"):
+            wide = ran("return arguments[0].scrollWidth > arguments[0].clientWidth + 1", box)
+            hint = box.find_element("xpath", "following-sibling::p")
+            if ran("return arguments[0].checkVisibility()", box):
+                assert hint.is_displayed() == wide == (box.get_attribute("tabindex") == "0")
+    assert len({*backgrounds.values()}) == 2
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
