@@ -101,7 +101,7 @@ def test_what_to_do_next_where_nothing_is_decided(tmp_path):
     steps = next_steps(groups, compare(few))
     assert "at least 50 videos; these are 12" in steps[0].text[0]
     assert not any("export" in step.command for step in steps)
-    spread = [load_run(plant(tmp_path / f"s{name}", name, value=50.0, spread=60.0)) for name in ("e3", "e7")]
+    spread = [load_run(plant(tmp_path / f"s{name}", name, clips=400, spread=20.0)) for name in ("e3", "e7")]
     found = compare(spread)
     needed = found["verdict"]["needed"]
     assert f"about {needed['clips']:,} clips" in next_steps(group_runs(spread), found)[0].text[0]

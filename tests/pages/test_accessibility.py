@@ -26,6 +26,9 @@ while (walk.nextNode()) {
 }
 return found"""
 
+OPEN = """document.querySelectorAll('details').forEach(e => { e.open = true; });
+requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"""
+
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
@@ -66,6 +69,7 @@ def show(browser, page, width, theme, language):
     browser.get(page.as_uri())
     if browser.execute_script("return document.documentElement.lang") != language:
         browser.find_element("id", "lang").click()
+    browser.execute_async_script(OPEN)
 
 
 @pytest.mark.parametrize("report", ["comparison", "packing"])
@@ -77,7 +81,7 @@ def test_a_report_is_accessible(report, request, browser):
         show(browser, page, *view)
         browser.execute_script(script)
         found = browser.execute_async_script(
-            "const done = arguments[1]; axe.run(document, {runOnly: arguments[0]}).then(done, e => done(String(e)))",
+            "const [runOnly, done] = arguments; axe.run({exclude: ['.clip:nth-child(n + 4)']}, {runOnly, resultTypes: ['violations']}).then(done, e => done(String(e)))",
             RULES,
         )
         broken = [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]]
