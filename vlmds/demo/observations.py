@@ -180,6 +180,9 @@ class Lessons:
         names = (COLOURS, SHAPES, DIRECTIONS)
         return Attributes(*(list(table)[self.rng.integers(len(table))] for table in names))
 
+    def _sentence(self) -> str:
+        return str(self.rng.choice(sentences(self._attributes())))
+
     def _ids(self, text: str) -> list[int]:
         if text not in self.cache:
             self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -190,7 +193,7 @@ class Lessons:
         if self.texts and self.rng.random() < 0.5:
             text = self.texts[self.rng.integers(len(self.texts))]
         else:
-            text = "\n".join(str(self.rng.choice(sentences(self._attributes()))) for _ in range(3))
+            text = "\n".join(self._sentence() for _ in range(3))
         ids = self._ids(text) + [self.tokenizer.eos_token_id]
         return [[(i, 1.0)] for i in ids], [False] * len(ids), ids[1:] + [IGNORE]
 
@@ -200,6 +203,14 @@ class Lessons:
         attributes = self._attributes()
         kind = int(self.rng.choice(3, p=[0.6, 0.1, 0.3]))
         question, answer = conversations(attributes)[kind]
+        bags = observe(attributes, per_frame, ease, self.rng)
+        return self._compose(question, answer, bags, DIRECTIONS[attributes.direction][0], 2 * per_frame)
+
+    def _compose(
+        self, question: str, answer: str, bags: list[Bag], hint: str = "", seen: int = 0
+    ) -> tuple[list, list[bool], list[int]]:
+        """A conversation about observations. hint: a word that is supervised at every observation but the first
+        `seen`; "": none."""
         video = "<|video_pad|>"
         if self.rng.random() < 0.5:
             video = f"<|vision_start|>{video}<|vision_end|>"
@@ -209,15 +220,14 @@ class Lessons:
         )
         ids = self._ids(text)
         at = ids.index(self.pad)
-        bags = observe(attributes, per_frame, ease, self.rng)
         mixed = [[(i, w) for word, w in bag for i in self._ids(word)] for bag in bags]
         ending = self._ids(answer) + [self.tokenizer.eos_token_id]
         plain = [[(i, 1.0)] for i in ids[at + 1 :] + ending]
         positions = [[(i, 1.0)] for i in ids[:at]] + mixed + plain
         noisy = [False] * at + [True] * len(mixed) + [False] * len(plain)
-        motion = self._ids(DIRECTIONS[attributes.direction][0])[0]
-        seen = 2 * per_frame
-        labels = [IGNORE] * (at + seen) + [motion] * (len(mixed) - seen)
+        seen = seen if hint else len(mixed)
+        supervised = self._ids(hint)[:1] if hint else [IGNORE]
+        labels = [IGNORE] * (at + seen) + supervised * (len(mixed) - seen)
         labels += [IGNORE] * (len(plain) - len(ending) - 1) + ending + [IGNORE]
         return positions, noisy, labels
 

@@ -10,7 +10,7 @@ The language model learns the demo's sentences and the chat format (`observation
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -77,6 +77,22 @@ class TinyModels:
     llm: Path
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What the tiny models learn.
+
+    sentences: texts for the tokenizer's training. draw: (count, image_size, seed) -> frames with `pixels` and
+    `texts` as :class:`Frames` has. head: (width) -> a module with `loss(patches, frames, rows)` as
+    :class:`PatchHead` has. lessons: of the language model.
+    """
+
+    name: str
+    sentences: Callable[[], list[str]]
+    draw: Callable[[int, int, int], Any]
+    head: Callable[[int], Any]
+    lessons: type[observations.Lessons]
+
+
 def make_tiny_models(
     out: Path,
     *,
@@ -86,6 +102,7 @@ def make_tiny_models(
     image_size: int = 64,
     clip_steps: int = 700,
     llm_steps: int = 400,
+    subject: Subject | None = None,
 ) -> TinyModels:
     """Make, or reuse, `out`/clip and `out`/qwen3; the report goes to `out`/pretraining.json.
 
@@ -94,14 +111,17 @@ def make_tiny_models(
         tokenizer: a tokenizer folder for the language model; None trains a small one.
         image_size: CLIP's input side in pixels, a multiple of 16.
         clip_steps, llm_steps: optimizer steps of the two pre-trainings.
+        subject: default: the demo's.
     """
-    out = Path(out)
+    out, subject = Path(out), subject or DEMO
     made = TinyModels(vision=out / "clip", llm=out / "qwen3")
     settings = dict(
         version=VERSION, seed=seed, image_size=image_size, clip_steps=clip_steps,
         llm_steps=llm_steps, texts=list(texts), tokenizer=_digest(tokenizer),
         vision=VISION, text=TEXT, llm=LLM,
     )  # fmt: skip
+    if subject is not DEMO:
+        settings["subject"] = subject.name
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     report_path = out / "pretraining.json"
     if report_path.is_file() and json.loads(report_path.read_text())["settings_sha256"] == key:
@@ -109,10 +129,10 @@ def make_tiny_models(
     report_path.unlink(missing_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        small = train_tokenizer(texts)
-        clip_report = pretrain_clip(made.vision, small, image_size, clip_steps, seed)
+        small = train_tokenizer([*subject.sentences(), *texts])
+        clip_report = pretrain_clip(made.vision, small, image_size, clip_steps, seed, subject)
         chosen = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else small
-        llm_report = pretrain_llm(made.llm, chosen, texts, llm_steps, seed)
+        llm_report = pretrain_llm(made.llm, chosen, subject.lessons(chosen, texts, seed), llm_steps)
     report = {"settings_sha256": key, "clip": clip_report, "llm": llm_report}
     report_path.write_text(json.dumps(report, indent=2) + "\n")
     return made
@@ -134,7 +154,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1000) -> PreTrainedT
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator([*observations.all_sentences(), *texts], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
@@ -243,7 +263,9 @@ class PatchHead(nn.Module):
         return total
 
 
-def pretrain_clip(out: Path, tokenizer: PreTrainedTokenizerBase, image_size: int, steps: int, seed: int) -> dict:
+def pretrain_clip(
+    out: Path, tokenizer: PreTrainedTokenizerBase, image_size: int, steps: int, seed: int, subject: Subject
+) -> dict:
     """Train and save a CLIPModel with its image processor; returns the report."""
     eos = tokenizer.eos_token_id
     config = CLIPConfig(
@@ -255,12 +277,12 @@ def pretrain_clip(out: Path, tokenizer: PreTrainedTokenizerBase, image_size: int
         projection_dim=64,
     )  # fmt: skip
     model = CLIPModel(config).train()
-    head = PatchHead(VISION["hidden_size"])
+    head = subject.head(VISION["hidden_size"])
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     started = time.perf_counter()
-    frames = draw_frames(max(64, min(9000, steps * 16)), image_size, seed)
+    frames = subject.draw(max(64, min(9000, steps * 16)), image_size, seed)
     drawn = time.perf_counter() - started
     names = sorted(set(frames.texts))
     text_of = torch.tensor([names.index(text) for text in frames.texts])
@@ -295,7 +317,9 @@ def pretrain_clip(out: Path, tokenizer: PreTrainedTokenizerBase, image_size: int
 # --- the language model --------------------------------------------------------------------------
 
 
-def pretrain_llm(out: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], steps: int, seed: int) -> dict:
+def pretrain_llm(
+    out: Path, tokenizer: PreTrainedTokenizerBase, lessons: observations.Lessons, steps: int
+) -> dict:
     """Train and save a Qwen3ForCausalLM with its tokenizer; returns the report."""
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -303,7 +327,6 @@ def pretrain_llm(out: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     ).train()  # fmt: skip
-    lessons = observations.Lessons(tokenizer, texts, seed)
     embedding = model.get_input_embeddings()
 
     def step_loss(step: int) -> torch.Tensor:
@@ -322,3 +345,7 @@ def pretrain_llm(out: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
     tokenizer.save_pretrained(out)
     usual_modes(out)
     return report
+
+
+DEMO = Subject("demo", observations.all_sentences, draw_frames, PatchHead, observations.Lessons)
+"""Of `vlmds demo`."""
