@@ -127,6 +127,8 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     """Returns 0 if all experiments are done, 2 if one refused its input, 3 if a signal stopped one, else 1."""
     from vlmds.training import sweep as module
 
+    if args.known or args.quick:
+        return _known_sweep(args)
     exps = module.choose(args.exps, args.all or (args.demo and not args.exps), args.owner)
     data, output, launcher, environment, words = args.data, args.output, args.launcher, {}, []
     options = tuple(shlex.split(args.evaluate))
@@ -156,6 +158,26 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     if evaluated and code != module.STOPPED:
         write_comparison(evaluated, output / "report.html", words=words)
     return code
+
+
+def _known_sweep(args: argparse.Namespace) -> int:
+    """Returns 0 if all exact rows pass, 3 if a signal stopped a run, else 1."""
+    if not (args.demo and args.known):
+        raise InputError("--known: goes with --demo, and --quick with both: vlmds sweep --demo --known --quick")
+    others = {"EXP": args.exps, "--all": args.all, "--owner": args.owner, "--data": args.data, "--emit": args.emit}
+    others |= {"--share-stage1": args.share_stage1, "--seeds": args.seeds > 1}
+    if given := [name for name, value in others.items() if value]:
+        raise InputError(f"{given[0]}: not with --known, which has experiments and data of its own")
+    load("vlmds.demo.known")
+    from vlmds.demo.known import FULL, QUICK, known_sweep
+    from vlmds.demo.run import RANKS
+    from vlmds.distributed.ranks import cpu_environment, free_port
+
+    root = args.output or Path("known-quick" if args.quick else "known")
+    launcher = args.launcher or f"deepspeed --num_gpus {RANKS} --master_port {free_port()}"
+    options = ("--max-new-tokens", "32", "--batch-size", "32", *shlex.split(args.evaluate))
+    size = QUICK if args.quick else FULL
+    return known_sweep(root.absolute(), size, launcher, cpu_environment(RANKS), options, tuple(args.set))
 
 
 def add_evaluate(commands) -> None:
@@ -292,5 +314,12 @@ def add_sweep(commands) -> None:
     add("--evaluate", default="", metavar="'OPTIONS'", help="options of vlmds evaluate, such as '--beams 3'")
     add("--emit", choices=("slurm",), help="print a Slurm array script instead of running")
     add("--demo", action="store_true", help="use tiny models and the generated clips of vlmds demo")
+    add(
+        "--known",
+        action="store_true",
+        help="with --demo: a harder set of clips whose comparison has a known result; exit code 1 if it comes out "
+        "otherwise (default folder: known)",
+    )
+    add("--quick", action="store_true", help="with --known: fewer experiments and clips (default folder: known-quick)")
     add_set(add)
     command.set_defaults(call=sweep)

@@ -317,9 +317,7 @@ def pretrain_clip(
 # --- the language model --------------------------------------------------------------------------
 
 
-def pretrain_llm(
-    out: Path, tokenizer: PreTrainedTokenizerBase, lessons: observations.Lessons, steps: int
-) -> dict:
+def pretrain_llm(out: Path, tokenizer: PreTrainedTokenizerBase, lessons: observations.Lessons, steps: int) -> dict:
     """Train and save a Qwen3ForCausalLM with its tokenizer; returns the report."""
     model = Qwen3ForCausalLM(
         Qwen3Config(
