@@ -69,7 +69,8 @@ def _planned(names: Sequence[str]) -> list[tuple[Row, Measure]]:
         found.append(_exact("order", name, "no frame times"))
     if "e3-one-frame" in names:
         found.append(_exact("later", "e3-one-frame", "one frame of the first half"))
-    found.append((Row("control", controls, "all tie, the cheapest is named"), _control))
+    if len(controls) > 1:
+        found.append((Row("control", controls, "all tie, the cheapest is named"), _control))
     for name in controls:
         found.append(_above("order", name))
     if "e3" in names:
