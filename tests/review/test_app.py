@@ -23,11 +23,13 @@ from tests.clips import decode_all  # noqa: E402
 from tests.review.conftest import CLIPS, RUNS, captions_of, plant  # noqa: E402
 from vlmds.errors import InputError  # noqa: E402
 from vlmds.evaluation.reviews import read_plan, read_reviews  # noqa: E402
+from vlmds.evaluation.saved import read_captions, read_evaluation  # noqa: E402
 from vlmds.packing.convert import convert  # noqa: E402
 from vlmds.packing.pack import pack  # noqa: E402
 from vlmds.review import sessions as sessions_module  # noqa: E402
 from vlmds.review.app import make_app  # noqa: E402
 from vlmds.review.choose import Choice  # noqa: E402
+from vlmds.review.evaluations import blind_score  # noqa: E402
 from vlmds.review.folder import open_reviews  # noqa: E402
 from vlmds.review.sessions import Sessions  # noqa: E402
 
@@ -398,6 +400,23 @@ def test_bad_input(runs, shards, tmp_path):
     refused("dataset.json", runs, data=str(tmp_path))
     moved = [plant(tmp_path / f"s{i}", captions_of(i), shards, source=lambda clip: "other.mp4") for i in (11, 12)]
     refused("is of v.*, but the runs captioned other.mp4", moved)
+
+
+def test_captions_are_read_as_by_the_slow_reader_and_damage_is_named(runs, shards, tmp_path):
+    folder = plant(tmp_path / "odd", captions_of(3) | {"c001": "줄\u2028바꿈 \"따옴표\" \\n"}, shards, scores=lambda clip: {
+        "cider_d@char": float(clip[1:]) / 7}, reference_log_probability=lambda clip: {"real": -1.5, "shuffled": None, "frames_reversed": -2.0}
+    ) / "evaluation" / "val"  # fmt: skip
+    (metrics, quick), (same, slow) = read_captions(folder), read_evaluation(folder)
+    assert metrics == same and len(quick) == len(slow) == CLIPS
+    for one, other in zip(quick, slow, strict=True):
+        assert all(one[name] == other[name] for name in ("key", "source", "references", "caption"))
+        assert blind_score(one) is None is blind_score(other)
+    path = folder / "predictions.jsonl"
+    data = path.read_bytes()
+    for damaged, why in ((data[:-20], "damaged"), (data[: data.index(b"\n") + 1], "has 1 line for 12 clips")):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=why):
+            open_reviews(tmp_path / "r", [runs[0], folder])
 
 
 def test_stratified_and_clips_of_another_dataset(runs, tmp_path, videos, shards):

@@ -11,7 +11,7 @@ from vlmds.console.progress import phase
 from vlmds.console.text import counted
 from vlmds.errors import InputError
 from vlmds.evaluation.reviews import Plan, ReviewedRun, run_id
-from vlmds.evaluation.saved import evaluation_folder, read_evaluation, unique_names
+from vlmds.evaluation.saved import evaluation_folder, read_captions, read_evaluation, unique_names
 from vlmds.files import sha256_of
 
 
@@ -119,7 +119,7 @@ def _read(runs: Iterable[ReviewedRun], only: set[str] | None = None) -> Evaluati
     found = Evaluations([*runs], {}, {}, {}, {})
     with phase("reading the captions", len(found.runs), "runs") as progress:
         for run in found.runs:
-            metrics, lines = read_evaluation(run.evaluation)
+            metrics, lines = read_captions(run.evaluation)
             kept = [line for line in lines if only is None or line["key"] in only]
             found.settings[run.id] = metrics["settings"]
             found.captions[run.id] = {line["key"]: line["caption"] for line in kept}
@@ -135,7 +135,7 @@ def _read(runs: Iterable[ReviewedRun], only: set[str] | None = None) -> Evaluati
 def _add_clips(found: Evaluations, run: ReviewedRun, lines: list[dict[str, Any]]) -> None:
     other = []
     for line in lines:
-        clip = found.clips.setdefault(line["key"], ReviewedClip(line.get("source", line["key"]), line["references"]))
+        clip = found.clips.setdefault(line["key"], ReviewedClip(line.get("source") or line["key"], line["references"]))
         if clip.references != line["references"]:
             other.append(line["key"])
     if other:

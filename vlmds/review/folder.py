@@ -126,8 +126,9 @@ def options_text(choose: dict[str, Any]) -> str:
 
 
 def _check_sources(plan: Plan, clips: ClipStore) -> None:
-    """Raise InputError if a clip of the dataset is of another video than the one that the runs captioned."""
-    for pair in plan.pairs:
+    """Raise InputError if a clip of the dataset is of another video than the one that the runs captioned. (Of 200:
+    another dataset differs in many.)"""
+    for pair in plan.pairs[:200]:
         try:
             source = clips.description(pair.clip).get("source", pair.clip)
         except SampleError:

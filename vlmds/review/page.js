@@ -141,9 +141,9 @@ function showCaption(side, checked) {
     make("p", {lang: caption ? "ko" : language, textContent: caption || text("empty")}),
     // On a telephone closed, so that both captions are on the screen.
     make("details", {open: !NARROW.matches || checked.length > 0},
-      make("summary", {textContent: text("marks")}), make("fieldset", {ariaLabel: text("marks")}, ...list)),
-    make("div", {className: "row"}, make("button", {type: "button", className: "plain", onclick: () => edit(side)},
-      make("span", {textContent: text("correct", {number})}), " ", make("kbd", {textContent: number === 1 ? "E" : "R"}))),
+      make("summary", {textContent: text("marks")}), make("fieldset", {ariaLabel: text("marks")}, ...list),
+      make("div", {className: "row"}, make("button", {type: "button", className: "plain", onclick: () => edit(side)},
+        make("span", {textContent: text("correct", {number})}), " ", make("kbd", {textContent: number === 1 ? "E" : "R"})))),
   );
 }
 
