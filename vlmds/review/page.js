@@ -113,7 +113,7 @@ function show(found, asked) {
   $("start").hidden = true;
   $("review").hidden = !pair;
   $("done").hidden = Boolean(pair);
-  if (!pair) { $("media").replaceChildren(); return; }
+  if (!pair) { $("media").replaceChildren(); prepare(null); return; }
   const draft = readDraft() || pair.answer || {};
   for (const side of SIDES) showCaption(side, draft.marks?.[side] || []);
   for (const button of document.querySelectorAll("[data-choice]")) {
@@ -226,13 +226,27 @@ function clipElement(shown) {
   });
   video.addEventListener("ended", () => fromStart(video));
   video.addEventListener("error", async () => {
-    if (!video.dataset.encoded) { load(true); if (video.isConnected) showAbout(); return; }
-    const reply = await fetch(video.src).catch(() => null);  // why
-    const why = reply && !reply.ok ? (await reply.json()).error[language] : String(video.error?.message || "");
-    video.replaceWith(make("p", {textContent: text("unreadable", {why})}));
+    if (!video.hasAttribute("src")) return;  // released
+    const encoded = Boolean(video.dataset.encoded);
+    const reply = await fetch(video.src, {headers: {Range: "bytes=0-0"}}).catch(() => null);  // why
+    const again = (encoded) => {
+      if (!video.hasAttribute("src")) return;
+      load(encoded);
+      if (video.isConnected) { showAbout(); play(video); }
+    };
+    if (!reply) { setTimeout(again, RETRY, encoded); return; }
+    if (reply.ok && !encoded) { again(true); return; }
+    const why = reply.ok ? String(video.error?.message || "") : (await reply.json()).error[language];
+    const message = make("p", {textContent: text("unreadable", {why})});
+    if (fetched.has(shown.id)) fetched.set(shown.id, message);
+    video.replaceWith(message);
   });
   load(encode);
   return video;
+}
+
+function play(video) {
+  if (!matchMedia("(prefers-reduced-motion: reduce)").matches) video.play().catch(() => {});
 }
 
 function fromStart(video) {
@@ -241,7 +255,14 @@ function fromStart(video) {
 }
 
 function prepare(next) {
-  for (const id of [...fetched.keys()]) if (id !== next?.id && id !== pair?.id) fetched.delete(id);
+  for (const [id, element] of [...fetched]) {
+    if (id === next?.id || id === pair?.id) continue;
+    fetched.delete(id);
+    if (element.tagName === "VIDEO") {  // ends its request: a browser has only a few at a time
+      element.removeAttribute("src");
+      element.load();
+    }
+  }
   if (next && !fetched.has(next.id)) fetched.set(next.id, clipElement(next));
 }
 
@@ -254,7 +275,7 @@ function showClip() {
   if (video) {
     const measured = () => performance.measure("clip playing", {start: asked, end: performance.now()});
     video.addEventListener("playing", measured, {once: true});
-    if (!matchMedia("(prefers-reduced-motion: reduce)").matches) video.play().catch(() => {});
+    play(video);
     video.addEventListener("loadeddata", showAbout, {once: true});
   }
   showAbout();
