@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "errors", "console", "pages", "files", "permissions", "experiments", "distributed", "video", "models", "runs", "data",
-    "packing", "inference", "evaluation", "planning", "captioning", "serve", "review", "doctor", "training", "export",
+    "packing", "inference", "evaluation", "planning", "captioning", "serve", "review", "judge", "doctor", "training", "export",
     "demo", "bench", "cli",
 )  # fmt: skip
 """From the top. docs/architecture.md draws them in this order."""
