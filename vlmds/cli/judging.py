@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vlmds.cli.options import add_data
+from vlmds.cli.options import add_data, load
 from vlmds.errors import InputError
 
 REVIEWS = Path("reviews")
@@ -17,7 +17,6 @@ def judge(args: argparse.Namespace) -> int:
     from vlmds.evaluation.judged import position_bias
     from vlmds.evaluation.reviews import PLAN, read_answers
     from vlmds.judge.endpoint import Endpoint
-    from vlmds.judge.frames import ClipFrames
     from vlmds.judge.job import JudgeJob, Prices
     from vlmds.judge.pairs import pairs_to_judge
     from vlmds.judge.store import JudgeFiles, Settings
@@ -39,7 +38,12 @@ def judge(args: argparse.Namespace) -> int:
     data = args.data or plan.dataset or evaluations.data
     if args.frames and not data:
         raise InputError("--data: give the packed dataset of the clips; the evaluations name none")
-    frames = ClipFrames(data, plan.split, {pair.clip for pair in pairs}, args.frames) if args.frames and data else None
+    frames = None
+    if args.frames and data:
+        load("vlmds.judge.frames")
+        from vlmds.judge.frames import ClipFrames
+
+        frames = ClipFrames(data, plan.split, {pair.clip for pair in pairs}, args.frames)
     files = JudgeFiles(folder, args.name or args.model, Settings(args.model, args.rubric, args.frames))
     job, prices = JudgeJob(files, endpoint, evaluations, plan, pairs, frames), Prices(args.price_in, args.price_out)
     print(job.cost_line(prices), file=sys.stderr)

@@ -13,10 +13,9 @@ from vlmds.data.exact_reader import ExactReader, Unreadable
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError, SampleError
+from vlmds.judge.rubric import FRAME_SIDE
 from vlmds.video.fit import FIT, fit_of
 from vlmds.video.jpeg import data_uri
-
-SIDE = 448  # pixels of a frame's longer side
 
 
 class ClipFrames:
@@ -33,7 +32,7 @@ class ClipFrames:
         index = ShardIndex.open(data)
         if index.store == "features":
             raise InputError(f"--frames: {data} has features, no frames; give a video or frames store with --data")
-        shape, fit = (count, SIDE), FIT
+        shape, fit = (count, FRAME_SIDE), FIT
         if index.store == "frames":
             shape = index.meta["num_frames"], index.meta["image_size"]
             fit = fit_of(index.meta["resizer"]) or FIT

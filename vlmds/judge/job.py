@@ -8,16 +8,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from vlmds.console.progress import phase
 from vlmds.console.text import counted
 from vlmds.errors import InputError, SampleError
 from vlmds.evaluation.reviews import Answer, Pair, Plan, append_answer, now, read_answers
 from vlmds.judge.endpoint import Endpoint, Failed, is_local, shown_url
-from vlmds.judge.frames import SIDE, ClipFrames
-from vlmds.judge.rubric import Question, Verdict, messages, read_verdict
+from vlmds.judge.rubric import FRAME_SIDE, Language, Question, Verdict, messages, read_verdict
 from vlmds.judge.store import Counts, JudgeFiles
 from vlmds.review.evaluations import Evaluations
+
+if TYPE_CHECKING:  # imports PyTorch
+    from vlmds.judge.frames import ClipFrames
 
 ORDERS = (1, 2)
 FREE_REQUESTS = 2000
@@ -25,7 +28,7 @@ FREE_REQUESTS = 2000
 FREE_COST = 5.0
 """Cost at the given prices that starts without --yes."""
 OUT_TOKENS = 150  # of an answer, as assumed for the cost
-FRAME_TOKENS = round(SIDE * SIDE / 750)  # likewise of a frame
+FRAME_TOKENS = round(FRAME_SIDE**2 / 750)  # likewise of a frame
 MALFORMED_TRIES = 2
 FEWEST_TRIED, MOST_LOST = 20, 0.5
 """A judge that gave no answer to half of 20 or more questions is stopped."""
@@ -102,7 +105,7 @@ class JudgeJob:
         return round(text + images), OUT_TOKENS * len(self.tasks)
 
     @property
-    def language(self):
+    def language(self) -> Language:
         return self.files.settings.language
 
     def cost_line(self, prices: Prices) -> str:

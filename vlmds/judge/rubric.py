@@ -16,6 +16,7 @@ VERSION = 1
 """Of the rubric; to be raised with every change of its texts, as answers of different rubrics do not mix."""
 Language = Literal["ko", "en"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
+FRAME_SIDE = 448  # pixels of a frame
 
 TEXTS: dict[Language, dict[str, str]] = {
     "ko": {
