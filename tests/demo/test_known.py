@@ -141,7 +141,7 @@ def test_the_whole_command_on_the_smallest_size_and_again(tmp_path, monkeypatch,
     arguments = (tmp_path, size, "python", {"DS_ACCELERATOR": "cpu"}, ("--max-new-tokens", "4"), tuple(short))
     assert known_sweep(*arguments) == 0
     printed = capfd.readouterr().out
-    assert "later: e3-one-frame" in printed and "| pass |" in printed
+    assert "later: e3-one-frame" in printed and "| pass |" in printed and "24 validation clips" in printed
     saved = json.loads((tmp_path / "known.json").read_text())
     (row,) = saved["rows"]
     assert row["exact"] and row["outcome"] == "pass" and row["clips"] == 5 and not saved["resumed"]

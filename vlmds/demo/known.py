@@ -15,6 +15,7 @@ from vlmds.console.progress import duration, log_line
 from vlmds.demo.known_clips import FRAMES, make_known_clips
 from vlmds.demo.known_models import KNOWN
 from vlmds.demo.known_rows import CONTROLS, Row, known_rows, rows_table
+from vlmds.demo.known_scenes import TASKS, sets_of_split
 from vlmds.demo.pretrain import make_tiny_models
 from vlmds.demo.run import IMAGE_SIZE, tiny_form
 from vlmds.evaluation.evaluated_runs import load_run
@@ -104,6 +105,10 @@ def prepare_known(output: Path, size: KnownSize) -> list[str]:
     return [str(write_form(form, output, size)) for form in size.forms]
 
 
+def validation_clips(size: KnownSize) -> int:
+    return sum(len(own) for task in TASKS for own in sets_of_split(task, "val", size.val, 0))
+
+
 def shards_of(output: Path, num_frames: int) -> Path:
     return output / f"shards-{num_frames}"
 
@@ -170,8 +175,8 @@ def rows_of_jobs(jobs: list[Job]) -> list[Row]:
 def save_rows(output: Path, rows: list[Row], size: KnownSize, seconds: dict[str, float], resumed: bool) -> None:
     """Print the table and write output/known.json and output/known.md."""
     table = rows_table(rows)
-    note = f"{5 * size.val:,} validation clips or slightly fewer; {duration(seconds['total'])} in all"
-    note += ", with parts that an earlier start finished." if resumed else "."
+    note = f"{validation_clips(size):,} validation clips; {duration(seconds['total'])} in all"
+    note += ", without what an earlier start had finished." if resumed else "."
     facts = {"rows": [row.record() for row in rows], "seconds": seconds, "resumed": resumed}
     write(output / "known.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     write(output / "known.md", f"{table}\n\n{note}\n")
