@@ -343,6 +343,8 @@ def test_reviews_are_continued_and_other_runs_refused(opened, runs, tmp_path, sh
     assert again.plan == opened.plan == read_plan(opened.folder)
     assert Page(client_of(again)).post("next")["progress"]["answered"] == 1
     assert open_reviews(opened.folder, runs[::-1], choice=ALL).plan == opened.plan
+    folders = [run / "evaluation" / "val" for run in runs]  # of evaluations
+    assert [run.name for run in open_reviews(tmp_path / "folders", folders).plan.runs] == [*RUNS]
     with pytest.raises(InputError, match="has reviews of other runs"):
         open_reviews(opened.folder, runs[:2])
     with pytest.raises(InputError, match=r"other options \(--pairs 36 --choose random=100% --overlap 0 --seed 0\)"):

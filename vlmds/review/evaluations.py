@@ -74,8 +74,10 @@ def read_evaluations(runs: Sequence[Path], evaluation: str | None = None) -> Eva
     if len(runs) < 2:
         raise InputError("RUN: give two evaluated runs or more; a review compares their captions")
     folders = [run if (run / "predictions.jsonl").is_file() else _evaluation(run, evaluation) for run in runs]
+    # RUN/evaluation/NAME is called RUN.
+    owners = [folder.parent.parent if folder.parent.name == "evaluation" else folder for folder in folders]
     named: list[ReviewedRun] = []
-    for name, folder in zip(unique_names(runs), folders, strict=True):
+    for name, folder in zip(unique_names(owners), folders, strict=True):
         sha256 = _sha256(folder)
         twin = next((other.name for other in named if other.sha256 == sha256), None)
         if twin:
