@@ -44,7 +44,7 @@ class _Reviewer:
     skipped: dict[str, None] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     order: list[Pair] = field(default_factory=list)
-    seen: float = 0.0
+    seen: float = float("-inf")
 
 
 class Sessions:
@@ -64,8 +64,6 @@ class Sessions:
         for answer in reviews.people:
             if answer.pair in self.pairs:
                 self._reviewer(answer.reviewer).answers[answer.pair] = answer
-        for reviewer in self._reviewers.values():
-            reviewer.seen = 0.0
 
     def next(self, name: str) -> dict[str, Any]:
         """What the page shows next: the pair, the one after it (to prefetch), and the progress."""
