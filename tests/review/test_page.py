@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 
@@ -233,9 +232,6 @@ def test_headings_names_contrast_and_width(server, browser, language, width, dar
     assert not low, low
     korean = re.sub(r"[A-Z;]\b|vlmds|English|\ba\b", "", page.text())
     assert language == "en" or not re.search("[a-zA-Z]{3}", korean.replace("Space", "")), korean
-    shots = Path("/work/notes/shots")
-    if shots.is_dir():
-        browser.save_screenshot(str(shots / f"review-{language}-{width}-{'dark' if dark else 'light'}.png"))
 
 
 UNNAMED = """
