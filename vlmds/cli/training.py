@@ -74,6 +74,12 @@ def add_train(commands) -> None:
         help="take all stages but the last from this run instead of training them",
     )
     add(
+        "--tuned",
+        type=Path,
+        metavar="FILE",
+        help="tune.json of vlmds sweep --tune lr, which chose these learning rates; recorded in run.json",
+    )
+    add(
         "--ds-config",
         metavar="JSON",
         help="DeepSpeed configuration: a path, or zero2 (default), zero2_cpu (default on a CPU) or zero2_offload",

@@ -3,6 +3,7 @@
 experiment.yaml   the resolved experiment
 run.json          an id, the global batch, what it is trained from (data fingerprints, hashes of
                   the base weights, sampling of frames, the checkpoint, run or projector it started from),
+                  how its learning rates were chosen, if vlmds sweep --tune lr did it (vlmds.runs.tuning),
                   and for each start: versions, git commit, world size, command line, hardware
                   and the implementation of attention
 metrics.jsonl     one line per optimizer step, per validation, per evaluation and per warning about a stage
@@ -166,7 +167,7 @@ def open_run(
         resume: "auto" resumes an existing run, "never" requires a new folder.
         origin: what the run is trained from, recorded at its first start: ``data_fingerprint``,
             ``stage_data`` (if stages have data of their own), ``sampling``, ``weights`` and ``revisions``, and with
-            ``projector.init`` ``init``.
+            ``projector.init`` ``init``, and ``tuned`` if pilots chose the learning rates.
 
     Raises:
         InputError: ``never``, but the folder has a run; or that run is of another experiment, other data

@@ -71,7 +71,7 @@ class SampleLedger:
         everyone = gather([key for batch in group for key in batch["keys"]])
         keys = [key for keys in everyone for key in keys]
         reason = "its loss or gradient is not a finite number"
-        self.write([{"keys": keys, "reason": f"step skipped: {reason}"}] if is_main() else [], progress.step)
+        self.write([{"keys": keys, "reason": f"{SKIPPED}: {reason}"}] if is_main() else [], progress.step)
         stage, number = self._stage, self._stage.number
         stage.monitor.say(f"WARNING: {stage.name} step {progress.step} skipped: {reason}; samples: {', '.join(keys)}")
         limit = stage.experiment.training.max_skipped_steps

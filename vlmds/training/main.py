@@ -41,6 +41,7 @@ from vlmds.planning.start_checks import check_experiment, check_initial, sequenc
 from vlmds.runs.folder import RunFolder, check_run_folder, open_run
 from vlmds.runs.initial import COPY, initial_projector
 from vlmds.runs.lineage import base_weights, recorded_revisions
+from vlmds.runs.tuning import tuned_record
 from vlmds.training.ds_config import check_ds_config, find_ds_config
 from vlmds.training.origin import begin, check_origin
 from vlmds.training.stages import run_stages
@@ -94,6 +95,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
     config = together(lambda: find_ds_config(args.ds_config))
     check_same_everywhere(experiment, config)
     on_main(lambda: check_run_folder(output))
+    tuned = on_main(lambda: tuned_record(args.tuned, experiment) if args.tuned else None)
     doing("checking the data")
     with phase("opening the data"):
         datasets = on_main(lambda: open_stages(experiment))
@@ -117,6 +119,7 @@ def train(experiment: Experiment, output: Path, args: argparse.Namespace) -> Non
         "weights": weights,
         "revisions": {part: section.revision for part, section in pretrained_models(experiment).items()},
         **({"init": initial.record} if initial is not None else {}),
+        **({"tuned": tuned} if tuned is not None else {}),
     }
     world_size = dist.get_world_size()
     run = on_main(

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ STOPPED = 3  # exit code of a training that a signal stopped after it saved
 @dataclass
 class Job:
     """One run of the sweep. exp: the value of ``--exp``. first_stage: a run whose stage 1 this one
-    starts from. state: its state in the table."""
+    starts from. tuned: the record of how its learning rates were chosen. state: its state in the table."""
 
     name: str
     exp: str
@@ -35,6 +36,7 @@ class Job:
     run: Path
     overrides: list[str]
     first_stage: Path | None = None
+    tuned: Path | None = None
     state: str = "waiting"
 
     @property
@@ -119,6 +121,8 @@ def train_command(job: Job, data: str | None, launcher: str) -> list[str]:
     ]
     if job.first_stage is not None:
         command += ["--from", str(job.first_stage)]
+    if job.tuned is not None:
+        command += ["--tuned", str(job.tuned)]
     return [*command, *(["--set", *job.overrides] if job.overrides else [])]
 
 
@@ -144,27 +148,33 @@ def run_jobs(
     launcher: str,
     evaluate_options: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
+    tune: Callable[[Job], int] | None = None,
 ) -> int:
     """Train and evaluate all; returns 0, 2 if one refused its input, 3 if a signal stopped one
-    (the rest is then left), 1 if one failed."""
+    (the rest is then left), 1 if one failed.
+
+    Args:
+        tune: called before a training, to choose its learning rates; returns an exit code.
+    """
     if not (REPOSITORY / "launch" / "train.py").is_file():
         raise InputError(f"{REPOSITORY}/launch/train.py: not there; run from a checkout")
-    environment = {**os.environ, **(environment or {})}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment = environment or {}
     codes = [0]
     for job in jobs:
         if job.trained and job.evaluated:
             job.state = "done before"
             continue
-        for task, command in (
-            ("training", train_command(job, data, launcher)),
-            ("evaluation", evaluate_command(job, data, launcher, evaluate_options)),
-        ):
-            if task == "training" and job.trained:
+        for task in ("tuning", "training", "evaluation"):
+            if task != "evaluation" and job.trained:
                 continue
             job.state = task
-            log_line(f"vlmds: {job.name}: {shlex.join(command)}")
-            code = subprocess.run(command, env=environment).returncode
+            if task == "tuning":
+                code = tune(job) if tune else 0
+            elif task == "training":
+                code = run_command(job.name, train_command(job, data, launcher), environment)
+            else:
+                evaluate = evaluate_command(job, data, launcher, evaluate_options)
+                code = run_command(job.name, evaluate, environment)
             if code:
                 job.state = f"{task} stopped" if code == STOPPED else f"{task} failed ({code})"
                 codes.append(code if code in (2, STOPPED) else 1)
@@ -174,6 +184,14 @@ def run_jobs(
         if STOPPED in codes:
             break
     return STOPPED if STOPPED in codes else 1 if 1 in codes else max(codes)
+
+
+def run_command(name: str, command: list[str], environment: dict[str, str]) -> int:
+    """Run a command of a job, with changes of the environment; returns its exit code."""
+    everything = {**os.environ, **environment}
+    everything["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{everything.get('PATH', '')}"
+    log_line(f"vlmds: {name}: {shlex.join(command)}")
+    return subprocess.run(command, env=everything).returncode
 
 
 def status_table(jobs: list[Job]) -> str:
