@@ -147,11 +147,12 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     experiments = [job.experiment for job in jobs]
     if data is None and not all(e.for_stage(stage.name).data.given for e in experiments for stage in e.stages):
         raise InputError("--data: no data given; pass a folder made by vlmds pack")
+    tune = _tuner(args, jobs, output, data, launcher, environment)
     if args.emit:
         print(module.slurm_script(jobs, data, launcher, options), end="")
         return 0
     try:
-        code = module.run_jobs(jobs, data, launcher, options, environment)
+        code = module.run_jobs(jobs, data, launcher, options, environment, tune)
     finally:
         log_line(module.status_table(jobs))
     evaluated = [job.run for job in jobs if job.evaluated]
@@ -160,12 +161,32 @@ def sweep(args: argparse.Namespace, size=None) -> int:
     return code
 
 
+def _tuner(args: argparse.Namespace, jobs: list, output: Path, data: str | None, launcher: str, environment: dict):
+    """What chooses the learning rates of a job, with --tune; else None."""
+    given = [name for name, value in (("--rates", args.rates), ("--tune-share", args.tune_share)) if value is not None]
+    if args.tune is None:
+        if given:
+            raise InputError(f"{given[0]}: goes with --tune lr")
+        return None
+    for option, value in (("--emit", args.emit), ("--share-stage1", args.share_stage1)):
+        if value:
+            why = "a Slurm array cannot choose" if option == "--emit" else "each experiment has rates of its own"
+            raise InputError(f"{option}: not with --tune lr, {why}; run vlmds sweep --tune lr without it")
+    from vlmds.training.tune import FACTORS, SHARE, Tuning, check_untuned, tune
+
+    factors = FACTORS if args.rates is None else args.rates
+    share = SHARE if args.tune_share is None else args.tune_share
+    how = Tuning(output, data, launcher, environment, factors, share)
+    check_untuned(jobs)
+    return lambda job: tune(job, how)
+
+
 def _known_sweep(args: argparse.Namespace) -> int:
     """Returns 0 if all exact rows pass, 3 if a signal stopped a run, else 1."""
     if not (args.demo and args.known):
         raise InputError("--known: goes with --demo, and --quick with both: vlmds sweep --demo --known --quick")
     others = {"EXP": args.exps, "--all": args.all, "--owner": args.owner, "--data": args.data, "--emit": args.emit}
-    others |= {"--share-stage1": args.share_stage1, "--seeds": args.seeds > 1}
+    others |= {"--tune": args.tune, "--share-stage1": args.share_stage1, "--seeds": args.seeds > 1}
     if given := [name for name, value in others.items() if value]:
         raise InputError(f"{given[0]}: not with --known, which has experiments and data of its own")
     load("vlmds.demo.known")
@@ -284,6 +305,10 @@ def _share(text: str) -> float:
     return number
 
 
+def _factors(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
 def add_sweep(commands) -> None:
     command = commands.add_parser(
         "sweep",
@@ -309,6 +334,24 @@ def add_sweep(commands) -> None:
         "--share-stage1",
         action="store_true",
         help="train stage 1 once per projector: faster, but runs that share it are not independent",
+    )
+    add(
+        "--tune",
+        choices=("lr",),
+        help="choose the learning rate of each stage of each experiment by short pilot runs first; the smallest "
+        "validation loss decides",
+    )
+    add(
+        "--rates",
+        type=_factors,
+        metavar="N,N,…",
+        help="rates that --tune lr tries, as multiples of each stage's own (default: 0.1,0.3,1,3)",
+    )
+    add(
+        "--tune-share",
+        type=_share,
+        metavar="SHARE",
+        help="share of a stage's steps that each pilot of --tune lr trains (default: 10%%)",
     )
     add("--launcher", metavar="'COMMAND'", help="default: deepspeed; another is 'torchrun --nproc-per-node 8'")
     add("--evaluate", default="", metavar="'OPTIONS'", help="options of vlmds evaluate, such as '--beams 3'")

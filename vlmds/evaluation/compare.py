@@ -17,6 +17,7 @@ from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_
 from vlmds.evaluation.like_for_like import differing_settings, refuse, warnings
 from vlmds.evaluation.metrics import aggregate, characters, score_captions, tokenizers, undefined_metrics
 from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
+from vlmds.evaluation.tuned import tuning
 from vlmds.evaluation.verdict import MARGIN, pair_tests, verdict
 from vlmds.evaluation.word_accuracy import word_accuracy
 from vlmds.experiments.schema import PROJECTORS, PeftSection
@@ -70,6 +71,7 @@ def compare(
         "pairs": [pair | {side: groups[int(pair[side])].name for side in ("one", "other")} for pair in pairs],
         "verdict": _named(verdict(estimates[metric], pairs, costs, margin), table, metric),
         "cost_notes": cost_notes(groups, by_hours),
+        "tuning": tuning(groups),
         "warnings": warnings(runs, keys),
         "differences": differing_settings(runs),
         "factors": factors(table, estimates[metric]),

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlmds.errors import InputError
 from vlmds.evaluation.blind import doubts
 from vlmds.evaluation.cost import hardware
 from vlmds.evaluation.evaluated_runs import NOT_LEARNED, Run, under
+from vlmds.evaluation.tuned import budget, tuned_by
 from vlmds.experiments.differences import flat_settings
 
 EXPECTED = ("owner", "priority", "name", "projector", "peft.type", "training.seed")
@@ -129,6 +131,12 @@ def _of_trainings(runs: list[Run]) -> Iterator[tuple[str, str]]:
         "(set training.global_batch)",
         "글로벌 배치 크기가 서로 달라 학습 스텝 수도 다릅니다 (training.global_batch로 맞추세요)",
     )
+    yield from _differing(
+        {run.name: budget(run) for run in runs},
+        "The learning rates were not tuned with the same budget (vlmds sweep --tune lr; —: not tuned), so some "
+        "experiments had more tries than others",
+        "학습률 튜닝 예산이 서로 달라 일부 실험만 더 많은 학습률을 시도했습니다(vlmds sweep --tune lr, —: 튜닝하지 않음)",
+    )
     if learned := [d["key"] for d in _setting_rows(runs) if not d["expected"]]:
         yield (
             f"The experiments differ in more than projector, adapter and seed: {', '.join(learned)} "
@@ -156,6 +164,14 @@ def _of_run(run: Run) -> Iterator[tuple[str, str]]:
             f"{run.name}: the run has other weights now than were evaluated; evaluate again",
             f"{run.name}: 평가한 뒤에 모델의 가중치가 바뀌었습니다. 다시 평가하세요.",
         )
+    for stage in (tuned_by(run) or {}).get("stages", ()):
+        if stage["edge"]:
+            yield (
+                f"{run.name}: the rate chosen for stage {stage['stage']}, {stage['chosen']:g}, is the lowest or highest of "
+                "those that were tried (vlmds sweep --rates)",
+                f"{run.name}: {stage['stage']} 단계에서 선택한 학습률 {stage['chosen']:g}은(는) 시도한 범위의 끝에 있습니다"
+                "(vlmds sweep --rates).",
+            )
     for warning in run.warnings:
         english, korean = (f"{run.name}, {warning['stage']}: {warning[language]}" for language in ("en", "ko"))
         yield english, korean
@@ -221,6 +237,8 @@ def _setting_rows(runs: list[Run]) -> list[dict]:
         values = {name: settings.get(key) for name, settings in flat.items()}
         if _differ(values):
             expected = under(key, (*EXPECTED, *NOT_LEARNED))
+            if re.fullmatch(r"stages\.\d+\.lr", key) and all(tuned_by(run) for run in runs):
+                expected = True
             if key == "projector.init" and None in values.values():  # some had a better start
                 expected = False
             found.append({"key": key, "expected": expected, "values": values})

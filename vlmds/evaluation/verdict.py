@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmds.evaluation.power import needed
 from vlmds.evaluation.statistics import FEW_SOURCES, Estimates, holm, spread
+from vlmds.evaluation.tuned import tuning_sentence
 
 MARGIN = 0.03
 """How much worse than the best, as a share of its value, a cheaper method may be; `vlmds compare --margin`."""
@@ -128,6 +129,8 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
                 "실험마다 시드가 하나뿐이므로, 이 결과는 학습 방법이 아니라 이 체크포인트들에만 해당합니다.",
             )
         )
+    if line := tuning_sentence(found["tuning"]):
+        said.append(line)
     return said
 
 

@@ -9,6 +9,9 @@ from vlmds.distributed.ranks import gather, is_main, shared_error
 from vlmds.training.context import StageContext
 from vlmds.training.stage_progress import StageProgress
 
+SKIPPED = "step skipped"
+"""How the ledger's reason of a skipped step begins."""
+
 
 class SampleLedger:
     """The ledger of one stage, on this rank; all ranks call its methods alike."""

@@ -196,7 +196,7 @@ def _pilot(
     pilot = pilot_experiment(job.experiment, number, lr, how.share)
     code = 0
     if not is_artifact(run / "artifacts" / stage.name):
-        file = run.with_suffix(".yaml") if not run.suffix else run.parent / f"{run.name}.yaml"
+        file = run.parent / f"{run.name}.yaml"
         write(file, to_yaml(pilot))
         before = None
         if number:
