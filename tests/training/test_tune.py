@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import tiny
-from tests.evaluation.conftest import models, shards  # noqa: F401
+from tests.evaluation.conftest import shards  # noqa: F401
 from tests.training.launch import exit_code
 from vlmds.cli import main
 from vlmds.errors import InputError
@@ -104,8 +104,8 @@ def outputs(started: list[list[str]]) -> list[str]:
     return [Path(command[command.index("--output") + 1]).name for command in started if "--output" in command]
 
 
-def test_pilots_choose_go_on_after_a_stop_and_are_recorded(models, shards, tmp_path, commands, capfd):  # noqa: F811
-    runs = tmp_path / "runs"
+def test_pilots_choose_go_on_after_a_stop_and_are_recorded(shards, tmp_path, commands, capfd):  # noqa: F811
+    runs, models = tmp_path / "runs", tiny.make_models(tmp_path / "models")
     (tmp_path / "good.yaml").write_text(f"extends: e3.yaml\nname: good\ndata: {{num_frames: {tiny.FRAMES}}}\n")
     command = [
         "sweep", str(tmp_path / "good.yaml"), "--data", str(shards), "--output", str(runs), "--launcher",
