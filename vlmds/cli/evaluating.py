@@ -14,6 +14,12 @@ from vlmds.errors import InputError
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    if args.predictions is not None:
+        return _evaluate_predictions(args)
+    if args.run is None:
+        raise InputError("--run: give a run folder, or captions from elsewhere with --predictions FILE")
+    if args.label is not None:
+        raise InputError("--name: is for --predictions; --as NAME names an evaluation of a run")
     load("vlmds.evaluation.evaluate")
     from vlmds.distributed.failures import run_on_ranks
     from vlmds.distributed.ranks import is_main
@@ -40,6 +46,32 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
 
     return run_on_ranks(run)
+
+
+def _evaluate_predictions(args: argparse.Namespace) -> int:
+    """`vlmds evaluate --predictions FILE --name NAME --data DIR`."""
+    from vlmds.evaluation.outside import evaluate_predictions
+    from vlmds.evaluation.results import evaluation_table
+    from vlmds.evaluation.saved import evaluation_folder, read_evaluation
+
+    for given, option in ((args.run, "--run"), (args.name, "--as"), (args.set or None, "--set")):
+        if given is not None:
+            raise InputError(f"{option}: does not go with --predictions, whose captions no run made")
+    for given, option in ((args.label, "--name NAME"), (args.data, "--data DIR")):
+        if given is None:
+            raise InputError(f"--predictions: give {option} as well")
+    folder = evaluate_predictions(
+        args.predictions,
+        name=args.label,
+        data=args.data,
+        split=args.split,
+        output=args.output,
+        clips=args.clips,
+        again=args.again,
+    )
+    metrics, _ = read_evaluation(evaluation_folder(folder, args.split))
+    print(f"{evaluation_table(metrics)}\nsaved: {folder}; compare it: vlmds compare RUN … {shlex.quote(str(folder))}")
+    return 0
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -209,7 +241,14 @@ def add_evaluate(commands) -> None:
         "torchrun --nproc-per-node 8 -m -- vlmds.cli evaluate … After a stop, the same command resumes.",
     )
     add = command.add_argument
-    add("--run", type=Path, required=True, metavar="RUN", help="run folder, or one of its artifacts")
+    add("--run", type=Path, metavar="RUN", help="run folder, or one of its artifacts")
+    add(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="score captions from elsewhere (another model, an API, a person): a table with the columns id and caption",
+    )
+    add("--name", dest="label", metavar="NAME", help="of what made the predictions; results go to runs/NAME")
     add_data(add, "packed dataset (default: the run's own)")
     add("--split", help="split to evaluate (default: val, or the only one)")
     add("--output", type=Path, metavar="DIR", help="for the results (default: RUN/evaluation/SPLIT)")

@@ -13,7 +13,8 @@ from typing import Any, get_args
 import numpy as np
 
 from vlmds.errors import InputError
-from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
+from vlmds.evaluation.adopt import build_or_adopt, cell
+from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, group_runs, with_unique_names
 from vlmds.evaluation.like_for_like import differing_settings, refuse, warnings
 from vlmds.evaluation.metrics import aggregate, characters, score_captions, tokenizers, undefined_metrics
 from vlmds.evaluation.statistics import Estimates, estimate, holm, replicated_effect
@@ -26,11 +27,16 @@ ADAPTERS = get_args(PeftSection.model_fields["type"].annotation)
 
 
 def compare(
-    runs: list[Run], metric: str | None = None, words: Sequence[Sequence[str]] = (), margin: float = MARGIN
+    runs: list[Run],
+    metric: str | None = None,
+    words: Sequence[Sequence[str]] = (),
+    margin: float = MARGIN,
+    outside: Sequence[OutsideRun] = (),
 ) -> dict[str, Any]:
     """All numbers of the report.
 
     Args:
+        outside: evaluations of other models; the verdict is on the runs, and "adopt" compares both.
         margin: how much worse than the best the chosen experiment may be, as a share of its value.
         words: sets of words to look for in captions, see :func:`vlmds.evaluation.word_accuracy.word_accuracy`.
 
@@ -41,8 +47,8 @@ def compare(
     if not 0 < margin < 1:
         raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
     runs = with_unique_names(runs)
-    groups, keys, scores = _scored(runs)
-    names = _shared_metrics(scores)
+    groups, keys, scores, others = _scored(runs, outside)
+    names = _shared_metrics([*scores, *others])
     metric = _chosen(metric, names)
     estimates = {name: _estimate(name, scores, runs[0], keys) for name in names}
     table = []
@@ -54,13 +60,15 @@ def compare(
                 "adapter": group.experiment.peft.type,
                 "seeds": len(group.runs),
                 "finished": all(run.finished for run in group.runs),
-                "metrics": {n: _cell(estimates[n], number) for n in names},
+                "metrics": {n: cell(estimates[n], number) for n in names},
                 "looking": group.runs[0].metrics["looking"],
                 "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in group.runs[0].cost},
             }
         )
     pairs = pair_tests(estimates[metric])
     costs, by_hours = order_of_cost(groups, table)
+    found = _named(verdict(estimates[metric], pairs, costs, margin), table, metric)
+    everyone = {name: _estimate(name, scores, runs[0], keys, others) for name in names} if outside else {}
     return {
         "metric": metric,
         "metrics": names,
@@ -69,10 +77,11 @@ def compare(
         "table": table,
         "sources": estimates[metric].sources,
         "pairs": [pair | {side: groups[int(pair[side])].name for side in ("one", "other")} for pair in pairs],
-        "verdict": _named(verdict(estimates[metric], pairs, costs, margin), table, metric),
+        "verdict": found,
+        "adopt": build_or_adopt(everyone, metric, table, outside, found) if outside else None,
         "cost_notes": cost_notes(groups, by_hours),
         "tuning": tuning(groups),
-        "warnings": warnings(runs, keys),
+        "warnings": warnings(runs, keys, outside),
         "differences": differing_settings(runs),
         "factors": factors(table, estimates[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
@@ -86,19 +95,21 @@ def compare(
 def estimates_of(runs: list[Run], metric: str | None = None) -> tuple[str, Estimates]:
     """(the metric, its estimates of the experiments). Raises InputError as :func:`compare` does."""
     runs = with_unique_names(runs)
-    _, keys, scores = _scored(runs)
+    _, keys, scores, _ = _scored(runs)
     metric = _chosen(metric, _shared_metrics(scores))
     return metric, _estimate(metric, scores, runs[0], keys)
 
 
-Scores = list[list[dict[str, np.ndarray]]]
+Scores = Sequence[list[dict[str, np.ndarray]]]
 """For each experiment and seed the statistics [clips, k] by metric."""
 
 
-def _scored(runs: list[Run]) -> tuple[list[Group], list[str], Scores]:
-    """The experiments, the clips that all runs share, and their scores."""
-    groups, keys = group_runs(runs), common_keys(runs)
-    return groups, keys, _all_scores(groups, runs, keys)
+def _scored(runs: list[Run], outside: Sequence[OutsideRun] = ()) -> tuple[list[Group], list[str], Scores, Scores]:
+    """The experiments, the clips that all share, the scores of the experiments, and those of the outside runs."""
+    groups, keys = group_runs(runs), common_keys(runs, outside)
+    same = _comparable([*runs, *outside], keys)
+    scores = [[_scores(run, keys, same) for run in group.runs] for group in groups]
+    return groups, keys, scores, [[_scores(run, keys, same)] for run in outside]
 
 
 def _shared_metrics(scores: Scores) -> list[str]:
@@ -123,8 +134,10 @@ def _chosen(metric: str | None, names: list[str]) -> str:
     return metric
 
 
-def _estimate(name: str, scores: Scores, run: Run, keys: list[str]) -> Estimates:
-    return estimate(name, [np.stack([s[name] for s in group]) for group in scores], sources_of(run, keys))
+def _estimate(name: str, scores: Scores, run: Run, keys: list[str], fixed: Scores = ()) -> Estimates:
+    """fixed: scores of outside runs, which follow the experiments."""
+    stacked = [np.stack([s[name] for s in group]) for group in [*scores, *fixed]]
+    return estimate(name, stacked, sources_of(run, keys), range(len(scores), len(stacked)))
 
 
 def order_of_cost(groups: list[Group], table: list[dict]) -> tuple[list[tuple], bool]:
@@ -179,19 +192,20 @@ def cost_notes(groups: list[Group], by_hours: bool) -> list[tuple[str, str]]:
     return notes
 
 
-def common_keys(runs: list[Run]) -> list[str]:
+def common_keys(runs: list[Run], outside: Sequence[OutsideRun] = ()) -> list[str]:
     """Keys of the clips that every run was evaluated on. Raises InputError if there are less than two, or the
     evaluations cannot be compared."""
-    refuse(runs)
-    keys = [key for key in runs[0].predictions if all(key in run.predictions for run in runs[1:])]
+    refuse(runs, outside)
+    everyone = [*runs, *outside]
+    keys = [key for key in runs[0].predictions if all(key in run.predictions for run in everyone)]
     if not keys:
         raise InputError(
-            f"{', '.join(r.name for r in runs)}: no clip was evaluated in all of them; "
+            f"{', '.join(r.name for r in everyone)}: no clip was evaluated in all of them; "
             "evaluate them on the same data and split"
         )
     if len(keys) == 1:
         raise InputError(
-            f"{', '.join(r.name for r in runs)}: only one clip was evaluated in all of them; "
+            f"{', '.join(r.name for r in everyone)}: only one clip was evaluated in all of them; "
             "a comparison needs two or more"
         )
     return keys
@@ -308,15 +322,14 @@ def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]])
     return accuracies
 
 
-def _all_scores(groups: list[Group], runs: list[Run], keys: list[str]) -> Scores:
-    """For each run of each group its statistics [clips, k] by metric: those of the evaluations where all have the
-    same clips and tokenisation, else computed for the common clips (CIDEr-D depends on the set)."""
+def _comparable(runs: Sequence[Evaluated], keys: list[str]) -> bool:
+    """Whether the evaluations' statistics can be used as they are: all have the same clips and tokenisation. Else
+    they are computed for the common clips (CIDEr-D depends on the set)."""
     levels = runs[0].metrics["settings"]["tokenisation"]
-    same = all(len(run.predictions) == len(keys) and run.metrics["settings"]["tokenisation"] == levels for run in runs)
-    return [[_scores(run, keys, same) for run in group.runs] for group in groups]
+    return all(len(run.predictions) == len(keys) and run.metrics["settings"]["tokenisation"] == levels for run in runs)
 
 
-def _scores(run: Run, keys: list[str], same: bool) -> dict[str, np.ndarray]:
+def _scores(run: Evaluated, keys: list[str], same: bool) -> dict[str, np.ndarray]:
     lines = [run.predictions[key] for key in keys]
     if same:
         return {
@@ -325,12 +338,6 @@ def _scores(run: Run, keys: list[str], same: bool) -> dict[str, np.ndarray]:
         }
     scored = score_captions([p["caption"] for p in lines], [p["references"] for p in lines])
     return {name: m.statistics for name, m in scored.items()}
-
-
-def _cell(found: Estimates, method: int) -> dict[str, float | None]:
-    value, seeds = found.single(method), found.seed_values[method]
-    spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
-    return {"value": value.value, "low": value.low, "high": value.high, "seed_sd": spread}
 
 
 def _mean(values: list[float | None]) -> float | None:

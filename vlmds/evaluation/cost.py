@@ -70,11 +70,14 @@ def run_cost(path: Path, record: dict, experiment: Experiment, records: list[dic
         "hours": seconds / 3600 if seconds else None,
         "gpu_hours": total or None,
         "kilowatt_hours": sum(joules.values()) / 3.6e6 if joules else None,
-        "captions_per_s": timing["captioned"] / timing["captioning_seconds"]
-        if timing.get("captioning_seconds")
-        else None,
+        "captions_per_s": captioning_speed(timing),
     }
     return cost
+
+
+def captioning_speed(timing: dict) -> float | None:
+    """Captions per second and GPU of an evaluation. timing: of its metrics.json."""
+    return timing["captioned"] / timing["captioning_seconds"] if timing.get("captioning_seconds") else None
 
 
 def hardware(record: dict) -> list[str]:

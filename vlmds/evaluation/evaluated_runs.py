@@ -12,7 +12,8 @@ from sys import intern
 from typing import Any
 
 from vlmds.errors import InputError
-from vlmds.evaluation.cost import Cost, run_cost
+from vlmds.evaluation.cost import COST, Cost, captioning_speed, run_cost
+from vlmds.evaluation.outside_record import RECORD, Outside, read_outside
 from vlmds.evaluation.saved import evaluation_folder, read_evaluation, unique_names
 from vlmds.experiments.differences import flat_settings
 from vlmds.experiments.reading import load_experiment
@@ -50,6 +51,24 @@ class Run:
 
 
 @dataclass
+class OutsideRun:
+    """Captions that no run of vlmds made, with their evaluation; see :mod:`vlmds.evaluation.outside`.
+
+    predictions: by key. cost: as a run's, None where not known.
+    """
+
+    name: str
+    path: Path
+    outside: Outside
+    metrics: dict[str, Any]
+    predictions: dict[str, dict]
+    cost: dict[str, float | None]
+
+
+Evaluated = Run | OutsideRun
+
+
+@dataclass
 class Group:
     """The runs of one experiment that differ only in the seed."""
 
@@ -61,6 +80,43 @@ class Group:
         return self.runs[0].experiment
 
 
+def load_evaluated(paths: Sequence[str | Path], evaluation: str | None = None) -> tuple[list[Run], list[OutsideRun]]:
+    """Runs, and outside evaluations, of which none has the name of another.
+
+    Raises:
+        InputError: as :func:`load_run`, or only outside evaluations.
+    """
+    outside = [Path(path) for path in paths if (Path(path) / RECORD).is_file()]
+    runs = [load_run(path, evaluation) for path in paths if Path(path) not in outside]
+    if not runs:
+        raise InputError(
+            f"{', '.join(map(str, outside))}: no run of vlmds; name at least one, which the others are compared with"
+        )
+    found = [_load_outside(path, evaluation) for path in outside]
+    names = [run.name for run in runs] + [run.name for run in found]
+    return runs, [replace(run, name=str(run.path)) if names.count(run.name) > 1 else run for run in found]
+
+
+def _load_outside(path: Path, evaluation: str | None) -> OutsideRun:
+    outside = read_outside(path)
+    metrics, predictions = _read(path, evaluation)
+    cost: dict[str, float | None] = dict.fromkeys(COST)
+    timing = metrics.get("timing", {})
+    cost["captions_per_s"] = captioning_speed(timing)
+    cost["memory_gib"] = timing.get("memory_gib")
+    return OutsideRun(outside.name, path, outside, metrics, predictions, cost)
+
+
+def _read(path: Path, evaluation: str | None) -> tuple[dict[str, Any], dict[str, dict]]:
+    """The metrics and the predictions, by key, of one evaluation in a folder."""
+    folder = evaluation_folder(path, evaluation)
+    metrics, predictions = read_evaluation(folder)
+    if not predictions:
+        raise InputError(f"{folder}: no clip was evaluated; run vlmds evaluate --again")
+    metrics["folder"] = folder.name
+    return metrics, {p["key"]: _kept(p) for p in predictions}
+
+
 def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     """A run folder and its evaluation.
 
@@ -70,11 +126,7 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
     path = Path(path)
     if not (path / "run.json").is_file():
         raise InputError(f"{path}: not a run folder")
-    folder = evaluation_folder(path, evaluation)
-    metrics, predictions = read_evaluation(folder)
-    if not predictions:
-        raise InputError(f"{folder}: no clip was evaluated; run vlmds evaluate --run {path} --again")
-    metrics["folder"] = folder.name
+    metrics, predictions = _read(path, evaluation)
     record = RunFolder.read(path)
     experiment = load_experiment(path / "experiment.yaml")
     records = read_metrics(path / "metrics.jsonl")
@@ -85,7 +137,7 @@ def load_run(path: str | Path, evaluation: str | None = None) -> Run:
         experiment,
         record,
         metrics,
-        {p["key"]: _kept(p) for p in predictions},
+        predictions,
         cost.values,
         cost,
         curves(records, experiment),

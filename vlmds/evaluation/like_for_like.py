@@ -16,7 +16,7 @@ from typing import Any
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import doubts
 from vlmds.evaluation.cost import hardware
-from vlmds.evaluation.evaluated_runs import NOT_LEARNED, Run, under
+from vlmds.evaluation.evaluated_runs import NOT_LEARNED, Evaluated, OutsideRun, Run, under
 from vlmds.evaluation.tuned import budget, tuned_by
 from vlmds.experiments.differences import flat_settings
 
@@ -29,18 +29,21 @@ PLACES = ("vision", "llm")
 AGAIN = "evaluate them in the same way (vlmds evaluate --again, or --as NAME and compare --evaluation NAME)"
 
 
-def refuse(runs: Sequence[Run]) -> None:
+def refuse(runs: Sequence[Run], outside: Sequence[OutsideRun] = ()) -> None:
     """Raise :class:`InputError`, naming runs and settings, where evaluations cannot be compared."""
+    everyone: list[Evaluated] = [*runs, *outside]
+    splits = {run.name: run.metrics["settings"].get("split") for run in everyone}
+    if _differ(splits):
+        raise InputError(f"the evaluations differ in the split ({_listed(splits)}); {AGAIN}")
     for what, value in (
-        ("the split", lambda run: run.metrics["settings"].get("split")),
         ("the generation options", lambda run: run.metrics["settings"].get("generation")),
         ("settings changed with --set", _changed_settings),
     ):
         values = {run.name: value(run) for run in runs}
         if _differ(values):
             raise InputError(f"the evaluations differ in {what} ({_listed(_only_differing(values))}); {AGAIN}")
-    first = runs[0]
-    for run in runs[1:]:
+    first, *others = everyone
+    for run in others:
         other = [
             key
             for key, line in run.predictions.items()
@@ -66,16 +69,16 @@ def _changed_settings(run: Run) -> list[str]:
     ]
 
 
-def warnings(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
+def warnings(runs: list[Run], keys: list[str], outside: Sequence[OutsideRun] = ()) -> list[dict[str, str]]:
     """What makes the comparison doubtful, most important first, in English ("en") and Korean ("ko")."""
-    found = [*_of_evaluations(runs, keys), *_of_trainings(runs)]
+    found = [*_of_clips([*runs, *outside], keys), *_of_evaluations(runs), *_of_trainings(runs)]
     for run in runs:
         found += _of_run(run)
     return [{"en": english, "ko": korean} for english, korean in found]
 
 
-def _of_evaluations(runs: list[Run], keys: list[str]) -> Iterator[tuple[str, str]]:
-    """Warnings, in English and Korean, about what was evaluated and how."""
+def _of_clips(runs: Sequence[Evaluated], keys: list[str]) -> Iterator[tuple[str, str]]:
+    """The warning, in English and Korean, that runs were evaluated on different clips."""
     sizes = {run.name: len(run.predictions) for run in runs}
     if set(sizes.values()) != {len(keys)}:
         yield (
@@ -83,6 +86,10 @@ def _of_evaluations(runs: list[Run], keys: list[str]) -> Iterator[tuple[str, str
             "that all runs have are compared.",
             f"실험마다 평가한 클립이 다릅니다 ({_listed(sizes)}). 공통 클립 {len(keys)}개만 비교합니다.",
         )
+
+
+def _of_evaluations(runs: list[Run]) -> Iterator[tuple[str, str]]:
+    """Warnings about what was evaluated and how."""
     if runs[0].metrics["settings"].get("split") == "train":
         yield (
             "The clips are of split train: the models were trained on them, and may know them by heart.",

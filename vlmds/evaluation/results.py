@@ -114,15 +114,17 @@ def save_results(
 
 def evaluation_table(metrics: dict) -> str:
     """metrics.json for a terminal."""
-    blind = metrics["looking"]
+    blind = metrics.get("looking") or {"metrics": {}, "loss": {}, "warnings": []}  # captions from elsewhere have none
+    tested = "looking" in metrics
+    columns = f"{'shuffled':>10}{'blank':>9}" if tested else ""
     lines = [
         f"{counted(metrics['clips'], 'clip')}, {metrics['unreadable']:,} unreadable",
-        f"{'metric':<20}{'value':>9}{'95% interval':>20}{'shuffled':>10}{'blank':>9}",
+        f"{'metric':<20}{'value':>9}{'95% interval':>20}{columns}",
     ]
 
     def add(name: str, value: str, span: str, gaps: dict[str, dict]) -> None:
-        blind_values = (f"{gaps[test]['blind']:.2f}" if test in gaps else "–" for test in ("shuffled", "blank"))
-        lines.append(f"{name:<20}{value:>9}{span:>20}{next(blind_values):>10}{next(blind_values):>9}")
+        values = [f"{gaps[test]['blind']:.2f}" if test in gaps else "–" for test in ("shuffled", "blank")]
+        lines.append(f"{name:<20}{value:>9}{span:>20}" + (f"{values[0]:>10}{values[1]:>9}" if tested else ""))
 
     for name, own in metrics["metrics"].items():
         # The interval is over the clips: one clip has none.
@@ -135,11 +137,18 @@ def evaluation_table(metrics: dict) -> str:
         )
     for name in metrics.get("undefined", ()):
         lines.append(f"{name:<20}undefined: the references of the clips do not differ")
-    add("caption loss", next((f"{gap['own']:.2f}" for gap in blind["loss"].values()), "–"), "", blind["loss"])
-    lines.append(f"{'likelihood lost with':<20}{'share':>9}{'95% interval':>20}")
-    for name, (english, _) in VIDEOS.items():
-        if "share" in (gap := blind["loss"].get(name, {})):
-            span = f"{gap['share_low']:.1%} … {gap['share_high']:.1%}"
-            lines.append(f"{english:<20}{gap['share']:>9.1%}{span:>20}")
+    if tested:
+        add("caption loss", next((f"{gap['own']:.2f}" for gap in blind["loss"].values()), "–"), "", blind["loss"])
+        lines += _loss_shares(blind["loss"])
     lines += [f"WARNING: {warning}" for warning in blind["warnings"]]
     return "\n".join(lines)
+
+
+def _loss_shares(loss: dict[str, dict]) -> list[str]:
+    """The share of the captions' likelihood that is lost with each other video."""
+    lines = [f"{'likelihood lost with':<20}{'share':>9}{'95% interval':>20}"]
+    for name, (english, _) in VIDEOS.items():
+        if "share" in (gap := loss.get(name, {})):
+            span = f"{gap['share_low']:.1%} … {gap['share_high']:.1%}"
+            lines.append(f"{english:<20}{gap['share']:>9.1%}{span:>20}")
+    return lines

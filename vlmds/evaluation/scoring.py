@@ -50,7 +50,8 @@ def frame_orders(num_frames: int) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class ClipText:
-    """A clip's text and length, read without decoding it. duration: seconds. source: the video it is from."""
+    """A clip's text and length, read without decoding it. duration: seconds. source: the video it is from, of which
+    it is the span, in seconds (end None: unknown). id: as the manifest gave it."""
 
     position: int
     key: str
@@ -58,6 +59,8 @@ class ClipText:
     prompt: str | None
     duration: float | None
     source: str
+    id: str = ""
+    span: tuple[float, float | None] = (0.0, None)
 
 
 def read_text(reader: SampleRows, position: int) -> ClipText | Unreadable:
@@ -68,8 +71,17 @@ def read_text(reader: SampleRows, position: int) -> ClipText | Unreadable:
         meta = read_description(reader.index_of(position).read(only_json))
     except SampleError as error:
         return Unreadable(position, row.key, str(error))
-    duration = None if row.duration is None else row.span[1] - row.span[0]
-    return ClipText(position, row.key, meta["captions"], meta.get("prompt"), duration, meta.get("source", row.key))
+    span = (row.start or 0.0, row.end) if row.duration is None else row.span
+    return ClipText(
+        position,
+        row.key,
+        meta["captions"],
+        meta.get("prompt"),
+        None if row.duration is None else span[1] - span[0],
+        meta.get("source", row.key),
+        str(meta.get("id", row.key)),
+        span,
+    )
 
 
 def read_texts(reader: SampleRows, positions: Sequence[int]) -> list[ClipText]:

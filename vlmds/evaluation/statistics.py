@@ -62,6 +62,7 @@ class Estimates:
         seed_values: the value of each seed, by method.
         clips: n.
         residual: variance of one seed's value by the clips' residuals, pooled; 0 without repeated seeds.
+        fixed: numbers of methods that are not trained: they have no seed, and no variance over seeds.
     """
 
     values: np.ndarray
@@ -71,6 +72,7 @@ class Estimates:
     seed_values: list[np.ndarray]
     clips: int
     residual: float
+    fixed: tuple[int, ...] = ()
 
     @property
     def sources(self) -> int:
@@ -94,6 +96,13 @@ class Estimates:
         return max(0.0, self.between_seeds - self.residual) if self.seed_df else None
 
     @cached_property
+    def seed_shares(self) -> np.ndarray:
+        """float64 [M]: of the variance between seeds in a method's value."""
+        shares = 1 / self.seeds
+        shares[list(self.fixed)] = 0.0
+        return shares
+
+    @cached_property
     def clip_covariance(self) -> np.ndarray:
         """float64 [M, M]: of the values, by the choice of the sources."""
         scale = self.sources / max(1, self.sources - 1) / self.clips**2
@@ -102,7 +111,7 @@ class Estimates:
     @cached_property
     def covariance(self) -> np.ndarray:
         """float64 [M, M]: of the values, by sources and seeds."""
-        return self.clip_covariance + np.diag((self.seed_variance or 0.0) / self.seeds)
+        return self.clip_covariance + np.diag((self.seed_variance or 0.0) * self.seed_shares)
 
     def contrast(self, weights: Sequence[float] | np.ndarray, *, paired: bool = True) -> Difference:
         """weights: [M], such as 1 and -1 for two methods. paired: they add up to 0, so that few sources
@@ -186,22 +195,25 @@ class Estimates:
         """Standard error of a contrast and its degrees of freedom. Satterthwaite's come out too many where the
         few seeds happen to lie close together, so they are at most twice those of the seeds."""
         of_clips = float(w @ self.clip_covariance @ w)
-        share = float((w**2 / self.seeds).sum())  # of the variance between seeds
+        share = float((w**2 * self.seed_shares).sum())  # of the variance between seeds
         variance = of_clips + share * (self.seed_variance or 0.0)
         doubt = of_clips**2 / max(1, self.sources - 1)
         if self.seed_df:
             doubt += (share * self.between_seeds) ** 2 / self.seed_df
         df = variance**2 / doubt if doubt > 0 else 1.0
-        return max(0.0, variance) ** 0.5, max(1.0, min(df, 2 * self.seed_df) if self.seed_df else df)
+        return max(0.0, variance) ** 0.5, max(1.0, min(df, 2 * self.seed_df) if self.seed_df and share else df)
 
 
-def estimate(metric: str, groups: Sequence[np.ndarray], sources: Sequence[int] | Sequence[str]) -> Estimates:
+def estimate(
+    metric: str, groups: Sequence[np.ndarray], sources: Sequence[int] | Sequence[str], fixed: Sequence[int] = ()
+) -> Estimates:
     """Estimates of methods from their scores on the same clips.
 
     Args:
         metric: whose statistics they are, see :func:`vlmds.evaluation.metrics.aggregate`.
         groups: for each method float64 [S, n, k]: statistics of n clips for each of its S seeds.
         sources: [n], the source that each clip is from, by number or name.
+        fixed: see :class:`Estimates`.
     """
     _, numbers = np.unique(np.asarray(sources), return_inverse=True)
     sizes = np.bincount(numbers).astype(np.float64)
@@ -223,7 +235,7 @@ def estimate(metric: str, groups: Sequence[np.ndarray], sources: Sequence[int] |
     seeds = np.array([len(v) for v in seed_values])
     free = int((seeds - 1).sum())
     residual = sum(residuals) / free if free else 0.0
-    return Estimates(np.array(values), np.array(per_source), sizes, seeds, seed_values, clips, residual)
+    return Estimates(np.array(values), np.array(per_source), sizes, seeds, seed_values, clips, residual, tuple(fixed))
 
 
 def influences_of(metric: str, statistics: np.ndarray) -> tuple[float, np.ndarray]:
