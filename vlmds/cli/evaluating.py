@@ -131,20 +131,22 @@ def write_comparison(
     reviews: Path | None = None,
     by: str = "metrics",
 ) -> None:
+    from vlmds.evaluation.adopt import adopt_sentence
     from vlmds.evaluation.compare import compare
-    from vlmds.evaluation.evaluated_runs import load_run
+    from vlmds.evaluation.evaluated_runs import load_evaluated
     from vlmds.evaluation.people_report import add_people, closing_line, people_text
     from vlmds.evaluation.report import to_csv, to_json, to_latex, write_report
+    from vlmds.evaluation.verdict import MARGIN
     from vlmds.files import write
 
     if by == "people" and reviews is None:
         raise InputError("--by people: give the folder of reviews with --reviews DIR (made by vlmds review)")
-    loaded = [load_run(path, evaluation) for path in runs]
-    of_metric = {} if margin is None or by == "people" else {"margin": margin}
-    found = compare(loaded, metric, [chosen.split() for chosen in words], **of_metric)
+    loaded, outside = load_evaluated(runs, evaluation)
+    of_metric = MARGIN if margin is None or by == "people" else margin
+    found = compare(loaded, metric, [chosen.split() for chosen in words], of_metric, outside)
     if reviews:
         add_people(found, loaded, reviews, by, margin if by == "people" else None)
-    size = write_report(output, loaded, found)
+    size = write_report(output, loaded, found, outside)
     for path, text in ((csv, to_csv), (latex, to_latex), (json, to_json)):
         if path:
             write(path, text(found))
@@ -152,7 +154,10 @@ def write_comparison(
         print(f"WARNING: {warning['en']}", file=sys.stderr)
     if reviews:
         print(people_text(found))
-    print(f"{closing_line(found)}\nsaved: {output} ({size / 1e6:.1f} MB)")
+    print(closing_line(found))
+    if answer := adopt_sentence(found):
+        print(answer[0])
+    print(f"saved: {output} ({size / 1e6:.1f} MB)")
 
 
 def sweep(args: argparse.Namespace, size=None) -> int:
@@ -269,7 +274,7 @@ def add_compare(commands) -> None:
         "English and Korean.",
     )
     add = command.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders that were evaluated")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders that were evaluated, and outside evaluations")
     add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="page (default: report.html)")
     add("--evaluation", metavar="NAME", help="folder under RUN/evaluation (default: val)")
     add("--metric", metavar="NAME", help="metric that decides (default: cider_d@morpheme, if the runs have it)")

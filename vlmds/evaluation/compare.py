@@ -196,7 +196,7 @@ def common_keys(runs: list[Run], outside: Sequence[OutsideRun] = ()) -> list[str
     """Keys of the clips that every run was evaluated on. Raises InputError if there are less than two, or the
     evaluations cannot be compared."""
     refuse(runs, outside)
-    everyone = [*runs, *outside]
+    everyone: list[Evaluated] = [*runs, *outside]
     keys = [key for key in runs[0].predictions if all(key in run.predictions for run in everyone)]
     if not keys:
         raise InputError(

@@ -49,7 +49,7 @@ class Comparisons:
         return Comparisons(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Preferences(Estimates):
     """Log-strengths of M methods (``values``; their mean is 0) with their errors.
 

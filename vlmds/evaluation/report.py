@@ -7,18 +7,20 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from vlmds.evaluation.adopt import adopt_sentence
 from vlmds.evaluation.blind import VIDEOS, doubts
 from vlmds.evaluation.charts import charts
 from vlmds.evaluation.compare import ADAPTERS, common_keys
 from vlmds.evaluation.cost import COST
-from vlmds.evaluation.evaluated_runs import Group, Run, group_runs, with_unique_names
+from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, group_runs, with_unique_names
 from vlmds.evaluation.like_for_like import shown_value
 from vlmds.evaluation.metrics import CHARACTERS
 from vlmds.evaluation.next_steps import next_steps
@@ -33,11 +35,12 @@ THUMBNAILS = 300
 THUMBNAIL_BYTES = 12_000_000
 
 
-def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> int:
-    """Write the page; returns its size in bytes. found: result of :func:`compare`."""
+def write_report(path: str | Path, runs: list[Run], found: dict[str, Any], outside: Sequence[OutsideRun] = ()) -> int:
+    """Write the page; returns its size in bytes. found: result of :func:`compare` for the same runs."""
     runs = with_unique_names(runs)
     groups = group_runs(runs)
-    clips = clip_grid(groups, found["metric"], common_keys(runs))
+    shown = [(group.name, group.runs[0]) for group in groups] + [(run.name, run) for run in outside]
+    clips = clip_grid([run for _, run in shown], found["metric"], common_keys(runs, outside))
     made = charts(runs, found)
     plotly = get_plotlyjs()
     script = source("vlmds.pages", "switch.js") + source("vlmds.evaluation", "page/report.js")
@@ -53,6 +56,8 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
         people_said=people_sentences(found["people"]["verdict"]) if (found["people"] or {}).get("verdict") else [],
         marks=MARK_NAMES,
         weakened=weakened(found),
+        adopt=adopt_sentence(found),
+        systems=found["adopt"]["systems"] if outside else [],
         compared=compared_facts(runs, groups, found),
         by_value=by_value,
         tokenisation=[(level, _in_both(name)) for level, name in found["tokenisation"].items()],
@@ -66,7 +71,7 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any]) -> in
         charts=made,
         data=json_text(
             {
-                "groups": [g.name for g in groups],
+                "groups": [name for name, _ in shown],
                 "clips": clips,
                 "charts": {name: {part: chart[part] for part in ("figure", "titles")} for name, chart in made.items()},
             }
@@ -136,12 +141,11 @@ def _in_both(name: str) -> Text:
     return name, korean.get(name, name.replace(", model ", ", 모델 "))
 
 
-def clip_grid(groups: list[Group], metric: str, keys: list[str]) -> list[dict]:
-    """A record per clip: key, references, caption and score of each experiment (of its first
-    seed), spread of the scores, and a strip of frames for as many as the page may hold."""
+def clip_grid(runs: Sequence[Evaluated], metric: str, keys: list[str]) -> list[dict]:
+    """A record per clip: key, references, caption and score of each run, spread of the scores, and a strip of frames for as many as the page may hold."""
     clips, images, total = [], 0, 0
     for key in keys:
-        lines = [group.runs[0].predictions[key] for group in groups]
+        lines = [run.predictions[key] for run in runs]
         # None: undefined among the clips of that evaluation.
         scores = [None if (s := line["scores"].get(metric)) is None else round(s, 1) for line in lines]
         known = [score for score in scores if score is not None]
@@ -153,12 +157,17 @@ def clip_grid(groups: list[Group], metric: str, keys: list[str]) -> list[dict]:
             "seconds": lines[0]["duration"],
             "spread": round(max(known) - min(known), 1) if known else 0.0,
         }
-        image = _thumbnail(groups, key) if images < THUMBNAILS else None
+        image = _thumbnail(runs, key) if images < THUMBNAILS else None
         if image and total + len(image) <= THUMBNAIL_BYTES:
             clip["image"] = image
             images, total = images + 1, total + len(image)
         clips.append(clip)
     return clips
+
+
+def all_rows(found: dict[str, Any]) -> list[dict]:
+    """The rows of the experiments, then of the outside models, which have neither projector nor seeds."""
+    return [*found["table"], *(found["adopt"]["systems"] if found["adopt"] else ())]
 
 
 def to_csv(found: dict[str, Any]) -> str:
@@ -178,7 +187,7 @@ def to_csv(found: dict[str, Any]) -> str:
             *of_people,
         ]
     )
-    for row, answered in zip(found["table"], cells, strict=True):
+    for row, answered in zip_longest(all_rows(found), cells, fillvalue=[None] * len(of_people)):
         writer.writerow(
             [
                 row["name"],
@@ -211,7 +220,7 @@ def to_json(found: dict[str, Any]) -> str:
 def to_latex(found: dict[str, Any]) -> str:
     """A booktabs table; the best value of each metric is bold."""
     names = found["metrics"]
-    best = {n: max(r["metrics"][n]["value"] for r in found["table"]) for n in names}
+    best = {n: max(r["metrics"][n]["value"] for r in all_rows(found)) for n in names}
 
     def text(value: str) -> str:
         return "".join("\\" + c if c in "&%$#_{}" else c for c in value)
@@ -222,20 +231,23 @@ def to_latex(found: dict[str, Any]) -> str:
         " & ".join(["experiment", "projector", "adapter", *map(text, names)]) + r" \\",
         r"\midrule",
     ]
-    for row in found["table"]:
+    for row in all_rows(found):
         cells = []
         for name in names:
             cell = row["metrics"][name]
             number = f"{cell['value']:.1f}"
             number = rf"\textbf{{{number}}}" if cell["value"] == best[name] else number
             cells.append(rf"{number} {{\scriptsize [{cell['low']:.1f}, {cell['high']:.1f}]}}")
-        lines.append(" & ".join([text(row["name"]), text(row["projector"]), text(row["adapter"]), *cells]) + r" \\")
+        lines.append(
+            " & ".join([text(row["name"]), text(row["projector"] or "--"), text(row["adapter"] or "--"), *cells])
+            + r" \\"
+        )
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _thumbnail(groups: list[Group], key: str) -> str | None:
+def _thumbnail(runs: Sequence[Evaluated], key: str) -> str | None:
     """The strip that an evaluation kept of the clip, in base64."""
-    for run in (run for group in groups for run in group.runs):
+    for run in runs:
         folder = run.path / "evaluation" / run.metrics["folder"] / "thumbnails"
         path = folder / f"{run.predictions[key]['position']:06d}.jpg"
         if path.is_file():
