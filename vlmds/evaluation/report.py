@@ -8,7 +8,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,8 @@ def to_csv(found: dict[str, Any]) -> str:
             *of_people,
         ]
     )
-    for row, answered in zip_longest(all_rows(found), cells, fillvalue=[None] * len(of_people)):
+    cells = [*cells, *([None] * len(of_people) for _ in range(len(all_rows(found)) - len(cells)))]
+    for row, answered in zip(all_rows(found), cells, strict=True):
         writer.writerow(
             [
                 row["name"],
