@@ -49,13 +49,13 @@ def command(artifact, *arguments) -> list[str]:
 def generated(monkeypatch):
     """Sizes of the batches that the model captions."""
     sizes = []
-    original = generation.generate_captions
+    original = generation.generate_batch
 
     def counting(model, builder, features, *rest, **more):
         sizes.append(len(features))
         return original(model, builder, features, *rest, **more)
 
-    monkeypatch.setattr(generation, "generate_captions", counting)
+    monkeypatch.setattr(generation, "generate_batch", counting)
     return sizes
 
 
@@ -192,7 +192,7 @@ class Killed(Exception):
 def test_a_stopped_command_goes_on(artifact, folder, tmp_path, monkeypatch):
     options = {**WINDOW, "data": str(folder), "batch_size": 3}
     caption_to_file(artifact, tmp_path / "whole.jsonl", **options)
-    original, calls = generation.generate_captions, []
+    original, calls = generation.generate_batch, []
 
     def stopping(*arguments, **more):
         calls.append(len(arguments[2]))
@@ -200,7 +200,7 @@ def test_a_stopped_command_goes_on(artifact, folder, tmp_path, monkeypatch):
             raise Killed
         return original(*arguments, **more)
 
-    monkeypatch.setattr(generation, "generate_captions", stopping)
+    monkeypatch.setattr(generation, "generate_batch", stopping)
     out = tmp_path / "stopped.jsonl"
     with pytest.raises(Killed):
         caption_to_file(artifact, out, **options)

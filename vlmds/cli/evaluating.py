@@ -81,6 +81,7 @@ def compare(args: argparse.Namespace) -> int:
         evaluation=args.evaluation,
         metric=args.metric,
         words=args.words,
+        columns=args.breakdown,
         margin=args.margin,
         csv=args.csv,
         latex=args.latex,
@@ -124,6 +125,7 @@ def write_comparison(
     evaluation: str | None = None,
     metric: str | None = None,
     words: Sequence[str] = (),
+    columns: Sequence[str] = (),
     margin: float | None = None,
     csv: Path | None = None,
     latex: Path | None = None,
@@ -143,7 +145,7 @@ def write_comparison(
         raise InputError("--by people: give the folder of reviews with --reviews DIR (made by vlmds review)")
     loaded, outside = load_evaluated(runs, evaluation)
     of_metric = MARGIN if margin is None or by == "people" else margin
-    found = compare(loaded, metric, [chosen.split() for chosen in words], of_metric, outside)
+    found = compare(loaded, metric, [chosen.split() for chosen in words], of_metric, outside, columns)
     if reviews:
         add_people(found, loaded, reviews, by, margin if by == "people" else None)
     size = write_report(output, loaded, found, outside)
@@ -284,6 +286,14 @@ def add_compare(commands) -> None:
         default=[],
         metavar="'WORD WORD …'",
         help="add the accuracy of these words in captions, such as '왼쪽 오른쪽'; may be given several times",
+    )
+    add(
+        "--breakdown",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="show the metric for each value of this column, which vlmds pack --keep-columns kept; may be given several "
+        "times (default: all with two to twelve values)",
     )
     add(
         "--margin",

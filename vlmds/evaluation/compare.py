@@ -14,6 +14,7 @@ import numpy as np
 
 from vlmds.errors import InputError
 from vlmds.evaluation.adopt import build_or_adopt, cell
+from vlmds.evaluation.by_column import by_columns
 from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, group_runs, with_unique_names
 from vlmds.evaluation.like_for_like import differing_settings, refuse, warnings
 from vlmds.evaluation.metrics import aggregate, characters, score_captions, tokenizers, undefined_metrics
@@ -32,12 +33,14 @@ def compare(
     words: Sequence[Sequence[str]] = (),
     margin: float = MARGIN,
     outside: Sequence[OutsideRun] = (),
+    columns: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All numbers of the report.
 
     Args:
         outside: evaluations of other models; the verdict is on the runs, and "adopt" compares both.
         margin: how much worse than the best the chosen experiment may be, as a share of its value.
+        columns: to break the metric down by, see :func:`vlmds.evaluation.by_column.by_columns`.
         words: sets of words to look for in captions, see :func:`vlmds.evaluation.word_accuracy.word_accuracy`.
 
     Raises:
@@ -85,6 +88,14 @@ def compare(
         "differences": differing_settings(runs),
         "factors": factors(table, estimates[metric]),
         "breakdown": breakdown(groups, scores, keys, metric),
+        "columns": by_columns(
+            [groups[0].runs[0].predictions[key] for key in keys],
+            [[seed[metric] for seed in group] for group in scores],
+            metric,
+            sources_of(runs[0], keys),
+            columns,
+        ),
+        "unfinished": _unfinished(groups),
         "words": _words(groups, keys, words),
         "people": None,  # see vlmds.evaluation.people_report.add_people
         "by": "metrics",
@@ -307,6 +318,19 @@ def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[di
                         ],
                     }
                 )
+    return found
+
+
+def _unfinished(groups: list[Group]) -> list[dict[str, Any]]:
+    """Captions of each experiment that ended at max_new_tokens, of all its seeds; not of older evaluations."""
+    found = []
+    for group in groups:
+        cut = [run.metrics.get("unfinished") for run in group.runs]
+        known = [one for one in cut if one]
+        if len(known) == len(cut):
+            captions = sum(one["captions"] for one in known)
+            share = float(np.mean([one["share"] for one in known]))
+            found.append({"name": group.name, "captions": captions, "share": share})
     return found
 
 

@@ -18,6 +18,7 @@ from vlmds.evaluation.blind import doubts
 from vlmds.evaluation.cost import hardware
 from vlmds.evaluation.evaluated_runs import NOT_LEARNED, Evaluated, OutsideRun, Run, under
 from vlmds.evaluation.tuned import budget, tuned_by
+from vlmds.evaluation.unfinished import unfinished_warning
 from vlmds.experiments.differences import flat_settings
 
 EXPECTED = ("owner", "priority", "name", "projector", "peft.type", "training.seed")
@@ -181,6 +182,9 @@ def _of_run(run: Run) -> Iterator[tuple[str, str]]:
             )
     for warning in run.warnings:
         english, korean = (f"{run.name}, {warning['stage']}: {warning[language]}" for language in ("en", "ko"))
+        yield english, korean
+    if cut := unfinished_warning(run.metrics.get("unfinished")):
+        english, korean = (f"{run.name}: {text}" for text in cut)
         yield english, korean
     if found_doubts := doubts(run.metrics["looking"]):
         english, korean = ("; ".join(doubt[language] for doubt in found_doubts) for language in ("en", "ko"))

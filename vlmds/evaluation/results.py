@@ -15,6 +15,7 @@ from vlmds.evaluation.blind import VIDEOS, blind_tests
 from vlmds.evaluation.metrics import Metric, describe_captions, score_captions, summarise, undefined_metrics
 from vlmds.evaluation.saved import FORMAT, VERSION
 from vlmds.evaluation.scoring import ClipScorer, ClipText
+from vlmds.evaluation.unfinished import unfinished_captions, unfinished_warning
 from vlmds.files import write
 from vlmds.models.assemble import Model
 from vlmds.runs.rank_jsonl import json_line
@@ -42,6 +43,7 @@ def _line(text: ClipText, caption: str, number: int, scores: dict[str, Metric]) 
         "key": text.key,
         "position": text.position,
         "source": text.source,
+        **({"columns": text.columns} if text.columns else {}),
         "references": text.captions,
         "caption": caption,
         "duration": text.duration,
@@ -71,6 +73,7 @@ def summarise_records(
     blank = scorer.blank_captions([text.prompt for text in read])
     for text, record, line in zip(read, records_read, predictions, strict=True):
         line |= {
+            "unfinished": record.get("unfinished"),
             "caption_log_probability": record["caption_log_probability"],
             "reference_log_probability": {
                 name: pair and pair[0] / pair[1]
@@ -85,6 +88,7 @@ def summarise_records(
         }
     result |= {
         "unreadable": len(records) - len(read),
+        "unfinished": unfinished_captions(records_read, scorer.generation.max_new_tokens),
         "looking": blind_tests(read, records_read, captions, borrowed, partner, blank),
     }
     return result, predictions
@@ -140,7 +144,14 @@ def evaluation_table(metrics: dict) -> str:
     if tested:
         add("caption loss", next((f"{gap['own']:.2f}" for gap in blind["loss"].values()), "–"), "", blind["loss"])
         lines += _loss_shares(blind["loss"])
+    cut = metrics.get("unfinished")
+    if cut:
+        lines.append(
+            f"captions that ended at --max-new-tokens {cut['max_new_tokens']}: {cut['captions']:,} ({cut['share']:.1%})"
+        )
     lines += [f"WARNING: {warning}" for warning in blind["warnings"]]
+    if warning := unfinished_warning(cut):
+        lines.append(f"WARNING: {warning[0]}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ reference each and no caption; the order is that of the features, as CLIP encode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,7 +51,8 @@ def frame_orders(num_frames: int) -> dict[str, list[int]]:
 @dataclass(frozen=True)
 class ClipText:
     """A clip's text and length, read without decoding it. duration: seconds. source: the video it is from, of which
-    it is the span, in seconds (end None: unknown). id: as the manifest gave it."""
+    it is the span, in seconds (end None: unknown). id: as the manifest gave it. columns: the manifest's that were
+    kept (`vlmds pack --keep-columns`)."""
 
     position: int
     key: str
@@ -61,6 +62,7 @@ class ClipText:
     source: str
     id: str = ""
     span: tuple[float, float | None] = (0.0, None)
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 def read_text(reader: SampleRows, position: int) -> ClipText | Unreadable:
@@ -72,6 +74,7 @@ def read_text(reader: SampleRows, position: int) -> ClipText | Unreadable:
     except SampleError as error:
         return Unreadable(position, row.key, str(error))
     span = (row.start or 0.0, row.end) if row.duration is None else row.span
+    columns = meta.get("columns")
     return ClipText(
         position,
         row.key,
@@ -81,6 +84,7 @@ def read_text(reader: SampleRows, position: int) -> ClipText | Unreadable:
         meta.get("source", row.key),
         str(meta.get("id", row.key)),
         span,
+        columns if isinstance(columns, dict) else {},
     )
 
 
@@ -204,6 +208,7 @@ class ClipScorer:
         """One record per clip of the batch that can be read. Log-probabilities are natural logs: of a
         caption its mean per token, of references [sum, tokens]."""
         captions = [caption for caption in batch.captions if caption is not None]
+        unfinished = [cut for caption, cut in zip(batch.captions, batch.unfinished) if caption is not None]
         records: list[dict[str, Any]] = []
         own: list[list] = []
         # Row of the features, order of its frames (None: as they are), caption, prompt, [sum, tokens].
@@ -227,6 +232,7 @@ class ClipScorer:
                     "position": text.position,
                     "key": text.key,
                     "caption": caption,
+                    "unfinished": unfinished[row] if unfinished else None,
                     "caption_log_probability": None,
                     "real": real,
                     "blank": blank,

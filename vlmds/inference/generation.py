@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,12 +45,14 @@ class CaptionedBatch:
 
     captions: one per clip, None for a clip that cannot be read. features: of the clips that can be
     read, in their order, see :meth:`Model.features`. seconds: of CLIP and the language model.
+    unfinished: for each clip whether its caption ended at `max_new_tokens`, not by itself.
     """
 
     clips: Sequence[ClipInput]
     captions: list[str | None]
     features: Features
     seconds: float
+    unfinished: list[bool] = field(default_factory=list)
 
 
 def caption_batches(
@@ -62,15 +64,16 @@ def caption_batches(
         doing("captioning", [clip.key for clip in batch])
         started = time.perf_counter()
         inputs = [clip.inputs for clip in batch if clip.inputs is not None]
-        made = iter(list[str]())
+        made, cut = iter(list[str]()), iter(list[bool]())
         features: Features = []
         if inputs:
             with torch.no_grad():
                 features = model.features({name: as_batch([i[name] for i in inputs]) for name in inputs[0]})
             prompts = [clip.prompt for clip in batch if clip.inputs is not None]
-            made = iter(generate_captions(model, builder, features, prompts, options))
+            made, cut = map(iter, generate_batch(model, builder, features, prompts, options))
         captions = [None if clip.inputs is None else next(made) for clip in batch]
-        yield CaptionedBatch(batch, captions, features, time.perf_counter() - started)
+        unfinished = [clip.inputs is not None and next(cut) for clip in batch]
+        yield CaptionedBatch(batch, captions, features, time.perf_counter() - started, unfinished)
         doing("waiting for clips to be read")
 
 
@@ -120,7 +123,6 @@ class GumbelNoise(LogitsProcessor):
         return scores - noise.log().to(scores)
 
 
-@torch.no_grad()
 def generate_captions(
     model: Model,
     builder: SequenceBuilder,
@@ -129,7 +131,20 @@ def generate_captions(
     options: GenerationOptions,
     **more,
 ) -> list[str]:
-    """Captions of one batch.
+    """Captions of one batch; the arguments are those of :func:`generate_batch`."""
+    return generate_batch(model, builder, features, prompts, options, **more)[0]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Model,
+    builder: SequenceBuilder,
+    features: Features,
+    prompts: Sequence[str | None],
+    options: GenerationOptions,
+    **more,
+) -> tuple[list[str], list[bool]]:
+    """Captions of one batch, and whether each ended at ``max_new_tokens`` and not by itself.
 
     Args:
         features: of B clips, see :meth:`Model.features`.
@@ -146,4 +161,5 @@ def generate_captions(
         logits_processor=logits_processors(options),
         **more,
     )
-    return builder.decode(ids)
+    ended = (ids == builder.eos_token_id).any(dim=1) | (ids.shape[1] < options.max_new_tokens)
+    return builder.decode(ids), (~ended).tolist()
