@@ -12,8 +12,8 @@ SHARE = 0.02
 def unfinished_captions(records: Sequence[dict], max_new_tokens: int) -> dict[str, Any] | None:
     """{"captions", "share", "max_new_tokens"} of records of clips; None if not all say whether their caption ended
     by itself (those of an older version do not)."""
-    known = [record.get("unfinished") for record in records]
-    if not known or None in known:
+    known = [record["unfinished"] for record in records if record.get("unfinished") is not None]
+    if not known or len(known) < len(records):
         return None
     return {"captions": sum(known), "share": sum(known) / len(known), "max_new_tokens": max_new_tokens}
 

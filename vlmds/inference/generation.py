@@ -70,7 +70,8 @@ def caption_batches(
             with torch.no_grad():
                 features = model.features({name: as_batch([i[name] for i in inputs]) for name in inputs[0]})
             prompts = [clip.prompt for clip in batch if clip.inputs is not None]
-            made, cut = map(iter, generate_batch(model, builder, features, prompts, options))
+            texts, ends = generate_batch(model, builder, features, prompts, options)
+            made, cut = iter(texts), iter(ends)
         captions = [None if clip.inputs is None else next(made) for clip in batch]
         unfinished = [clip.inputs is not None and next(cut) for clip in batch]
         yield CaptionedBatch(batch, captions, features, time.perf_counter() - started, unfinished)
