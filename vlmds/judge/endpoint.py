@@ -90,8 +90,9 @@ class Endpoint:
         attempt = 0
         while True:
             options = self._current()
+            request: dict[str, Any] = {"messages": messages, **options}
             try:
-                return self._reply(self._client.chat.completions.create(model=self.model, messages=messages, **options))
+                return self._reply(self._client.chat.completions.create(model=self.model, **request))
             except self._openai.APIConnectionError as error:
                 reason, asked = self._plain(error.__cause__ or error), None
             except self._openai.APIStatusError as error:
