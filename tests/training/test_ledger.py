@@ -37,6 +37,10 @@ def test_a_micro_batch_names_its_cut_captions():
     assert ends == [False, True]
 
 
+def test_by_default_a_twentieth_may_be_cut():
+    assert load_experiment("e3").data.max_cut_fraction == 0.05
+
+
 def test_cut_captions_are_counted_and_named_once(tmp_path, capsys):
     experiment = load_experiment("e3", ["data.max_cut_fraction=0.2", "logging.tensorboard=false"])
     run, monitor = RunFolder(tmp_path, {}), Monitor(tmp_path, experiment, active=True)

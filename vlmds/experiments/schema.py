@@ -208,8 +208,9 @@ class DataConfig(_Source):
     max_caption_tokens: PositiveInt = 256
     """Longer captions are cut to this length in training. Cut ones end without an end-of-turn token;
     each stage logs how many there were, and the run's ledger.jsonl names the samples."""
-    max_cut_fraction: Fraction | None = None
-    """Share of cut captions above which all ranks stop; null sets no limit."""
+    max_cut_fraction: Fraction | None = 0.05
+    """Share of cut captions above which all ranks stop, for a model that sees few ends does not learn to stop;
+    null sets no limit."""
     shuffle_window: PositiveInt = 16
     """Number of shards whose samples are shuffled together."""
     num_workers: NaturalInt = 4
