@@ -21,13 +21,12 @@ from vlmds.training.ds_config import REPOSITORY
 from vlmds.training.sweep import run_command
 
 TOO_HIGH = 30
-VALIDATE_EVERY = 50
 
 
 def runs(folder: Path, steps: int) -> dict[str, list[str]]:
     """Overrides by the name of the run."""
     rate = load_experiment(tiny_form("demo", folder)).stages[0].lr
-    common = ["stages.0.epochs=null", f"stages.0.steps={steps}", f"training.validate_every={VALIDATE_EVERY}"]
+    common = ["stages.0.epochs=null", f"stages.0.steps={steps}", f"training.validate_every={max(1, steps // 6)}"]
     return {
         "as it is": common,
         "frozen projector": [*common, "stages.0.lr_factors.projector=0"],
