@@ -61,7 +61,8 @@ def main() -> None:
     folder = Path(sys.argv[1]).absolute()
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 300
     folder.mkdir(parents=True, exist_ok=True)
-    prepare_demo(folder, Size(), {})
+    if not (folder / "shards" / "dataset.json").is_file():
+        prepare_demo(folder, Size(), {})
     rows = [
         row(name, read_metrics(train(folder, name, o) / "metrics.jsonl")) for name, o in runs(folder, steps).items()
     ]
