@@ -2,7 +2,7 @@
 
     python -m tests.manual.blind_warning DIR [STEPS]     (default 300 steps of stage align)
 
-Trains stage align of the demo's experiment three times: as it is, with a frozen projector, and at 30 times its rate. DIR is a folder of
+Trains stage align of the demo's experiment three times: with a frozen projector, at 30 times its rate, and as it is. DIR is a folder of
 `vlmds demo` (made if it is not there: clips, pre-trained models, shards). Prints a Markdown table.
 """
 
@@ -28,9 +28,9 @@ def runs(folder: Path, steps: int) -> dict[str, list[str]]:
     rate = load_experiment(tiny_form("demo", folder)).stages[0].lr
     common = ["stages.0.epochs=null", f"stages.0.steps={steps}", f"training.validate_every={max(1, steps // 6)}"]
     return {
-        "as it is": common,
         "frozen projector": [*common, "stages.0.lr_factors.projector=0"],
         f"{TOO_HIGH} times the rate": [*common, f"stages.0.lr={TOO_HIGH * rate}"],
+        "as it is": common,
     }
 
 
