@@ -82,6 +82,8 @@ def compare(args: argparse.Namespace) -> int:
         metric=args.metric,
         words=args.words,
         columns=args.breakdown,
+        errors=args.errors,
+        word_list=args.word_list,
         margin=args.margin,
         csv=args.csv,
         latex=args.latex,
@@ -126,6 +128,8 @@ def write_comparison(
     metric: str | None = None,
     words: Sequence[str] = (),
     columns: Sequence[str] = (),
+    errors: bool = False,
+    word_list: Path | None = None,
     margin: float | None = None,
     csv: Path | None = None,
     latex: Path | None = None,
@@ -135,6 +139,7 @@ def write_comparison(
 ) -> None:
     from vlmds.evaluation.adopt import adopt_sentence
     from vlmds.evaluation.compare import compare
+    from vlmds.evaluation.error_kinds import read_word_list
     from vlmds.evaluation.evaluated_runs import load_evaluated
     from vlmds.evaluation.people_report import add_people, closing_line, people_text
     from vlmds.evaluation.report import to_csv, to_json, to_latex, write_report
@@ -143,9 +148,10 @@ def write_comparison(
 
     if by == "people" and reviews is None:
         raise InputError("--by people: give the folder of reviews with --reviews DIR (made by vlmds review)")
+    kinds = read_word_list(word_list) if errors or word_list else None
     loaded, outside = load_evaluated(runs, evaluation)
     of_metric = MARGIN if margin is None or by == "people" else margin
-    found = compare(loaded, metric, [chosen.split() for chosen in words], of_metric, outside, columns)
+    found = compare(loaded, metric, [chosen.split() for chosen in words], of_metric, outside, columns, kinds)
     if reviews:
         add_people(found, loaded, reviews, by, margin if by == "people" else None)
     size = write_report(output, loaded, found, outside)
@@ -286,6 +292,17 @@ def add_compare(commands) -> None:
         default=[],
         metavar="'WORD WORD …'",
         help="add the accuracy of these words in captions, such as '왼쪽 오른쪽'; may be given several times",
+    )
+    add(
+        "--errors",
+        action="store_true",
+        help="add a table of errors by kind: object, attribute, action, number, direction",
+    )
+    add(
+        "--word-list",
+        type=Path,
+        metavar="FILE",
+        help="YAML with words of kinds and their synonyms for that table, before those of vlmds; switches it on",
     )
     add(
         "--breakdown",

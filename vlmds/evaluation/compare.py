@@ -15,6 +15,7 @@ import numpy as np
 from vlmds.errors import InputError
 from vlmds.evaluation.adopt import build_or_adopt, cell
 from vlmds.evaluation.by_column import by_columns
+from vlmds.evaluation.error_kinds import WordList, error_table
 from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, group_runs, with_unique_names
 from vlmds.evaluation.like_for_like import differing_settings, refuse, warnings
 from vlmds.evaluation.metrics import aggregate, characters, score_captions, tokenizers, undefined_metrics
@@ -34,6 +35,7 @@ def compare(
     margin: float = MARGIN,
     outside: Sequence[OutsideRun] = (),
     columns: Sequence[str] = (),
+    word_list: WordList | None = None,
 ) -> dict[str, Any]:
     """All numbers of the report.
 
@@ -41,6 +43,7 @@ def compare(
         outside: evaluations of other models; the verdict is on the runs, and "adopt" compares both.
         margin: how much worse than the best the chosen experiment may be, as a share of its value.
         columns: to break the metric down by, see :func:`vlmds.evaluation.by_column.by_columns`.
+        word_list: count errors by kind, see :mod:`vlmds.evaluation.error_kinds`.
         words: sets of words to look for in captions, see :func:`vlmds.evaluation.word_accuracy.word_accuracy`.
 
     Raises:
@@ -96,6 +99,7 @@ def compare(
             columns,
         ),
         "unfinished": _unfinished(groups),
+        "errors": word_list and _errors(groups, keys, estimates[metric], word_list),
         "words": _words(groups, keys, words),
         "people": None,  # see vlmds.evaluation.people_report.add_people
         "by": "metrics",
@@ -332,6 +336,14 @@ def _unfinished(groups: list[Group]) -> list[dict[str, Any]]:
             share = float(np.mean([one["share"] for one in known]))
             found.append({"name": group.name, "captions": captions, "share": share})
     return found
+
+
+def _errors(groups: list[Group], keys: list[str], found: Estimates, words: WordList) -> dict[str, Any]:
+    """Errors by kind, of all seeds, compared with those of the experiment with the best value."""
+    captions = [[[run.predictions[key]["caption"] for key in keys] for run in group.runs] for group in groups]
+    first = groups[0].runs[0]
+    references = [first.predictions[key]["references"] for key in keys]
+    return error_table(captions, references, sources_of(first, keys), int(found.values.argmax()), words)
 
 
 def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]]) -> list[dict]:

@@ -34,6 +34,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from vlmds.errors import InputError
 
 METRICS = ("cider_d", "bleu4", "rouge_l", "chrf++")
+SHARE = "share"
+"""Name, for :func:`aggregate`, of errors over words, in percent: its statistics are [errors, words]."""
 RESAMPLES = 1000
 
 
@@ -67,12 +69,21 @@ def morphemes() -> Tokenizer | None:
         import kiwipiepy_model
     except ImportError:
         return None
-    kiwi = kiwipiepy.Kiwi(num_workers=1)
     name = f"Kiwi {kiwipiepy.__version__}, model {kiwipiepy_model.__version__}"
     # A form may contain a space ("할 수"), and tokens are joined by spaces below.
-    return Tokenizer(
-        "morpheme", name, lambda text: [part for token in kiwi.tokenize(normalise(text)) for part in token.form.split()]
-    )
+    return Tokenizer("morpheme", name, lambda text: [part for form, _ in kiwi_tokens(text) for part in form.split()])
+
+
+def kiwi_tokens(text: str) -> list[tuple[str, str]]:
+    """(form, part of speech) of each of Kiwi's tokens; where it is installed (see :func:`morphemes`)."""
+    return [(token.form, token.tag) for token in _kiwi().tokenize(normalise(text))]
+
+
+@cache
+def _kiwi():
+    import kiwipiepy
+
+    return kiwipiepy.Kiwi(num_workers=1)
 
 
 def tokenizers() -> list[Tokenizer]:
@@ -153,6 +164,8 @@ def aggregate(name: str, means: np.ndarray) -> np.ndarray:
         return _bleu(means)
     if kind == "chrf++":
         return _chrf(means)
+    if kind == SHARE:
+        return 100 * np.divide(means[:, 0], means[:, 1], out=np.zeros(len(means)), where=means[:, 1] > 0)
     return means[:, 0]
 
 

@@ -19,6 +19,7 @@ from vlmds.evaluation.blind import VIDEOS, doubts
 from vlmds.evaluation.charts import charts
 from vlmds.evaluation.compare import ADAPTERS, common_keys
 from vlmds.evaluation.cost import COST
+from vlmds.evaluation.error_kinds import NAMES
 from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, group_runs, with_unique_names
 from vlmds.evaluation.like_for_like import shown_value
 from vlmds.evaluation.metrics import CHARACTERS
@@ -62,6 +63,7 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any], outsi
         tokenisation=[(level, _in_both(name)) for level, name in found["tokenisation"].items()],
         steps=next_steps(groups, found),
         videos=VIDEOS,
+        error_names=NAMES,
         uses_video={row["name"]: not doubts(row["looking"]) for row in found["table"]},
         cost=COST,
         projectors=PROJECTORS,
