@@ -14,12 +14,13 @@ from vlmds.errors import InputError
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    if args.predictions is not None:
-        return _evaluate_predictions(args)
+    if args.predictions is not None or args.model is not None:
+        return _evaluate_outside(args)
     if args.run is None:
-        raise InputError("--run: give a run folder, or captions from elsewhere with --predictions FILE")
-    if args.label is not None:
-        raise InputError("--name: is for --predictions; --as NAME names an evaluation of a run")
+        raise InputError("--run: give a run folder; or another model with --model, or captions with --predictions FILE")
+    for name, option in OUTSIDE_ONLY.items():
+        if getattr(args, name) is not None:
+            raise InputError(f"{option}: is for --model and --predictions; a run has its own")
     load("vlmds.evaluation.evaluate")
     from vlmds.distributed.failures import run_on_ranks
     from vlmds.distributed.ranks import is_main
@@ -48,30 +49,55 @@ def evaluate(args: argparse.Namespace) -> int:
     return run_on_ranks(run)
 
 
-def _evaluate_predictions(args: argparse.Namespace) -> int:
-    """`vlmds evaluate --predictions FILE --name NAME --data DIR`."""
+OUTSIDE_ONLY = {"label": "--name", "num_frames": "--num-frames", "prompt": "--prompt", "dtype": "--dtype"}
+"""Options of captions that no run made; None is not given."""
+
+
+def _evaluate_outside(args: argparse.Namespace) -> int:
+    """`vlmds evaluate --predictions FILE` and `--model MODEL`."""
+    by_file = args.predictions is not None
+    what = "--predictions" if by_file else "--model"
+    if by_file and args.model is not None:
+        raise InputError("--predictions: does not go with --model; leave one of them out")
+    for given, option in ((args.run, "--run"), (args.name, "--as"), (args.set or None, "--set")):
+        if given is not None:
+            raise InputError(f"{option}: does not go with {what}, whose captions no run made")
+    needed = [(args.data, "--data DIR"), *([(args.label, "--name NAME")] if by_file else [])]
+    for given, option in needed:
+        if given is None:
+            raise InputError(f"{what}: give {option} as well")
+    if by_file and any(getattr(args, name) is not None for name in OUTSIDE_ONLY if name != "label"):
+        raise InputError("--predictions: --num-frames, --prompt and --dtype are for --model")
+    common = dict(data=args.data, split=args.split, output=args.output, clips=args.clips, again=args.again)
+    load("vlmds.evaluation.zero_shot")
+    from vlmds.distributed.failures import run_on_ranks
+    from vlmds.distributed.ranks import is_main
     from vlmds.evaluation.outside import evaluate_predictions
     from vlmds.evaluation.results import evaluation_table
     from vlmds.evaluation.saved import evaluation_folder, read_evaluation
+    from vlmds.evaluation.zero_shot import evaluate_model
 
-    for given, option in ((args.run, "--run"), (args.name, "--as"), (args.set or None, "--set")):
-        if given is not None:
-            raise InputError(f"{option}: does not go with --predictions, whose captions no run made")
-    for given, option in ((args.label, "--name NAME"), (args.data, "--data DIR")):
-        if given is None:
-            raise InputError(f"--predictions: give {option} as well")
-    folder = evaluate_predictions(
-        args.predictions,
-        name=args.label,
-        data=args.data,
-        split=args.split,
-        output=args.output,
-        clips=args.clips,
-        again=args.again,
-    )
-    metrics, _ = read_evaluation(evaluation_folder(folder, args.split))
-    print(f"{evaluation_table(metrics)}\nsaved: {folder}; compare it: vlmds compare RUN … {shlex.quote(str(folder))}")
-    return 0
+    def run() -> int:
+        if by_file:
+            folder = evaluate_predictions(args.predictions, name=args.label, **common)
+        else:
+            chosen = {name: value for name in ("num_frames", "prompt", "dtype") if (value := getattr(args, name))}
+            folder = evaluate_model(
+                args.model,
+                name=args.label,
+                batch_size=args.batch_size,
+                generation=generation_options(args),
+                device=args.device,
+                **chosen,
+                **common,
+            )
+        if is_main():
+            metrics, _ = read_evaluation(evaluation_folder(folder, args.split))
+            print(evaluation_table(metrics))
+            print(f"saved: {folder}; compare it: vlmds compare RUN … {shlex.quote(str(folder))}")
+        return 0
+
+    return run_on_ranks(run)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -261,7 +287,16 @@ def add_evaluate(commands) -> None:
         metavar="FILE",
         help="score captions from elsewhere (another model, an API, a person): a table with the columns id and caption",
     )
-    add("--name", dest="label", metavar="NAME", help="of what made the predictions; results go to runs/NAME")
+    add(
+        "--model",
+        metavar="MODEL",
+        help="caption with another model, without training: a folder, or a name on the hub (owner/name, or "
+        "owner/name@revision), of transformers' image-text-to-text models",
+    )
+    add("--name", dest="label", metavar="NAME", help="of what made these captions; results go to runs/NAME")
+    add("--num-frames", type=int, metavar="N", help="frames of each clip for --model (default: 8)")
+    add("--prompt", metavar="TEXT", help="for --model (default: data.prompt of an experiment)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of --model's weights (default: bfloat16)")
     add_data(add, "packed dataset (default: the run's own)")
     add("--split", help="split to evaluate (default: val, or the only one)")
     add("--output", type=Path, metavar="DIR", help="for the results (default: RUN/evaluation/SPLIT)")

@@ -27,10 +27,12 @@ ModelSection = VisionConfig | LanguageConfig
 
 @dataclass(frozen=True)
 class HubArtifact:
-    """An artifact on the hub. model: ``owner/name``. revision: commit, tag or branch."""
+    """An artifact, or another whole repository, on the hub. model: ``owner/name``. revision: commit, tag or branch.
+    key: how messages name it."""
 
     model: str
     revision: str | None = None
+    key: str = "artifact"
 
 
 Source = ModelSection | HubArtifact
@@ -43,9 +45,9 @@ SMALL = (".json", ".txt", ".model", ".jinja")
 
 
 def key_of(source: Source) -> str:
-    """How messages name it: by the experiment's key, ``vision.model`` or ``llm.model``, or as ``artifact``."""
+    """How messages name it: by the experiment's key, ``vision.model`` or ``llm.model``, or by its own."""
     if isinstance(source, HubArtifact):
-        return "artifact"
+        return source.key
     return "vision.model" if isinstance(source, VisionConfig) else "llm.model"
 
 
@@ -126,7 +128,7 @@ def missing_file(folder: Path, section: ModelSection) -> str | None:
     return next((name for name in weights if name not in names), None) if weights else WEIGHTS[0]
 
 
-def weight_names(section: ModelSection, names: Collection[str], path_of: Callable[[str], Path]) -> list[str]:
+def weight_names(section: Source, names: Collection[str], path_of: Callable[[str], Path]) -> list[str]:
     """Names of the files that transformers loads the weights from, sorted; empty if there are none.
 
     Args:
