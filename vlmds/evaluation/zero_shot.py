@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmds.console.progress import phase
+from vlmds.console.progress import log_line, phase
 from vlmds.data.dataset import Dataset, open_dataset
 from vlmds.data.exact_reader import Unreadable, read_exactly
 from vlmds.data.loader import Sample, SampleReader
@@ -91,6 +91,10 @@ def evaluate_model(
         return folder
     captioner = ZeroShotCaptioner(found.folder, found.name, choose_device(device), dtype, generation)
     texts = read_texts(reader, evaluated_positions(len(reader), clips))
+    if ranks.rank_and_world()[0] == 0:
+        log_line(
+            f"vlmds: {found.name}: a clip's frames are given as {'a video' if captioner.takes_videos else 'pictures'}"
+        )
     for text in {text.prompt or prompt for text in texts}:
         captioner.check_prompt(text)
     _evaluate(place, settings, captioner, reader, texts, prompt, batch_size)
@@ -156,6 +160,7 @@ def _evaluate(
         bad = [record for record in records.values() if "unreadable" in record]
         result, lines = scored(read, [records[text.position]["caption"] for text in read])
         result["unreadable"] = len(bad)
+        result["frames_as"] = "video" if captioner.takes_videos else "pictures"
         result["timing"] = {
             "seconds": round(time.perf_counter() - started, 1),
             "ranks": ranks.rank_and_world()[1],

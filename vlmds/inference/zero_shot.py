@@ -123,7 +123,7 @@ class ZeroShotCaptioner:
 
 def load_processor(folder: Path, name: str) -> Any:
     """The model's processor; where torchvision is missing, which transformers' processors of videos need, one that
-    takes pictures alone.
+    takes pictures alone (torchvision must be the build for the installed torch).
 
     Raises:
         InputError: it cannot be loaded, or another package is missing.
@@ -133,27 +133,23 @@ def load_processor(folder: Path, name: str) -> Any:
             return AutoProcessor.from_pretrained(folder)
         except ImportError as error:
             reason = _first_line(error)
-        kind = getattr(
-            transformers, PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(folder).model_type, ""), None
-        )
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        kind: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type, ""), None)
         accepted = inspect.signature(kind.__init__).parameters if kind else {}
         if "video_processor" not in accepted:
             raise InputError(
                 f"{KEY} {name}: its processor needs a package that is not installed: {reason}; install that package"
             )
-
-        class PicturesOnly(kind):
-            def check_argument_for_proper_class(self, argument_name, argument):
-                return type(argument)  # without a processor of videos the check itself fails
-
-        config, _ = kind.get_processor_dict(folder)
+        # Without a processor of videos transformers' check of the parts itself fails.
+        unchecked = {"check_argument_for_proper_class": lambda self, argument_name, argument: type(argument)}
         parts = {
             "image_processor": AutoImageProcessor.from_pretrained(folder),
             "tokenizer": AutoTokenizer.from_pretrained(folder),
             "video_processor": None,
         }
+        config, _ = kind.get_processor_dict(folder)
         given = {key: value for key, value in config.items() if key in accepted and key not in parts}
-        return PicturesOnly(**parts, **given)
+        return type(kind.__name__, (kind,), unchecked)(**parts, **given)
 
 
 def without_bars(frames: np.ndarray, width: int, height: int) -> np.ndarray:
