@@ -11,11 +11,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
-from tests.clips import write_video
+from tests.clips import picture, write_video
 from tests.inference.test_video_captioner import made
 from vlmds.cli import main
 from vlmds.errors import InputError
@@ -162,6 +163,8 @@ def test_a_copy_is_the_artifact_and_has_a_card(artifacts, captioners, frames, tm
 def test_the_example_captions_files_as_vlmds_does(artifacts, captioners, tmp_path):
     """One process without vlmds runs the examples of two folders, one after the other."""
     videos = [str(write_video(tmp_path / f"{i}.mp4", frames=10 + 7 * i)) for i in range(3)]
+    Image.fromarray(picture(3, 64, 48)).save(tmp_path / "still.png")
+    videos.insert(1, str(tmp_path / "still.png"))
     examples = []
     for exp in ("e3", "e6"):
         export_run(artifacts / exp, tmp_path / exp, format="hf-llava", device="cpu")

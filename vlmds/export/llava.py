@@ -71,7 +71,7 @@ def write_llava(folder: Path, model: Model, experiment: Experiment, builder: Seq
         image_token=token,
         chat_template=tokenizer.chat_template,
     )
-    check_sequence(processor, builder, projector.num_frames, tower.image_size)
+    check_sequence(processor, builder, projector, tower.image_size)
     processor.save_pretrained(folder)
     return act
 

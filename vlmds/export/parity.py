@@ -80,12 +80,12 @@ def make_probes(experiment: Experiment, model: Model) -> tuple[list[Probe], str]
             ]
         print(f"vlmds: the logits are compared on random frames: {error}", file=sys.stderr)
         return probes, "random frames, because the run's data could not be read"
+    projector = model.captioner.projector
     return [
-        # Exports take the same number of frames of every clip: a still picture as often.
         Probe(
-            np.resize(s.frames, (experiment.data.num_frames, *s.frames.shape[1:])),
+            s.frames,
             s.prompt,
-            builder.training(s.caption, s.prompt),
+            builder.training(s.caption, s.prompt, projector.tokens_of(len(s.frames) * projector.patches)),
         )
         for s in samples
     ], f"split {split} of the run's data"

@@ -13,6 +13,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from vlmds.errors import InputError
 from vlmds.models.captioner import VISUAL
+from vlmds.models.projectors import Projector
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.models.vision import VisionTower
 
@@ -91,15 +92,18 @@ def user_message(prompt: str, num_frames: int) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image"}] * num_frames + [{"type": "text", "text": prompt}]}]
 
 
-def check_sequence(processor, builder: SequenceBuilder, num_frames: int, image_size: int) -> None:
-    """Raise :class:`InputError` unless the exported processor gives the builder's token ids."""
+def check_sequence(processor, builder: SequenceBuilder, projector: Projector, image_size: int) -> None:
+    """Raise :class:`InputError` unless the exported processor gives the builder's token ids, for a clip and for a
+    still picture."""
     from PIL import Image
 
-    text = processor.apply_chat_template(user_message(builder.prompt, num_frames), add_generation_prompt=True)
-    frames = [Image.new("RGB", (image_size, image_size))] * num_frames
-    ids = processor(images=frames, text=text)["input_ids"][0]
-    image = processor.image_token_id
-    if list(ids) != [image if i == VISUAL else i for i in builder.prompt_ids()]:
-        raise InputError(
-            "llm.model: its chat template cannot be carried over: with images in the message it renders another text"
-        )
+    for number in (projector.num_frames, 1):
+        text = processor.apply_chat_template(user_message(builder.prompt, number), add_generation_prompt=True)
+        frames = [Image.new("RGB", (image_size, image_size))] * number
+        ids = processor(images=frames, text=text)["input_ids"][0]
+        image, visual = processor.image_token_id, projector.tokens_of(number * projector.patches)
+        if list(ids) != [image if i == VISUAL else i for i in builder.prompt_ids(None, visual)]:
+            raise InputError(
+                "llm.model: its chat template cannot be carried over: with images in the message it renders another "
+                "text"
+            )

@@ -60,10 +60,11 @@ def write_remote(folder: Path, model: Model, experiment: Experiment, builder: Se
         tokenizer,
         num_frames=projector.num_frames,
         num_visual_tokens=projector.num_tokens,
+        num_picture_tokens=projector.tokens_of(projector.patches),
         image_token=token,
         chat_template=tokenizer.chat_template,
     )
-    check_sequence(processor, builder, projector.num_frames, tower.image_size)
+    check_sequence(processor, builder, projector, tower.image_size)
     processor.save_pretrained(folder)
     for name in CODE:
         shutil.copyfile(Path(bundle.__file__).with_name(f"{name}.py"), folder / f"{name}.py")

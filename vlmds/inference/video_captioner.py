@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,15 @@ from vlmds.models.assemble import Model, load_model
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.runs.folder import final_artifact
 from vlmds.video.pool import Clip, decode_videos
+
+
+class Ending(NamedTuple):
+    """How a streamed caption ended. reason: "stop" (end of turn, or a stop text), or "length". prompt_tokens:
+    visual tokens included. new_tokens: the end of turn included."""
+
+    reason: str
+    prompt_tokens: int
+    new_tokens: int
 
 
 class VideoCaptioner:
@@ -102,8 +112,8 @@ class VideoCaptioner:
     def frames(
         self, videos: Iterable[str | Clip], workers: int | None = None, deadline: float = 60.0
     ) -> Iterator[np.ndarray | SampleError]:
-        """The model's frames of each video, in order, uint8 [F, 3, S, S], or the error. deadline:
-        seconds for decoding one video."""
+        """The model's frames of each video, in order, uint8 [F, 3, S, S] (F is 1 for a still picture), or the
+        error. deadline: seconds for decoding one video."""
         return decode_videos(
             videos,
             self.experiment.data.num_frames,
@@ -124,16 +134,20 @@ class VideoCaptioner:
         )
 
     def stream(
-        self, frames: np.ndarray, prompt: str | None = None, options: GenerationOptions | None = None
-    ) -> Generator[str, None, str]:
+        self,
+        frames: np.ndarray,
+        prompt: str | None = None,
+        options: GenerationOptions | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generator[str, None, Ending]:
         """The caption of one video in pieces, as they are generated. Together they are the result of
         ``caption_frames``, except for spaces at the ends. Closing the generator ends the generation.
         A piece is empty if a token does not end a word, and after each second without a token (a
-        chance to close it). The generator returns why the caption ended: "stop", or "length" at
-        ``max_new_tokens``.
+        chance to close it). The generator returns its :class:`Ending`.
 
         Args:
             frames: uint8 [F, 3, S, S].
+            stop: texts that end the caption; it ends before the first of them.
 
         Raises:
             InputError: beam search, which has no words before the end.
@@ -141,9 +155,11 @@ class VideoCaptioner:
         options = options or GenerationOptions()
         if options.num_beams > 1:
             raise InputError("num_beams: beam search cannot be streamed; use 1")
-        return self._stream(frames, prompt, options)
+        return self._stream(frames, prompt, options, stop)
 
-    def _stream(self, frames: np.ndarray, prompt: str | None, options: GenerationOptions) -> Generator[str, None, str]:
+    def _stream(
+        self, frames: np.ndarray, prompt: str | None, options: GenerationOptions, stop: Sequence[str]
+    ) -> Generator[str, None, Ending]:
         streamer = _Streamer(self.builder.tokenizer, skip_prompt=True, timeout=1.0, skip_special_tokens=True)
         left = threading.Event()
         failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
@@ -159,7 +175,7 @@ class VideoCaptioner:
                     [prompt],
                     options,
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Left(left)]),
+                    stopping_criteria=StoppingCriteriaList([_Left(left), _Said(self.builder, stop)]),
                 )
             except BaseException as error:  # raised below, in the caller's thread
                 failures.put(error)
@@ -168,19 +184,44 @@ class VideoCaptioner:
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         try:
-            yield from streamer.pieces()
+            stopped = yield from until_stop(streamer.pieces(), stop)
         finally:
             left.set()
             thread.join()
         if not failures.empty():
             raise failures.get()
-        return "stop" if streamer.last == self.builder.eos_token_id else "length"
+        projector = self.model.captioner.projector
+        asked = self.builder.prompt_ids(prompt, projector.tokens_of(len(frames) * projector.patches))
+        ended = stopped or streamer.last == self.builder.eos_token_id
+        return Ending("stop" if ended else "length", len(asked), streamer.tokens)
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Generator[str, None, bool]:
+    """The pieces up to where the first of the stop texts begins; what may be the beginning of one waits for
+    the next piece. All pieces are read. Returns whether there was one."""
+    waiting, found = "", False
+    for piece in pieces:
+        if found:
+            continue
+        waiting += piece
+        begins = [waiting.find(text) for text in stop if text in waiting]
+        if begins:
+            found = True
+            yield waiting[: min(begins)]
+            continue
+        keep = max((n for text in stop for n in range(1, len(text)) if waiting.endswith(text[:n])), default=0)
+        yield waiting[: len(waiting) - keep]
+        waiting = waiting[len(waiting) - keep :]
+    if not found and waiting:
+        yield waiting
+    return found
 
 
 class _Streamer(TextIteratorStreamer):
-    """last: the last token."""
+    """last: the last token. tokens: number of tokens."""
 
     last: int | None = None
+    tokens = 0
 
     def pieces(self) -> Iterator[str]:
         """The pieces, and an empty one after each timeout."""
@@ -195,6 +236,7 @@ class _Streamer(TextIteratorStreamer):
     def put(self, value: torch.Tensor) -> None:
         if value.numel():  # the prompt, given as embeddings, has no tokens
             self.last = int(value.flatten()[-1])
+            self.tokens += value.numel()
         super().put(value)
 
 
@@ -206,6 +248,18 @@ class _Left(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class _Said(StoppingCriteria):
+    """Stops as soon as the text contains one of the stop texts, so that the number of tokens does not depend on
+    when a reader sees it."""
+
+    def __init__(self, builder: SequenceBuilder, stop: Sequence[str]):
+        self.builder, self.stop = builder, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        text = self.builder.tokenizer.decode(input_ids[0], skip_special_tokens=True) if self.stop else ""
+        return torch.full((len(input_ids),), any(stop in text for stop in self.stop), device=input_ids.device)
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -20,7 +20,7 @@ from vlmds.files import replacing, write
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.packing.options import PackOptions
 from vlmds.video.decode_work import VideoReply
-from vlmds.video.sampling import SAMPLER
+from vlmds.video.sampling import SAMPLER, is_still
 
 MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"
 
@@ -184,7 +184,7 @@ def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Vi
         "end": end,
         "timestamps": timestamps,
         "timing": timing,
-        "still": True if facts["frames"] == 1 else None,  # shown as one frame
+        "still": True if is_still(facts["frames"]) else None,  # shown as one frame
     }
     optional["columns"] = row.kept
     described = {

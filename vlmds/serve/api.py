@@ -1,11 +1,12 @@
 """JSON endpoints: captions of videos in the chat format of OpenAI's API.
 
     POST /caption   also as /v1/chat/completions
-    GET  /models    also as /v1/models
+    GET  /models    also as /v1/models; /models/NAME is one of them
     GET  /health
 
-The video is a ``video_url`` part of the one user message, as vLLM and SGLang take it; its URL is a
-``data:`` URL. Or the request is a form with a file ``video`` and the fields' values.
+The video is a ``video_url`` part of the one user message, as vLLM and SGLang take it, or a picture an
+``image_url`` part; its URL is a ``data:`` URL. Or the request is a form with a file ``video`` and the fields'
+values.
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ import binascii
 import json
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from vlmds.errors import SampleError
-from vlmds.inference.options import GenerationOptions
+from vlmds.inference.video_captioner import Ending, VideoCaptioner
+from vlmds.serve.chat import Answer, Chat, Form, Options, asked, error_body, event, valid
 from vlmds.serve.loaded import Busy, Models, RequestError
 from vlmds.serve.url_download import fetch
 
@@ -39,65 +39,23 @@ READING = 600.0  # seconds that a body may take to arrive
 DRAINING = 5.0  # seconds for which the rest of a refused body is read; the client then gets the answer
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Url(_Strict):
-    url: str
-
-
-class _Text(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class _Video(_Strict):
-    type: Literal["video_url"]
-    video_url: _Url
-
-
-class _Message(_Strict):
-    role: Literal["user"]
-    content: list[Annotated[_Text | _Video, Field(discriminator="type")]]
-
-
-class _Options(_Strict):
-    """Fields of a form besides its file, named as in OpenAI's chat completions."""
-
-    model: str | None = None
-    max_tokens: int = GenerationOptions.max_new_tokens
-    temperature: float = GenerationOptions.temperature
-    top_p: float = GenerationOptions.top_p
-    repetition_penalty: float = GenerationOptions.repetition_penalty
-    seed: int = GenerationOptions.seed
-    stream: bool = False
-
-
-class _Chat(_Options):
-    messages: list[_Message] = Field(min_length=1, max_length=1)
-    max_completion_tokens: int | None = None
-    n: Literal[1] = 1
-    user: str | None = None
-
-
-class _Form(_Options):
-    prompt: str | None = None
-
-
 @dataclass(frozen=True)
 class _Ask:
-    """A request: path of the video's file, and the rest."""
+    """A request: path of the video's file, and the rest. system: a text before the prompt. usage: at the end of a
+    stream."""
 
     video: Path
     prompt: str | None
-    options: _Options
+    options: Options
+    system: str | None = None
+    usage: bool = False
 
 
 def add_api(app: FastAPI, models: Models, folder: Path) -> None:
     """Add the endpoints. folder: private, for videos while they are read."""
     router = APIRouter()
     uploads = anyio.Semaphore(UPLOADS)
+    started = int(time.time())
 
     async def caption(request: Request) -> Response:
         file = NamedTemporaryFile(dir=folder, suffix=".video")  # deleted when closed
@@ -107,40 +65,41 @@ def add_api(app: FastAPI, models: Models, folder: Path) -> None:
             options = ask.options
             captioner = models.get(options.model)
             prompt, generation = models.options(
-                ask.prompt,
+                _prompt(ask, captioner),
                 max_new_tokens=options.max_tokens,
                 **options.model_dump(include={"temperature", "top_p", "repetition_penalty", "seed"}),
             )
+            stops = options.stops
             await run_sync(models.facts, ask.video)
             frames = await run_sync(models.frames, ask.video, captioner)
-        pieces = _pieces(models.stream(captioner, frames, prompt, generation))
-        answer = _Answer(options.model or models.names[0])
+        pieces = _pieces(models.stream(captioner, frames, prompt, generation, stops))
+        answer = Answer(options.model or models.names[0], ask.usage)
         if options.stream:
             first = await anext(pieces)  # an error until here still has a status of its own
             return StreamingResponse(_events(request, answer, first, pieces), media_type="text/event-stream")
         text = ""
-        reason: str | None = None
-        async for piece, reason in pieces:  # noqa: B007  # the last one is used below
+        ending: Ending | None = None
+        async for piece, ending in pieces:  # noqa: B007  # the last one is used below
             text += piece
             if await request.is_disconnected():
                 await pieces.aclose()
                 return Response(status_code=499)  # nobody reads it
-        return JSONResponse(answer.whole(text.strip(), reason))
+        assert ending is not None
+        return JSONResponse(answer.whole(text.strip(), ending))
+
+    async def retrieve(name: str) -> dict[str, Any]:
+        captioner = models.get(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": started,
+            "owned_by": "vlmds",
+            "num_frames": captioner.experiment.data.num_frames,
+            "prompt": captioner.builder.prompt,
+        }
 
     async def list_models() -> dict[str, Any]:
-        return {
-            "object": "list",
-            "data": [
-                {
-                    "id": name,
-                    "object": "model",
-                    "owned_by": "vlmds",
-                    "num_frames": captioner.experiment.data.num_frames,
-                    "prompt": captioner.builder.prompt,
-                }
-                for name, captioner in models.captioners.items()
-            ],
-        }
+        return {"object": "list", "data": [await retrieve(name) for name in models.names]}
 
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -149,6 +108,7 @@ def add_api(app: FastAPI, models: Models, folder: Path) -> None:
         router.add_api_route(path, caption, methods=["POST"], response_model=None)
     for path in ("/models", "/v1/models"):
         router.add_api_route(path, list_models)
+        router.add_api_route(path + "/{name:path}", retrieve)
     router.add_api_route("/health", health)
     app.include_router(router)
     _add_errors(app)
@@ -207,7 +167,7 @@ async def _read_form(request: Request, file) -> _Ask:
         video = fields.pop("video", None)
         if video is None or isinstance(video, str):
             raise RequestError("the form has no file: send one as video, such as curl -F video=@clip.mp4")
-        ask = _valid(_Form, fields)
+        ask = valid(Form, fields)
         while block := await video.read(1 << 20):
             file.write(block)
     finally:
@@ -220,24 +180,29 @@ async def _read_json(request: Request, models: Models, file) -> _Ask:
         body = json.loads(await request.body())
     except (ValueError, RecursionError):
         raise RequestError("the request is not JSON") from None
-    ask = _valid(_Chat, body)
-    if ask.max_completion_tokens is not None:  # the newer name
-        ask.max_tokens = ask.max_completion_tokens
-    parts = ask.messages[0].content
-    urls = [part.video_url.url for part in parts if isinstance(part, _Video)]
-    if len(urls) != 1:
-        raise RequestError(f"the message has {len(urls)} parts of type video_url; it must have one")
-    if urls[0][:5].lower() == "data:":
-        file.write(_decode(urls[0]))
+    chat: Chat = valid(Chat, body)
+    if chat.max_completion_tokens is not None:  # the newer name
+        chat.max_tokens = chat.max_completion_tokens
+    ask = asked(chat)
+    if ask.url[:5].lower() == "data:":
+        file.write(_decode(ask.url))
     elif not models.limits.urls:
         raise RequestError(
             "video_url: this server takes data: URLs only, such as "
             "data:video/mp4;base64,…; it opens neither files nor addresses"
         )
     else:
-        await fetch(urls[0], file, models.limits.bytes)
-    texts = [part.text for part in parts if isinstance(part, _Text)]
-    return _Ask(Path(file.name), "\n".join(texts) if texts else None, ask)
+        await fetch(ask.url, file, models.limits.bytes)
+    return _Ask(Path(file.name), ask.prompt, chat, ask.system, chat.stream_options.include_usage)
+
+
+def _prompt(ask: _Ask, captioner: VideoCaptioner) -> str | None:
+    """The text after the video. The model was trained with one user turn and no system turn, so system messages
+    stand at the beginning of the user's text, on lines of their own."""
+    if ask.system is None:
+        return ask.prompt
+    own = ask.prompt if ask.prompt and ask.prompt.strip() else captioner.builder.prompt
+    return f"{ask.system}\n{own}"
 
 
 def _decode(url: str) -> bytes:
@@ -250,90 +215,56 @@ def _decode(url: str) -> bytes:
         raise RequestError("video_url: its base64 cannot be decoded") from None
 
 
-def _valid(schema: type[_Options], values: Any) -> Any:
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part)[:60] for part in first["loc"])
-        raise RequestError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+_Pieces = AsyncGenerator[tuple[str, Ending | None]]
 
 
-async def _pieces(written: Generator[str, None, str]) -> AsyncGenerator[tuple[str, str | None]]:
-    """The pieces, each with None, and at last an empty one with the reason why the caption ended.
-    Closing this ends the generation."""
+async def _pieces(written: Generator[str, None, Ending]) -> _Pieces:
+    """The pieces, each with None, and at last an empty one with how the caption ended. Closing this ends the
+    generation."""
 
-    def step() -> tuple[str, str | None]:
+    def step() -> tuple[str, Ending | None]:
         try:
             return next(written), None
         except StopIteration as end:
             return "", end.value
 
     try:
-        reason = None
-        while reason is None:
-            piece, reason = await run_sync(step)
-            yield piece, reason
+        ending = None
+        while ending is None:
+            piece, ending = await run_sync(step)
+            yield piece, ending
     finally:
         with anyio.CancelScope(shield=True):
             await run_sync(written.close)
 
 
 async def _events(
-    request: Request, answer: _Answer, first: tuple[str, str | None], rest: AsyncGenerator[tuple[str, str | None]]
+    request: Request, answer: Answer, first: tuple[str, Ending | None], rest: _Pieces
 ) -> AsyncIterator[str]:
     try:
-        yield _event(answer.piece(first[0], first[1], role=True))
-        async for piece, reason in rest:
+        yield event(answer.piece(*first, role=True))
+        ending = first[1]
+        async for piece, ending in rest:
             if await request.is_disconnected():
                 return
-            if piece or reason:
-                yield _event(answer.piece(piece, reason))
+            if piece or ending:
+                yield event(answer.piece(piece, ending))
+        if answer.usage and ending is not None:
+            yield event(answer.last(ending))
         yield "data: [DONE]\n\n"
     except Exception:  # the status is sent already
         logging.getLogger("uvicorn.error").exception("while streaming a caption")
-        yield _event({"error": _error("internal error; see the server's log", 500)})
+        yield event({"error": error_body("internal error; see the server's log", 500)})
     finally:
         with anyio.CancelScope(shield=True):
             await rest.aclose()
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-class _Answer:
-    """A ``chat.completion``, whole or in pieces."""
-
-    def __init__(self, model: str):
-        self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(self, text: str, reason: str | None) -> dict[str, Any]:
-        return {
-            **self._base,
-            "object": "chat.completion",
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
-        }
-
-    def piece(self, text: str, reason: str | None, role: bool = False) -> dict[str, Any]:
-        delta = {**({"role": "assistant"} if role else {}), **({"content": text} if text else {})}
-        return {
-            **self._base,
-            "object": "chat.completion.chunk",
-            "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
-        }
-
-
-def _error(message: str, status: int) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"message": message, "type": kind, "param": None, "code": status}
 
 
 def _add_errors(app: FastAPI) -> None:
     """Make the endpoints' errors JSON in OpenAI's form, without details of the code."""
 
     def reply(message: str, status: int) -> JSONResponse:
-        return JSONResponse({"error": _error(message, status)}, status)
+        return JSONResponse({"error": error_body(message, status)}, status)
 
     async def answer(_, error: Exception) -> JSONResponse:
         if isinstance(error, RequestError):

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmds.errors import InputError, SampleError
 from vlmds.inference.options import GenerationOptions
-from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.inference.video_captioner import Ending, VideoCaptioner
 from vlmds.models.artifact import read_artifact
 from vlmds.runs.folder import final_artifact
 from vlmds.serve.limits import Limits
@@ -119,15 +119,20 @@ class Models:
         return frames
 
     def stream(
-        self, captioner: VideoCaptioner, frames: np.ndarray, prompt: str | None, options: GenerationOptions
-    ) -> Generator[str, None, str]:
+        self,
+        captioner: VideoCaptioner,
+        frames: np.ndarray,
+        prompt: str | None,
+        options: GenerationOptions,
+        stop: Sequence[str] = (),
+    ) -> Generator[str, None, Ending]:
         """:meth:`VideoCaptioner.stream`, once the device is free; empty pieces until then. Raises
         Busy."""
         with self._device.place():
             while not self._device.lanes.acquire(timeout=1.0):
                 yield ""
             try:
-                return (yield from captioner.stream(frames, prompt, options))
+                return (yield from captioner.stream(frames, prompt, options, stop))
             finally:
                 self._device.lanes.release()
 

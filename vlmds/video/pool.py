@@ -29,6 +29,7 @@ from vlmds.errors import SampleError
 from vlmds.video.decode_work import FramesRequest, VideoReply, VideoRequest
 from vlmds.video.fit import FIT
 from vlmds.video.handover import give, take
+from vlmds.video.sampling import is_still
 
 LOOK_AHEAD = 256 << 20  # bytes of replies that wait for an earlier one
 LIFETIME = 2000  # videos after which a child is replaced: the decoders leak a few KB on some files
@@ -54,8 +55,8 @@ def decode_videos(
     deadline: float = 60.0,
     fit: str = FIT,
 ) -> Iterator[np.ndarray | SampleError]:
-    """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size],
-    or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
+    """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size]
+    (F is 1 for a still picture, as in training), or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
     clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
     for result in decode_windows(
         ((clip, 1) for clip in clips), num_frames, image_size, workers=workers, deadline=deadline, fit=fit
@@ -74,7 +75,7 @@ def decode_windows(
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
     """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
     uint8 [W, F, 3, size, size], and the facts as of :func:`video_facts`; or why it cannot be
-    used. The file is read once for all its windows.
+    used. F is 1 for a still picture, as in training. The file is read once for all its windows.
 
     clips: with W. num_frames: F, of a window. deadline: seconds that a clip may take.
     fit: of the frames to the square (`resize_frames`).
@@ -93,8 +94,11 @@ def decode_windows(
                 yield SampleError(reply.reason)
                 continue
             pixels = np.frombuffer(reply.members["rgb"], np.uint8)
-            shape = counts[number], num_frames, 3, image_size, image_size
-            yield pixels.reshape(shape), reply.facts
+            if is_still(reply.facts["frames"]):
+                picture = pixels.reshape(1, 1, 3, image_size, image_size)
+                yield np.repeat(picture, counts[number], axis=0), reply.facts
+            else:
+                yield pixels.reshape(counts[number], num_frames, 3, image_size, image_size), reply.facts
 
 
 def video_facts(

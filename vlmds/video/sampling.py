@@ -8,6 +8,11 @@ from vlmds.video.frame_table import FrameTable
 SAMPLER = "centre-of-equal-spans"
 
 
+def is_still(frames: int) -> bool:
+    """Whether a video of so many frames is a still picture, which models get as one frame."""
+    return frames == 1
+
+
 def clip_span(duration: float, start: float | None = None, end: float | None = None) -> tuple[float, float]:
     """The span [start, end] (seconds; default: all) of a video that lasts `duration` seconds.
 

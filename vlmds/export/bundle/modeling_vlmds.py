@@ -10,7 +10,8 @@ from .projectors_vlmds import build_projector
 
 
 class VlmdsForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """pixel_values: normalised frames, float [B * num_frames, 3, S, S], clip after clip.
+    """pixel_values: normalised frames, float [B * num_frames, 3, S, S], clip after clip;
+    or [1, 3, S, S], a still picture.
     input_ids: int64 [B, L], with as many image tokens in each row as a clip has visual tokens."""
 
     config_class = VlmdsConfig
@@ -39,7 +40,7 @@ class VlmdsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def visual_tokens(self, pixel_values):
-        """[B * num_frames, 3, S, S] -> [B, M, llm width]."""
+        """[B * num_frames, 3, S, S], or [1, 3, S, S] -> [B, M, llm width]."""
         tower, pool = self.vision_tower, self.config.pool
         hidden = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
         patches = hidden[self.config.feature_layer][:, 1:]  # without the class token
@@ -47,7 +48,8 @@ class VlmdsForConditionalGeneration(PreTrainedModel, GenerationMixin):
             side = int(patches.shape[1] ** 0.5) // pool
             squares = patches.unflatten(1, (side, pool, side, pool))
             patches = squares.mean((2, 4)).flatten(1, 2)
-        clips = patches.unflatten(0, (-1, self.config.num_frames)).flatten(1, 2)
+        frames = 1 if len(patches) == 1 else self.config.num_frames
+        clips = patches.unflatten(0, (-1, frames)).flatten(1, 2)
         return self.projector(clips)
 
     def embed(self, input_ids, pixel_values):
