@@ -10,7 +10,7 @@ from tests import tiny
 from vlmds.cli.options import add_generation, generation_options
 from vlmds.errors import InputError
 from vlmds.inference.generation import GenerationOptions, GumbelNoise
-from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.inference.video_captioner import VideoCaptioner, until_stop
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,44 @@ def test_streamed_pieces_are_the_caption(captioner, frames, temperature):
     found = [piece for piece in pieces if piece.strip()]
     assert len(found) > 1 and (len(found) == 16 or temperature)  # one for each word
     assert "".join(pieces).strip() == captioner.caption_frames(frames[:1], None, options)[0]
+
+
+def read(stream):
+    """(pieces, the stream's ending)"""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def test_a_stop_text_ends_the_caption_before_it(captioner, frames):
+    options = GenerationOptions(max_new_tokens=16)
+    whole = captioner.caption_frames(frames[:1], None, options)[0]
+    ids = captioner.builder.tokenizer.encode(whole, add_special_tokens=False)
+    borders = [i for i, letter in enumerate(whole) if letter == " "]
+    middle = borders[len(borders) // 2]
+    for stop in (whole[middle - 1 : middle + 2], whole[middle + 1 :]):  # over a border; several words
+        pieces, ending = read(captioner.stream(frames[0], None, options, [stop, "never written"]))
+        assert "".join(pieces).strip() == whole[: whole.index(stop)].strip()
+        needed = next(n for n in range(len(ids) + 1) if stop in captioner.builder.decode([ids[:n]])[0])
+        assert (ending.reason, ending.new_tokens) == ("stop", needed)
+    pieces, ending = read(captioner.stream(frames[0], None, options, ["never written"]))
+    assert "".join(pieces).strip() == whole and (ending.reason, ending.new_tokens) == ("length", 16)
+    visual = captioner.model.captioner.projector.num_tokens
+    assert ending.prompt_tokens == len(captioner.builder.prompt_ids(None, visual))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [(["가나"], "ab "), (["나라", "b 가"], "a"), (["다라마"], "ab 가나다라"), (["x", "라"], "ab 가나다")],
+)
+def test_stop_texts_are_found_over_the_borders_of_pieces(size, stop, kept):
+    text = "ab 가나다라"
+    pieces, found = read(until_stop([text[i : i + size] for i in range(0, len(text), size)], stop))
+    assert "".join(pieces) == kept and found == (kept != text)
 
 
 def test_leaving_a_stream_ends_it_and_its_errors_reach_the_reader(captioner, frames):
