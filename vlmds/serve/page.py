@@ -9,7 +9,6 @@ from contextlib import closing
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import gradio as gr
 import numpy as np
@@ -21,14 +20,12 @@ from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.serve.korean import in_korean
 from vlmds.serve.loaded import Busy, Models, RequestError
 from vlmds.video.jpeg import data_uri
-from vlmds.video.sampling import is_still, sample_times
+from vlmds.video.sampling import sample_times
 
 TEXTS = {
     "en": {
         "title": "# Caption a video",
-        "video": "Video or picture",
-        "preview": "Preview",
-        "unplayable": "This browser cannot play this format. The file is valid and can be captioned; these are its frames.",
+        "video": "Video",
         "runs": "Models",
         "prompt": "Prompt",
         "options": "Options",
@@ -50,9 +47,7 @@ TEXTS = {
     },
     "ko": {
         "title": "# 영상 캡션",
-        "video": "영상 또는 사진",
-        "preview": "미리보기",
-        "unplayable": "이 브라우저에서 재생할 수 없는 형식입니다. 파일은 정상이며 캡션을 생성할 수 있습니다. 아래는 영상의 프레임입니다.",
+        "video": "영상",
         "runs": "모델",
         "prompt": "프롬프트",
         "options": "옵션",
@@ -74,10 +69,11 @@ TEXTS = {
     },
 }
 
+# The video's trimming tool is hidden, because it loads code from elsewhere.
 CSS = """
 .vlmds-title h1 { font-size: 22px; font-weight: 600; }
-.vlmds-preview video, .vlmds-preview > img { width: 100%; max-height: 280px; border-radius: 6px; background: #000; }
-.vlmds-preview p { margin: 0 0 6px; }
+#video [aria-label="Trim video to selection"], #video [aria-label="Reset video to initial value"] {
+  display: none; }
 .vlmds-frames { display: grid; gap: 8px;
                 grid-template-columns: repeat(var(--row), minmax(0, 160px)); }
 @media (max-width: 700px) { .vlmds-frames { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
@@ -139,9 +135,7 @@ class _Page:
             gr.Markdown(_text("title"), elem_classes="vlmds-title")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
-                    # Not gr.Video: it reports an error for each valid file that the browser cannot play.
-                    video = gr.File(label=_text("video"), height=140, elem_id="video", buttons=[])
-                    preview = gr.HTML(elem_id="preview", padding=False)
+                    video = gr.Video(label=_text("video"), sources=["upload"], height=280, elem_id="video", buttons=[])
                     runs = gr.CheckboxGroup(
                         models.names, value=models.names, label=_text("runs"), elem_id="runs", visible=several
                     )
@@ -192,13 +186,10 @@ class _Page:
             )
             stopped = stop.click(None, cancels=[start], api_visibility="private")
             stopped.then(self.stop, None, self.state, queue=False, api_visibility="private")
-            video.upload(
-                self.preview, video, preview, show_progress="hidden", concurrency_limit=4, api_visibility="private"
-            )
             video.clear(
                 self.clear,
                 None,
-                [preview, self.state, self.frames, *self.captions],
+                [self.state, self.frames, *self.captions],
                 cancels=[start],
                 queue=False,
                 api_visibility="private",
@@ -211,30 +202,7 @@ class _Page:
         return _state(TEXTS[_language(request)]["stopped"])
 
     def clear(self) -> list[str]:
-        return ["", "", "", *("" for _ in self.captions)]
-
-    def preview(self, video: str | None, request: gr.Request) -> str:
-        """HTML of a player of the file. Its frames, with a note, appear in its place if the browser cannot play it."""
-        text = TEXTS[_language(request)]
-        if not video:
-            return ""
-        try:
-            facts = self.models.facts(Path(video))
-            frames = self.models.frames(Path(video), self.models.get(None))
-        except SampleError as error:
-            return _state(_bad(error, text), bad=True)
-        except Busy:
-            return ""
-        strip = _strip(frames, facts, [], text["frames"])
-        if is_still(facts["frames"]):
-            return f'<div class="vlmds-preview">{strip}</div>'
-        instead = "this.hidden = true; this.nextElementSibling.hidden = false"
-        return (
-            f'<div class="vlmds-preview"><video controls preload="metadata" aria-label="{text["preview"]}" '
-            f'src="gradio_api/file={escape(quote(video))}" onerror="{instead}" '
-            f'onloadedmetadata="if (!this.videoWidth) this.onerror()"></video>'
-            f'<div hidden><p role="note">{text["unplayable"]}</p>{strip}</div></div>'
-        )
+        return ["", "", *("" for _ in self.captions)]
 
     def caption(
         self,
@@ -260,7 +228,8 @@ class _Page:
             asked, options = self.models.options(prompt, max_new_tokens=int(tokens), temperature=float(temperature))
             yield from self._write(Path(video), runs, asked, options, text)
         except (SampleError, RequestError) as error:
-            yield {self.state: _state(_bad(error, text), bad=True)}
+            why = in_korean(str(error)) if text is TEXTS["ko"] else str(error)
+            yield {self.state: _state(text["bad"].format(why=why), bad=True)}
         except Busy:
             yield {self.state: _state(text["busy"], bad=True)}
         except Exception:  # details go to the log only
@@ -315,10 +284,6 @@ def _take_uploads_only(block: gr.blocks.Block) -> None:
 
 def _text(name: str):
     return TRANSLATIONS(f"vlmds_{name}")
-
-
-def _bad(error: Exception, text: dict[str, str]) -> str:
-    return text["bad"].format(why=in_korean(str(error)) if text is TEXTS["ko"] else str(error))
 
 
 def _form(captioner: VideoCaptioner) -> tuple[int, int]:
