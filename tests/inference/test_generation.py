@@ -101,13 +101,13 @@ def read(stream):
 def test_a_stop_text_ends_the_caption_before_it(captioner, frames):
     options = GenerationOptions(max_new_tokens=16)
     whole = captioner.caption_frames(frames[:1], None, options)[0]
-    ids = captioner.builder.tokenizer.encode(whole, add_special_tokens=False)
+    ids = captioner.builder.tokenizer.encode(f" {whole}", add_special_tokens=False)  # a space and a word each
     borders = [i for i, letter in enumerate(whole) if letter == " "]
     middle = borders[len(borders) // 2]
     for stop in (whole[middle - 1 : middle + 2], whole[middle + 1 :]):  # over a border; several words
         pieces, ending = read(captioner.stream(frames[0], None, options, [stop, "never written"]))
         assert "".join(pieces).strip() == whole[: whole.index(stop)].strip()
-        needed = next(n for n in range(len(ids) + 1) if stop in captioner.builder.decode([ids[:n]])[0])
+        needed = next(n for n in range(len(ids) + 1) if stop in captioner.builder.tokenizer.decode(ids[:n]))
         assert (ending.reason, ending.new_tokens) == ("stop", needed)
     pieces, ending = read(captioner.stream(frames[0], None, options, ["never written"]))
     assert "".join(pieces).strip() == whole and (ending.reason, ending.new_tokens) == ("length", 16)
