@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from vlmds.cli import bench, evaluating, inference, judging, packing, planning, reviewing, training
+from vlmds.cli import bench, comparing, evaluating, inference, judging, packing, planning, reviewing, sweeping, training
 from vlmds.cli.options import add_local_rank
 from vlmds.console.quiet import quiet_libraries
 from vlmds.distributed.cuda import use_expandable_segments
@@ -87,11 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         inference.add_serve,
         inference.add_export,
         evaluating.add_evaluate,
-        evaluating.add_compare,
-        evaluating.add_power,
+        comparing.add_compare,
+        comparing.add_power,
         reviewing.add_review,
         judging.add_judge,
-        evaluating.add_sweep,
+        sweeping.add_sweep,
         bench.add_bench,
         planning.add_demo,
     ):

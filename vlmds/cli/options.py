@@ -55,3 +55,13 @@ def load(module: str) -> None:
     """Import a module that takes seconds, and say so."""
     with phase("loading PyTorch and transformers"):
         import_module(module)
+
+
+def share(text: str) -> float:
+    """ "3%" and "0.03" alike. Raises ValueError, or an error for argparse if it is a number of 1 or more without %."""
+    number = float(text.removesuffix("%"))
+    if text.endswith("%"):
+        return number / 100
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is {number:.0%}; write {number:g}% or {number / 100:g}")
+    return number
