@@ -21,7 +21,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vlmds.demo.observations import all_sentences
 from vlmds.demo.pretrain import train_tokenizer
 from vlmds.experiments.reading import load_experiment
 from vlmds.models.artifact import save_artifact
@@ -49,7 +48,7 @@ def make_models(
 
 
 def _make_models(folder: Path, tokenizer: PreTrainedTokenizerBase | None, width: int, speaking: bool) -> Path:
-    tokenizer = tokenizer or train_tokenizer([*all_sentences(), "0번 영상입니다."], vocab_size=600)
+    tokenizer = tokenizer or train_tokenizer(["0번 영상입니다."], vocab_size=600)
     clip = CLIPModel(
         CLIPConfig(
             vision_config=dict(

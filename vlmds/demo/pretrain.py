@@ -129,7 +129,7 @@ def make_tiny_models(
     report_path.unlink(missing_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        small = train_tokenizer([*subject.sentences(), *texts])
+        small = train_tokenizer(texts, sentences=subject.sentences())
         clip_report = pretrain_clip(made.vision, small, image_size, clip_steps, seed, subject)
         chosen = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else small
         llm_report = pretrain_llm(made.llm, chosen, subject.lessons(chosen, texts, seed), llm_steps)
@@ -144,8 +144,14 @@ def _digest(folder: Path | None) -> str | None:
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int = 1000) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer with Qwen's special tokens and a chat template like Qwen3's."""
+def train_tokenizer(
+    texts: Sequence[str], vocab_size: int = 1000, sentences: Sequence[str] | None = None
+) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer with Qwen's special tokens and a chat template like Qwen3's.
+
+    Args:
+        texts: it learns from, besides the sentences (default: the demo's).
+    """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -154,7 +160,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1000) -> PreTrainedT
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    known = observations.all_sentences() if sentences is None else sentences
+    tokenizer.train_from_iterator([*known, *texts], trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
