@@ -125,7 +125,7 @@ def test_what_cannot_caption_is_one_line(made, shards, tmp_path, capsys, change,
     change(tmp_path / "model")
     if said is None:  # a language model has no image processor
         tiny.make_models(tmp_path / "tiny")
-        model, said = tmp_path / "tiny" / "qwen3", "--model "
+        model, said = tmp_path / "tiny" / "qwen3", "takes no pictures"
     else:
         model = tmp_path / "model"
         model.mkdir(exist_ok=True)

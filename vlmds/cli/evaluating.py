@@ -66,18 +66,20 @@ def _evaluate_outside(args: argparse.Namespace) -> int:
     if by_file and any(getattr(args, name) is not None for name in OUTSIDE_ONLY if name != "label"):
         raise InputError("--predictions: --num-frames, --prompt and --dtype are for --model")
     common = dict(data=args.data, split=args.split, output=args.output, clips=args.clips, again=args.again)
-    load("vlmds.evaluation.zero_shot")
+    if not by_file:
+        _load_zero_shot()
     from vlmds.distributed.failures import run_on_ranks
     from vlmds.distributed.ranks import is_main
     from vlmds.evaluation.outside import evaluate_predictions
     from vlmds.evaluation.results import evaluation_table
     from vlmds.evaluation.saved import evaluation_folder, read_evaluation
-    from vlmds.evaluation.zero_shot import evaluate_model
 
     def run() -> int:
         if by_file:
             folder = evaluate_predictions(args.predictions, name=args.label, **common)
         else:
+            from vlmds.evaluation.zero_shot import evaluate_model
+
             chosen = {name: value for name in ("num_frames", "prompt", "dtype") if (value := getattr(args, name))}
             folder = evaluate_model(
                 args.model,
@@ -95,6 +97,19 @@ def _evaluate_outside(args: argparse.Namespace) -> int:
         return 0
 
     return run_on_ranks(run)
+
+
+def _load_zero_shot() -> None:
+    """Import what --model needs. Raises InputError: a torchvision of another torch, with which transformers cannot
+    import its processors."""
+    try:
+        load("vlmds.evaluation.zero_shot")
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--model: transformers cannot be imported whole ({reason}); if torchvision is installed, install the build "
+            "for this torch (0.28 for torch 2.13), or remove it"
+        ) from None
 
 
 def add_evaluate(commands) -> None:
