@@ -129,7 +129,7 @@ def test_a_features_store_keeps_samples_order_and_captions(sources, tower, tmp_p
     assert [s.shard for s in new.shards("train")] == [s.shard for s in old.shards("train")] == [0, 2, 3]
     row = new.row("train", 0, 0)
     assert [m.ext for m in row.members] == ["json", "safetensors"]
-    assert "<b>features</b>" in write_report(tmp_path / "out").read_text("utf-8")
+    assert "<dd>features</dd>" in write_report(tmp_path / "out").read_text("utf-8")
     assert (tmp_path / "out/ledger.jsonl").read_bytes() == (sources / source / "ledger.jsonl").read_bytes()
 
 

@@ -122,6 +122,7 @@ def settings(exp: str, tiny: bool, steps: int) -> list[str]:
     overrides = [
         "peft.dropout=0",
         f"data.max_caption_tokens={CAPTION_TOKENS}",
+        "data.max_cut_fraction=null",  # long captions are cut on purpose: all have one length
         "training.validate_every=1000000",
         "training.checkpoint_every=1000000",
         "logging.every=1000000",

@@ -361,7 +361,7 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
     results: list[list[str] | SampleError] = []
     with DecodePool(min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
         for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES, image_size=SHEET_SIDE):
-            frames = pixels_of(reply, SHEET_SIDE)
+            frames = pixels_of(reply, SHEET_FRAMES, SHEET_SIDE)
             if isinstance(frames, SampleError):
                 results.append(frames)
             else:
