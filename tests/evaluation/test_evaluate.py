@@ -17,7 +17,7 @@ from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader
 from vlmds.errors import InputError
-from vlmds.evaluation import evaluate
+from vlmds.evaluation import evaluate, scoring
 from vlmds.evaluation.blind import blind_tests
 from vlmds.evaluation.evaluate import evaluate_run, evaluate_subset
 from vlmds.evaluation.saved import read_evaluation
@@ -246,7 +246,7 @@ def test_undefined_metrics_are_shown_as_undefined(models, shards, tmp_path, caps
     """One clip; or the same references for all."""
     if references:
         monkeypatch.setattr(
-            evaluate, "read_text", lambda reader, p: replace(read_text(reader, p), captions=[references])
+            scoring, "read_text", lambda reader, p: replace(read_text(reader, p), captions=[references])
         )
     run = make_run(models, shards, tmp_path / "e8", "e8")
     assert main(["evaluate", "--run", str(run), "--clips", str(clips), "--max-new-tokens", "4"]) == 0
