@@ -30,7 +30,7 @@ from vlmds.distributed.cores import cores_of_rank
 from vlmds.errors import InputError, SampleError
 from vlmds.models.captioner import as_batch
 from vlmds.models.sequences import SequenceBuilder
-from vlmds.video.fit import FIT
+from vlmds.video.fit import FIT, fit_of
 from vlmds.video.frame_table import DESCRIBED
 from vlmds.video.pool import FrameDecoder
 
@@ -177,6 +177,18 @@ class SampleReader(SampleRows):
             described=described,
             fit=self.fit,
         )
+
+
+def picture_reader(dataset: Dataset, split: str, num_frames: int, image_size: int) -> SampleReader:
+    """A reader of the clips' pictures in the order of the data, whatever their store: whole ones with bars, in these
+    numbers and sizes, of a video store; of a frames store those that it has. Raises InputError: a features store."""
+    if dataset.store == "features":
+        raise InputError(f"{dataset.root}: a features store has no pictures; give the packed videos, or a frames store")
+    fit = FIT
+    if dataset.store == "frames":
+        num_frames, image_size = dataset.meta["num_frames"], dataset.meta["image_size"]
+        fit = fit_of(dataset.meta["resizer"]) or FIT
+    return SampleReader(dataset, split, num_frames, image_size, shuffle=False, fit=fit)
 
 
 class Positions(IterableDataset):

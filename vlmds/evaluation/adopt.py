@@ -46,7 +46,7 @@ def build_or_adopt(
                 "projector": None,
                 "adapter": None,
                 "seeds": None,
-                "metrics": {key: cell(estimates, first + number) for key, estimates in everyone.items()},
+                "metrics": {key: estimates.cell(first + number) for key, estimates in everyone.items()},
                 "cost": run.cost,
                 "kind": run.outside.kind,
                 "source": run.outside.source,
@@ -97,8 +97,8 @@ def adopt_sentence(found: dict[str, Any]) -> tuple[str, str] | None:
     match adopt["answer"]:
         case "build":
             return (
-                f"Build: {run} is better than every outside model{spent} ({ahead}).",
-                f"직접 학습 권장: {run}의 점수가 모든 외부 모델보다 높습니다({ahead_ko}).{spent_ko}",
+                f"Build: each outside model is shown to be worse than the best; take {run}{spent} ({ahead}).",
+                f"직접 학습 권장: 모든 외부 모델의 점수가 1위보다 낮다는 것이 확인되었습니다. 권장 실험: {run}({ahead_ko}).{spent_ko}",
             )
         case "adopt":
             return (
@@ -114,10 +114,3 @@ def adopt_sentence(found: dict[str, Any]) -> tuple[str, str] | None:
         f"Build or adopt: not decidable with these clips ({ahead}).",
         f"직접 학습과 도입 중 어느 쪽이 나은지 이 클립으로는 판정할 수 없습니다({ahead_ko}).",
     )
-
-
-def cell(found: Estimates, method: int) -> dict[str, float | None]:
-    """A method's value with its 95% interval and the standard deviation of its seeds."""
-    value, seeds = found.single(method), found.seed_values[method]
-    spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
-    return {"value": value.value, "low": value.low, "high": value.high, "seed_sd": spread}

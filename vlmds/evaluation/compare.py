@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from vlmds.errors import InputError
-from vlmds.evaluation.adopt import build_or_adopt, cell
+from vlmds.evaluation.adopt import build_or_adopt
 from vlmds.evaluation.by_column import by_columns
 from vlmds.evaluation.error_kinds import WordList, error_table
 from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, group_runs, with_unique_names
@@ -66,7 +66,7 @@ def compare(
                 "adapter": group.experiment.peft.type,
                 "seeds": len(group.runs),
                 "finished": all(run.finished for run in group.runs),
-                "metrics": {n: cell(estimates[n], number) for n in names},
+                "metrics": {n: estimates[n].cell(number) for n in names},
                 "looking": group.runs[0].metrics["looking"],
                 "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in group.runs[0].cost},
             }

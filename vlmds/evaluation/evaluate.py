@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +31,18 @@ from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
 from vlmds.errors import InputError
 from vlmds.evaluation.metrics import tokenizers
-from vlmds.evaluation.results import model_facts, save_results, summarise_records
+from vlmds.evaluation.results import (
+    begin,
+    by_position,
+    changed_since,
+    model_facts,
+    parts_of,
+    save_results,
+    summarise_records,
+    timing_of_ranks,
+)
 from vlmds.evaluation.scoring import ClipScorer, evaluated_positions, read_texts, swap_videos, thumbnail_jpeg
-from vlmds.experiments.differences import changed_settings, differing_keys
+from vlmds.experiments.differences import differing_keys
 from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, write
 from vlmds.inference.options import GenerationOptions, caption_settings
@@ -135,32 +143,23 @@ def _evaluate(
     positions = evaluated_positions(len(reader), settings["clips"])
     texts = read_texts(reader, positions)
     scorer = ClipScorer(experiment, model, texts, swap_videos(texts), batch_size=batch_size, generation=generation)
-    parts = _parts(folder)
+    parts = parts_of(folder)
     # Rank 0 alone reads the finished clips: another rank may have begun to write by then.
-    finished = ranks.on_main(lambda: [*_by_position(parts.read())])
+    finished = ranks.on_main(lambda: [*by_position(parts.read())])
     todo = sorted(set(positions) - set(finished))
     if finished:
         _say(f"{folder}: {len(finished)} of {counted(len(positions), 'clip')} are done already")
     shown = {positions[number] for number in evaluated_positions(len(positions), THUMBNAILS)}
     _score_share(scorer, reader, todo, folder, parts, shown)
-    device = ranks.device_name(next(model.captioner.projector.parameters()).device)
+    device = next(model.captioner.projector.parameters()).device
     # Also a barrier over gloo, whose timeout is init_distributed's.
-    captioned, seconds, devices = zip(*ranks.gather((scorer.captioned, scorer.seconds, device)), strict=True)
+    timing = timing_of_ranks(scorer.captioned, scorer.seconds, device, resumed=bool(finished), batch_size=batch_size)
 
     def finish() -> None:
-        records = [*_by_position(parts.read()).values()]
+        records = [*by_position(parts.read()).values()]
         result, predictions = summarise_records(records, texts, scorer)
         result["model"] = model_facts(model)
-        result["timing"] = {
-            "seconds": round(time.perf_counter() - started, 1),
-            "ranks": ranks.rank_and_world()[1],
-            "resumed": bool(finished),
-            # Of this start: clips, and seconds of CLIP and generation, both added up over the ranks.
-            "captioned": sum(captioned),
-            "captioning_seconds": round(sum(seconds), 3),
-            "batch_size": batch_size,
-            "devices": sorted({*devices}),
-        }
+        result["timing"] = {"seconds": round(time.perf_counter() - started, 1), **timing}
         save_results(folder, settings, result, predictions, [r for r in records if "unreadable" in r])
 
     with phase("computing the metrics"):
@@ -231,13 +230,8 @@ def _prepare(folder: Path, settings: dict, again: bool) -> bool:
         InputError: it has one with other settings.
     """
     check_writable(folder, "--output", ("parts", "thumbnails"))
-    path = folder / "settings.json"
-    changed: dict[str, str] = {}
-    if path.is_file() and not again:
-        try:
-            changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
-        except ValueError:
-            raise InputError(f"{path}: damaged; --again repeats the evaluation") from None
+    changed = None if again else changed_since(folder, settings)
+    if changed is not None:
         for key in PLACES:
             changed.pop(key, None)
         if other := [text for key, text in changed.items() if key not in OUTDATED]:
@@ -247,24 +241,8 @@ def _prepare(folder: Path, settings: dict, again: bool) -> bool:
             )
         if not changed and (folder / "metrics.json").is_file():
             return True
-    if changed or again:
-        for name in ("parts", "thumbnails"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.json", "predictions.jsonl", "ledger.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    begin(folder, settings, afresh=bool(changed or again))
     return False
-
-
-def _parts(folder: Path) -> RankJsonl:
-    return RankJsonl(folder / "parts" / "00000.jsonl", "", ".jsonl")
-
-
-def _by_position(records: Sequence[dict]) -> dict[int, dict]:
-    """One record per clip, in the order of the data."""
-    found = {record["position"]: record for record in records}
-    return dict(sorted(found.items()))
 
 
 def _folder_name(run: Path, dataset: Dataset, split: str) -> str:

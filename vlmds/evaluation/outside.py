@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Iterable, Sequence
@@ -18,15 +17,15 @@ from typing import Any
 
 from vlmds.console.text import counted
 from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.exact_reader import Unreadable
 from vlmds.data.loader import SampleRows
 from vlmds.errors import InputError
 from vlmds.evaluation.metrics import tokenizers
 from vlmds.evaluation.outside_record import FILE, RECORD, Outside, read_outside, write_outside
-from vlmds.evaluation.results import save_results, scored
-from vlmds.evaluation.scoring import ClipText, evaluated_positions, read_texts
-from vlmds.experiments.differences import changed_settings
+from vlmds.evaluation.results import begin, changed_since, save_results, scored
+from vlmds.evaluation.scoring import ClipText, evaluated_positions, read_text, read_texts
 from vlmds.experiments.schema import DataConfig
-from vlmds.files import sha256_of, write
+from vlmds.files import sha256_of
 from vlmds.packing.tables import READERS, read_table
 from vlmds.permissions import check_writable
 
@@ -85,19 +84,33 @@ def evaluate_predictions(
     dataset = open_dataset(DataConfig(path=data))
     split = dataset.choose_split(split)
     rows = SampleRows(dataset, split, shuffle=False)
-    texts = read_texts(rows, evaluated_positions(len(rows), clips))
-    captions = match_captions(file, read_rows(file), texts, f"split {split} of {dataset.root}")
+    positions = evaluated_positions(len(rows), clips)
+    texts = read_texts(rows, positions)
+    bad = _unreadable(rows, positions, texts)
+    where = f"split {split} of {dataset.root}"
+    captions = match_captions(file, read_rows(file), texts, where, [record["key"] for record in bad])
     digest = sha256_of(file)
     record = outside_record(folder, name, FILE, str(file), sha256=digest)
     settings = outside_settings(dataset, split, clips) | {"predictions_sha256": digest}
     place = folder / "evaluation" / split
     refuse_other(place, settings, again)
     result, lines = scored(texts, captions)
-    result["unreadable"] = 0
+    result["unreadable"] = len(bad)
     write_outside(folder, record)
-    write(place / "settings.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    save_results(place, settings, result, lines, [])
+    begin(place, settings, afresh=False)
+    save_results(place, settings, result, lines, bad)
     return folder
+
+
+def _unreadable(rows: SampleRows, positions: Sequence[int], texts: Sequence[ClipText]) -> list[dict[str, Any]]:
+    """Records of the clips whose descriptions cannot be read."""
+    read = {text.position for text in texts}
+    found = (read_text(rows, position) for position in positions if position not in read)
+    return [
+        {"position": clip.position, "key": clip.key, "unreadable": clip.reason}
+        for clip in found
+        if isinstance(clip, Unreadable)
+    ]
 
 
 def outside_settings(dataset: Dataset, split: str, clips: int | None) -> dict[str, Any]:
@@ -114,13 +127,9 @@ def outside_settings(dataset: Dataset, split: str, clips: int | None) -> dict[st
 def refuse_other(place: Path, settings: dict[str, Any], again: bool) -> None:
     """Raise InputError if the folder of an evaluation has one with other settings, which --again replaces."""
     check_writable(place, "--output", ("parts", "thumbnails"))
-    path = place / "settings.json"
-    if again or not path.is_file():
+    changed = None if again else changed_since(place, settings)
+    if not changed:
         return
-    try:
-        changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
-    except ValueError:
-        raise InputError(f"{path}: damaged; --again repeats the evaluation") from None
     changed.pop("data", None)  # may be written in several ways; the fingerprint decides
     if changed:
         raise InputError(
@@ -142,11 +151,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def match_captions(file: Path, rows: Iterable[dict[str, Any]], texts: Sequence[ClipText], where: str) -> list[str]:
+def match_captions(
+    file: Path, rows: Iterable[dict[str, Any]], texts: Sequence[ClipText], where: str, unreadable: Sequence[str] = ()
+) -> list[str]:
     """The caption of each clip, in the order of ``texts``.
 
     Args:
-        where: what the clips are, for messages.
+        where: what the clips are, for messages. unreadable: keys of clips whose rows are left out.
 
     Raises:
         InputError: unknown, missing or repeated ids, all named up to ten; a clip's row has another video or span;
@@ -161,7 +172,8 @@ def match_captions(file: Path, rows: Iterable[dict[str, Any]], texts: Sequence[C
             raise InputError(f"--predictions {file}: row {number} has no id")
         text = clips.get(str(given))
         if text is None:
-            unknown.append(str(given))
+            if str(given) not in unreadable:
+                unknown.append(str(given))
             continue
         if not isinstance(row.get("caption"), str):
             raise InputError(f"--predictions {file}: row {number}, {given}: the caption is not a text")

@@ -10,7 +10,7 @@ import numpy as np
 from vlmds.evaluation.bradley_terry import win_probability
 from vlmds.evaluation.preferences import Preferences
 from vlmds.evaluation.statistics import FEW_SOURCES, Spread, clips_needed
-from vlmds.evaluation.verdict import pair_tests
+from vlmds.evaluation.verdict import pair_tests, tied_sentence
 
 MARGIN = 0.05
 """How far below one half the probability may be that a cheaper experiment is preferred to the best one; with
@@ -80,7 +80,6 @@ def people_sentences(v: dict[str, Any]) -> list[tuple[str, str]]:
         v: of :func:`people_verdict`.
     """
     said = [_recommendation(v)]
-    best = v["best"]
     if v["needed"]:
         number = f"{v['needed']['pairs']:,}"
         said.append(
@@ -96,13 +95,7 @@ def people_sentences(v: dict[str, Any]) -> list[tuple[str, str]]:
                 "평가자 간 차이가 커서 응답 수만 늘려서는 판정할 수 없습니다. 평가자를 늘리십시오.",
             )
         )
-    if others := [name for name in v["could_be_best"] if name != best]:
-        said.append(
-            (
-                f"Statistically tied with {best}: {', '.join(others)}.",
-                f"{best}와(과) 통계적으로 차이가 없는 실험: {', '.join(others)}.",
-            )
-        )
+    said += tied_sentence(v)
     if v["one_reviewer"]:
         said.append(
             (

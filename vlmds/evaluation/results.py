@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmds.console.text import counted
+from vlmds.distributed import ranks
 from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
 from vlmds.evaluation.blind import VIDEOS, blind_tests
@@ -16,9 +19,10 @@ from vlmds.evaluation.metrics import Metric, describe_captions, score_captions, 
 from vlmds.evaluation.saved import FORMAT, VERSION
 from vlmds.evaluation.scoring import ClipScorer, ClipText
 from vlmds.evaluation.unfinished import unfinished_captions, unfinished_warning
+from vlmds.experiments.differences import changed_settings
 from vlmds.files import write
 from vlmds.models.assemble import Model
-from vlmds.runs.rank_jsonl import json_line
+from vlmds.runs.rank_jsonl import RankJsonl, json_line
 
 
 def scored(texts: Sequence[ClipText], captions: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -102,6 +106,59 @@ def model_facts(model: Model) -> dict[str, int]:
         "visual_tokens": model.captioner.projector.num_tokens,
         "projector_parameters": projector,
         "adapter_parameters": adapter,
+    }
+
+
+def parts_of(folder: Path) -> RankJsonl:
+    """The finished clips of an evaluation in progress, by rank."""
+    return RankJsonl(folder / "parts" / "00000.jsonl", "", ".jsonl")
+
+
+def by_position(records: Iterable[dict]) -> dict[int, dict]:
+    """One record per clip, in the order of the data."""
+    return dict(sorted((record["position"], record) for record in records))
+
+
+def changed_since(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
+    """{setting: "setting old -> new"} of those that the evaluation in the folder was begun with differently; None if
+    there is none. Raises InputError if its record is damaged."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        return None
+    try:
+        return changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
+    except ValueError:
+        raise InputError(f"{path}: damaged; --again repeats the evaluation") from None
+
+
+def begin(folder: Path, settings: dict[str, Any], afresh: bool) -> None:
+    """Record the settings of an evaluation. afresh: remove what the folder has of another one."""
+    if afresh:
+        for name in ("parts", "thumbnails"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.json", "predictions.jsonl", "ledger.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    write(folder / "settings.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def timing_of_ranks(
+    captioned: int, seconds: float, device: torch.device, *, resumed: bool, batch_size: int
+) -> dict[str, Any]:
+    """What this start took, for metrics.json. All ranks call it.
+
+    Args:
+        captioned, seconds: this rank's clips, and the seconds of the model for them.
+    """
+    clips, times, devices = zip(*ranks.gather((captioned, seconds, ranks.device_name(device))), strict=True)
+    return {
+        "ranks": len(clips),
+        "resumed": resumed,
+        # Of this start: clips, and seconds of the model, both added up over the ranks.
+        "captioned": sum(clips),
+        "captioning_seconds": round(sum(times), 3),
+        "batch_size": batch_size,
+        "devices": sorted({*devices}),
     }
 
 

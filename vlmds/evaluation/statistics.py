@@ -140,6 +140,12 @@ class Estimates:
         weights[one] = 1
         return self.contrast(weights, paired=False)
 
+    def cell(self, one: int) -> dict[str, float | None]:
+        """A method's value with its interval, and the standard deviation over its seeds, for a table."""
+        value, seeds = self.single(one), self.seed_values[one]
+        spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
+        return {"value": value.value, "low": value.low, "high": value.high, "seed_sd": spread}
+
     def below_best(self) -> np.ndarray:
         """float64 [M]: simultaneous 95% lower bounds of each method's value less that of the best other
         one, at most 0 (multiple comparisons with the best: Hsu, Annals of Statistics 12, 1984). A bound of

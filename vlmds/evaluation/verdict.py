@@ -115,13 +115,7 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"실험마다 시드 {seeds}개, 클립 약 {clips}개면 판정할 수 있을 것으로 예상됩니다.",
             )
         )
-    if others := [name for name in v["could_be_best"] if name != best]:
-        said.append(
-            (
-                f"Statistically tied with {best}: {', '.join(others)}.",
-                f"{best}와(과) 통계적으로 차이가 없는 실험: {', '.join(others)}.",
-            )
-        )
+    said += tied_sentence(v)
     if v["checkpoints_only"]:
         said.append(
             (
@@ -132,6 +126,16 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
     if line := tuning_sentence(found["tuning"]):
         said.append(line)
     return said
+
+
+def tied_sentence(v: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which experiments could be the best as well; nothing if none could. v: a verdict, with names."""
+    others = ", ".join(name for name in v["could_be_best"] if name != v["best"])
+    if not others:
+        return []
+    return [
+        (f"Statistically tied with {v['best']}: {others}.", f"{v['best']}와(과) 통계적으로 차이가 없는 실험: {others}.")
+    ]
 
 
 def _recommendation(found: dict[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,6 @@ goes on with the missing clips, on any number of ranks.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import time
@@ -19,24 +18,22 @@ import numpy as np
 import torch
 
 from vlmds.console.progress import log_line, phase
-from vlmds.data.dataset import Dataset, open_dataset
+from vlmds.data.dataset import open_dataset
 from vlmds.data.exact_reader import Unreadable, read_exactly
-from vlmds.data.loader import Sample, SampleReader
+from vlmds.data.loader import Sample, SampleReader, picture_reader
 from vlmds.distributed import ranks
 from vlmds.distributed.watchdog import doing
 from vlmds.errors import InputError
 from vlmds.evaluation.outside import outside_folder, outside_record, outside_settings, refuse_other
 from vlmds.evaluation.outside_record import MODEL, write_outside
-from vlmds.evaluation.results import save_results, scored
+from vlmds.evaluation.results import begin, by_position, parts_of, save_results, scored, timing_of_ranks
 from vlmds.evaluation.scoring import ClipText, evaluated_positions, read_texts
 from vlmds.experiments.schema import DataConfig
-from vlmds.files import write
 from vlmds.inference.options import GenerationOptions
 from vlmds.inference.video_captioner import choose_device
 from vlmds.inference.zero_shot import SIDE, ZeroShotCaptioner, without_bars
 from vlmds.models.outside import OutsideModel, outside_model
 from vlmds.runs.rank_jsonl import RankJsonl
-from vlmds.video.fit import fit_of
 
 
 def evaluate_model(
@@ -75,7 +72,9 @@ def evaluate_model(
     config = DataConfig(path=data)
     dataset = open_dataset(config)
     split = dataset.choose_split(split)
-    reader = _reader(dataset, split, num_frames or config.num_frames, num_frames is not None)
+    reader = picture_reader(dataset, split, num_frames or config.num_frames, SIDE)
+    if num_frames not in (None, reader.num_frames):
+        raise InputError(f"--num-frames {num_frames}: {dataset.root} has {reader.num_frames} frames of each clip")
     prompt = prompt or config.prompt
     found = outside_model(model)
     settings: dict[str, Any] = outside_settings(dataset, split, clips) | {
@@ -90,45 +89,26 @@ def evaluate_model(
     if ranks.on_main(lambda: _prepare(folder, name, place, found, settings, again)):
         return folder
     captioner = ZeroShotCaptioner(found.folder, found.name, choose_device(device), dtype, generation)
-    texts = read_texts(reader, evaluated_positions(len(reader), clips))
+    positions = evaluated_positions(len(reader), clips)
+    texts = read_texts(reader, positions)
     if ranks.rank_and_world()[0] == 0:
         log_line(
             f"vlmds: {found.name}: a clip's frames are given as {'a video' if captioner.takes_videos else 'pictures'}"
         )
     for text in {text.prompt or prompt for text in texts}:
         captioner.check_prompt(text)
-    _evaluate(place, settings, captioner, reader, texts, prompt, batch_size)
+    _evaluate(place, settings, captioner, reader, positions, texts, prompt, batch_size)
     return folder
-
-
-def _reader(dataset: Dataset, split: str, num_frames: int, given: bool) -> SampleReader:
-    """Of frames whose longer side has SIDE pixels; of a frames store as they are stored."""
-    meta = dataset.meta
-    if dataset.store == "features":
-        raise InputError(f"{dataset.root}: a features store has no pictures; give the packed videos, or a frames store")
-    if dataset.store == "frames":
-        if given and num_frames != meta["num_frames"]:
-            raise InputError(f"--num-frames {num_frames}: {dataset.root} has {meta['num_frames']} frames of each clip")
-        fit = fit_of(meta.get("resizer")) or "crop"
-        return SampleReader(dataset, split, meta["num_frames"], meta["image_size"], shuffle=False, fit=fit)
-    return SampleReader(dataset, split, num_frames, SIDE, shuffle=False, fit="pad")
 
 
 def _prepare(folder: Path, name: str, place: Path, model: OutsideModel, settings: dict[str, Any], again: bool) -> bool:
     """Prepare the folder; True if it has a finished evaluation with these settings."""
     record = outside_record(folder, name, MODEL, model.name, revision=model.revision, licence=model.licence)
     refuse_other(place, settings, again)
-    parts = _parts(place)
-    if again:
-        for path in place.glob("parts/*"):
-            path.unlink()
-        for name in ("metrics.json", "predictions.jsonl"):
-            (place / name).unlink(missing_ok=True)
-    elif (place / "metrics.json").is_file():
+    if not again and (place / "metrics.json").is_file():
         return True
-    parts.path.parent.mkdir(parents=True, exist_ok=True)
     write_outside(folder, record)
-    write(place / "settings.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    begin(place, settings, afresh=again)
     return False
 
 
@@ -137,23 +117,22 @@ def _evaluate(
     settings: dict[str, Any],
     captioner: ZeroShotCaptioner,
     reader: SampleReader,
+    positions: Sequence[int],
     texts: Sequence[ClipText],
     prompt: str,
     batch_size: int,
 ) -> None:
     """Caption the clips that are missing, and write the results."""
-    started, parts = time.perf_counter(), _parts(place)
+    started, parts = time.perf_counter(), parts_of(place)
     # Rank 0 alone reads the finished clips: another rank may have begun to write by then.
-    finished = ranks.on_main(lambda: [record["position"] for record in parts.read()])
-    todo = [text for text in texts if text.position not in set(finished)]
+    finished = ranks.on_main(lambda: [*by_position(parts.read())])
+    todo = sorted({*positions} - {*finished})
     captioned, seconds = _caption_share(captioner, reader, todo, parts, prompt, batch_size)
-    device = ranks.device_name(captioner.device)
-    counts, times, memory, devices = zip(
-        *ranks.gather((captioned, seconds, _peak_gib(captioner.device), device)), strict=True
-    )
+    timing = timing_of_ranks(captioned, seconds, captioner.device, resumed=bool(finished), batch_size=batch_size)
+    memory = max(ranks.gather(_peak_gib(captioner.device)))
 
     def finish() -> None:
-        records = {record["position"]: record for record in parts.read()}
+        records = by_position(parts.read())
         read = [text for text in texts if "caption" in records.get(text.position, ())]
         if not read:
             raise InputError(f"{place}: no clip of the split could be read")
@@ -163,14 +142,8 @@ def _evaluate(
         result["frames_as"] = "video" if captioner.takes_videos else "pictures"
         result["timing"] = {
             "seconds": round(time.perf_counter() - started, 1),
-            "ranks": ranks.rank_and_world()[1],
-            "resumed": bool(finished),
-            # Of this start: clips, and seconds of the model, both added up over the ranks.
-            "captioned": sum(counts),
-            "captioning_seconds": round(sum(times), 3),
-            "memory_gib": round(max(memory), 2),
-            "batch_size": batch_size,
-            "devices": sorted({*devices}),
+            **timing,
+            "memory_gib": round(memory, 2),
         }
         save_results(place, settings, result, lines, bad)
 
@@ -181,25 +154,24 @@ def _evaluate(
 def _caption_share(
     captioner: ZeroShotCaptioner,
     reader: SampleReader,
-    todo: Sequence[ClipText],
+    todo: Sequence[int],
     parts: RankJsonl,
     prompt: str,
     batch_size: int,
 ) -> tuple[int, float]:
     """Caption this rank's share, written batch by batch; (clips, seconds of the model)."""
     rank, world = ranks.rank_and_world()
-    mine = {text.position: text for text in todo[rank::world]}
     captioned, seconds = 0, 0.0
     with parts.appender(rank) as file, phase("evaluating", len(todo), "clips", left=True) as progress:
-        for items in read_exactly(reader, list(mine), batch_size, DataConfig().num_workers):
+        for items in read_exactly(reader, todo[rank::world], batch_size, DataConfig().num_workers):
             doing("captioning", [item.key for item in items])
             samples = [item for item in items if isinstance(item, Sample)]
             begun = time.perf_counter()
             made = (
                 captioner.captions(
                     [_frames(reader, sample) for sample in samples],
-                    [mine[sample.position].prompt or prompt for sample in samples],
-                    [mine[sample.position].duration for sample in samples],
+                    [sample.prompt or prompt for sample in samples],
+                    [_seconds(reader, sample) for sample in samples],
                 )
                 if samples
                 else []
@@ -227,8 +199,9 @@ def _frames(reader: SampleReader, sample: Sample) -> np.ndarray:
     return without_bars(sample.frames, row.width, row.height) if reader.fit == "pad" else sample.frames
 
 
-def _parts(place: Path) -> RankJsonl:
-    return RankJsonl(place / "parts" / "00000.jsonl", "", ".jsonl")
+def _seconds(reader: SampleReader, sample: Sample) -> float | None:
+    row = reader.row(sample.position)
+    return None if row.duration is None else row.span[1] - row.span[0]
 
 
 def _peak_gib(device: torch.device) -> float:

@@ -11,10 +11,9 @@ from vlmds.console.progress import phase
 from vlmds.data.dataset import Dataset
 from vlmds.data.exact_reader import ExactReader, Unreadable
 from vlmds.data.index import ShardIndex
-from vlmds.data.loader import SampleReader
+from vlmds.data.loader import picture_reader
 from vlmds.errors import InputError, SampleError
 from vlmds.judge.rubric import FRAME_SIDE
-from vlmds.video.fit import FIT, fit_of
 from vlmds.video.jpeg import data_uri
 
 
@@ -29,16 +28,9 @@ class ClipFrames:
     """
 
     def __init__(self, data: str, split: str | None, keys: Collection[str], count: int):
-        index = ShardIndex.open(data)
-        if index.store == "features":
-            raise InputError(f"--frames: {data} has features, no frames; give a video or frames store with --data")
-        shape, fit = (count, FRAME_SIDE), FIT
-        if index.store == "frames":
-            shape = index.meta["num_frames"], index.meta["image_size"]
-            fit = fit_of(index.meta["resizer"]) or FIT
-        dataset = Dataset([index])
+        dataset = Dataset([ShardIndex.open(data)])
         self._count, self._lock = count, threading.Lock()
-        self._reader = ExactReader(SampleReader(dataset, dataset.choose_split(split), *shape, shuffle=False, fit=fit))
+        self._reader = ExactReader(picture_reader(dataset, dataset.choose_split(split), count, FRAME_SIDE))
         wanted = {*keys}
         with phase("finding the clips"):
             positions = ((self._reader.key(i), i) for i in range(len(self._reader.reader)))
