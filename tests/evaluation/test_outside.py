@@ -164,3 +164,17 @@ def test_an_outside_model_has_no_variance_of_seeds():
     assert found.seed_variance > 1
     assert found.covariance[1, 1] == pytest.approx(found.clip_covariance[1, 1])
     assert found.covariance[0, 0] == pytest.approx(found.clip_covariance[0, 0] + found.seed_variance / 3)
+
+
+def test_a_clip_that_cannot_be_read_is_counted_and_stops_nothing(texts, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    row = ShardIndex.open(shards).row("val", 0, 1)
+    member = next(m for m in row.members if m.ext == "json")
+    with (tmp_path / "data" / "val" / f"{row.shard:06d}.tar").open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"\0" * 10)
+    file = write_rows(tmp_path / "p.jsonl", [{"key": text.key, "caption": text.captions[0]} for text in texts])
+    folder = evaluate_predictions(file, name="p", data=str(tmp_path / "data"), output=tmp_path / "p")
+    metrics, lines = read_evaluation(folder / "evaluation" / "val")
+    assert metrics["clips"] == 10 and metrics["unreadable"] == 1 and row.key not in [line["key"] for line in lines]
+    assert json.loads((folder / "evaluation" / "val" / "ledger.jsonl").read_text())["key"] == row.key
