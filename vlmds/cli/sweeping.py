@@ -75,6 +75,7 @@ def _known_sweep(args: argparse.Namespace) -> int:
     if not (args.demo and args.known):
         raise InputError("--known: goes with --demo, and --quick with both: vlmds sweep --demo --known --quick")
     others = {"EXP": args.exps, "--all": args.all, "--owner": args.owner, "--data": args.data, "--emit": args.emit}
+    others |= {"--rates": args.rates, "--tune-share": args.tune_share}
     others |= {"--tune": args.tune, "--share-stage1": args.share_stage1, "--seeds": args.seeds > 1}
     if given := [name for name, value in others.items() if value]:
         raise InputError(f"{given[0]}: not with --known, which has experiments and data of its own")

@@ -105,10 +105,9 @@ def decode_stored(
             yield VideoReply(damaged.pop(number)) if number in damaged else reply
 
 
-def pixels_of(reply: VideoReply, num_frames: int, image_size: int) -> np.ndarray | SampleError:
-    """A reply to a request for "pixels": uint8 [num_frames, 3, image_size, image_size], or its error. A still picture is
-    repeated, as frames and features stores keep it."""
+def pixels_of(reply: VideoReply, image_size: int) -> np.ndarray | SampleError:
+    """A reply to a request for "pixels": uint8 [F, 3, image_size, image_size], or its error."""
     if reply.reason is not None:
         return SampleError(reply.reason)
-    pixels = np.frombuffer(reply.members["rgb"], np.uint8).reshape(-1, 3, image_size, image_size)
-    return np.repeat(pixels, num_frames, axis=0) if len(pixels) == 1 else pixels
+    pixels = np.frombuffer(reply.members["rgb"], np.uint8)
+    return pixels.reshape(-1, 3, image_size, image_size)

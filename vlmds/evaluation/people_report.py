@@ -10,17 +10,8 @@ from vlmds.evaluation.compare import order_of_cost
 from vlmds.evaluation.evaluated_runs import Run, group_runs, with_unique_names
 from vlmds.evaluation.people import match, people
 from vlmds.evaluation.people_verdict import people_line, people_sentences
-from vlmds.evaluation.reviews import read_reviews
+from vlmds.evaluation.reviews import MARK_NAMES, read_reviews
 from vlmds.evaluation.verdict import verdict_line, verdict_sentences
-
-MARK_NAMES = {
-    "invented_object": ("invented object", "없는 사물"),
-    "wrong_action": ("wrong action", "잘못된 동작"),
-    "wrong_direction": ("wrong direction", "잘못된 방향"),
-    "wrong_number": ("wrong number", "잘못된 개수"),
-    "unnatural_korean": ("unnatural Korean", "부자연스러운 한국어"),
-}
-"""Marks in English and Korean."""
 
 
 def add_people(found: dict[str, Any], runs: list[Run], folder: Path, by: str, margin: float | None) -> None:

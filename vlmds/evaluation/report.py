@@ -24,8 +24,9 @@ from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, g
 from vlmds.evaluation.like_for_like import shown_value
 from vlmds.evaluation.metrics import CHARACTERS
 from vlmds.evaluation.next_steps import next_steps
-from vlmds.evaluation.people_report import MARK_NAMES, headline, people_columns
+from vlmds.evaluation.people_report import headline, people_columns
 from vlmds.evaluation.people_verdict import people_sentences
+from vlmds.evaluation.reviews import MARK_NAMES
 from vlmds.evaluation.verdict import weakened
 from vlmds.experiments.schema import PROJECTORS
 from vlmds.files import write

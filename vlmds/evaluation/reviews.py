@@ -36,7 +36,15 @@ Mark = Literal["invented_object", "wrong_action", "wrong_direction", "wrong_numb
 Reason = Literal["random", "disagreement", "blind"]
 """Why a pair was chosen. Only pairs drawn at random are a fair sample of the clips."""
 CHOICES: tuple[Choice, ...] = ("left", "right", "both_good", "both_bad")
-MARKS: tuple[Mark, ...] = ("invented_object", "wrong_action", "wrong_direction", "wrong_number", "unnatural_korean")
+MARK_NAMES: dict[Mark, tuple[str, str]] = {
+    "invented_object": ("invented object", "없는 사물"),
+    "wrong_action": ("wrong action", "잘못된 동작"),
+    "wrong_direction": ("wrong direction", "잘못된 방향"),
+    "wrong_number": ("wrong number", "잘못된 개수"),
+    "unnatural_korean": ("unnatural Korean", "어색한 한국어"),
+}
+"""Marks in English and Korean."""
+MARKS: tuple[Mark, ...] = (*MARK_NAMES,)
 
 
 class _Record(BaseModel):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from vlmds.errors import InputError
 from vlmds.evaluation.reviews import PLAN, Pair, Plan, read_plan, write_plan
-from vlmds.files import absolute
 from vlmds.review.choose import PAIRS, Choice, choose_pairs
 from vlmds.review.evaluations import Evaluations, read_evaluations
-from vlmds.review.folder import described
+from vlmds.review.folder import make_plan, other_runs
 
 
 def pairs_to_judge(
@@ -33,10 +32,7 @@ def pairs_to_judge(
     evaluations = read_evaluations(runs or [Path(run.evaluation) for run in plan.runs], evaluation)
     own, planned = {run.id for run in evaluations.runs}, {run.id for run in plan.runs}
     if not own <= planned:
-        raise InputError(
-            f"{folder}: has reviews of other runs, or of other evaluations of them "
-            f"({', '.join(run.name for run in plan.runs)}); choose another folder with -o"
-        )
+        raise other_runs(folder, plan)
     pairs = [pair for pair in plan.pairs if {pair.a, pair.b} <= own and pair.clip in evaluations.clips]
     if number is not None:
         pairs += _more(evaluations, plan, {pair.pair for pair in pairs}, number - len(pairs))
@@ -49,15 +45,7 @@ def _planned(
     evaluations = read_evaluations(runs, evaluation)
     choice = Choice(pairs=number, shares={"random": 1.0}, overlap=0)
     pairs, _ = choose_pairs(evaluations, choice)
-    place = data or evaluations.data
-    plan = Plan(
-        dataset=absolute(place) if place else "",
-        split=evaluations.split,
-        runs=tuple(evaluations.runs),
-        choose=described(choice),
-        seed=choice.seed,
-        pairs=tuple(pairs),
-    )
+    plan = make_plan(evaluations, choice, pairs, data or evaluations.data)
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(folder, plan)
     return plan, evaluations, pairs

@@ -294,7 +294,7 @@ def _made(
         frames = _read_jpegs(index, rows(), workers)
     else:
         frames = (
-            pixels_of(reply, target.num_frames, target.image_size)
+            pixels_of(reply, target.image_size)
             for reply in decode_stored(index, rows(), pool, store="pixels", **options)
         )
     for shard in old:

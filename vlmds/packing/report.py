@@ -235,7 +235,7 @@ def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[Tex
         (("total size", "전체 크기"), size_text(size)),
         (("size per sample", "샘플당 크기"), size_text(size / max(table.num_rows, 1))),
         (
-            ("of video", "영상 길이"),
+            ("length of video", "영상 길이"),
             (f"{hours} h", f"{hours}시간") if seconds >= 3600 else (f"{whole} s", f"{whole}초"),
         ),
     ]
@@ -361,7 +361,7 @@ def _video_pictures(index: ShardIndex, rows: Sequence[SampleRow]) -> list[list[s
     results: list[list[str] | SampleError] = []
     with DecodePool(min(len(rows), len(os.sched_getaffinity(0))), SHEET_DEADLINE) as pool:
         for reply in decode_stored(index, rows, pool, store="pixels", num_frames=SHEET_FRAMES, image_size=SHEET_SIDE):
-            frames = pixels_of(reply, SHEET_FRAMES, SHEET_SIDE)
+            frames = pixels_of(reply, SHEET_SIDE)
             if isinstance(frames, SampleError):
                 results.append(frames)
             else:

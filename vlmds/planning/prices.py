@@ -124,7 +124,7 @@ def _video_prices(
             next(replies)
             for _ in rows:
                 started = time.perf_counter()
-                frames = pixels_of(next(replies), num_frames, image_size)
+                frames = pixels_of(next(replies), image_size)
                 elapsed = time.perf_counter() - started
                 if not isinstance(frames, SampleError):
                     seconds.append(elapsed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmds.console.progress import phase
 from vlmds.errors import InputError, SampleError
-from vlmds.evaluation.reviews import PLAN, Plan, read_plan, write_plan
+from vlmds.evaluation.reviews import PLAN, Pair, Plan, read_plan, write_plan
 from vlmds.files import absolute
 from vlmds.permissions import check_writable
 from vlmds.review.choose import OVERLAP, PAIRS, SHARES, Choice, choose_pairs
@@ -67,15 +67,7 @@ def _planned(folder: Path, runs: Sequence[Path], data: str | None, evaluation: s
             strata = clips.columns(choice.stratify, evaluations.clips)
     with phase("choosing the clips"):
         pairs, notes = choose_pairs(evaluations, choice, strata)
-    plan = Plan(
-        dataset=absolute(place),
-        split=evaluations.split,
-        runs=tuple(evaluations.runs),
-        choose=described(choice),
-        seed=choice.seed,
-        overlap=min(choice.overlap, len(pairs)),
-        pairs=tuple(pairs),
-    )
+    plan = make_plan(evaluations, choice, pairs, place)
     clips = ClipStore(plan.dataset, {pair.clip for pair in pairs}, cache)
     _check_sources(plan, clips)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +80,7 @@ def _continued(
 ) -> Opened:
     plan = read_plan(folder)
     if runs and {run.id for run in read_evaluations(runs, evaluation).runs} != {run.id for run in plan.runs}:
-        raise InputError(
-            f"{folder}: has reviews of other runs, or of other evaluations of them ("
-            f"{', '.join(run.name for run in plan.runs)}); choose another folder with -o"
-        )
+        raise other_runs(folder, plan)
     if choice is not None and described(choice) != plan.choose:
         raise InputError(
             f"{folder}: its pairs were chosen with other options ({options_text(plan.choose)}); leave these options out "
@@ -100,6 +89,27 @@ def _continued(
     clips = ClipStore(data or plan.dataset, {pair.clip for pair in plan.pairs}, folder / ENCODED)
     _check_sources(plan, clips)
     return Opened(folder, plan, planned_evaluations(plan), clips, _unreadable(clips))
+
+
+def make_plan(evaluations: Evaluations, choice: Choice, pairs: Sequence[Pair], dataset: str | None) -> Plan:
+    """The plan of pairs that were chosen so."""
+    return Plan(
+        dataset=absolute(dataset) if dataset else "",
+        split=evaluations.split,
+        runs=tuple(evaluations.runs),
+        choose=described(choice),
+        seed=choice.seed,
+        overlap=min(choice.overlap, len(pairs)),
+        pairs=tuple(pairs),
+    )
+
+
+def other_runs(folder: Path, plan: Plan) -> InputError:
+    """The error for runs that the reviews in the folder are not of."""
+    return InputError(
+        f"{folder}: has reviews of other runs, or of other evaluations of them "
+        f"({', '.join(run.name for run in plan.runs)}); choose another folder with -o"
+    )
 
 
 def described(choice: Choice) -> dict[str, Any]:

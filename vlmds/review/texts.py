@@ -1,6 +1,8 @@
 """Texts of the review page, in English and Korean. {name}: filled in by page.js."""
 
-TEXTS = {
+from vlmds.evaluation.reviews import MARK_NAMES
+
+TEXTS: dict[str, dict[str, str]] = {
     "en": {
         "title": "Caption review",
         "language": "한국어",
@@ -26,11 +28,6 @@ TEXTS = {
         "caption": "Caption {number}",
         "empty": "(empty caption)",
         "marks": "What is wrong with it?",
-        "invented_object": "invented object",
-        "wrong_action": "wrong action",
-        "wrong_direction": "wrong direction",
-        "wrong_number": "wrong number",
-        "unnatural_korean": "unnatural Korean",
         "reference": "Reference",
         "ask": "Show the reference",
         "correction": "Corrected caption",
@@ -89,11 +86,6 @@ TEXTS = {
         "caption": "캡션 {number}",
         "empty": "(빈 캡션)",
         "marks": "잘못된 점",
-        "invented_object": "없는 사물",
-        "wrong_action": "잘못된 동작",
-        "wrong_direction": "잘못된 방향",
-        "wrong_number": "잘못된 개수",
-        "unnatural_korean": "어색한 한국어",
         "reference": "정답 캡션",
         "ask": "정답 캡션 보기",
         "correction": "수정한 캡션",
@@ -127,3 +119,5 @@ TEXTS = {
         "failed": "{error}. 응답은 이 페이지에 보관되며 다시 전송합니다.",
     },
 }
+for number, language in enumerate(("en", "ko")):
+    TEXTS[language] |= {mark: names[number] for mark, names in MARK_NAMES.items()}

@@ -117,14 +117,14 @@ def _tune_stage(job: Job, number: int, record: dict[str, Any], how: Tuning) -> i
         if pilot is None:
             return code
         stage["pilots"].append(pilot)
-        write_tuning(how.folder(job) / FILE, record | {"gpu_hours": total_hours(record)})
+        record["gpu_hours"] = total_hours(record)
+        write_tuning(how.folder(job) / FILE, record)
     found = best(stage["pilots"])
     if found is None:
         raise InputError(
             f"stages.{number}.lr: the training of {job.name} diverges at all rates that were tried "
             f"({', '.join(str(pilot['lr']) for pilot in stage['pilots'])}); lower it, then remove {how.folder(job)}"
         )
-    record["gpu_hours"] = total_hours(record)
     stage |= {"chosen": found["lr"], "edge": at_edge(stage["pilots"])}
     write_tuning(how.folder(job) / FILE, record)
     if stage["edge"]:

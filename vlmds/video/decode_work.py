@@ -17,7 +17,7 @@ from vlmds.video.fit import FIT, resize_frames
 from vlmds.video.frame_table import FrameTable
 from vlmds.video.jpeg import encode_jpegs
 from vlmds.video.probe import VideoInfo, probe
-from vlmds.video.sampling import is_still, pick
+from vlmds.video.sampling import pick
 
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 
@@ -26,8 +26,8 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 class VideoRequest:
     """A video to prepare; see `vlmds.packing.pack.pack` for the options.
 
-    store: as for packing; or "pixels": one member "rgb", uint8 [F, 3, size, size], where F is num_frames,
-    or 1 for a still picture; or "facts": no members. quality: of the JPEGs, for store "frames".
+    store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
+    "facts": no members. quality: of the JPEGs, for store "frames".
     """
 
     video: str
@@ -76,8 +76,7 @@ def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float
     if request.store == "facts":
         return VideoReply(facts=_facts(info))
     if request.store == "pixels":
-        shown = replace(request, num_frames=1) if is_still(info.frames) else request
-        return VideoReply(None, _facts(info), {"rgb": _images(shown, data, info).tobytes()})
+        return VideoReply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
         reply = _kept_video(request, data, info, more_time)

@@ -55,8 +55,8 @@ def decode_videos(
     deadline: float = 60.0,
     fit: str = FIT,
 ) -> Iterator[np.ndarray | SampleError]:
-    """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size]
-    (F is 1 for a still picture, as in training), or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
+    """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size] (F is 1 for a still
+    picture, as in training), or why it cannot be used. A decoder that hangs or crashes ends with its child process."""
     clips = (video if isinstance(video, Clip) else Clip(str(video)) for video in videos)
     for result in decode_windows(
         ((clip, 1) for clip in clips), num_frames, image_size, workers=workers, deadline=deadline, fit=fit
@@ -93,12 +93,9 @@ def decode_windows(
             if reply.reason is not None:
                 yield SampleError(reply.reason)
                 continue
-            pixels = np.frombuffer(reply.members["rgb"], np.uint8)
-            if is_still(reply.facts["frames"]):
-                picture = pixels.reshape(1, 1, 3, image_size, image_size)
-                yield np.repeat(picture, counts[number], axis=0), reply.facts
-            else:
-                yield pixels.reshape(counts[number], num_frames, 3, image_size, image_size), reply.facts
+            shape = counts[number], num_frames, 3, image_size, image_size
+            pixels = np.frombuffer(reply.members["rgb"], np.uint8).reshape(shape)
+            yield pixels[:, :1] if is_still(reply.facts["frames"]) else pixels, reply.facts
 
 
 def video_facts(
