@@ -26,13 +26,18 @@ KEPT = (2, STOPPED)
 
 
 class Agent(LocalElasticAgent):
-    """Does not restart ranks that were stopped or had bad input: a restart would end the same way."""
+    """Does not restart ranks that were stopped or had bad input: a restart would end the same way.
+
+    The first rank that failed decides. torch then ends the others of this node itself, and lists their
+    signals (-15, of a rank that is still importing) among the failures.
+    """
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        codes = {failure.exitcode for failure in result.failures.values()}
-        if codes and codes <= set(KEPT):
-            self._remaining_restarts = 0
+        if result.failures:
+            first = min(result.failures.values(), key=lambda failure: failure.timestamp)
+            if first.exitcode in KEPT:
+                self._remaining_restarts = 0
         return result
 
 

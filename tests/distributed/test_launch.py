@@ -132,6 +132,26 @@ def test_the_exit_code_of_the_ranks_is_kept(tmp_path, name, expect):
         kill_tree(process)
 
 
+@pytest.mark.parametrize("code", [2, 3])
+def test_a_rank_that_the_launcher_ended_itself_does_not_cause_a_restart(tmp_path, code):
+    """Rank 1 is still importing, and has no handler of SIGTERM, when rank 0 returns."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        "open(f'{sys.argv[1]}/up-{rank}', 'a').write('x')\n"
+        "while not os.path.exists(f'{sys.argv[1]}/up-1'):\n"
+        "    time.sleep(0.01)\n"
+        f"time.sleep({TIMEOUT} if rank == '1' else 0); sys.exit({code})\n"
+    )
+    process = launch(tmp_path, "--max-restarts", "3", str(script), str(tmp_path))
+    try:
+        wait(process, tmp_path, code)
+        assert {up.name: up.read_text() for up in tmp_path.glob("up-*")} == {"up-0": "x", "up-1": "x"}
+    finally:
+        kill_tree(process)
+
+
 def node(tmp_path, rank, port, *words):
     """The one rank of a node, started by hand; its output is in node{rank}.out and .err."""
     return fork(
