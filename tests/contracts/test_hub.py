@@ -40,8 +40,8 @@ def test_a_branch_is_resolved_to_a_commit_without_the_network(cache):
 
 
 def test_errors_of_the_connection_are_of_the_httpx_that_the_hub_names():
-    """hub_download._translated, artifact.py and export/publish.py catch huggingface_hub.utils.httpx.HTTPError, which need not
-    be httpx's own."""
+    """hub_download._translated, artifact.py and export/publish.py catch huggingface_hub.utils.httpx.HTTPError, which
+    need not be httpx's own."""
     assert issubclass(HfHubHTTPError, httpx.HTTPError)
     assert issubclass(httpx.TimeoutException, httpx.HTTPError) and isinstance(get_session(), httpx.Client)
 

@@ -1,4 +1,4 @@
-"""`vlmds sweep --demo --known`: its table with planted results, its input, and the whole command on the smallest size."""
+"""`vlmds sweep --demo --known`: its table with planted results, its input, and the whole command in a small size."""
 
 import json
 from dataclasses import replace

@@ -92,6 +92,15 @@ def test_what_does_not_fit_is_one_line(texts, shards, tmp_path, capsys, change, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["--beams=3", "--batch-size=2", "--device=cpu", "--prompt=무엇?", "--num-frames=1"])
+def test_options_of_captioning_are_refused_beside_predictions(texts, shards, tmp_path, capsys, option):
+    file = write_rows(tmp_path / "p.jsonl", own_rows(texts))
+    words = ["evaluate", "--predictions", str(file), "--name", "p", "--data", str(shards), option]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    assert f"{option.partition('=')[0]}: does not go with --predictions" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_file_replaces_nothing_unless_asked(texts, shards, tmp_path):
     first = write_rows(tmp_path / "first.jsonl", own_rows(texts))
     out = tmp_path / "out"

@@ -2,8 +2,8 @@
 
     python -m tests.manual.blind_warning DIR [STEPS]     (default 300 steps of stage align)
 
-Trains stage align of the demo's experiment three times: with a frozen projector, at 30 times its rate, and as it is. DIR is a folder of
-`vlmds demo` (made if it is not there: clips, pre-trained models, shards). Prints a Markdown table.
+Trains stage align of the demo's experiment three times: with a frozen projector, at 30 times its rate, and as it is.
+DIR is a folder of `vlmds demo` (made if it is not there: clips, pre-trained models, shards). Prints a Markdown table.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ def draw(random: np.random.Generator, case: tuple, effects: list[float]) -> Esti
 
 def calibration(repeats: int, cases=CASES) -> list[dict[str, float]]:
     """For each case the shares of comparisons in which: "family", of equal methods any pair differs; "covered",
-    the interval of a pair contains its true difference (averaged over all pairs); "named_worse", with the cheapest method 5% worse than the
-    seven others it is named; "found", its difference from the best is significant; "decided", of equal methods
-    one is named."""
+    the interval of a pair contains its true difference (averaged over all pairs); "named_worse", with the cheapest
+    method 5% worse than the seven others it is named; "found", its difference from the best is significant;
+    "decided", of equal methods one is named."""
     rows = []
     for case in cases:
         random = np.random.default_rng(0)

@@ -88,6 +88,11 @@ def test_fields_that_cannot_be_met_are_refused(client, video):
     turns = [user(video), {"role": "assistant", "content": "가"}, user("나?")]
     with pytest.raises(openai.BadRequestError, match="messages.1"):
         client.chat.completions.create(model="e3", messages=turns)
+    audio = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+    with pytest.raises(openai.BadRequestError, match=r"messages.0.user.content.0: Input tag 'input_audio'"):
+        client.chat.completions.create(model="e3", messages=[{"role": "user", "content": [audio]}])
+    with pytest.raises(openai.BadRequestError, match=r"messages.0.user.content: Input should be a valid"):
+        client.chat.completions.create(model="e3", messages=[{"role": "user", "content": 7}])
 
 
 def test_nulls_are_fields_left_out(client, video):

@@ -1,6 +1,6 @@
 """Ranks forked from a process that has imported PyTorch, DeepSpeed and transformers and done nothing
-else: no launcher, and no seconds of imports. Each is a process of its own, with its own environment, that runs the script from its first
-line; what it cannot show is how a launcher starts and ends ranks.
+else: no launcher, and no seconds of imports. Each is a process of its own, with its own environment, that runs the
+script from its first line; what it cannot show is how a launcher starts and ends ranks.
 """
 
 import atexit

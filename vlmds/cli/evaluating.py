@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlmds.cli.options import add_data, add_generation, add_loading, generation_options, load
 from vlmds.errors import InputError
+from vlmds.inference.options import BATCH_SIZE, GenerationOptions
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -63,8 +64,8 @@ def _evaluate_outside(args: argparse.Namespace) -> int:
     for given, option in needed:
         if given is None:
             raise InputError(f"{what}: give {option} as well")
-    if by_file and any(getattr(args, name) is not None for name in OUTSIDE_ONLY if name != "label"):
-        raise InputError("--predictions: --num-frames, --prompt and --dtype are for --model")
+    if by_file:
+        _refuse_options_of_models(args)
     common = dict(data=args.data, split=args.split, output=args.output, clips=args.clips, again=args.again)
     if not by_file:
         _load_zero_shot()
@@ -97,6 +98,15 @@ def _evaluate_outside(args: argparse.Namespace) -> int:
         return 0
 
     return run_on_ranks(run)
+
+
+def _refuse_options_of_models(args: argparse.Namespace) -> None:
+    """Raises InputError: options of captioning beside --predictions, which would change nothing."""
+    generation = {name: default for name, _, default, _ in GenerationOptions.command_line().values()}
+    defaults = dict.fromkeys(("num_frames", "prompt", "dtype", "device")) | generation | {"batch_size": BATCH_SIZE}
+    given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default]
+    if given:
+        raise InputError(f"{given[0]}: does not go with --predictions, whose captions are there already")
 
 
 def _load_zero_shot() -> None:
@@ -143,7 +153,7 @@ def add_evaluate(commands) -> None:
     add("--as", dest="name", metavar="NAME", help="write to RUN/evaluation/NAME, beside other evaluations")
     add("--clips", type=int, metavar="N", help="evaluate only N clips, evenly spaced (default: all)")
     add_generation(add)
-    add("--batch-size", type=int, default=8, metavar="N", help="clips per batch (default: 8)")
+    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"clips per batch (default: {BATCH_SIZE})")
     add("--again", action="store_true", help="repeat a finished evaluation, or replace one that has other settings")
     add_loading(add)
     command.set_defaults(call=evaluate)

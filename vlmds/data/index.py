@@ -195,7 +195,7 @@ class ShardIndex:
         return self._reader.read(f"{row.split}/{row.shard:06d}.tar", row.key, members)
 
     def read_part(self, row: SampleRow, member: Member, begin: int, size: int) -> bytes:
-        """``size`` bytes of a member from ``begin`` on. Without a check: its crc32 is of the whole. Raises SampleError."""
+        """``size`` bytes of a member from ``begin`` on; unchecked, as its crc32 is of the whole. Raises SampleError."""
         return self._reader.read_part(f"{row.split}/{row.shard:06d}.tar", row.key, member, begin, size)
 
     def verify_index(self) -> None:

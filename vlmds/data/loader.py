@@ -40,7 +40,8 @@ class Sample:
     """One decoded sample.
 
     frames: uint8 [F, 3, S, S]; None with a features store, which has features: bfloat16 [F·P,
-    width]. still: a picture, of which F is 1. position: the requested one. bad: ledger records of the samples that this one replaces.
+    width]. still: a picture, of which F is 1. position: the requested one. bad: ledger records of the samples that
+    this one replaces.
     """
 
     key: str

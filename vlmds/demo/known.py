@@ -40,8 +40,8 @@ class Form:
 
 @dataclass(frozen=True)
 class KnownSize:
-    """train, val: clips of each task. forms: in the order of training. clip_steps, llm_steps: of pre-training. epochs: of (align, finetune), by whether
-    the projector is a resampler."""
+    """train, val: clips of each task. forms: in the order of training. clip_steps, llm_steps: of pre-training.
+    epochs: of (align, finetune), by whether the projector is a resampler."""
 
     train: int
     val: int

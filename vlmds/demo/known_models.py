@@ -26,7 +26,8 @@ NONE = len(COLOURS)  # class of a patch without a thing
 @dataclass
 class KnownFrames:
     """pixels uint8 [n, 3, side, side]; colour, dot int64 [n, g·g]: index in COLOURS or NONE; shape int64 [n, g·g]:
-    index in KNOWN_SHAPES, or their number for none; number int64 [n]: of things, 1 to 5; texts: one description a frame."""
+    index in KNOWN_SHAPES, or their number for none; number int64 [n]: of things, 1 to 5; texts: one description a
+    frame."""
 
     pixels: torch.Tensor
     colour: torch.Tensor
@@ -37,7 +38,7 @@ class KnownFrames:
 
 
 def draw_known_frames(count: int, image_size: int, seed: int) -> KnownFrames:
-    """Frames of random scenes of the tasks control, counting and detail; the stills of order and later are of control."""
+    """Frames of random scenes of the tasks control, counting and detail. Order and later have the stills of control."""
     if image_size != SIDE:
         raise ValueError(f"image_size {image_size}: these scenes are {SIDE} pixels wide")
     rng = np.random.default_rng([seed, 11])

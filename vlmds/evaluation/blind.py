@@ -43,8 +43,9 @@ def blind_tests(
     "warnings"}.
 
     A test has "own" and "blind" (values), "gap" (how much worse the blind one is; "low", "high"), "share" (of the
-    log-likelihood or score that is lost; "share_low", "share_high"; missing if there may be nothing to lose) and for the loss
-    "clips" (see CLIPS_FLOOR; "clips_low", "clips_high"); all with paired 95% bootstrap intervals over the sources.
+    log-likelihood or score that is lost; "share_low", "share_high"; missing if there may be nothing to lose) and for
+    the loss "clips" (see CLIPS_FLOOR; "clips_low", "clips_high"); all with paired 95% bootstrap intervals over the
+    sources.
 
     Args:
         records: of the texts: "real", "blank" and those of ORDER are [sum, tokens] of log-probabilities; those of

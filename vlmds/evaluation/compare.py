@@ -57,20 +57,7 @@ def compare(
     names = _shared_metrics([*scores, *others])
     metric = _chosen(metric, names)
     estimates = {name: _estimate(name, scores, runs[0], keys) for name in names}
-    table = []
-    for number, group in enumerate(groups):
-        table.append(
-            {
-                "name": group.name,
-                "projector": group.experiment.projector.type,
-                "adapter": group.experiment.peft.type,
-                "seeds": len(group.runs),
-                "finished": all(run.finished for run in group.runs),
-                "metrics": {n: estimates[n].cell(number) for n in names},
-                "looking": group.runs[0].metrics["looking"],
-                "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in group.runs[0].cost},
-            }
-        )
+    table = [_row(group, {n: estimates[n].cell(number) for n in names}) for number, group in enumerate(groups)]
     pairs = pair_tests(estimates[metric])
     costs, by_hours = order_of_cost(groups, table)
     found = _named(verdict(estimates[metric], pairs, costs, margin), table, metric)
@@ -104,6 +91,21 @@ def compare(
         "people": None,  # see vlmds.evaluation.people_report.add_people
         "by": "metrics",
         "tokenisation": {level: text for level, text in _levels(runs).items() if f"@{level}" in "".join(names)},
+    }
+
+
+def _row(group: Group, metrics: dict[str, Any]) -> dict[str, Any]:
+    """An experiment's line of the report's table; metrics: its cells by metric."""
+    first = group.runs[0]
+    return {
+        "name": group.name,
+        "projector": group.experiment.projector.type,
+        "adapter": group.experiment.peft.type,
+        "seeds": len(group.runs),
+        "finished": all(run.finished for run in group.runs),
+        "metrics": metrics,
+        "looking": first.metrics["looking"],
+        "cost": {k: _mean([run.cost[k] for run in group.runs]) for k in first.cost},
     }
 
 

@@ -151,9 +151,10 @@ def error_table(
         best: the experiment that the others are compared with.
 
     Returns:
-        "kinds": {kind: {"units": how many the references have, "cells": one per experiment}}; a cell has "value" (percent), "low",
-        "high" (95% interval over videos and seeds), "p_holm" (of its paired difference to ``best``, corrected for all
-        tests of the table; None for ``best``) and "words" (the most frequent errors). "kiwi": whether it was there.
+        "kinds": {kind: {"units": how many the references have, "cells": one per experiment}}; a cell has "value"
+        (percent), "low", "high" (95% interval over videos and seeds), "p_holm" (of its paired difference to ``best``,
+        corrected for all tests of the table; None for ``best``) and "words" (the most frequent errors). "kiwi":
+        whether it was there.
     """
     units = Units(words)
     targets, mentioned = [], []

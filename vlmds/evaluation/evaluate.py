@@ -45,7 +45,7 @@ from vlmds.evaluation.scoring import ClipScorer, evaluated_positions, read_texts
 from vlmds.experiments.differences import differing_keys
 from vlmds.experiments.schema import Experiment
 from vlmds.files import absolute, write
-from vlmds.inference.options import GenerationOptions, caption_settings
+from vlmds.inference.options import BATCH_SIZE, GenerationOptions, caption_settings
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import artifact_experiment, read_artifact, weights_sha256
 from vlmds.models.assemble import Model
@@ -66,7 +66,7 @@ def evaluate_run(
     output: str | Path | None = None,
     name: str | None = None,
     clips: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     generation: GenerationOptions = GenerationOptions(),
     device: str | None = None,
     overrides: Sequence[str] = (),
@@ -173,7 +173,7 @@ def evaluate_subset(
     *,
     clips: int = 64,
     samples: int = 4,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     generation: GenerationOptions = GenerationOptions(max_new_tokens=64),
 ) -> dict[str, Any]:
     """Score a model in memory, also during training, on a fixed subset; on all ranks together.

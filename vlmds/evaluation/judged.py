@@ -196,14 +196,10 @@ def _counts(pairs: PairShares, source: np.ndarray, clusters: int, methods: int) 
 def _preferences(counts: np.ndarray, draws: np.ndarray, clusters: int, pairs: int, methods: int) -> Preferences:
     """counts: float64 [P, 3]. draws: [B, M]."""
     found = fit(counts, methods)
-    return Preferences(
-        values=found.strengths,
+    return Preferences.fitted(
+        found,
+        by_sources=spread_of(draws) * clusters / max(1, clusters - 1),
         per_source=np.zeros((methods, clusters)),
         sizes=np.ones(clusters),
-        seeds=np.ones(methods, dtype=np.int64),
-        seed_values=[found.strengths[m : m + 1] for m in range(methods)],
-        clips=pairs,
-        residual=0.0,
-        tie=float(found.tie),
-        by_sources=spread_of(draws) * clusters / max(1, clusters - 1),
+        pairs=pairs,
     )

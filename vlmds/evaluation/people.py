@@ -182,7 +182,7 @@ def _pairs(found: Preferences | None, numbers: np.ndarray | None, names: Sequenc
 
 
 def _marks(answers: Sequence[Answer], method_of: dict[str, int], method: int) -> dict[str, dict[str, Any]]:
-    """{mark: {"marked", "shown" (of all answers), "value", "low", "high" (of pairs drawn at random; may be missing)}}."""
+    """{mark: {"marked", "shown" (of all answers), "value", "low", "high" (of pairs drawn at random, if any)}}."""
     seen = []
     for answer in answers:
         for side in ("left", "right"):

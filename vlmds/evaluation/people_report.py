@@ -1,4 +1,4 @@
-"""People's and judges' answers in the output of `vlmds compare`: the terminal, the CSV table, the report's sentences."""
+"""People's and judges' answers in the output of `vlmds compare`: terminal, CSV table, sentences of the report."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ def people_verdict(
         names, costs: of the methods; the smallest cost is the cheapest.
 
     Returns:
-        "best", "runner_up" (with "win": value, low, high, and "p_holm"), "could_be_best", "within_margin", "chosen": names; the last
-        is None if there is none. "few": fewer than 50 sources. "needed": answers with which methods that are equal would
-        be found to be so, {"pairs"}; None if one is chosen, or if more answers of these reviewers are not enough
-        ("more_reviewers").
+        "best", "runner_up" (with "win": value, low, high, and "p_holm"), "could_be_best", "within_margin", "chosen":
+        names; the last is None if there is none. "few": fewer than 50 sources. "needed": answers with which methods
+        that are equal would be found to be so, {"pairs"}; None if one is chosen, or if more answers of these
+        reviewers are not enough ("more_reviewers").
     """
     count = len(found.values)
     order = sorted(range(count), key=lambda method: -found.values[method])

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import sparse, stats
 from scipy.sparse.csgraph import connected_components
 
-from vlmds.evaluation.bradley_terry import fit, influences, lead_of, method_pairs, win_probability, win_slope
+from vlmds.evaluation.bradley_terry import Fit, fit, influences, lead_of, method_pairs, win_probability, win_slope
 from vlmds.evaluation.statistics import CONFIDENCE, Estimates
 
 DRAWS = 2000
@@ -66,6 +67,26 @@ class Preferences(Estimates):
     reviewer_variance: float = 0.0
     share: float = 0.0
 
+    @classmethod
+    def fitted(
+        cls, found: Fit, by_sources: np.ndarray, per_source: np.ndarray, sizes: np.ndarray, pairs: int, **reviewers: Any
+    ) -> Preferences:
+        """Of a fitted model. per_source: float64 [M, G], influence of each source. sizes: [G], its answers. pairs:
+        how many were answered. reviewers: the fields on them."""
+        methods = len(found.strengths)
+        return cls(
+            values=found.strengths,
+            per_source=per_source,
+            sizes=sizes,
+            seeds=np.ones(methods, dtype=np.int64),
+            seed_values=[found.strengths[m : m + 1] for m in range(methods)],
+            clips=pairs,
+            residual=0.0,
+            tie=float(found.tie),
+            by_sources=by_sources,
+            **reviewers,
+        )
+
     @property
     def reviewer_df(self) -> int:
         """Degrees of freedom of the variance between reviewers; 0: unknown."""
@@ -81,8 +102,8 @@ class Preferences(Estimates):
         return self.by_sources + self.reviewer_variance * self.share * (np.eye(count) - 1 / count)
 
     def _error(self, w: np.ndarray) -> tuple[float, float]:
-        """Standard error of a contrast, and Satterthwaite's degrees of freedom. Few reviewers that happen to agree prove
-        little, so the doubt is that of their variance before the clips' is taken off."""
+        """Standard error of a contrast, and Satterthwaite's degrees of freedom. Few reviewers that happen to agree
+        prove little, so the doubt is that of their variance before the clips' is taken off."""
         of_clips = float(w @ self.by_sources @ w)
         weight = self.share * float(((w - w.mean()) ** 2).sum())
         variance = of_clips + weight * self.reviewer_variance
@@ -171,16 +192,12 @@ def estimate_preferences(comparisons: Comparisons, methods: int, seed: int = 0) 
         )
         between, by_clips = _between_reviewers(own, weights[:REVIEWER_DRAWS], methods)
         variance = max(0.0, between - by_clips)
-    return Preferences(
-        values=found.strengths,
+    return Preferences.fitted(
+        found,
+        by_sources,
         per_source=len(comparisons) * influences(counts, found).T,
         sizes=counts.sum(axis=(1, 2)),
-        seeds=np.ones(methods, dtype=np.int64),
-        seed_values=[found.strengths[m : m + 1] for m in range(methods)],
-        clips=len(comparisons),
-        residual=0.0,
-        tie=float(found.tie),
-        by_sources=by_sources,
+        pairs=len(comparisons),
         reviewers=len(often),
         between=between,
         reviewer_variance=variance,

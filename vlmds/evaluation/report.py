@@ -144,7 +144,8 @@ def _in_both(name: str) -> Text:
 
 
 def clip_grid(runs: Sequence[Evaluated], metric: str, keys: list[str]) -> list[dict]:
-    """A record per clip: key, references, caption and score of each run, spread of the scores, and a strip of frames for as many as the page may hold."""
+    """A record per clip: key, references, caption and score of each run, spread of the scores, and a strip of frames
+    for as many as the page may hold."""
     clips, images, total = [], 0, 0
     for key in keys:
         lines = [run.predictions[key] for run in runs]

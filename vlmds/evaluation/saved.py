@@ -41,8 +41,8 @@ def read_evaluation(folder: str | Path) -> tuple[dict, list[dict]]:
 
 
 def read_captions(folder: str | Path) -> tuple[dict, list[dict]]:
-    """As :func:`read_evaluation`, but of the lines only key, source, references, caption and three of the log-probabilities, in a
-    fifth of the time."""
+    """As :func:`read_evaluation`, but of the lines only key, source, references, caption and three of the
+    log-probabilities, in a fifth of the time."""
     import pyarrow as pa
     import pyarrow.json as arrow
 

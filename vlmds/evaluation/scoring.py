@@ -26,7 +26,7 @@ from vlmds.data.stored import read_description
 from vlmds.errors import SampleError
 from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import CaptionedBatch, ClipInput, caption_batches, generate_captions
-from vlmds.inference.options import GenerationOptions
+from vlmds.inference.options import BATCH_SIZE, GenerationOptions
 from vlmds.models.assemble import Model
 from vlmds.models.captioner import as_batch
 from vlmds.models.sequences import SequenceBuilder
@@ -148,7 +148,7 @@ class ClipScorer:
         texts: Sequence[ClipText],
         swapped: dict[int, int],
         *,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         generation: GenerationOptions = GenerationOptions(),
     ):
         self.model, self.batch_size = model, batch_size

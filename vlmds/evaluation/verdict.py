@@ -44,7 +44,8 @@ def verdict(
         beyond doubt. "within_margin": those shown to be within the margin. "chosen": the cheapest of these, or
         None. "checkpoints_only": each method has one seed, so that the verdict holds for these checkpoints
         alone. "few": fewer than 50 sources. "decidable_with": without a chosen one, [{"seeds", "clips"}] with which
-        methods that are equal would be found to be so; "needed": the first that has clips, or None. "runner_up": the second with its pair's figures, or None.
+        methods that are equal would be found to be so; "needed": the first that has clips, or None. "runner_up": the
+        second with its pair's figures, or None.
     """
     count = len(found.values)
     order = sorted(range(count), key=lambda method: -found.values[method])

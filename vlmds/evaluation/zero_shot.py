@@ -29,7 +29,7 @@ from vlmds.evaluation.outside_record import MODEL, write_outside
 from vlmds.evaluation.results import begin, by_position, parts_of, save_results, scored, timing_of_ranks
 from vlmds.evaluation.scoring import ClipText, evaluated_positions, read_texts
 from vlmds.experiments.schema import DataConfig
-from vlmds.inference.options import GenerationOptions
+from vlmds.inference.options import BATCH_SIZE, GenerationOptions
 from vlmds.inference.video_captioner import choose_device
 from vlmds.inference.zero_shot import SIDE, ZeroShotCaptioner, without_bars
 from vlmds.models.outside import OutsideModel, outside_model
@@ -44,7 +44,7 @@ def evaluate_model(
     split: str | None = None,
     output: Path | None = None,
     clips: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     num_frames: int | None = None,
     prompt: str | None = None,
     dtype: str = "bfloat16",

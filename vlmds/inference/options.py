@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from vlmds.experiments.schema import Experiment
 
 
+BATCH_SIZE = 8
+"""Clips per batch of an evaluation."""
+
+
 def _option(default: float, help: str, name: str | None = None) -> Any:
     return field(default=default, metadata={"help": help, "name": name})
 

@@ -111,9 +111,9 @@ def choose_pairs(
 
 
 def distances(evaluations: Evaluations, clip: str, runs: Sequence[str]) -> Iterator[tuple[float, Candidate]]:
-    """The distance of any two captions of the clip, 0 to 1: 1 - F1 of their different characters and pairs of characters,
-    without whitespace. (As chrF, aclanthology W15-3049, but symmetric, as neither is the reference, and with n-grams
-    that are short enough for the 140,000 pairs of 5,000 clips and 8 runs.)"""
+    """The distance of any two captions of the clip, 0 to 1: 1 - F1 of their different characters and pairs of
+    characters, without whitespace. (As chrF, aclanthology W15-3049, but symmetric, as neither is the reference, and
+    with n-grams that are short enough for the 140,000 pairs of 5,000 clips and 8 runs.)"""
     grams = {run: _grams(evaluations.captions[run][clip]) for run in runs}
     for a, b in combinations(runs, 2):
         size = len(grams[a]) + len(grams[b])

@@ -66,8 +66,8 @@ def write_manifest(
     depends on clip and caption, so that pack --append adds each once; review: [{kind, reviewer, time, run}].
 
     Args:
-        data: dataset of the clips (default: the plan's). split: default: the clip's own. picked: also captions that were
-            preferred to another one, and have no mark.
+        data: dataset of the clips (default: the plan's). split: default: the clip's own. picked: also captions that
+            were preferred to another one, and have no mark.
 
     Raises:
         InputError: no answers, damaged reviews, an evaluation that was made again, or another kind of file.

@@ -118,9 +118,10 @@ def valid(schema: type[Options], values: Any) -> Any:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part)[:60] for part in first["loc"])
-        raise RequestError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        # Of a field that is a string or a list, the longest path leads to what is wrong in the form that was sent.
+        found = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        where = ".".join(str(part)[:60] for part in found["loc"] if part != "str" and "[" not in str(part))
+        raise RequestError(f"{where}: {found['msg']}" if where else found["msg"]) from None
 
 
 def asked(chat: Chat) -> Asked:

@@ -145,8 +145,8 @@ def at_edge(pilots: list[dict]) -> bool:
 
 
 def beyond(pilots: list[dict], factors: list[float]) -> list[float]:
-    """The factor to try beyond ``factors``, by the ratio of the outer two, if the best rate is the lowest or highest; none
-    if one was tried already."""
+    """The factor to try beyond ``factors``, by the ratio of the outer two, if the best rate is the lowest or highest;
+    none if one was tried already."""
     if len(pilots) > len(factors) or not at_edge(pilots):
         return []
     found = best(pilots)

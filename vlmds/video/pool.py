@@ -145,8 +145,8 @@ class FrameDecoder:
 
         data: a video file's bytes. decoder: "pyav", or "decord" to use it where the probe clears
         the file. described: packing's description of the file, in place of a probe (see
-        `FrameTable.from_described`). fit: as for `resize_frames`. Returns uint8 [num_frames, 3, image_size, image_size].
-        Raises SampleError: it cannot be decoded, or its decoder hung, crashed or ran out of memory.
+        `FrameTable.from_described`). fit: as for `resize_frames`. Returns uint8 [num_frames, 3, image_size,
+        image_size]. Raises SampleError: it cannot be decoded, or its decoder hung, crashed or ran out of memory.
         """
         if self._child is None or self._child.closed:  # closed: it is that of the forking process
             self._child = _Child(self._deadline)
