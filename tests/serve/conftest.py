@@ -17,6 +17,7 @@ class Served:
     url: str
     models: "object"
     folder: "object"
+    page: "object"
 
 
 SAYINGS = {"e3": "빨간 원이 왼쪽으로 움직입니다", "e7": "파란 별이 오른쪽으로 움직입니다"}
@@ -48,10 +49,12 @@ def server(served_runs, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("uploads")
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(make_app(models, folder), log_level="critical", timeout_graceful_shutdown=1))
+    app = make_app(models, folder)
+    page = app.routes[-1].app.get_blocks()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
-    yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", models, folder)
+    yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", models, folder, page)
     server.should_exit = True
     thread.join()
     listening.close()

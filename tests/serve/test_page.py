@@ -16,9 +16,11 @@ pytest.importorskip("gradio")
 import httpx  # noqa: E402
 
 from tests.browser import open_browser  # noqa: E402
-from tests.serve.conftest import SAYINGS  # noqa: E402
+from tests.clips import write_video  # noqa: E402
+from tests.serve.conftest import LIMIT, SAYINGS  # noqa: E402
 from tests.serve.test_api import idle  # noqa: E402
 from vlmds.cli import main  # noqa: E402
+from vlmds.errors import SampleError  # noqa: E402
 
 
 @pytest.fixture
@@ -55,8 +57,9 @@ class Page:
         """Put a file in the place of the last one."""
         for button in self.find("#video [aria-label=Clear]"):
             button.click()
+        self.until(lambda: not self.find("#preview video, #preview p, #preview .bad"))
         self.until(lambda: self.find("#video input[type=file]"))[0].send_keys(str(video))
-        self.until(lambda: self.find("#video video"))
+        self.until(lambda: self.find("#preview video, #preview .bad"))
 
     def click(self, css: str) -> None:
         self.until(lambda: self.find(css))[0].click()
@@ -103,10 +106,12 @@ def test_two_runs_side_by_side_in_a_browser(server, clip, browser, tmp_path):
     page.click("#go")
     page.until(lambda: page.captions()[1] == "" and page.state().startswith("Done in"))
 
+    assert browser.execute_script("return document.querySelector('#preview video').videoWidth") == 64
     bad = tmp_path / "<img src=x onerror=alert(1)>.mp4"
     bad.write_bytes(b"no video" * 100)
     page.choose(bad)
     assert page.until(lambda: page.captions() == ["", ""]) and not page.find("#frames img")
+    assert "cannot be captioned: cannot be read" in page.find("#preview")[0].text and not page.find("#preview video")
     page.click("#go")
     page.until(lambda: "This video cannot be captioned: cannot be read" in page.state())
     assert page.find("[role=alert].bad") and "Traceback" not in browser.page_source
@@ -116,6 +121,46 @@ def test_two_runs_side_by_side_in_a_browser(server, clip, browser, tmp_path):
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     )
     assert browser.execute_script("return document.documentElement.scrollWidth <= 390")
+
+
+def test_a_file_that_browsers_cannot_play_is_shown_without_an_error(server, browser, tmp_path, monkeypatch):
+    toasts = """new MutationObserver(changes => { for (const change of changes) for (const node of change.addedNodes)
+    if (node.matches?.("[class*=toast]") || node.querySelector?.(".toast-body")) (window.seen ??= []).push(node.outerHTML);
+    }).observe(document.body, {childList: true, subtree: true})"""
+    page = Page(browser, server.url)
+    browser.execute_script(toasts)
+    clip = write_video(tmp_path / "clip.avi", codec="mpeg4")
+    page.choose(clip)
+    page.until(lambda: "A copy without sound" in page.find("#preview")[0].text)
+    width = "return document.querySelector('#preview video').videoWidth"
+    page.until(lambda: browser.execute_script(width) == 64)
+    page.click("#go")
+    page.until(lambda: page.state().startswith("Done in"))
+    assert all(map(str.startswith, page.captions(), SAYINGS.values()))
+
+    files = [path for path in server.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"clip.avi", "vlmds-copy.mp4"}
+    deletable = set().union(*server.page.temp_file_sets)
+    assert {*map(str, files)} <= deletable  # once they are old
+
+    # Where no copy can be made, its frames are shown.
+    def fails(*_, **__):
+        raise SampleError("decoder hung: stopped after 20 s")
+
+    monkeypatch.setattr("vlmds.serve.page.encoded", fails)
+    page.choose(write_video(tmp_path / "other.avi", codec="mpeg4", frames=30))
+    page.until(lambda: "these are its frames" in page.find("#preview")[0].text)
+    assert page.find("#preview img")[0].is_displayed() and not page.find("#preview video, #preview .bad")
+    seen = "return window.seen ?? []"
+    assert browser.execute_script(seen) == []
+
+    # A file above the limit is refused, and a message like the one that must not appear is found.
+    large = tmp_path / "large.avi"
+    large.write_bytes(bytes(int(LIMIT * 1e6) + 1))
+    page.find("#video [aria-label=Clear]")[0].click()
+    page.until(lambda: page.find("#video input[type=file]"))[0].send_keys(str(large))
+    page.until(lambda: browser.execute_script(seen))
+    assert not list(server.folder.rglob("large.avi"))
 
 
 def test_stop_and_leaving_end_the_writing(server, clip, browser, monkeypatch):

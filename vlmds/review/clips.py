@@ -1,14 +1,12 @@
 """Clips of a packed dataset for a web page: byte ranges of videos in their shards, and frames.
 
-Videos that browsers cannot play are encoded once (:mod:`vlmds.review.encode`), in a process of its own, and kept in
-a folder. Shards are not trusted: a video's bytes go to the browser or to that process, and are not opened here.
+Videos that browsers cannot play are encoded once (:mod:`vlmds.video.encode`) and kept in a folder. Shards are not
+trusted: a video's bytes go to the browser or to the process that encodes them, and are not opened here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -22,13 +20,13 @@ from vlmds.data.shard_reader import Member
 from vlmds.data.stored import read_description, read_video
 from vlmds.errors import InputError, SampleError
 from vlmds.files import replacing
+from vlmds.video.encode import encoded
 
 PICTURES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "gif": "image/gif",
             "apng": "image/apng"}  # fmt: skip
 PLAYED = {"mp4": ("h264", "vp9", "av1"), "webm": ("vp8", "vp9", "av1")}
 """Codecs that browsers play, by the container. What one does not play after all it asks to be encoded."""
 CHUNK = 1 << 18  # bytes
-ENCODE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,9 @@ class ClipStore:
         with self._encoding[key], self._encoders:
             if not path.is_file():
                 data = read_video(self._read(row, [member]))
-                encoded = _encode(data, row.start, row.end)
+                playable = encoded(data, row.start, row.end)
                 with replacing(path) as file:
-                    file.write(encoded)
+                    file.write(playable)
         return path
 
     def columns(self, name: str, keys: Collection[str]) -> Mapping[str, str]:
@@ -188,18 +186,3 @@ def _container(beginning: bytes) -> str | None:
     if beginning[4:8] == b"ftyp":
         return "mp4"
     return "webm" if beginning[:4] == b"\x1a\x45\xdf\xa3" else None
-
-
-def _encode(data: bytes, start: float | None, end: float | None) -> bytes:
-    command = f"from vlmds.review.encode import main; main({start}, {end}, {ENCODE_SECONDS})"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", command], input=data, capture_output=True, timeout=ENCODE_SECONDS + 30
-        )
-    except subprocess.TimeoutExpired:
-        raise SampleError(f"decoder hung: stopped after {ENCODE_SECONDS:g} s") from None
-    if done.returncode == 1:
-        raise SampleError(done.stderr.decode(errors="replace").strip().splitlines()[-1][:300])
-    if done.returncode < 0:
-        raise SampleError(f"decoder crashed: signal {-done.returncode}")
-    return done.stdout

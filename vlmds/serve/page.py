@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,23 @@ import numpy as np
 from fastapi import FastAPI
 
 from vlmds.errors import SampleError
+from vlmds.files import write
 from vlmds.inference.options import GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner
+from vlmds.serve import html
 from vlmds.serve.korean import in_korean
 from vlmds.serve.loaded import Busy, Models, RequestError
-from vlmds.video.jpeg import data_uri
-from vlmds.video.sampling import sample_times
+from vlmds.video.encode import encoded
+from vlmds.video.sampling import is_still
 
 TEXTS = {
     "en": {
         "title": "# Caption a video",
-        "video": "Video",
+        "video": "Video or picture",
+        "preview": "Preview",
+        "encoding": "This browser cannot play this format. The file is valid; a copy to play is being made…",
+        "copy": "A copy without sound, because this browser cannot play the file's format. Captions are of the file itself.",
+        "unplayable": "This browser cannot play this format. The file is valid and can be captioned; these are its frames.",
         "runs": "Models",
         "prompt": "Prompt",
         "options": "Options",
@@ -47,7 +52,11 @@ TEXTS = {
     },
     "ko": {
         "title": "# 영상 캡션",
-        "video": "영상",
+        "video": "영상 또는 사진",
+        "preview": "미리보기",
+        "encoding": "이 브라우저에서 재생할 수 없는 형식입니다. 파일은 정상이며, 재생용 사본을 만드는 중입니다…",
+        "copy": "이 브라우저에서 재생할 수 없는 형식이므로 소리가 없는 재생용 사본을 표시합니다. 캡션은 원본 파일로 생성합니다.",
+        "unplayable": "이 브라우저에서 재생할 수 없는 형식입니다. 파일은 정상이며 캡션을 생성할 수 있습니다. 아래는 영상의 프레임입니다.",
         "runs": "모델",
         "prompt": "프롬프트",
         "options": "옵션",
@@ -69,11 +78,10 @@ TEXTS = {
     },
 }
 
-# The video's trimming tool is hidden, because it loads code from elsewhere.
 CSS = """
 .vlmds-title h1 { font-size: 22px; font-weight: 600; }
-#video [aria-label="Trim video to selection"], #video [aria-label="Reset video to initial value"] {
-  display: none; }
+.vlmds-preview video, .vlmds-preview > img { width: 100%; max-height: 280px; border-radius: 6px; background: #000; }
+.vlmds-preview p { margin: 0 0 6px; }
 .vlmds-frames { display: grid; gap: 8px;
                 grid-template-columns: repeat(var(--row), minmax(0, 160px)); }
 @media (max-width: 700px) { .vlmds-frames { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
@@ -135,7 +143,11 @@ class _Page:
             gr.Markdown(_text("title"), elem_classes="vlmds-title")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
-                    video = gr.Video(label=_text("video"), sources=["upload"], height=280, elem_id="video", buttons=[])
+                    # Not gr.Video: it reports an error for each valid file that the browser cannot play.
+                    video = gr.File(label=_text("video"), height=140, elem_id="video", buttons=[])
+                    video.preprocess = _path  # type: ignore[method-assign]  # its own leaves an empty file each time
+                    preview = gr.HTML(elem_id="preview", padding=False)
+                    encode = gr.Button(elem_id="encode", visible="hidden")  # pressed by the preview's own script
                     runs = gr.CheckboxGroup(
                         models.names, value=models.names, label=_text("runs"), elem_id="runs", visible=several
                     )
@@ -186,11 +198,17 @@ class _Page:
             )
             stopped = stop.click(None, cancels=[start], api_visibility="private")
             stopped.then(self.stop, None, self.state, queue=False, api_visibility="private")
+            previewed = video.upload(
+                self.preview, video, preview, show_progress="hidden", concurrency_limit=4, api_visibility="private"
+            )
+            copied = encode.click(
+                self.encode, video, preview, show_progress="hidden", concurrency_limit=1, api_visibility="private"
+            )
             video.clear(
                 self.clear,
                 None,
-                [self.state, self.frames, *self.captions],
-                cancels=[start],
+                [preview, self.state, self.frames, *self.captions],
+                cancels=[start, previewed, copied],
                 queue=False,
                 api_visibility="private",
             )
@@ -199,10 +217,44 @@ class _Page:
         self.blocks = blocks.queue(max_size=16)
 
     def stop(self, request: gr.Request) -> str:
-        return _state(TEXTS[_language(request)]["stopped"])
+        return html.state(TEXTS[_language(request)]["stopped"])
 
     def clear(self) -> list[str]:
-        return ["", "", *("" for _ in self.captions)]
+        return ["", "", "", *("" for _ in self.captions)]
+
+    def preview(self, video: str | None, request: gr.Request) -> str:
+        """HTML of a player of the file; where the browser cannot play it, the page asks for :meth:`encode`."""
+        return self._shown(video, request, lambda strip, text: html.player(video or "", "encoding", strip, text))
+
+    def encode(self, video: str | None, request: gr.Request) -> str:
+        """HTML of a player of a copy in a format that browsers play, or of frames, if there is no such copy."""
+
+        def shown(strip: str, text: dict[str, str]) -> str:
+            copy = Path(str(video)).with_name("vlmds-copy.mp4")
+            try:
+                if not copy.exists():
+                    write(copy, encoded(Path(str(video)).read_bytes(), seconds=self.models.limits.decode_seconds))
+                    self.blocks.upload_file_set.add(str(copy))  # deleted with the uploads
+            except (SampleError, OSError):
+                return html.without_player("unplayable", strip, text)
+            return html.player(str(copy), "unplayable", strip, text, note="copy")
+
+        return self._shown(video, request, shown)
+
+    def _shown(self, video: str | None, request: gr.Request, shown: Callable[[str, dict[str, str]], str]) -> str:
+        """HTML of the preview area. shown: that of a video, from its frames and the texts."""
+        text = TEXTS[_language(request)]
+        if not video:
+            return ""
+        try:
+            facts = self.models.facts(Path(video))
+            frames = self.models.frames(Path(video), self.models.get(None))
+        except SampleError as error:
+            return html.state(_bad(error, text), bad=True)
+        except Busy:
+            return html.state(text["busy"])
+        strip = html.strip(frames, facts, [], text["frames"])
+        return f'<div class="vlmds-preview">{strip if is_still(facts["frames"]) else shown(strip, text)}</div>'
 
     def caption(
         self,
@@ -217,26 +269,25 @@ class _Page:
         text = TEXTS[_language(request)]
         cleared: dict[Any, str] = dict.fromkeys([self.frames, *self.captions], "")
         if not video:
-            yield {self.state: _state(text["none"], bad=True)}
+            yield {self.state: html.state(text["none"], bad=True)}
             return
         if not runs:
-            yield {self.state: _state(text["no_run"], bad=True)}
+            yield {self.state: html.state(text["no_run"], bad=True)}
             return
-        yield {self.state: _state(text["reading"]), **cleared}
+        yield {self.state: html.state(text["reading"]), **cleared}
         begin = time.monotonic()
         try:
             asked, options = self.models.options(prompt, max_new_tokens=int(tokens), temperature=float(temperature))
             yield from self._write(Path(video), runs, asked, options, text)
         except (SampleError, RequestError) as error:
-            why = in_korean(str(error)) if text is TEXTS["ko"] else str(error)
-            yield {self.state: _state(text["bad"].format(why=why), bad=True)}
+            yield {self.state: html.state(_bad(error, text), bad=True)}
         except Busy:
-            yield {self.state: _state(text["busy"], bad=True)}
+            yield {self.state: html.state(text["busy"], bad=True)}
         except Exception:  # details go to the log only
             logging.getLogger("uvicorn.error").exception("while captioning a video")
-            yield {self.state: _state(text["bug"], bad=True)}
+            yield {self.state: html.state(text["bug"], bad=True)}
         else:
-            yield {self.state: _state(text["done"].format(seconds=time.monotonic() - begin))}
+            yield {self.state: html.state(text["done"].format(seconds=time.monotonic() - begin))}
 
     def _write(
         self, video: Path, runs: Sequence[str], prompt: str | None, options, text: dict[str, str]
@@ -252,21 +303,25 @@ class _Page:
             strips.setdefault(form, []).append(name)
         yield {
             self.frames: "".join(
-                _strip(seen[form], facts, names if len(strips) > 1 else [], text["frames"])
+                html.strip(seen[form], facts, names if len(strips) > 1 else [], text["frames"])
                 for form, names in strips.items()
             )
         }
         for box, name in zip(self.captions, self.models.names):
             if name not in chosen:
                 continue
-            yield {self.state: _state(text["waiting"].format(name=name))}
+            yield {self.state: html.state(text["waiting"].format(name=name))}
             captioner, written = chosen[name], ""
             with closing(self.models.stream(captioner, seen[_form(captioner)], prompt, options)) as pieces:
                 for piece in pieces:
                     written += piece
                     state = "writing" if written else "waiting"
-                    yield {self.state: _state(text[state].format(name=name)), box: written.lstrip()}
+                    yield {self.state: html.state(text[state].format(name=name)), box: written.lstrip()}
             yield {box: written.strip()}
+
+
+def _path(payload: Any) -> str | None:
+    return payload and payload.path
 
 
 def _take_uploads_only(block: gr.blocks.Block) -> None:
@@ -286,6 +341,10 @@ def _text(name: str):
     return TRANSLATIONS(f"vlmds_{name}")
 
 
+def _bad(error: Exception, text: dict[str, str]) -> str:
+    return text["bad"].format(why=in_korean(str(error)) if text is TEXTS["ko"] else str(error))
+
+
 def _form(captioner: VideoCaptioner) -> tuple[int, int]:
     return captioner.experiment.data.num_frames, captioner.model.image_size
 
@@ -293,26 +352,3 @@ def _form(captioner: VideoCaptioner) -> tuple[int, int]:
 def _language(request: gr.Request) -> str:
     """The browser's first language, as for the rest of the page: Korean or English."""
     return "ko" if request.headers.get("accept-language", "").lower().startswith("ko") else "en"
-
-
-def _state(message: str, bad: bool = False) -> str:
-    role, kind = ("alert", " bad") if bad else ("status", "")
-    return f'<div class="vlmds-state{kind}" role="{role}">{escape(message)}</div>'
-
-
-def _strip(frames: np.ndarray, facts: dict[str, Any], names: Sequence[str], what: str) -> str:
-    """HTML of the frames with their times. frames: uint8 [F, 3, S, S]."""
-    about = (
-        f"{facts['width']} × {facts['height']}, {facts['duration']:,.1f} s, {facts['fps']:.4g} fps, {facts['codec']}"
-    )
-    head = f"{len(frames)} × {frames.shape[-1]} px: {what}"
-    if names:
-        head += f" ({', '.join(names)})"
-    figures = "".join(
-        f'<figure><img alt="{time:.1f} s" src="{data_uri(frame)}"><figcaption>{time:.1f} s</figcaption></figure>'
-        for frame, time in zip(frames, sample_times(len(frames), 0.0, facts["duration"]))
-    )
-    return (
-        f'<div class="vlmds-about">{escape(about)} · {escape(head)}</div>'
-        f'<div class="vlmds-frames" style="--row: {min(len(frames), 8)}">{figures}</div>'
-    )

@@ -1,10 +1,11 @@
-"""The process that encodes a clip for browsers: a video's bytes in, an MP4 (H.264, without sound) of its span out."""
+"""Videos for browsers: a span of any video as an MP4 (H.264, without sound), encoded in a process of its own."""
 
 from __future__ import annotations
 
 import io
 import resource
 import signal
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -22,11 +23,34 @@ from vlmds.video.upright import upright_frame
 
 LINES = 720
 """Height above which the picture is made smaller; and the width likewise, at 16:9."""
+SECONDS = 120.0
+"""That encoding may take."""
 _MICROSECONDS = Fraction(1, 1_000_000)
 
 
+def encoded(data: bytes, start: float | None = None, end: float | None = None, seconds: float = SECONDS) -> bytes:
+    """The frames of [start, end] (seconds; default: the video), upright, as an MP4 that browsers play.
+
+    Args:
+        data: a video's bytes, which need not be trusted. seconds: that it may take.
+
+    Raises:
+        SampleError: the video cannot be decoded, or not in this time.
+    """
+    command = f"from vlmds.video.encode import main; main({start}, {end}, {seconds})"
+    try:
+        done = subprocess.run([sys.executable, "-c", command], input=data, capture_output=True, timeout=seconds + 30)
+    except subprocess.TimeoutExpired:
+        raise SampleError(f"decoder hung: stopped after {seconds:g} s") from None
+    if done.returncode == 1:
+        raise SampleError(done.stderr.decode(errors="replace").strip().splitlines()[-1][:300])
+    if done.returncode < 0:
+        raise SampleError(f"decoder crashed: signal {-done.returncode}")
+    return done.stdout
+
+
 def main(start: float | None, end: float | None, seconds: float) -> None:
-    """Exit code 1, with the reason on stderr, for a video that cannot be decoded."""
+    """The child process, from stdin to stdout. Exit code 1, with the reason on stderr: the video cannot be decoded."""
     av.logging.set_level(av.logging.PANIC)  # errors become reasons
     signal.setitimer(signal.ITIMER_REAL, seconds)  # its default action ends the process, whatever FFmpeg is doing
     data = sys.stdin.buffer.read()
@@ -39,7 +63,7 @@ def main(start: float | None, end: float | None, seconds: float) -> None:
 
 
 def encode_span(data: bytes, start: float | None, end: float | None) -> bytes:
-    """The frames of [start, end] (seconds; default: the video), upright, as an MP4. Raises SampleError."""
+    """What :func:`encoded` returns, in this process. Raises SampleError."""
     info = probe(data)
     begin, stop = clip_span(info.duration, start, end)
     first, last = (int(i) for i in pick_frames(info.pts, np.array([begin, stop])))
