@@ -5,11 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from vlmds.cli import _parser
+from vlmds.experiments.json_schema import experiment_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -146,6 +149,65 @@ def test_commands_in_a_line_name_what_there_is(page):
         for word in words:
             if word.startswith("--"):
                 assert word in parser._option_string_actions, f"vlmds {code}"
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[set[str]]:
+    """The names of each documented option of the command and of its subcommands."""
+    for action in parser._actions:
+        if action.option_strings and argparse.SUPPRESS not in (action.help, action.default):
+            yield set(action.option_strings)
+    for command in subcommands(parser).values():
+        yield from options(command)
+
+
+def test_every_option_is_in_the_docs():
+    named = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", "\n".join(page.read_text(encoding="utf-8") for page in PAGES)))
+    for name, command in subcommands(_parser()).items():
+        for names in options(command):
+            assert names & named, f"vlmds {name} {max(names, key=len)} is in no page"
+
+
+OTHER_TOOLS = {
+    *("--strict", "--module", "--hostfile", "--num_gpus", "--quiet", "--nproc-per-node", "--nnodes", "--node_rank"),
+    *("--max-restarts", "--rdzv-backend", "--rdzv-conf", "--local-addr", "--shutdown-timeout"),
+}
+
+
+@pages
+def test_options_in_a_line_exist(page):
+    known = set().union(*options(_parser())) | OTHER_TOOLS
+    for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            assert option in known, f"{option} in `{code}`"
+
+
+def test_every_extra_is_in_the_docs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for page in ("docs/getting-started.md", "README.ko.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for extra in extras:
+            assert f"'.[{extra}]'" in text or f"`{extra}`" in text, f"{page}: extra {extra}"
+
+
+def schema_keys(schema: dict, section: dict, prefix: str = "") -> set[str]:
+    """The keys of an experiment file, such as stages.data.path."""
+    found = set()
+    for name, value in section["properties"].items():
+        found.add(prefix + name)
+        for other in re.findall(r"#/\$defs/(\w+)", str(value)):
+            found |= schema_keys(schema, schema["$defs"][other], f"{prefix}{name}.")
+    return found
+
+
+@pages
+def test_keys_in_a_line_exist(page):
+    schema = experiment_schema()
+    known = schema_keys(schema, schema)
+    sections = "|".join({key.partition(".")[0] for key in known if "." in key})
+    for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        for key in re.findall(rf"(?<![\w./])(?:{sections})(?:\[\])?(?:\.\w+)+", code):
+            plain = re.sub(r"\[\]|\.(?:\d+|N)(?=\.)", "", key)
+            assert plain in known or plain.endswith((".md", ".py", ".json", ".safetensors")), f"{key}: no such key"
 
 
 def test_both_readmes_have_the_same_shape_and_are_short():

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlmds",
         description="Train, evaluate and compare video-captioning models. "
-        "'vlmds COMMAND --help' explains a command; 'vlmds demo' tries everything on a CPU.",
+        "'vlmds COMMAND --help' explains a command; 'vlmds demo' runs everything once on a CPU.",
     )
     add_local_rank(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -114,7 +114,14 @@ def add_compare(commands) -> None:
     )
     add = command.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders that were evaluated, and outside evaluations")
-    add("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="page (default: report.html)")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the report to write (default: report.html)",
+    )
     add("--evaluation", metavar="NAME", help="folder under RUN/evaluation (default: val)")
     add("--metric", metavar="NAME", help="metric that decides (default: cider_d@morpheme, if the runs have it)")
     add(
@@ -133,7 +140,7 @@ def add_compare(commands) -> None:
         "--word-list",
         type=Path,
         metavar="FILE",
-        help="YAML with words of kinds and their synonyms for that table, before those of vlmds; switches it on",
+        help="YAML file with a team's own words of each kind and their synonyms; implies --errors",
     )
     add(
         "--breakdown",
@@ -148,14 +155,14 @@ def add_compare(commands) -> None:
         type=share,
         metavar="SHARE",
         help="how much worse than the best a cheaper experiment may be, as a share of its value (default: 0.03); with --by "
-        "people, how far below one half the probability may be that it is preferred (default: 0.05)",
+        "people, how far its probability of being preferred may be below one half (default: 0.05)",
     )
     add("--reviews", type=Path, metavar="DIR", help="folder of vlmds review: what people and judges answered")
     add(
         "--by",
         choices=("metrics", "people"),
         default="metrics",
-        help="what the verdict is by: metrics (default), or people's preference in --reviews",
+        help="decide the verdict by metrics (default), or by people's preference in --reviews",
     )
     add("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
     add("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
@@ -167,22 +174,39 @@ def add_power(commands) -> None:
     command = commands.add_parser(
         "power",
         help="how many clips and seeds a comparison needs",
-        description="How many clips and seeds find a difference between experiments of a given size: from the "
-        "spread of existing evaluations, or from stated assumptions. All shares are of the metric's value.",
+        description="Prints how many clips and seeds are needed to find a difference of a given size between "
+        "experiments, from the spread of existing evaluations or from stated assumptions. All shares are of the "
+        "metric's value.",
     )
     add = command.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="evaluated runs of two experiments or more")
-    add("--difference", type=share, default=0.03, metavar="SHARE", help="to be found, such as 3%% (default)")
-    add("--power", type=share, default=0.8, metavar="SHARE", help="probability to find it (default: 0.8)")
-    add("--seeds", type=_seed_range, default=[*range(1, 6)], metavar="FIRST..LAST", help="default: 1..5")
-    add("--experiments", type=int, metavar="N", help="compared with one another (default: those of the runs, or 8)")
+    add("--difference", type=share, default=0.03, metavar="SHARE", help="difference to find, such as 3%% (default)")
+    add("--power", type=share, default=0.8, metavar="SHARE", help="probability of finding it (default: 0.8)")
+    add(
+        "--seeds",
+        type=_seed_range,
+        default=[*range(1, 6)],
+        metavar="FIRST..LAST",
+        help="numbers of seeds to list (default: 1..5)",
+    )
+    add(
+        "--experiments",
+        type=int,
+        metavar="N",
+        help="number of experiments in the comparison (default: as many as the runs have, or 8)",
+    )
     add(
         "--clip-sd",
         type=share,
         metavar="SHARE",
         help="assumed standard deviation of the difference between two experiments on one clip, such as 60%%",
     )
-    add("--seed-sd", type=share, metavar="SHARE", help="assumed one of an experiment over its seeds, such as 2%%")
+    add(
+        "--seed-sd",
+        type=share,
+        metavar="SHARE",
+        help="assumed standard deviation of an experiment over its seeds, such as 2%%",
+    )
     add("--evaluation", metavar="NAME", help="folder under RUN/evaluation (default: val)")
     add("--metric", metavar="NAME", help="metric of the runs (default: cider_d@morpheme, if the runs have it)")
     command.set_defaults(call=power)

@@ -143,14 +143,19 @@ def add_evaluate(commands) -> None:
         help="caption with another model, without training: a folder, or a name on the hub (owner/name, or "
         "owner/name@revision), of transformers' image-text-to-text models",
     )
-    add("--name", dest="label", metavar="NAME", help="of what made these captions; results go to runs/NAME")
+    add(
+        "--name",
+        dest="label",
+        metavar="NAME",
+        help="name of the model or person that wrote the captions; results go to runs/NAME",
+    )
     add("--num-frames", type=int, metavar="N", help="frames of each clip for --model (default: 8)")
-    add("--prompt", metavar="TEXT", help="for --model (default: data.prompt of an experiment)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of --model's weights (default: bfloat16)")
+    add("--prompt", metavar="TEXT", help="prompt for --model (default: data.prompt of an experiment)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of --model's weights (default: bfloat16)")
     add_data(add, "packed dataset (default: the run's own)")
     add("--split", help="split to evaluate (default: val, or the only one)")
-    add("--output", type=Path, metavar="DIR", help="for the results (default: RUN/evaluation/SPLIT)")
-    add("--as", dest="name", metavar="NAME", help="write to RUN/evaluation/NAME, beside other evaluations")
+    add("--output", type=Path, metavar="DIR", help="folder of the results (default: RUN/evaluation/SPLIT)")
+    add("--as", dest="name", metavar="NAME", help="write to RUN/evaluation/NAME, and keep other evaluations")
     add("--clips", type=int, metavar="N", help="evaluate only N clips, evenly spaced (default: all)")
     add_generation(add)
     add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"clips per batch (default: {BATCH_SIZE})")

@@ -87,7 +87,7 @@ def add_caption(commands) -> None:
         "--from",
         dest="record",
         metavar="JSONL",
-        help="caption nothing, and write the captions of this file in another format, such as "
+        help="do not caption; write the captions of this file in another format, such as "
         "--from captions.jsonl --out subs --format srt",
     )
     add("videos", nargs="*", metavar="VIDEO", help="paths or URLs")
@@ -117,7 +117,7 @@ def add_caption(commands) -> None:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="longest time for decoding one video, or some of its windows (default: 60)",
+        help="time limit for decoding one video, or some of its windows (default: 60)",
     )
     add_loading(add)
     command.set_defaults(call=caption, parser=command)

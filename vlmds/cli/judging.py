@@ -90,16 +90,19 @@ def add_judge(commands) -> None:
         "judge",
         help="ask a model which of two captions is better",
         description="Asks a model on any OpenAI-compatible server about pairs of captions of evaluated runs, each in both "
-        "orders. It says what it will cost before it starts; the same command resumes. The key comes from "
-        "OPENAI_API_KEY in the environment. vlmds compare --reviews shows the answers, corrected with people's.",
+        "orders. It prints the expected cost before it starts; the same command resumes. The API key is "
+        "read from OPENAI_API_KEY. vlmds compare --reviews shows the answers, corrected with people's answers.",
     )
     add = command.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUN", help="evaluated runs (default: those of the reviews)")
-    add("--endpoint", required=True, metavar="URL", help="of the server, such as http://localhost:8000/v1")
-    add("--model", required=True, metavar="NAME", help="as the server names it")
+    add("runs", nargs="*", type=Path, metavar="RUN", help="evaluated runs (default: the runs of the reviews)")
+    add("--endpoint", required=True, metavar="URL", help="address of the server, such as http://localhost:8000/v1")
+    add("--model", required=True, metavar="NAME", help="the model, as the server names it")
     which = command.add_mutually_exclusive_group()
     which.add_argument(
-        "--pairs", type=int, metavar="N", help="pairs in all (default: those of the reviews in -o, or 200 at random)"
+        "--pairs",
+        type=int,
+        metavar="N",
+        help="total number of pairs (default: the pairs of the reviews in -o, or 200 at random)",
     )
     which.add_argument("--reviews", type=Path, metavar="DIR", help="judge the pairs of these reviews, and write there")
     add("-o", "--output", type=Path, metavar="DIR", help="folder of the answers (default: reviews)")
@@ -107,10 +110,10 @@ def add_judge(commands) -> None:
     add_data(command.add_argument, "packed dataset of the clips, for --frames (default: the evaluations')")
     add("--rubric", choices=("ko", "en"), default="ko", help="language of the rubric (default: ko)")
     add("--as", dest="name", metavar="NAME", help="name of the judge (default: the model's)")
-    add("--parallel", type=int, default=4, metavar="N", help="requests at once (default: 4)")
-    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="of a request (default: 120)")
-    add("--price-in", type=float, metavar="PRICE", help="of a million tokens in, to show the cost")
-    add("--price-out", type=float, metavar="PRICE", help="of a million tokens out")
-    add("--yes", action="store_true", help="start whatever it costs")
+    add("--parallel", type=int, default=4, metavar="N", help="simultaneous requests (default: 4)")
+    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="time limit of a request (default: 120)")
+    add("--price-in", type=float, metavar="PRICE", help="price of a million input tokens, to show the cost")
+    add("--price-out", type=float, metavar="PRICE", help="price of a million output tokens")
+    add("--yes", action="store_true", help="start without limits of cost and number of requests")
     add("--evaluation", metavar="NAME", help="folder under RUN/evaluation (default: val)")
     command.set_defaults(call=judge)

@@ -241,7 +241,7 @@ def add_pack(commands) -> None:
         action="extend",
         default=[],
         metavar="COLUMN",
-        help="columns that travel with each sample, such as category",
+        help="columns to copy into each sample, such as category",
     )
     add("--tokenizer", metavar="MODEL", help="count captions that training would cut: folder, or hub name, of the LLM")
     add("--max-caption-tokens", type=int, metavar="N", help="data.max_caption_tokens of the experiment (default: 256)")
@@ -251,25 +251,29 @@ def add_pack(commands) -> None:
         help="keep the videos' bytes, decoded frames as JPEGs, or (of a packed dataset) the vision "
         "model's features (default: video; of a packed dataset: frames)",
     )
-    add("--num-frames", type=int, help="of the frames or features store (default: 8)")
-    add("--image-size", type=int, help="of the frames store (default: 336)")
+    add("--num-frames", type=int, help="frames of a clip in a frames or features store (default: 8)")
+    add("--image-size", type=int, help="side of the frames in a frames store, in pixels (default: 336)")
     add(
         "--fit",
         choices=("crop", "pad", "stretch"),
         help="how frames of the frames or features store become squares: data.fit of the experiment (default: pad)",
     )
-    add("--vision", metavar="MODEL", help="of the features store: folder of a CLIP, or its hub name (or NAME@REVISION)")
+    add(
+        "--vision",
+        metavar="MODEL",
+        help="the CLIP of a features store: a folder, or a name on the hub (or NAME@REVISION)",
+    )
     add(
         "--feature-layer",
         type=int,
         default=-1,
         choices=(-1, -2),
-        help="of the features store: vision.feature_layer (default: -1)",
+        help="vision.feature_layer of a features store (default: -1)",
     )
-    add("--pool", type=int, default=1, help="of the features store: vision.pool (default: 1)")
+    add("--pool", type=int, default=1, help="vision.pool of a features store (default: 1)")
     add("--quality", type=int, help="JPEG quality of the frames store (default: 95)")
-    add("--shard-size", type=int, default=256, help="most rows per shard (default: 256)")
-    add("--shard-bytes", metavar="SIZE", help="most bytes of videos per shard, such as 1GB")
+    add("--shard-size", type=int, default=256, help="maximum number of rows in a shard (default: 256)")
+    add("--shard-bytes", metavar="SIZE", help="maximum size of the videos in a shard, such as 1GB")
     add(
         "--val-fraction",
         type=float,
@@ -282,11 +286,11 @@ def add_pack(commands) -> None:
     add(
         "--retry",
         action="store_true",
-        help="pack the shards with rejected rows again: files are repaired, or --deadline is longer",
+        help="pack the shards with rejected rows again, after files were repaired or with a longer --deadline",
     )
     add("--task-index", type=int, metavar="I", help="pack only part I (from 0) …")
     add("--num-tasks", type=int, metavar="N", help="… of N parts; join them with --finish")
-    add("--finish", action="store_true", help="pack nothing; make the dataset of the tasks' parts")
+    add("--finish", action="store_true", help="pack nothing; join the parts of the tasks into the dataset")
     add("--merge", dest="finish", action="store_true", help=argparse.SUPPRESS)  # its former name
     add(
         "--engine",
@@ -296,5 +300,5 @@ def add_pack(commands) -> None:
     )
     add("--no-report", action="store_true", help="do not write pack_report.html")
     add("--workers", type=int, help="decoding processes (default: one per core)")
-    add("--deadline", type=float, default=60.0, help="seconds a video may take (default: 60)")
+    add("--deadline", type=float, default=60.0, help="time limit for one video, in seconds (default: 60)")
     command.set_defaults(call=pack)

@@ -119,7 +119,7 @@ def add_doctor(commands) -> None:
         "--samples-per-second",
         type=float,
         metavar="X",
-        help="training speed of all ranks together that decoding must reach (default: predicted for the GPUs)",
+        help="speed that decoding must reach, of all ranks together (default: predicted for the GPUs)",
     )
     add("--samples", type=int, default=64, metavar="N", help="samples to read on each node (default: 64)")
     add("--seconds", type=float, default=30.0, metavar="X", help="time limit of each check (default: 30)")
@@ -138,7 +138,9 @@ def add_fetch(commands) -> None:
     )
     which = command.add_mutually_exclusive_group(required=True)
     add_exp(which.add_argument)
-    which.add_argument("--run", metavar="RUN", help="run folder or artifact: the commits it was trained from")
+    which.add_argument(
+        "--run", metavar="RUN", help="run folder or artifact: download the commits that it was trained from"
+    )
     add_set(command.add_argument)
     command.set_defaults(call=fetch)
 
@@ -165,6 +167,6 @@ def add_demo(commands) -> None:
         description="Generates videos and tiny models, packs, trains both stages and captions held-out clips: five "
         "to seven minutes on two CPU cores, without a network.",
     )
-    command.add_argument("--exp", default="demo", help="packaged experiment, made tiny (default: demo)")
+    command.add_argument("--exp", default="demo", help="packaged experiment, run in tiny form (default: demo)")
     command.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="default: ./demo")
     command.set_defaults(call=demo)

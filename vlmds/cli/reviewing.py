@@ -79,7 +79,7 @@ def _export(args: argparse.Namespace) -> int:
 def add_review(commands) -> None:
     command = commands.add_parser(
         "review",
-        help="compare captions of evaluated runs, blind, in a web page; export the answers as data",
+        help="a web page on which people compare captions of evaluated runs, blind; export of the answers as data",
         description="Serves a page in English and Korean that plays a clip and shows two runs' captions of it, "
         "without their names. Answers go to REVIEWER.jsonl in the folder of the reviews, which vlmds compare "
         "--reviews reads. The same command continues. `vlmds review export REVIEWS --manifest FILE` writes corrected "
@@ -105,7 +105,7 @@ def add_review(commands) -> None:
     )
     add("--stratify", metavar="COLUMN", help="spread the clips over the values of this column (pack --keep-columns)")
     add("--overlap", type=int, metavar="N", help="pairs that every reviewer gets, to measure agreement (default: 30)")
-    add("--seed", type=int, metavar="N", help="of the choice and of the sides (default: 0)")
+    add("--seed", type=int, metavar="N", help="seed of the choice of pairs, and of left and right (default: 0)")
     add(
         "--host",
         default="127.0.0.1",
@@ -117,7 +117,7 @@ def add_review(commands) -> None:
     export.add_argument("--manifest", type=Path, metavar="FILE", help="write corrected and approved captions (JSONL)")
     export.add_argument("--split", metavar="NAME", help="split of the manifest's rows (default: the clips' own)")
     export.add_argument(
-        "--picked", action="store_true", help="also captions that were preferred and have no mark, besides both good"
+        "--picked", action="store_true", help="also write captions that were preferred and have no mark"
     )
     export.add_argument("--preferences", type=Path, metavar="FILE", help="write chosen and rejected captions (JSONL)")
     command.set_defaults(call=review)

@@ -139,15 +139,19 @@ def add_sweep(commands) -> None:
         metavar="SHARE",
         help="share of a stage's steps that each pilot of --tune lr trains (default: 10%%)",
     )
-    add("--launcher", metavar="'COMMAND'", help="default: deepspeed; another is 'torchrun --nproc-per-node 8'")
+    add(
+        "--launcher",
+        metavar="'COMMAND'",
+        help="launcher of the trainings (default: deepspeed), such as 'torchrun --nproc-per-node 8'",
+    )
     add("--evaluate", default="", metavar="'OPTIONS'", help="options of vlmds evaluate, such as '--beams 3'")
     add("--emit", choices=("slurm",), help="print a Slurm array script instead of running")
     add("--demo", action="store_true", help="use tiny models and the generated clips of vlmds demo")
     add(
         "--known",
         action="store_true",
-        help="with --demo: a harder set of clips whose comparison has a known result; exit code 1 if it comes out "
-        "otherwise (default folder: known)",
+        help="with --demo: a harder set of clips whose comparison has a known result; exit code 1 if the result "
+        "differs (default folder: known)",
     )
     add("--quick", action="store_true", help="with --known: fewer experiments and clips (default folder: known-quick)")
     add_set(add)

@@ -38,11 +38,11 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = _option(128, "maximum tokens of a caption (default: 128)")
-    num_beams: int = _option(1, "beam search (default: 1, greedy)", "beams")
-    temperature: float = _option(0.0, "sampling (default: 0, none)")
-    top_p: float = _option(1.0, "of sampling: nucleus (default: 1, all tokens)")
-    repetition_penalty: float = _option(1.0, "default: 1, none")
-    seed: int = _option(0, "of sampling (default: 0)")
+    num_beams: int = _option(1, "beams of beam search (default: 1, greedy)", "beams")
+    temperature: float = _option(0.0, "temperature of sampling (default: 0, no sampling)")
+    top_p: float = _option(1.0, "nucleus of sampling (default: 1, all tokens)")
+    repetition_penalty: float = _option(1.0, "penalty of repeated tokens (default: 1, none)")
+    seed: int = _option(0, "seed of sampling (default: 0)")
 
     def __post_init__(self):
         for name, good, what in (
