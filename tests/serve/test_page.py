@@ -15,7 +15,7 @@ pytest.importorskip("gradio")
 
 import httpx  # noqa: E402
 
-from tests.browser import open_browser  # noqa: E402
+from tests.browser import VIEWS, axe_violations, open_browser, set_view  # noqa: E402
 from tests.clips import write_video  # noqa: E402
 from tests.serve.conftest import LIMIT, SAYINGS  # noqa: E402
 from tests.serve.test_api import idle  # noqa: E402
@@ -161,6 +161,29 @@ def test_a_file_that_browsers_cannot_play_is_shown_without_an_error(server, brow
     page.until(lambda: page.find("#video input[type=file]"))[0].send_keys(str(large))
     page.until(lambda: browser.execute_script(seen))
     assert not list(server.folder.rglob("large.avi"))
+
+
+def test_the_page_is_accessible(server, clip, browser, monkeypatch):
+    options = server.models.options
+    monkeypatch.setattr(
+        server.models, "options", lambda prompt, **more: options(prompt, **more | {"max_new_tokens": 8})
+    )
+    browser.execute_cdp_cmd("Network.enable", {})
+    agent = browser.execute_script("return navigator.userAgent")
+    for width, theme, language in VIEWS:
+        set_view(browser, width, theme)
+        languages = {"userAgent": agent, "acceptLanguage": {"en": "en-US", "ko": "ko-KR"}[language]}
+        browser.execute_cdp_cmd("Emulation.setUserAgentOverride", languages)
+        page = Page(browser, server.url)
+        assert browser.execute_script("return document.documentElement.lang") == language
+        dark = browser.execute_script("return document.body.classList.contains('dark')")
+        assert dark == (theme == "dark")
+        assert axe_violations(browser) == [], (width, theme, language, "empty")
+        page.choose(clip)
+        page.click("#go")
+        page.until(lambda page=page: page.state().startswith(("Done in", "완료")))
+        assert axe_violations(browser) == [], (width, theme, language, "done")
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_stop_and_leaving_end_the_writing(server, clip, browser, monkeypatch):

@@ -81,7 +81,11 @@ TEXTS = {
 CSS = """
 .vlmds-title h1 { font-size: 22px; font-weight: 600; }
 .vlmds-preview video, .vlmds-preview > img { width: 100%; max-height: 280px; border-radius: 6px; background: #000; }
-.vlmds-preview p { margin: 0 0 6px; }
+.vlmds-preview p { margin: 6px 0; }
+/* Korean breaks between words, not inside them. */
+.gradio-container, .gradio-container textarea { word-break: keep-all; overflow-wrap: anywhere; }
+#preview:not(:has(.vlmds-preview, .vlmds-state)), #state:not(:has(.vlmds-state)), #frames:not(:has(.vlmds-frames)) {
+  display: none; }
 .vlmds-frames { display: grid; gap: 8px;
                 grid-template-columns: repeat(var(--row), minmax(0, 160px)); }
 @media (max-width: 700px) { .vlmds-frames { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
@@ -124,13 +128,18 @@ def add_page(app: FastAPI, models: Models) -> FastAPI:
 
 def _theme() -> gr.themes.Base:
     """Installed fonts only: the page loads nothing from elsewhere. The default orange of the primary
-    button has a contrast of 2.8 with its white text; these have at least 5."""
+    button has a contrast of 2.8 with its white text, that of soft texts 1.9; these have at least 4.5."""
     fill = {
         f"button_primary_background_fill{state}{mode}": shade
         for mode in ("", "_dark")
         for state, shade in (("", "*primary_700"), ("_hover", "*primary_800"))
     }
-    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(**fill)
+    soft = {
+        f"{name}{mode}": shade
+        for name in ("body_text_color_subdued", "input_placeholder_color")
+        for mode, shade in (("", "*neutral_600"), ("_dark", "*neutral_400"))
+    }
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(**fill, **soft)
 
 
 class _Page:
@@ -169,8 +178,8 @@ class _Page:
                         )
                         temperature = gr.Slider(0, 2, value=0, step=0.1, label=_text("temperature"))
                     with gr.Row():
-                        go = gr.Button(_text("go"), variant="primary", elem_id="go")
-                        stop = gr.Button(_text("stop"), elem_id="stop")
+                        go = gr.Button(_text("go"), variant="primary", scale=2, elem_id="go")
+                        stop = gr.Button(_text("stop"), scale=1, min_width=80, elem_id="stop")
                 with gr.Column(scale=5, min_width=300):
                     self.state = gr.HTML(elem_id="state", padding=False)
                     self.frames = gr.HTML(elem_id="frames", padding=False)
@@ -179,7 +188,7 @@ class _Page:
                             gr.Textbox(
                                 label=name,
                                 lines=4,
-                                max_lines=16,
+                                max_lines=1000,  # all of it, as a box that scrolls has no focus
                                 interactive=False,
                                 buttons=["copy"],
                                 min_width=260,
