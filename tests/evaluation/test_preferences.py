@@ -133,4 +133,4 @@ def test_reviewers_that_contradict_each_other_need_more_reviewers():
         np.random.default_rng(0), [0.0, 0.0], reviewers=3, each=2000, sources=1000, of_reviewers=1.0
     )
     found = people_verdict(estimate_preferences(comparisons, 2), ["a", "b"], [1, 2])
-    assert found["chosen"] is None and found["more_reviewers"] and "Ask more people" in people_line(found)
+    assert found["chosen"] is None and found["more_reviewers"] and "More reviewers are needed" in people_line(found)

@@ -90,7 +90,7 @@ def adopt_sentence(found: dict[str, Any]) -> tuple[str, str] | None:
     gap = next(row["gap"] for row in adopt["systems"] if row["name"] == other)
     margin = f"{100 * found['verdict']['margin']:g}%"
     ahead = f"{run} − {other} = {gap['value']:.2f} {metric}, 95% interval {gap['low']:.2f} to {gap['high']:.2f}"
-    ahead_ko = f"{run} − {other} = {gap['value']:.2f} {metric}, 95% 신뢰 구간 {gap['low']:.2f} ~ {gap['high']:.2f}"
+    ahead_ko = f"{run} − {other} = {gap['value']:.2f} {metric}, 95% 신뢰구간 {gap['low']:.2f} ~ {gap['high']:.2f}"
     hours = adopt["gpu_hours"]
     spent = "" if hours is None else f", for {hours:,.1f} GPU-hours of training"
     spent_ko = "" if hours is None else f" 학습 비용은 GPU 시간 {hours:,.1f}입니다."

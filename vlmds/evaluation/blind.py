@@ -92,7 +92,7 @@ def doubts(evidence: dict[str, Any]) -> list[dict[str, str]]:
         found.append(
             {
                 "en": f"{english}: {value} (95% interval {low} to {high}; at least {floor:.0%} is required)",
-                "ko": f"{korean}: {value} (95% 신뢰 구간 {low} ~ {high}, 기준 {floor:.0%} 이상)",
+                "ko": f"{korean}: {value} (95% 신뢰구간 {low} ~ {high}, 기준 {floor:.0%} 이상)",
             }
         )
 

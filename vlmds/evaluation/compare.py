@@ -145,7 +145,7 @@ def _levels(runs: list[Run]) -> dict[str, str]:
 def _chosen(metric: str | None, names: list[str]) -> str:
     metric = metric or names[0]
     if metric in undefined_metrics(names):
-        raise InputError(f"--metric {metric}: undefined, for the references of the clips do not differ")
+        raise InputError(f"--metric {metric}: undefined, because the references of the clips do not differ")
     if metric not in names:
         raise InputError(f"--metric {metric}: no such metric; the runs share {', '.join(names)}")
     return metric
@@ -181,8 +181,8 @@ def cost_notes(groups: list[Group], by_hours: bool) -> list[tuple[str, str]]:
         if by_hours
         else (
             "Cheapest: the fewest visual tokens, then the fewest trainable parameters, because GPU-hours on the same "
-            "kind of GPU are not known of all experiments.",
-            "비용 순서: 시각 토큰 수, 다음으로 학습 파라미터 수가 적은 순서(같은 GPU에서 잰 GPU 시간이 없는 실험이 있음).",
+            "kind of GPU are not known for all experiments.",
+            "비용 순서: 시각 토큰 수, 다음으로 학습 파라미터 수가 적은 순서(같은 GPU에서 측정한 GPU 시간이 없는 실험이 있음).",
         )
     ]
     runs = [run for group in groups for run in group.runs]

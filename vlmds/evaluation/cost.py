@@ -118,7 +118,7 @@ def _gpu_hours(path: Path, record: dict, stage: str, times: dict[str, StageTime]
         if not there or path.resolve() in seen:
             cost.unknown.append(
                 (
-                    f"stage {stage} was inherited from {path}, which is not there any more",
+                    f"stage {stage} was inherited from {path}, which no longer exists",
                     f"{stage} 단계를 학습한 실행 폴더를 찾을 수 없습니다({path})",
                 )
             )

@@ -93,7 +93,7 @@ def _of_evaluations(runs: list[Run]) -> Iterator[tuple[str, str]]:
     """Warnings about what was evaluated and how."""
     if runs[0].metrics["settings"].get("split") == "train":
         yield (
-            "The clips are of split train: the models were trained on them, and may know them by heart.",
+            "The clips are of split train: the models were trained on them, and may have memorised them.",
             "학습에 쓰인 train 분할의 클립으로 평가했습니다. 모델이 정답을 외웠을 수 있습니다.",
         )
     if changed := _changed_settings(runs[0]):
@@ -169,14 +169,14 @@ def _of_run(run: Run) -> Iterator[tuple[str, str]]:
         )
     if run.changed:
         yield (
-            f"{run.name}: the run has other weights now than were evaluated; evaluate again",
+            f"{run.name}: the run's weights changed after the evaluation; evaluate again",
             f"{run.name}: 평가한 뒤에 모델의 가중치가 바뀌었습니다. 다시 평가하세요.",
         )
     for stage in (tuned_by(run) or {}).get("stages", ()):
         if stage["edge"]:
             yield (
                 f"{run.name}: the rate chosen for stage {stage['stage']}, {stage['chosen']:g}, is the lowest or highest of "
-                "those that were tried (vlmds sweep --rates)",
+                "the rates that were tried (vlmds sweep --rates)",
                 f"{run.name}: {stage['stage']} 단계에서 선택한 학습률 {stage['chosen']:g}은(는) 시도한 범위의 끝에 있습니다"
                 "(vlmds sweep --rates).",
             )

@@ -30,7 +30,7 @@ def next_steps(groups: list[Group], found: dict[str, Any]) -> list[Step]:
         steps.append(
             Step(
                 (
-                    "Resolve the warnings beside the verdict, or accept them knowingly; then compare again.",
+                    "Resolve the warnings beside the verdict, or check that they do not matter; then compare again.",
                     "판정 옆의 경고를 해결하거나 영향을 검토한 뒤 다시 비교하세요.",
                 )
             )

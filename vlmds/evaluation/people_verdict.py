@@ -91,8 +91,8 @@ def people_sentences(v: dict[str, Any]) -> list[tuple[str, str]]:
     if v["more_reviewers"]:
         said.append(
             (
-                "More answers alone would not decide it: the reviewers differ too much from one another. Ask more people.",
-                "평가자 간 차이가 커서 응답 수만 늘려서는 판정할 수 없습니다. 평가자를 늘리십시오.",
+                "More answers alone would not decide it: the reviewers differ too much from one another. More reviewers are needed.",
+                "평가자 간 차이가 커서 응답 수만 늘려서는 판정할 수 없습니다. 평가자를 늘리세요.",
             )
         )
     said += tied_sentence(v)
