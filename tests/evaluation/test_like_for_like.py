@@ -67,7 +67,7 @@ def test_evaluations_that_cannot_be_compared_are_refused(tmp_path, changes, mess
         ),
         ({"record": {"sampling": {"sampler": 2}}}, "sampled or fitted differently"),
         ({"record": {"id": "e3"}}, "same run more than once: e3, e7"),
-        ({"settings": {"weights_sha256": "older"}}, "e7: the run's weights changed after the evaluated"),
+        ({"settings": {"weights_sha256": "older"}}, "e7: the run's weights changed after the evaluation"),
         ({"settings": {"llm_precision": "bfloat16"}}, "differ in llm_precision: e3: nf4; e7: bfloat16"),
         ({"settings": {"tokenisation": ["words"]}}, "differ in tokenisation"),
         ({"overrides": ["data.num_frames=4"]}, "more than projector, adapter and seed: data.num_frames"),
