@@ -37,7 +37,7 @@ from vlmds.video.decode import decode_frames
 from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import FIT, RESIZERS, resize_frames
 from vlmds.video.probe import probe
-from vlmds.video.sampling import SAMPLER
+from vlmds.video.sampling import SAMPLER, kept_frames
 
 FRAMES, SIDE = 8, 336
 PACKED = 150e6  # bytes to pack: the videos are repeated in the manifest up to this size
@@ -191,11 +191,12 @@ def _loading(folder: Path, rows: list[ManifestRow], repeats: int) -> dict:
 
     def bare() -> None:
         for data, info in zip(files, infos):
-            resize_frames(decode_frames(data, info, FRAMES), SIDE)
+            resize_frames(decode_frames(data, info, kept_frames(info.frames, FRAMES)), SIDE)
 
     def probed() -> None:
         for data in files:
-            resize_frames(decode_frames(data, probe(data), FRAMES), SIDE)
+            info = probe(data)
+            resize_frames(decode_frames(data, info, kept_frames(info.frames, FRAMES)), SIDE)
 
     def plain() -> None:
         tars = sorted(str(p) for p in (folder / "video").rglob("*.tar"))
@@ -259,7 +260,7 @@ def _make_features(source: Path, out: Path) -> None:
                         name: getattr(row, name)
                         for name in ("frames", "fps", "duration", "width", "height", "codec", "rotation", "decoder")
                     },
-                    {EXTENSION: encode_features(features)},
+                    {EXTENSION: encode_features(features[: kept_frames(row.frames, FRAMES) * PATCHES])},
                 )
                 for row in rows
             ),

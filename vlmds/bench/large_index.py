@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmds.bench.measure import save, table
-from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
+from vlmds.data.index import FORMAT, SCHEMA, VERSIONS, footer_sha256
 from vlmds.files import sha256_of
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -82,7 +82,7 @@ def make_index(folder: Path, samples: int) -> None:
         json.dumps(
             {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": VERSIONS["video"],
                 "store": "video",
                 "sampler": "",
                 "resizer": "",

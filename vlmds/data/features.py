@@ -1,7 +1,7 @@
 """The features store: the frozen tower's patch features of every sample, computed once.
 
 A sample's member `key.safetensors` contains one tensor, "features": bfloat16 [F·P, width], P feature
-vectors for each of the F frames in order. dataset.json records under "vision" which tower made
+vectors for each of the F frames in order; F is 1 for a still picture. dataset.json records under "vision" which tower made
 them. Features of another tower, layer or pooling are refused: their shape alone may not show it.
 """
 
@@ -33,21 +33,24 @@ def encode_features(features: Tensor) -> bytes:
     return save({TENSOR: features.to("cpu", torch.bfloat16).contiguous()})
 
 
-def decode_features(members: dict[str, bytes], meta: dict[str, Any]) -> Tensor:
+def decode_features(members: dict[str, bytes], meta: dict[str, Any], still: bool = False) -> Tensor:
     """A sample's features, bfloat16 [F·P, width].
 
-    members: the sample's, {extension: bytes}. meta: dataset.json. Raises SampleError if their shape
-    is not the one in dataset.json.
+    members: the sample's, {extension: bytes}. meta: dataset.json. still: a still picture, of which F is 1; stores
+    of version 2 have the features of num_frames copies of it. Raises SampleError if their shape is not the one in
+    dataset.json.
     """
     try:
         features = load(members[EXTENSION])[TENSOR]
     except (KeyError, SafetensorError) as error:
         raise SampleError(f"features cannot be read: {error}") from error
-    vision = meta["vision"]
-    shape = (meta["num_frames"] * vision["patches"], vision["width"])
-    if features.dtype != torch.bfloat16 or tuple(features.shape) != shape:
-        raise SampleError(f"features are {features.dtype} {list(features.shape)}, not torch.bfloat16 {list(shape)}")
-    return features
+    patches, width = meta["vision"]["patches"], meta["vision"]["width"]
+    clip, picture = (meta["num_frames"] * patches, width), (patches, width)
+    if features.dtype != torch.bfloat16 or tuple(features.shape) not in ((clip, picture) if still else (clip,)):
+        wanted = list(picture if still else clip)
+        raise SampleError(f"features are {features.dtype} {list(features.shape)}, not torch.bfloat16 {wanted}")
+    # A copy: what is handed to another process is the whole storage.
+    return features[:patches].clone() if still and tuple(features.shape) != picture else features
 
 
 def bytes_per_sample(num_frames: int, patches: int, width: int) -> int:

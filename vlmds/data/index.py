@@ -25,7 +25,10 @@ from vlmds.data.shard_reader import Member, RecentlyUsed, ShardInfo, ShardReader
 from vlmds.errors import InputError
 from vlmds.files import as_path, is_url, sha256_of
 
-FORMAT, VERSION = "vlmds", 2
+FORMAT = "vlmds"
+VERSIONS = {"video": 2, "frames": 3, "features": 3}
+"""The version that dataset.json gets, by store. Frames and features stores of version 2 have num_frames copies of a still
+picture's frame, those of version 3 one; samples of version 2 may be among them (`vlmds pack --append`)."""
 
 # index.parquet has one row group per shard that contains a sample, in order of (split, shard).
 SCHEMA = pa.schema(
@@ -127,10 +130,11 @@ class ShardIndex:
             raise InputError(f"{path}: damaged; run vlmds pack again") from None
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise InputError(f"{path}: not a vlmds dataset")
-        if meta.get("version") != VERSION:
+        readable = sorted(set(VERSIONS.values()))
+        if meta.get("version") not in readable:
             raise InputError(
                 f"{path}: format version {meta.get('version')}, but this vlmds reads "
-                f"version {VERSION}; pack the dataset again"
+                f"versions {' and '.join(map(str, readable))}; pack the dataset again"
             )
         for entry in meta["shards"]:
             if (

@@ -144,11 +144,9 @@ class SampleReader(SampleRows):
         frames = features = None
         still = meta.get("still") is True
         if index.store == "features":
-            features = decode_features(members, index.meta)
-            if still:
-                features = features[: index.meta["vision"]["patches"]].clone()
+            features = decode_features(members, index.meta, still)
         elif index.store == "frames":
-            frames = read_jpegs(members, index.meta)[: 1 if still else None]
+            frames = read_jpegs(members, index.meta, still)
         else:
             frames = self._decode_video(row, meta, members, 1 if still else self.num_frames)
         # A clip with several captions uses another one in each epoch.

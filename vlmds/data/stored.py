@@ -18,6 +18,7 @@ from vlmds.errors import SampleError
 from vlmds.video.decode_work import VideoReply, VideoRequest
 from vlmds.video.fit import FIT
 from vlmds.video.pool import DecodePool
+from vlmds.video.sampling import kept_frames
 
 
 def read_description(members: dict[str, bytes]) -> dict[str, Any]:
@@ -43,16 +44,16 @@ def read_video(members: dict[str, bytes]) -> bytes:
     return videos[0]
 
 
-def read_jpegs(members: dict[str, bytes], meta: dict[str, Any]) -> np.ndarray:
+def read_jpegs(members: dict[str, bytes], meta: dict[str, Any], still: bool = False) -> np.ndarray:
     """The frames of a sample of a frames store: uint8 [F, 3, S, S].
 
-    members: the sample's, {extension: bytes}. meta: dataset.json. Raises SampleError if number or
-    size is not the one in dataset.json.
+    members: the sample's, {extension: bytes}. meta: dataset.json. still: a still picture, of which F is 1;
+    stores of version 2 have num_frames copies of it. Raises SampleError if number or size is not the one in dataset.json.
     """
     number = sum(extension != "json" for extension in members)
-    if number != meta["num_frames"]:
-        raise SampleError(f"{number} frames, not {meta['num_frames']}")
-    return np.stack([read_jpeg(members, i, meta["image_size"]) for i in range(number)])
+    if number != meta["num_frames"] and not (still and number == 1):
+        raise SampleError(f"{number} frames, not {meta['num_frames']}" + (", of a still picture" if still else ""))
+    return np.stack([read_jpeg(members, i, meta["image_size"]) for i in range(1 if still else number)])
 
 
 def read_jpeg(members: dict[str, bytes], number: int, size: int) -> np.ndarray:
@@ -82,7 +83,7 @@ def decode_stored(
     """Decoded samples of a video store, in order.
 
     Args:
-        store: "frames" gives JPEGs of this quality, "pixels" gives uncompressed frames.
+        store: "frames" gives JPEGs of this quality, "pixels" gives uncompressed frames; of a still picture both give one.
         fit: of the frames to the square (`resize_frames`).
 
     Yields:
@@ -98,7 +99,8 @@ def decode_stored(
                     path.write_bytes(read_video(index.read(row)))
                 except SampleError as error:
                     damaged[number] = str(error)  # the decoding process would only report a missing file
-                yield VideoRequest(str(path), row.start, row.end, store, num_frames, image_size, quality, fit=fit)
+                wanted = kept_frames(row.frames, num_frames) if store == "pixels" else num_frames
+                yield VideoRequest(str(path), row.start, row.end, store, wanted, image_size, quality, fit=fit)
 
         for number, reply in enumerate(pool.map(requests())):
             (Path(folder) / str(number)).unlink(missing_ok=True)
@@ -106,7 +108,7 @@ def decode_stored(
 
 
 def pixels_of(reply: VideoReply, image_size: int) -> np.ndarray | SampleError:
-    """A reply to a request for "pixels": uint8 [F, 3, image_size, image_size], or its error."""
+    """A reply to a request for "pixels": uint8 [F, 3, image_size, image_size], or its error. F is 1 of a still picture."""
     if reply.reason is not None:
         return SampleError(reply.reason)
     pixels = np.frombuffer(reply.members["rgb"], np.uint8)

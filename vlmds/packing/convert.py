@@ -28,7 +28,7 @@ from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.data.alike import CONVERSIONS, sampling_of
 from vlmds.data.features import EXTENSION, describe_tower, encode_features
-from vlmds.data.index import VERSION, SampleRow, ShardIndex
+from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.shard_reader import ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
@@ -38,11 +38,12 @@ from vlmds.packing.local import counting
 from vlmds.packing.manifest import ManifestRow, Reject
 from vlmds.packing.options import PackOptions
 from vlmds.packing.pack import PackSummary
-from vlmds.packing.shards import Shard, json_line, unfinished, write_shard
+from vlmds.packing.shards import HASHED_VERSION, Shard, json_line, unfinished, write_shard
 from vlmds.permissions import check_writable
 from vlmds.video.decode_work import VideoReply
 from vlmds.video.fit import FIT, fit_of
 from vlmds.video.pool import DecodePool
+from vlmds.video.sampling import is_still, kept_frames
 
 if TYPE_CHECKING:
     from vlmds.models.vision import VisionTower
@@ -264,7 +265,12 @@ def _shard(index: ShardIndex, info: ShardInfo, target: Conversion) -> Shard:
         described["vision"] = {k: v for k, v in target.vision.items() if k != "model"}
     digest = hashlib.sha256(
         json_line(
-            {"version": VERSION, **sampling_of(index.meta, target.fit), "target": described, "source": info.sha256}
+            {
+                "version": HASHED_VERSION,
+                **sampling_of(index.meta, target.fit),
+                "target": described,
+                "source": info.sha256,
+            }
         )
     ).hexdigest()
     return Shard(info.split, info.shard, [], digest)
@@ -302,12 +308,12 @@ def _made(
 
 
 def _read_jpegs(index: ShardIndex, rows: Iterable[SampleRow], threads: int) -> Iterator[np.ndarray | SampleError]:
-    """For each sample of a frames store, in order, its frames, uint8 [F, 3, S, S], or why they
-    cannot be read. Pillow decodes outside the interpreter lock, so threads do."""
+    """For each sample of a frames store, in order, its frames, uint8 [F, 3, S, S] (F is 1 of a still picture), or why
+    they cannot be read. Pillow decodes outside the interpreter lock, so threads do."""
 
-    def load(members: dict[str, bytes] | SampleError) -> np.ndarray | SampleError:
+    def load(members: dict[str, bytes] | SampleError, still: bool) -> np.ndarray | SampleError:
         try:
-            return members if isinstance(members, SampleError) else read_jpegs(members, index.meta)
+            return members if isinstance(members, SampleError) else read_jpegs(members, index.meta, still)
         except SampleError as error:
             return error
 
@@ -319,7 +325,7 @@ def _read_jpegs(index: ShardIndex, rows: Iterable[SampleRow], threads: int) -> I
                 members = index.read(row)
             except SampleError as error:
                 members = error
-            ahead.append(executor.submit(load, members))
+            ahead.append(executor.submit(load, members, is_still(row.frames)))
             if len(ahead) > 2 * threads:
                 yield ahead.popleft().result()
         while ahead:
@@ -330,10 +336,15 @@ def _encoded(
     tower: VisionTower, frames: Iterator[np.ndarray | SampleError], rows: Iterator[SampleRow], target: Conversion
 ) -> Iterator[VideoReply]:
     """One shard's samples through the tower. A batch never reaches into the next shard: a shard's
-    features do not depend on the others made in the same process."""
+    features do not depend on the others made in the same process. The tower takes clips of one length: of a still
+    picture it gets as many copies, and the features of one are kept."""
     size = max(1, tower.frames_per_call // target.num_frames)
     while batch := list(islice(frames, size)):
-        good = [item for item in batch if not isinstance(item, SampleError)]
+        good = [
+            np.broadcast_to(item, (target.num_frames, *item.shape[1:]))
+            for item in batch
+            if not isinstance(item, SampleError)
+        ]
         if good:
             pixels = torch.from_numpy(np.stack(good)).to(tower.clip.device)
             features = iter(tower(pixels).to("cpu", torch.bfloat16))
@@ -341,9 +352,8 @@ def _encoded(
             if isinstance(item, SampleError):
                 yield VideoReply(str(item))
             else:
-                yield VideoReply(
-                    None, {name: getattr(row, name) for name in FACTS}, {EXTENSION: encode_features(next(features))}
-                )
+                kept = next(features)[: kept_frames(row.frames, target.num_frames) * tower.patches]
+                yield VideoReply(None, {name: getattr(row, name) for name in FACTS}, {EXTENSION: encode_features(kept)})
 
 
 def _description(index: ShardIndex, row: SampleRow) -> dict[str, Any]:
@@ -363,9 +373,10 @@ def _manifest_row(row: SampleRow, found: dict[str, Any]) -> ManifestRow:
 
 def _with_facts(replies: Iterator[VideoReply], described: list[dict[str, Any]]) -> Iterator[VideoReply]:
     """The replies with the facts in each sample's old description: they are about the original
-    video, which may be another file than the one in a video store."""
+    video, which may be another file than the one in a video store. The number of frames is that by which the reply was
+    made: it says whether the new sample is a still picture."""
     for facts, reply in zip(described, replies):
-        kept = {name: value for name, value in facts.items() if name not in ROW}
+        kept = {name: value for name, value in facts.items() if name not in (*ROW, "frames")}
         yield reply if reply.reason is not None else replace(reply, facts={**reply.facts, **kept})
 
 

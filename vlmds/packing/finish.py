@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmds.data.index import FORMAT, SCHEMA, VERSION, footer_sha256
+from vlmds.data.index import FORMAT, SCHEMA, VERSIONS, footer_sha256
 from vlmds.errors import InputError
 from vlmds.files import is_url, replacing, sha256_of, temporary_owner, write
 from vlmds.packing.manifest import Known, Manifest, ManifestRow, Reject
@@ -169,7 +169,7 @@ def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], descr
     for entry in entries:
         counts[entry["split"]] += entry["count"]
     described |= {"counts": dict(counts), "rejected": len(rejects), "shards": entries}
-    write(out / "dataset.json", json_line({"format": FORMAT, "version": VERSION, **described}))
+    write(out / "dataset.json", json_line({"format": FORMAT, "version": VERSIONS[described["store"]], **described}))
     remove_leftovers(out)
     return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates)
 

@@ -31,6 +31,7 @@ from vlmds.pages.render import Text, policy, render, source
 from vlmds.video.fit import fit_of
 from vlmds.video.jpeg import data_uri
 from vlmds.video.pool import DecodePool
+from vlmds.video.sampling import is_still
 
 NAME = "pack_report.html"
 CAPTION_ROWS = 2000  # samples whose captions are read
@@ -97,7 +98,19 @@ def write_report(out: Path) -> Path:
     index = ShardIndex.open(out)
     with (out / "index.parquet").open("rb") as file:
         table = pq.read_table(
-            file, columns=["num_captions", "duration", "start", "end", "fps", "width", "height", "codec", "decoder"]
+            file,
+            columns=[
+                "num_captions",
+                "frames",
+                "duration",
+                "start",
+                "end",
+                "fps",
+                "width",
+                "height",
+                "codec",
+                "decoder",
+            ],
         )
     seconds = span_seconds(table)
     reasons = _reject_reasons(out / "ledger.jsonl")
@@ -239,8 +252,10 @@ def _facts(index: ShardIndex, table: pa.Table, seconds: float) -> list[tuple[Tex
             (f"{hours} h", f"{hours}시간") if seconds >= 3600 else (f"{whole} s", f"{whole}초"),
         ),
     ]
+    if stills := sum(map(is_still, table["frames"].to_pylist())):
+        facts.append((("still pictures", "정지 이미지"), f"{stills:,}"))
     if index.meta.get("num_frames"):
-        facts.append((("frames per sample", "샘플당 프레임"), str(index.meta["num_frames"])))
+        facts.append((("frames per clip", "클립당 프레임"), str(index.meta["num_frames"])))
     if index.meta.get("image_size"):
         facts.append((("frame side", "프레임 한 변"), f"{index.meta['image_size']} px"))
     if index.store != "video":

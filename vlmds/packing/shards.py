@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlmds.data.index import VERSION
 from vlmds.errors import InputError
 from vlmds.files import replacing, write
 from vlmds.packing.manifest import ManifestRow, Reject
@@ -22,6 +21,8 @@ from vlmds.packing.options import PackOptions
 from vlmds.video.decode_work import VideoReply
 from vlmds.video.sampling import SAMPLER, is_still
 
+HASHED_VERSION = 2
+"""A part of each shard's hash. Another number would keep packings that an older vlmds began from going on."""
 MARKERS = "*/[0-9][0-9][0-9][0-9][0-9][0-9].json"
 
 
@@ -54,7 +55,7 @@ def options_hash(rows: list[ManifestRow], options: PackOptions) -> str:
     return hashlib.sha256(
         json_line(
             {
-                "version": VERSION,
+                "version": HASHED_VERSION,
                 "sampler": SAMPLER,
                 "resizer": options.resizer,
                 "options": effective,

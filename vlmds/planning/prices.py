@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from vlmds.errors import SampleError
 from vlmds.packing.report import spread
 from vlmds.video.jpeg import QUALITY, encode_jpegs
 from vlmds.video.pool import DecodePool
+from vlmds.video.sampling import is_still
 
 SAMPLES = 6
 SECONDS = 30.0  # after this long no further sample is timed
@@ -73,7 +74,7 @@ def prices(
     parts: the packed datasets, all of one store. num_frames, image_size, fit: of the
     experiment's frames. patches, width: of its features, P vectors a frame.
     """
-    features = _features_price(num_frames, patches, width)
+    features = _features_price(parts, num_frames, patches, width)
     if not parts:
         scale = num_frames / 8
         frames = [
@@ -82,12 +83,12 @@ def prices(
         ]
         return [*frames, features]
     store = parts[0].store
-    if store == "features":
-        return [features]
+    if store == "features":  # one of version 2 has copies of still pictures
+        return [replace(features, bytes=_mean_size(parts))]
     chosen = [(part, spread(part, max(1, SAMPLES // len(parts)))) for part in parts]
     if store == "frames":
-        return [_stored_frames_price(chosen), features]
-    return [*_video_prices(chosen, num_frames, image_size, fit), features]
+        return [_stored_frames_price(parts, chosen), features]
+    return [*_video_prices(parts, chosen, num_frames, image_size, fit), features]
 
 
 def needs(found: Sequence[Price], samples_per_second: float, samples: int | None) -> list[Need]:
@@ -110,7 +111,11 @@ def cheapest(found: Sequence[Need], cores: float) -> Need | None:
 
 
 def _video_prices(
-    chosen: list[tuple[ShardIndex, list[SampleRow]]], num_frames: int, image_size: int, fit: str
+    parts: Sequence[ShardIndex],
+    chosen: list[tuple[ShardIndex, list[SampleRow]]],
+    num_frames: int,
+    image_size: int,
+    fit: str,
 ) -> list[Price]:
     """Prices of the videos, and of the frames that they would become."""
     seconds, frame_sizes, frame_seconds = [], [], []
@@ -122,7 +127,7 @@ def _video_prices(
             options: dict[str, Any] = {"num_frames": num_frames, "image_size": image_size, "fit": fit}
             replies = decode_stored(index, [rows[0], *rows], pool, store="pixels", **options)
             next(replies)
-            for _ in rows:
+            for row in rows:
                 started = time.perf_counter()
                 frames = pixels_of(next(replies), image_size)
                 elapsed = time.perf_counter() - started
@@ -130,7 +135,7 @@ def _video_prices(
                     seconds.append(elapsed)
                     jpegs = encode_jpegs(frames, QUALITY)
                     frame_sizes.append(sum(map(len, jpegs.values())))
-                    frame_seconds.append(_timed(read_jpegs, jpegs, shape))
+                    frame_seconds.append(_timed(read_jpegs, jpegs, shape, is_still(row.frames)))
                 if time.monotonic() - begin > SECONDS:
                     break
             replies.close()
@@ -138,44 +143,54 @@ def _video_prices(
         return []
     origin = f"{counted(len(seconds), 'sample')} timed here"
     return [
-        Price("video", "video (this data)", _mean_size(chosen), float(np.mean(seconds)), origin),
+        Price("video", "video (this data)", _mean_size(parts), float(np.mean(seconds)), origin),
         Price("frames", "frames", float(np.mean(frame_sizes)), float(np.mean(frame_seconds)), origin),
     ]
 
 
-def _stored_frames_price(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Price:
+def _stored_frames_price(parts: Sequence[ShardIndex], chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> Price:
     seconds = []
     for index, rows in chosen:
         for row in rows:
             try:
                 members = index.read(row)
-                seconds.append(_timed(read_jpegs, members, index.meta))
+                seconds.append(_timed(read_jpegs, members, index.meta, is_still(row.frames)))
             except SampleError:
                 continue  # damaged since it was packed; training reports it
     return Price(
         "frames",
         "frames (this data)",
-        _mean_size(chosen),
+        _mean_size(parts),
         float(np.mean(seconds or [0.0])),
         f"{counted(len(seconds), 'sample')} timed here",
     )
 
 
-def _features_price(num_frames: int, patches: int, width: int) -> Price:
+def _features_price(parts: Sequence[ShardIndex], num_frames: int, patches: int, width: int) -> Price:
+    """With the share of still pictures in these datasets, of which one frame is kept."""
     meta = {"num_frames": num_frames, "vision": {"patches": patches, "width": width}}
-    members = {EXTENSION: encode_features(torch.zeros(num_frames * patches, width))}
-    return Price(
-        "features",
-        "features",
-        bytes_per_sample(num_frames, patches, width),
-        _timed(decode_features, members, meta),
-        "exact size, read timed here",
-    )
+    share = _share_of_stills(parts)
+    size, seconds = 0.0, 0.0
+    for frames, part in ((num_frames, 1 - share), (1, share)):
+        if part:
+            members = {EXTENSION: encode_features(torch.zeros(frames * patches, width))}
+            size += part * bytes_per_sample(frames, patches, width)
+            seconds += part * _timed(decode_features, members, meta, frames == 1)
+    return Price("features", "features", size, seconds, "exact size, read timed here")
 
 
-def _mean_size(chosen: list[tuple[ShardIndex, list[SampleRow]]]) -> float:
+def _share_of_stills(parts: Sequence[ShardIndex]) -> float:
+    """The share of the samples that are still pictures, 0 … 1; 0 without data."""
+    stills = samples = 0
+    for table in (table for part in parts for table in part.tables(["frames"])):
+        samples += table.num_rows
+        stills += sum(map(is_still, table["frames"].to_pylist()))
+    return stills / max(samples, 1)
+
+
+def _mean_size(parts: Sequence[ShardIndex]) -> float:
     """Mean bytes of a sample of all these datasets, in their shards."""
-    shards = [shard for index, _ in chosen for split in index.splits for shard in index.shards(split)]
+    shards = [shard for index in parts for split in index.splits for shard in index.shards(split)]
     return sum(shard.bytes for shard in shards) / sum(shard.count for shard in shards)
 
 

@@ -284,7 +284,7 @@ function showClip() {
 function showAbout() {
   const {kind, start, end, count} = pair.media, video = $("media").querySelector("video");
   let about = "";
-  if (kind === "frames") about = text("frames", {count});
+  if (kind === "frames" && count > 1) about = text("frames", {count});
   else if (video && !video.readyState && video.dataset.encoded) about = text("encoding");
   else if (video && !video.dataset.encoded && (start > 0 || end < video.duration - 0.1)) {
     about = text("clip_of", {start: clock(start), end: clock(end)});

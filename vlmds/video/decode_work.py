@@ -17,7 +17,7 @@ from vlmds.video.fit import FIT, resize_frames
 from vlmds.video.frame_table import FrameTable
 from vlmds.video.jpeg import encode_jpegs
 from vlmds.video.probe import VideoInfo, probe
-from vlmds.video.sampling import pick
+from vlmds.video.sampling import kept_frames, pick
 
 MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 
@@ -26,8 +26,8 @@ MAX_BYTES = 8 << 30  # the largest member that a ustar header can state
 class VideoRequest:
     """A video to prepare; see `vlmds.packing.pack.pack` for the options.
 
-    store: as for packing; or "pixels": one member "rgb", uint8 [num_frames, 3, size, size]; or
-    "facts": no members. quality: of the JPEGs, for store "frames".
+    store: as for packing ("frames" gives one JPEG of a still picture); or "pixels": one member "rgb",
+    uint8 [num_frames, 3, size, size]; or "facts": no members. quality: of the JPEGs, for store "frames".
     """
 
     video: str
@@ -83,6 +83,7 @@ def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float
         reply.facts["content"] = content
         return reply
 
+    request = replace(request, num_frames=kept_frames(info.frames, request.num_frames))
     picks = pick(info, request.num_frames, request.start, request.end)
     images = _images(request, data, info)
     facts = (

@@ -13,6 +13,11 @@ def is_still(frames: int) -> bool:
     return frames == 1
 
 
+def kept_frames(frames: int, num_frames: int) -> int:
+    """How many frames of a video of so many are stored, and shown to models: num_frames, or the one of a still picture."""
+    return 1 if is_still(frames) else num_frames
+
+
 def clip_span(duration: float, start: float | None = None, end: float | None = None) -> tuple[float, float]:
     """The span [start, end] (seconds; default: all) of a video that lasts `duration` seconds.
 
