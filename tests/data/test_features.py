@@ -75,6 +75,19 @@ def test_features_travel_as_bfloat16():
     assert bytes_per_sample(8, 576, 1024) == 9_437_184
 
 
+def test_a_still_picture_has_the_features_of_one_frame():
+    """Of older stores those of the first copy; other shapes are refused."""
+    features = torch.randn(6, 4).to(torch.bfloat16)
+    one, copies = ({"safetensors": encode_features(tensor)} for tensor in (features[:3], features))
+    assert torch.equal(decode_features(one, META, still=True), features[:3])
+    found = decode_features(copies, META, still=True)
+    assert torch.equal(found, features[:3]) and found.untyped_storage().nbytes() == 2 * 3 * 4
+    with pytest.raises(SampleError, match=r"\[3, 4\], not torch.bfloat16 \[6, 4\]"):
+        decode_features(one, META)
+    with pytest.raises(SampleError, match=r"\[5, 4\], not torch.bfloat16 \[3, 4\]"):
+        decode_features({"safetensors": encode_features(features[:5])}, META, still=True)
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

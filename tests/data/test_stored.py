@@ -51,6 +51,21 @@ def test_other_frames_than_promised_are_refused(second, reason):
         read_jpegs({"0.jpg": picture()} | second, META)
 
 
+def test_a_still_picture_is_one_frame():
+    """Of older stores the first of its copies; other numbers are refused."""
+    meta = META | {"num_frames": 3}
+    one = {"json": b"{}", "0.jpg": picture()}
+    copies = one | {"1.jpg": picture(), "2.jpg": picture()}
+    frames = read_jpegs(one, meta, still=True)
+    assert frames.shape == (1, 3, 28, 28) and np.array_equal(read_jpegs(copies, meta, still=True), frames)
+    assert len(read_jpegs(copies, meta)) == 3
+    for members, number in ((one | {"1.jpg": picture()}, 2), ({"json": b"{}"}, 0), (copies | {"3.jpg": picture()}, 4)):
+        with pytest.raises(SampleError, match=f"^{number} frames, not 3, of a still picture"):
+            read_jpegs(members, meta, still=True)
+    with pytest.raises(SampleError, match="^1 frames, not 3$"):
+        read_jpegs(one, meta)
+
+
 def test_no_program_is_started(tmp_path, monkeypatch):
     """Pillow calls Ghostscript for EPS, whatever the file's name is."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\necho 10.0\n")

@@ -1,8 +1,8 @@
 """The features store: the frozen tower's patch features of every sample, computed once.
 
 A sample's member `key.safetensors` contains one tensor, "features": bfloat16 [F·P, width], P feature
-vectors for each of the F frames in order; F is 1 for a still picture. dataset.json records under "vision" which tower made
-them. Features of another tower, layer or pooling are refused: their shape alone may not show it.
+vectors for each of the F frames in order; F is 1 for a still picture. dataset.json records under "vision"
+which tower made them. Features of another tower, layer or pooling are refused: their shape alone may not show it.
 """
 
 from __future__ import annotations

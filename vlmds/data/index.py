@@ -27,8 +27,8 @@ from vlmds.files import as_path, is_url, sha256_of
 
 FORMAT = "vlmds"
 VERSIONS = {"video": 2, "frames": 3, "features": 3}
-"""The version that dataset.json gets, by store. Frames and features stores of version 2 have num_frames copies of a still
-picture's frame, those of version 3 one; samples of version 2 may be among them (`vlmds pack --append`)."""
+"""The version that dataset.json gets, by store. Frames and features stores of version 2 have num_frames copies of a
+still picture's frame, those of version 3 one; samples of version 2 may be among them (`vlmds pack --append`)."""
 
 # index.parquet has one row group per shard that contains a sample, in order of (split, shard).
 SCHEMA = pa.schema(

@@ -48,7 +48,8 @@ def read_jpegs(members: dict[str, bytes], meta: dict[str, Any], still: bool = Fa
     """The frames of a sample of a frames store: uint8 [F, 3, S, S].
 
     members: the sample's, {extension: bytes}. meta: dataset.json. still: a still picture, of which F is 1;
-    stores of version 2 have num_frames copies of it. Raises SampleError if number or size is not the one in dataset.json.
+    stores of version 2 have num_frames copies of it. Raises SampleError if number or size is not the one in
+    dataset.json.
     """
     number = sum(extension != "json" for extension in members)
     if number != meta["num_frames"] and not (still and number == 1):
@@ -83,7 +84,8 @@ def decode_stored(
     """Decoded samples of a video store, in order.
 
     Args:
-        store: "frames" gives JPEGs of this quality, "pixels" gives uncompressed frames; of a still picture both give one.
+        store: "frames" gives JPEGs of this quality, "pixels" gives uncompressed frames; both give one of
+            a still picture.
         fit: of the frames to the square (`resize_frames`).
 
     Yields:
@@ -108,7 +110,8 @@ def decode_stored(
 
 
 def pixels_of(reply: VideoReply, image_size: int) -> np.ndarray | SampleError:
-    """A reply to a request for "pixels": uint8 [F, 3, image_size, image_size], or its error. F is 1 of a still picture."""
+    """A reply to a request for "pixels": uint8 [F, 3, image_size, image_size] (F is 1 for a still picture), or
+    its error."""
     if reply.reason is not None:
         return SampleError(reply.reason)
     pixels = np.frombuffer(reply.members["rgb"], np.uint8)

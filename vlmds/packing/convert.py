@@ -376,8 +376,13 @@ def _with_facts(replies: Iterator[VideoReply], described: list[dict[str, Any]]) 
     video, which may be another file than the one in a video store. The number of frames is that by which the reply was
     made: it says whether the new sample is a still picture."""
     for facts, reply in zip(described, replies):
+        if reply.reason is not None:
+            yield reply
+            continue
         kept = {name: value for name, value in facts.items() if name not in (*ROW, "frames")}
-        yield reply if reply.reason is not None else replace(reply, facts={**reply.facts, **kept})
+        if "timestamps" in kept and is_still(reply.facts["frames"]):
+            kept["timestamps"] = kept["timestamps"][:1]  # a source of version 2 has one of each copy
+        yield replace(reply, facts={**reply.facts, **kept})
 
 
 def _described(index: ShardIndex, target: Conversion) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def is_still(frames: int) -> bool:
 
 
 def kept_frames(frames: int, num_frames: int) -> int:
-    """How many frames of a video of so many are stored, and shown to models: num_frames, or the one of a still picture."""
+    """How many frames of a video of so many are stored, and shown to models: num_frames, or 1 of a still picture."""
     return 1 if is_still(frames) else num_frames
 
 
