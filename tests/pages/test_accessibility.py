@@ -4,9 +4,14 @@ import pytest
 
 from tests.browser import VIEWS, axe_violations, open_browser, see_charts, set_view
 from tests.clips import write_manifest, write_video
+from tests.evaluation.opinions import answers_of
 from tests.evaluation.planted import plant
+from tests.evaluation.test_outside import planted_outside
+from tests.evaluation.test_people import CLIPS, EXPS, planned, strengths, write_reviews
 from vlmds.evaluation.compare import compare
-from vlmds.evaluation.evaluated_runs import load_run
+from vlmds.evaluation.cost import COST
+from vlmds.evaluation.evaluated_runs import load_evaluated, load_run
+from vlmds.evaluation.people_report import add_people
 from vlmds.evaluation.report import write_report
 from vlmds.packing import report as packing_report
 from vlmds.packing.pack import pack
@@ -40,6 +45,25 @@ def comparison(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """With people's and a judge's answers, and an outside model."""
+    folder = tmp_path_factory.mktemp("people")
+    paths = [plant(folder / exp, exp, clips=CLIPS) for exp in EXPS]
+    plan = planned(paths)
+    better = strengths(plan, -1.0, 0.0, 2.0)
+    answers = answers_of(plan, "민수", better, 0) + answers_of(plan, "지영", better, 1)
+    for order in (1, 2):
+        answers += answers_of(plan, "judge:good", better, 5 + order, order=order)
+    reviews = write_reviews(folder / "reviews", plan, answers)
+    outside = planted_outside(folder / "ready-made-model", folder / "made", clips=CLIPS)
+    runs, others = load_evaluated([*paths, outside])
+    found = compare(runs, outside=others)
+    add_people(found, runs, reviews, "metrics", None)
+    write_report(folder / "report.html", runs, found, others)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
 def packing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packing")
     for i in range(3):
@@ -64,7 +88,7 @@ def show(browser, page, width, theme, language):
     browser.execute_async_script(OPEN)
 
 
-@pytest.mark.parametrize("report", ["comparison", "packing"])
+@pytest.mark.parametrize("report", ["comparison", "people", "packing"])
 def test_a_report_is_accessible(report, request, browser):
     page = request.getfixturevalue(report)
     for view in VIEWS:
@@ -72,7 +96,7 @@ def test_a_report_is_accessible(report, request, browser):
         assert axe_violations(browser, (".clip:nth-child(n + 4)",)) == [], view
 
 
-@pytest.mark.parametrize("report", ["comparison", "packing"])
+@pytest.mark.parametrize("report", ["comparison", "people", "packing"])
 def test_a_report_fits_a_phone_and_follows_the_switches(report, request, browser):
     page = request.getfixturevalue(report)
     backgrounds = {}
@@ -102,3 +126,17 @@ def test_a_report_fits_a_phone_and_follows_the_switches(report, request, browser
                 assert hint.is_displayed() == wide == (box.get_attribute("tabindex") == "0")
     assert len({*backgrounds.values()}) == 2
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_costs_are_read_on_a_phone_without_scrolling_sideways(people, browser, view):
+    show(browser, people, *view)
+    table = browser.find_element("id", "costs")
+    for row in table.find_elements("css selector", "tbody tr"):
+        cells = row.find_elements("css selector", "td")
+        assert len(cells) == 1 + len(COST)
+        boxes = [cell.rect for cell in cells]
+        assert all(0 <= box["x"] and box["x"] + box["width"] <= view[0] for box in boxes)
+        for cell, (english, korean, _) in zip(cells[1:], COST.values(), strict=True):
+            labelled = cell.text.startswith(korean if view[2] == "ko" else english)
+            assert labelled == (view[0] == 390)

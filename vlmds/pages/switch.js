@@ -23,6 +23,16 @@ document.getElementById("theme").onclick = () => {
 };
 system.addEventListener("change", () => redraw.forEach(draw => draw()));
 
+// On a phone the rows of these tables are cards, whose cells are labelled with the head of their column.
+for (const table of document.querySelectorAll(".stack table"))
+  for (const row of table.tBodies[0].rows)
+    for (const cell of [...row.cells].slice(1)) {
+      const label = document.createElement("span");
+      label.className = "label";
+      label.append(...[...table.tHead.rows[0].cells[cell.cellIndex].childNodes].map(node => node.cloneNode(true)));
+      cell.prepend(label);
+    }
+
 const widths = new ResizeObserver(entries => {
   for (const { target } of entries) {
     const wide = target.scrollWidth > target.clientWidth + 1;
