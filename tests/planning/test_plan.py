@@ -337,7 +337,7 @@ def test_plan_names_the_cheapest_store_of_the_data(models, data, store, capsys):
     }[store]
     rows = {line.split("  ")[0] for line in printed.splitlines()}
     assert rows >= set(names)
-    assert "cheapest that keeps the GPUs busy with 8 cores for each: " in printed
+    assert "cheapest store that keeps the GPUs busy with 8 cores per GPU: " in printed
     assert f"data: {data / store} ({store} store; train 5)" in printed
 
 

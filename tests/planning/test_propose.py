@@ -131,7 +131,7 @@ def test_the_plan_proposes(capsys):
     printed = capsys.readouterr().out
     assert "on a100-40-sxm (40 GB)" in printed and "<- fastest" in printed
     fastest = next(line for line in printed.splitlines() if "<- fastest" in line).split()[-3]
-    assert f"stores at {float(fastest):.3g} samples/s per GPU (predicted of the fastest" in printed
+    assert f"stores at {float(fastest):.3g} samples/s per GPU (predicted for the fastest" in printed
     assert main(["plan", "--exp", "e7", "--gpu", "h201"]) == 2
     assert "known are b200, h200-sxm, h200-nvl" in capsys.readouterr().err
 

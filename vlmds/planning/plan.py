@@ -85,7 +85,7 @@ def plan_experiment(
         sections.append(proposal_table(found, card, gpus, experiment))
     rate, how = samples_per_second, "given"
     if rate is None and card and found:
-        rate, how = found[0].rate, f"predicted of the fastest on {card.name}"
+        rate, how = found[0].rate, f"predicted for the fastest settings on {card.name}"
     hours = rate  # unknown with an assumed card
     if rate is None:
         freeze(model.captioner, experiment.stages[-1])
@@ -184,7 +184,7 @@ def _memory(experiment: Experiment, model: MetaModels, gpus: int, datasets: Sequ
         f"assumes ZeRO-2, micro-batch {training.micro_batch}, {recompute} activation checkpointing, "
         f"captions of {experiment.data.max_caption_tokens} tokens;"
     )
-    lines.append("gradient buckets reuse the activations' memory, and count only beyond it; activations, logits and")
+    lines.append("gradient buckets reuse the activations' memory, only the excess is counted; activations, logits and")
     outside = "CUDA's context and workspaces" if gpus == 1 else ("CUDA's context, workspaces and NCCL's communicators")
     lines.append(f"CLIP forward are estimates; {outside} (assumed: {size_text(outside_bytes(gpus))}) and")
     lines.append(f"fragmentation (assumed: {1 - USABLE:.0%}) come on top")
@@ -224,10 +224,10 @@ def _stores(
     if dataset is None:
         lines.append("which store is best depends on the data: pass --data DIR")
     elif best is None:
-        lines.append(f"no store keeps a GPU busy with {cores:g} cores for each")
+        lines.append(f"no store keeps a GPU busy with {cores:g} cores per GPU")
     else:
         store = best.price.store
-        lines.append(f"cheapest that keeps the GPUs busy with {cores:g} cores for each: {store}")
+        lines.append(f"cheapest store that keeps the GPUs busy with {cores:g} cores per GPU: {store}")
         if store != dataset.store:
             like = {
                 "store": store,
@@ -326,7 +326,7 @@ def _tokens(builder: SequenceBuilder, caption: str, prompt: str | None, visual: 
         if not runs or runs[-1][0] != kind:
             runs.append((kind, []))
         runs[-1][1].append(token)
-    lines = [f"  {len(sequence.input_ids):,} positions; only the lines marked 'loss' have loss"]
+    lines = [f"  {len(sequence.input_ids):,} positions; only the lines marked 'loss' count for the loss"]
     for kind, tokens in runs:
         text = "(visual tokens)" if kind == "visual" else repr(builder.tokenizer.decode(tokens))
         lines.append(f"  {kind:<7}{len(tokens):>6,}  {text}")

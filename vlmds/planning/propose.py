@@ -163,14 +163,14 @@ def proposal_table(found: list[Proposal], card: Card, gpus: int, current: Experi
         )
     own = [p for p in found if p.in_4bit == current.llm.load_in_4bit]
     if own:
-        lines.append(f"fastest with the experiment's precision of weights: --set {own[0].settings}")
+        lines.append(f"fastest with the weights of the experiment: --set {own[0].settings}")
     if not found[0].in_4bit and current.llm.load_in_4bit and own:
         lines.append(
-            f"whole weights would be {found[0].rate / own[0].rate:.2f} times as fast: --set {found[0].settings}"
+            f"unquantised weights would be {found[0].rate / own[0].rate:.2f} times as fast: --set {found[0].settings}"
         )
     lines.append(
-        f"predicted from shapes at {EFFICIENCY:.0%} of the card's peak, and from assumed "
-        f"{1e6 * LINEAR_SECONDS:.0f} µs of the host for each 4-bit Linear a pass;"
+        f"predicted from the model's shapes, assuming {EFFICIENCY:.0%} of the card's peak and "
+        f"{1e6 * LINEAR_SECONDS:.0f} µs of host time for each 4-bit Linear in a pass;"
     )
     lines.append("vlmds bench train measures both")
     return "\n".join(lines)
