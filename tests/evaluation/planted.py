@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlmds.evaluation.outside_record import Outside, write_outside
 from vlmds.experiments.reading import load_experiment, to_yaml
 from vlmds.files import write
 
@@ -102,4 +104,17 @@ def plant(
                 "blind_captions": {"shuffled": " ".join(WORDS[:6]), "blank": WORDS[0]},
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return folder
+
+
+def planted_outside(folder: Path, made: Path, **how) -> Path:
+    """An outside evaluation with planted scores; made: a folder for a run that is not kept."""
+    plant(made, "e1", 99, **how)
+    shutil.move(made / "evaluation", folder / "evaluation")
+    path = folder / "evaluation" / "val" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    del metrics["looking"], metrics["model"]
+    metrics["settings"] = {key: metrics["settings"][key] for key in ("data_fingerprint", "split", "tokenisation")}
+    path.write_text(json.dumps(metrics))
+    write_outside(folder, Outside(folder.name, folder.name, "outside model", f"org/{folder.name}", "a" * 40, "mit"))
     return folder

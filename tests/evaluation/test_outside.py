@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.evaluation.planted import plant
+from tests.evaluation.planted import plant, planted_outside
 from vlmds.cli import main
 from vlmds.data.dataset import Dataset
 from vlmds.data.index import ShardIndex
@@ -16,7 +16,7 @@ from vlmds.evaluation.adopt import adopt_sentence
 from vlmds.evaluation.compare import compare
 from vlmds.evaluation.evaluated_runs import load_evaluated
 from vlmds.evaluation.outside import evaluate_predictions
-from vlmds.evaluation.outside_record import Outside, read_outside, write_outside
+from vlmds.evaluation.outside_record import read_outside
 from vlmds.evaluation.report import to_csv, to_latex, write_report
 from vlmds.evaluation.results import evaluation_table
 from vlmds.evaluation.saved import read_evaluation
@@ -115,19 +115,6 @@ def test_another_file_replaces_nothing_unless_asked(texts, shards, tmp_path):
     assert main([*words, "--predictions", str(first), "--again"]) == 0
     assert read_evaluation(out / "evaluation" / "val")[1][0]["caption"] == "다른 것"
     assert read_outside(out).id == before.id and read_outside(out).sha256 != before.sha256
-
-
-def planted_outside(folder: Path, made: Path, **how) -> Path:
-    """An outside evaluation with planted scores; made: a folder for a run that is not kept."""
-    plant(made, "e1", 99, **how)
-    shutil.move(made / "evaluation", folder / "evaluation")
-    path = folder / "evaluation" / "val" / "metrics.json"
-    metrics = json.loads(path.read_text())
-    del metrics["looking"], metrics["model"]
-    metrics["settings"] = {key: metrics["settings"][key] for key in ("data_fingerprint", "split", "tokenisation")}
-    path.write_text(json.dumps(metrics))
-    write_outside(folder, Outside(folder.name, folder.name, "outside model", f"org/{folder.name}", "a" * 40, "mit"))
-    return folder
 
 
 @pytest.mark.parametrize(

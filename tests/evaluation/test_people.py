@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.opinions import answers_of
-from tests.evaluation.planted import plant
+from tests.evaluation.planted import plant, planted_outside
 from vlmds.cli import main
 from vlmds.evaluation.reviews import (
     Answer,
@@ -132,7 +132,7 @@ def test_only_pairs_drawn_at_random_enter_estimates(runs, tmp_path, capsys):
     marks = [row["marks"]["wrong_action"] for row in found["table"]]
     assert sum(mark["marked"] for mark in marks) == 160 and "value" not in marks[0]
     assert compared(runs, reviews, tmp_path, "--by", "people") == 2
-    assert "no answers about pairs drawn at random" in capsys.readouterr().err
+    assert "no answers about pairs of these runs drawn at random" in capsys.readouterr().err
 
 
 def test_a_judge_alone_is_called_uncalibrated(runs, tmp_path, capsys):
@@ -197,3 +197,45 @@ def test_a_run_that_was_evaluated_again_is_named(runs, reviews, tmp_path, capsys
     assert compared(runs, folder, tmp_path, "--json", str(tmp_path / "r.json")) == 0
     found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["people"]
     assert "e7: evaluated again after it was reviewed" in str(found["notes"]) and found["table"][2]["win"] is None
+
+
+def test_an_outside_model_has_its_preference_and_does_not_change_the_verdict(runs, tmp_path, capsys):
+    outside = planted_outside(tmp_path / "gpt", tmp_path / "made", clips=CLIPS)
+    plan = planned([*runs, outside], each=6)
+    answers = [
+        answer
+        for seed, name in enumerate(("민수", "지영"))
+        for answer in answers_of(plan, name, strengths(plan, -1.0, 0.0, 2.0, 0.5), seed)
+    ]
+    reviews = write_reviews(tmp_path / "reviews", plan, answers)
+    files = ("--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"))
+
+    assert compared(runs, reviews, tmp_path, *files) == 0
+    alone = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["people"]
+    assert alone["adopt"] == [] and "480 answers are about other runs" in str(alone["notes"])
+
+    assert compared([*runs, outside], reviews, tmp_path, *files) == 0
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["people"]
+    assert [row["name"] for row in found["table"]] == ["e3", "e4", "e7", "gpt"]
+    assert found["verdict"] == alone["verdict"] and found["answers"] == 2 * alone["answers"]
+    (gap,) = found["adopt"]
+    assert (gap["name"], gap["reference"]) == ("gpt", "e7") and gap["low"] > 0.5 and gap["p_holm"] < 0.001
+    assert "by people: e7 is preferred to gpt in" in capsys.readouterr().out
+    assert "e7이(가) gpt보다 선호될 확률" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    rows = {row["experiment"]: row for row in csv.DictReader((tmp_path / "r.csv").read_text().splitlines())}
+    wins = {row["name"]: row["win"]["value"] for row in found["table"]}
+    assert all(float(rows[name]["people value"]) == pytest.approx(wins[name], abs=1e-4) for name in wins)
+
+
+def test_one_run_and_an_outside_model(runs, tmp_path, capsys):
+    """There is no verdict between runs then, and none by people."""
+    outside = planted_outside(tmp_path / "gpt", tmp_path / "made", clips=CLIPS)
+    plan = planned([runs[2], outside], each=1)
+    reviews = write_reviews(tmp_path / "reviews", plan, answers_of(plan, "민수", strengths(plan, 0.0, 3.0)))
+    pair = [runs[2], outside]
+    assert compared(pair, reviews, tmp_path, "--json", str(tmp_path / "r.json")) == 0
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["people"]
+    assert found["verdict"] is None and found["adopt"][0]["high"] < 0.5
+    assert "by people: e7 is preferred to gpt in" in capsys.readouterr().out
+    assert compared(pair, reviews, tmp_path, "--by", "people") == 2
+    assert "no answers about pairs of these runs drawn at random" in capsys.readouterr().err

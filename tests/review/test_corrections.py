@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests.review.conftest import CLIPS, plant
+from tests.training.launch import arguments, metrics, train
 from vlmds.cli import main
 from vlmds.data.index import ShardIndex
 from vlmds.data.stored import read_description
@@ -90,6 +91,23 @@ def test_corrected_and_approved_captions_are_packed_and_read_back(reviewed, vide
     assert next(row for row in lines(manifest) if row["video"] == "v6.mp4")["prompt"] == "무엇?"
     summary = pack(manifest, data, append=True, keep_columns=["review"], shard_size=4, progress=False, workers=1)
     assert summary.known == 3 and ShardIndex.open(data).count("val") == before + 4
+
+
+def test_corrected_captions_are_trained_on(reviewed, videos, shards, models, tmp_path):
+    """They are the only training data here, appended to data that has validation clips alone."""
+    opened, answer = reviewed
+    answer(0, "both_good")
+    answer(3, "both_bad", corrected=Correction(text="고친 캡션입니다.", run=opened.plan.runs[0].id))
+    manifest = videos.parent / "for-training.jsonl"
+    write_manifest(opened.folder, manifest, split="train")
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(shards, data)
+    assert not pack(manifest, data, append=True, shard_size=4, progress=False, workers=1).rejected
+    assert ShardIndex.open(data).count("train") == 3
+    train(0, *arguments(models, data, run, "stages.0.steps=2", "stages.1.steps=1", "data.max_caption_tokens=64"))
+    losses = [line["loss"] for line in metrics(run) if line["kind"] == "train"]
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    assert (run / "final").is_dir()
 
 
 def test_a_caption_that_anyone_called_bad_is_not_approved(reviewed, tmp_path):

@@ -90,7 +90,7 @@ def write_comparison(
     of_metric = MARGIN if margin is None or by == "people" else margin
     found = compare(loaded, metric, [chosen.split() for chosen in words], of_metric, outside, columns, kinds)
     if reviews:
-        add_people(found, loaded, reviews, by, margin if by == "people" else None)
+        add_people(found, loaded, reviews, by, margin if by == "people" else None, outside)
     size = write_report(output, loaded, found, outside)
     for path, text in ((csv, to_csv), (latex, to_latex), (json, to_json)):
         if path:

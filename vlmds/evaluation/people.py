@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmds.errors import InputError
 from vlmds.evaluation.agreement import preference_alpha, share_interval
-from vlmds.evaluation.evaluated_runs import Group, Run
+from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun
 from vlmds.evaluation.judged import (
     FEWEST_LABELLED,
     PairShares,
@@ -24,6 +24,7 @@ from vlmds.evaluation.judged import (
 from vlmds.evaluation.people_verdict import MARGIN, people_verdict
 from vlmds.evaluation.preferences import Comparisons, Preferences, connected, estimate_preferences
 from vlmds.evaluation.reviews import JUDGE, MARKS, Answer, Reviews, run_id
+from vlmds.evaluation.statistics import holm
 from vlmds.evaluation.verdict import pair_tests
 from vlmds.files import sha256_of
 
@@ -35,13 +36,14 @@ DISAGREEMENTS = 20
 
 @dataclass(frozen=True)
 class Reviewed:
-    """Reviews matched with the runs of a comparison. method_of: number of the experiment by run id. runs: by run id.
-    notes: what was left out."""
+    """Reviews matched with what is compared. names: of the experiments, of which there are ``trained``, then of the
+    outside models. method_of: number in names by run id. runs: by run id. notes: what was left out."""
 
     reviews: Reviews
-    groups: list[Group]
+    names: list[str]
+    trained: int
     method_of: dict[str, int]
-    runs: dict[str, Run]
+    runs: dict[str, Evaluated]
     notes: list[Note]
 
     def kept(self, answers: Sequence[Answer]) -> list[Answer]:
@@ -54,12 +56,13 @@ class Reviewed:
         return found
 
 
-def match(reviews: Reviews, groups: list[Group]) -> Reviewed:
-    """Raises InputError if the reviews are of none of the runs, or of only one experiment."""
+def match(reviews: Reviews, groups: Sequence[Group], outside: Sequence[OutsideRun] = ()) -> Reviewed:
+    """Raises InputError if the reviews are of fewer than two of the experiments and outside models."""
     planned = {run.id: run for run in reviews.plan.runs}
     method_of, runs, notes = {}, {}, list(reviews.warnings)
-    for number, group in enumerate(groups):
-        for run in group.runs:
+    evaluated: list[Sequence[Evaluated]] = [*(group.runs for group in groups), *([run] for run in outside)]
+    for number, own in enumerate(evaluated):
+        for run in own:
             folder = run.path / "evaluation" / run.metrics["folder"]
             found = run_id(sha256_of(folder / "predictions.jsonl"))
             if found in planned:
@@ -78,22 +81,23 @@ def match(reviews: Reviews, groups: list[Group]) -> Reviewed:
     if len({*method_of.values()}) < 2:
         raise InputError(
             f"--reviews {reviews.folder}: has reviews of {', '.join(run.name for run in planned.values())}, of which fewer "
-            "than two experiments are compared here, with the same predictions; compare those runs"
+            "than two experiments or models are compared here, with the same predictions; compare those runs"
         )
-    return Reviewed(reviews, groups, method_of, runs, notes)
+    names = [*(group.name for group in groups), *(run.name for run in outside)]
+    return Reviewed(reviews, names, len(groups), method_of, runs, notes)
 
 
 def people(
     reviewed: Reviewed, costs: Sequence[Any], metrics: Sequence[str], margin: float | None = None
 ) -> dict[str, Any]:
-    """All figures of people's and judges' answers.
+    """All figures of people's and judges' answers. The verdict is on the experiments alone.
 
     Args:
         costs: of the experiments; the smallest is the cheapest. metrics: that people are compared with, the deciding
             one first. margin: of :func:`vlmds.evaluation.people_verdict.people_verdict`.
     """
     answers = reviewed.kept(reviewed.reviews.people)
-    names = [group.name for group in reviewed.groups]
+    names, trained = reviewed.names, reviewed.trained
     fair = [answer for answer in answers if answer.chosen == "random"]
     notes = list(reviewed.notes)
     left_out = len(reviewed.reviews.people) - len(answers)
@@ -101,12 +105,17 @@ def people(
         notes.append(
             _note(f"{left_out} answers are about other runs", f"비교 대상이 아닌 실행에 대한 응답: {left_out}개.")
         )
-    numbers, found = None, None
-    if fair:
-        comparisons = as_comparisons(fair, reviewed.method_of)
-        numbers = connected(comparisons, len(names))
-        found = estimate_preferences(_renumbered(comparisons, numbers), len(numbers))
+    numbers, found = _estimated(fair, reviewed.method_of, len(names))
+    own_numbers, own = numbers, found
+    if trained < len(names):
+        of_runs = [a for a in fair if max(reviewed.method_of[a.left], reviewed.method_of[a.right]) < trained]
+        own_numbers, own = _estimated(of_runs, reviewed.method_of, trained)
+    if found is not None:
         notes += _reviewer_notes(found, fair)
+    verdict = None
+    if own is not None and own_numbers is not None:
+        allowed = MARGIN if margin is None else margin
+        verdict = people_verdict(own, [names[m] for m in own_numbers], [costs[m] for m in own_numbers], allowed)
     by_pair = pair_shares(fair, reviewed.method_of)
     return {
         "folder": str(reviewed.reviews.folder),
@@ -120,9 +129,8 @@ def people(
             for m, name in enumerate(names)
         ],
         "pairs": _pairs(found, numbers, names),
-        "verdict": None if found is None or numbers is None else people_verdict(
-            found, [names[m] for m in numbers], [costs[m] for m in numbers], MARGIN if margin is None else margin
-        ),
+        "verdict": verdict,
+        "adopt": _adopt(found, numbers, reviewed, verdict),
         "alpha": _alpha(answers, reviewed.method_of),
         "reviewer_sd": None if found is None or found.reviewers < 2 else found.reviewer_variance**0.5,
         "metrics": metric_agreement(reviewed, fair, metrics),
@@ -130,6 +138,41 @@ def people(
         "judges": judges(reviewed, by_pair, found, numbers),
         "notes": notes,
     }  # fmt: skip
+
+
+def _estimated(
+    answers: Sequence[Answer], method_of: dict[str, int], methods: int
+) -> tuple[np.ndarray | None, Preferences | None]:
+    """(numbers of the methods that the answers connect, their estimates); None without answers."""
+    if not answers:
+        return None, None
+    comparisons = as_comparisons(answers, method_of)
+    numbers = connected(comparisons, methods)
+    return numbers, estimate_preferences(_renumbered(comparisons, numbers), len(numbers))
+
+
+def _adopt(
+    found: Preferences | None, numbers: np.ndarray | None, reviewed: Reviewed, verdict: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """For each outside model how often people prefer the experiment that the verdict takes, or the best of the
+    experiments, to it: [{"name", "reference", "value", "low", "high", "p_holm"}], corrected for the outside models."""
+    if found is None or numbers is None:
+        return []
+    trained = [i for i, m in enumerate(numbers) if m < reviewed.trained]
+    others = [i for i, m in enumerate(numbers) if m >= reviewed.trained]
+    if not trained or not others:
+        return []
+    name = verdict and (verdict["chosen"] or verdict["best"])
+    reference = next(
+        (i for i in trained if reviewed.names[numbers[i]] == name), max(trained, key=lambda i: found.values[i])
+    )
+    wins = [found.win(reference, other) for other in others]
+    corrected = holm([win["p"] for win in wins])
+    return [
+        {"name": reviewed.names[numbers[other]], "reference": reviewed.names[numbers[reference]],
+         "value": win["value"], "low": win["low"], "high": win["high"], "p_holm": float(p)}
+        for other, win, p in zip(others, wins, corrected, strict=True)
+    ]  # fmt: skip
 
 
 def as_comparisons(answers: Sequence[Answer], method_of: dict[str, int]) -> Comparisons:
@@ -262,7 +305,7 @@ def judges(
     by_judge: dict[str, list[Answer]] = {}
     for answer in reviewed.kept(reviewed.reviews.judged):
         by_judge.setdefault(answer.reviewer, []).append(answer)
-    names = [group.name for group in reviewed.groups]
+    names = reviewed.names
     rows = []
     for reviewer, answers in sorted(by_judge.items()):
         bias = position_bias(answers)

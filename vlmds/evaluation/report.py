@@ -24,8 +24,7 @@ from vlmds.evaluation.evaluated_runs import Evaluated, Group, OutsideRun, Run, g
 from vlmds.evaluation.like_for_like import shown_value
 from vlmds.evaluation.metrics import CHARACTERS
 from vlmds.evaluation.next_steps import next_steps
-from vlmds.evaluation.people_report import headline, people_columns
-from vlmds.evaluation.people_verdict import people_sentences
+from vlmds.evaluation.people_report import headline, people_columns, people_said
 from vlmds.evaluation.reviews import MARK_NAMES
 from vlmds.evaluation.verdict import weakened
 from vlmds.experiments.schema import PROJECTORS
@@ -54,7 +53,7 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any], outsi
         plotly=plotly,
         found=found,
         sentences=headline(found),
-        people_said=people_sentences(found["people"]["verdict"]) if (found["people"] or {}).get("verdict") else [],
+        people_said=people_said(found["people"]) if found["people"] else [],
         marks=MARK_NAMES,
         weakened=weakened(found),
         adopt=adopt_sentence(found),
@@ -190,8 +189,7 @@ def to_csv(found: dict[str, Any]) -> str:
             *of_people,
         ]
     )
-    cells = [*cells, *([None] * len(of_people) for _ in range(len(all_rows(found)) - len(cells)))]
-    for row, answered in zip(all_rows(found), cells, strict=True):
+    for row in all_rows(found):
         writer.writerow(
             [
                 row["name"],
@@ -200,7 +198,7 @@ def to_csv(found: dict[str, Any]) -> str:
                 row["seeds"],
                 *(f"{row['metrics'][n][part]:.4f}" for n in names for part in ("value", "low", "high")),
                 *(row["cost"][key] for key in COST),
-                *answered,
+                *cells.get(row["name"], ()),
             ]
         )
     return file.getvalue()
