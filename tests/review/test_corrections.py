@@ -16,6 +16,7 @@ from vlmds.packing.pack import pack
 from vlmds.review.choose import Choice
 from vlmds.review.corrections import write_manifest, write_preferences
 from vlmds.review.folder import open_reviews
+from vlmds.runs.folder import final_artifact
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_corrected_captions_are_trained_on(reviewed, videos, shards, models, tmp
     train(0, *arguments(models, data, run, "stages.0.steps=2", "stages.1.steps=1", "data.max_caption_tokens=64"))
     losses = [line["loss"] for line in metrics(run) if line["kind"] == "train"]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
-    assert (run / "final").is_dir()
+    assert final_artifact(run).is_dir()
 
 
 def test_a_caption_that_anyone_called_bad_is_not_approved(reviewed, tmp_path):
