@@ -40,6 +40,24 @@ def write_video(
     return Path(path)
 
 
+def scene(seed: int, frames: int = 20, width: int = 160, height: int = 96) -> np.ndarray:
+    """A random picture that moves slowly to the left: uint8 [frames, height, width, 3]. Scenes of two seeds are unrelated."""
+    noise = np.random.default_rng(seed).integers(0, 255, (10, 20, 3), np.uint8)
+    wide = np.asarray(Image.fromarray(noise).resize((width * 5 // 4, height), Image.Resampling.BICUBIC))
+    return np.stack([wide[:, i * width // (4 * frames) :][:, :width] for i in range(frames)])
+
+
+def write_frames(path: Path, frames: np.ndarray, crf: int = 18) -> Path:
+    """Encode uint8 [F, H, W, 3] as H.264, 10 frames a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+    return Path(path)
+
+
 def cut_video(source: Path, path: Path, start: float) -> Path:
     """Cut by copying packets, as `ffmpeg -ss START -c copy` does: the result has an edit list."""
     with av.open(str(source)) as old, av.open(str(path), "w") as new:

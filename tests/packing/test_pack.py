@@ -71,6 +71,7 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_folder(tmp_path, v
         "duplicates.jsonl",
         "index.parquet",
         "ledger.jsonl",
+        "near_duplicates.jsonl",
         *(f"train/{i:06d}.{ext}" for i in range(3) for ext in ("json", "tar")),
         "val/000000.json",
         "val/000000.tar",

@@ -145,6 +145,7 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
     """Print the dataset's size, the rejected rows with their reasons, and the notes."""
     from vlmds.data.coverage import coverage_lines
     from vlmds.data.index import ShardIndex
+    from vlmds.packing.near_duplicates import near_duplicate_lines
 
     counts = ", ".join(f"{split} {count:,}" for split, count in summary.counts.items())
     print(
@@ -152,7 +153,7 @@ def _report(args: argparse.Namespace, summary: PackSummary) -> None:
         f"{counted(summary.shards, 'shard')}, "
         f"{size_text(summary.bytes)}, in {summary.seconds:.1f} s: {args.out}"
     )
-    for line in coverage_lines([ShardIndex.open(args.out)]):
+    for line in [*coverage_lines([ShardIndex.open(args.out)]), *near_duplicate_lines(args.out)]:
         print(line)
     if not args.no_report:
         from vlmds.packing.report import write_report

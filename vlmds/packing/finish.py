@@ -17,6 +17,7 @@ from vlmds.data.index import FORMAT, SCHEMA, VERSIONS, footer_sha256
 from vlmds.errors import InputError
 from vlmds.files import is_url, replacing, sha256_of, temporary_owner, write
 from vlmds.packing.manifest import Known, Manifest, ManifestRow, Reject
+from vlmds.packing.near_duplicates import Found, Hashed
 from vlmds.packing.shards import MARKERS, Shard, json_line, read_marker
 from vlmds.packing.video_facts import PLANS
 
@@ -112,16 +113,17 @@ class Base:
 @dataclass(frozen=True)
 class Finished:
     """The files that `finish_dataset` wrote. rejects: the whole ledger. counts: samples per split.
-    bytes: of all shards. duplicates: groups of keys whose content is the same."""
+    bytes: of all shards. duplicates: groups of keys whose content is the same. near: near-duplicates."""
 
     rejects: list[Reject]
     counts: dict[str, int]
     bytes: int
     duplicates: list[list[str]]
+    near: Found
 
 
 def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], described: dict[str, Any]) -> Finished:
-    """Write ledger, index, duplicates.jsonl and dataset.json from the shards' markers.
+    """Write ledger, index, both lists of duplicates and dataset.json from the shards' markers.
 
     shards: all of the dataset, each finished. unusable: rejects of rows that are in no shard.
     described: dataset.json's record of the store, besides counts and hashes.
@@ -129,6 +131,7 @@ def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], descr
     """
     rejects, entries = list(unusable), []
     content: dict[tuple, list[str]] = defaultdict(list)
+    hashed = Hashed()
     planned: Counter[str] = Counter()
     shards = sorted(shards, key=lambda shard: (shard.split, shard.number))
 
@@ -144,6 +147,7 @@ def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], descr
             for row in marker["rows"]:
                 if row.get("content"):
                     content[tuple(row["content"])].append(row["key"])
+                hashed.add(shard.split, row)
             yield marker["rows"]
 
     index = out / "index.parquet"
@@ -165,13 +169,14 @@ def finish_dataset(out: Path, shards: list[Shard], unusable: list[Reject], descr
         write(out / "ledger.jsonl", b"".join(json_line(asdict(reject)) for reject in rejects))
         duplicates = [keys for keys in content.values() if len(keys) > 1]
         write(out / "duplicates.jsonl", b"".join(json_line(keys) for keys in duplicates))
+        near = hashed.write(out)
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry["split"]] += entry["count"]
-    described |= {"counts": dict(counts), "rejected": len(rejects), "shards": entries}
+    described |= {"counts": dict(counts), "rejected": len(rejects), "near_duplicates": asdict(near), "shards": entries}
     write(out / "dataset.json", json_line({"format": FORMAT, "version": VERSIONS[described["store"]], **described}))
     remove_leftovers(out)
-    return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates)
+    return Finished(rejects, dict(counts), sum(entry["bytes"] for entry in entries), duplicates, near)
 
 
 def remove_leftovers(out: Path) -> None:

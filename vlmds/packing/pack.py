@@ -34,7 +34,8 @@ from vlmds.video.fit import fit_of
 @dataclass(frozen=True)
 class PackSummary:
     """The result of `pack`. rejected: rows by the fixed phrase their reason starts with. duplicates:
-    groups of samples with the same content. known: rows that --append found packed or rejected
+    groups of samples with the same content. near_duplicates: pairs of source videos that look the
+    same; leaks: those of them in train and another split. known: rows that --append found packed or rejected
     already. finished: false for one task of several. notes: lines for the user."""
 
     counts: dict[str, int]
@@ -45,6 +46,8 @@ class PackSummary:
     bytes: int
     seconds: float
     duplicates: int = 0
+    near_duplicates: int = 0
+    leaks: int = 0
     known: int = 0
     finished: bool = True
     notes: tuple[str, ...] = ()
@@ -149,6 +152,8 @@ def _summary(plan: PackPlan, done: Finished, kept: int, seconds: float, cut: Cut
         done.bytes,
         seconds,
         len(done.duplicates),
+        done.near.pairs,
+        done.near.leaks,
         plan.known,
         notes=(*plan.notes, *cut.notes()),
     )

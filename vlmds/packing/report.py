@@ -27,6 +27,7 @@ from vlmds.data.stored import decode_stored, pixels_of, read_description, read_j
 from vlmds.errors import SampleError
 from vlmds.files import write
 from vlmds.packing.korean import REASONS
+from vlmds.packing.near_duplicates import near_duplicate_lines
 from vlmds.pages.render import Text, policy, render, source
 from vlmds.video.fit import fit_of
 from vlmds.video.jpeg import data_uri
@@ -145,6 +146,7 @@ def write_report(out: Path) -> Path:
         rejects=categories("", reasons, most=len(reasons) or 1, korean=REASONS).bars,
         rejected=index.meta["rejected"],
         unseen={"en": coverage_lines([index]), "ko": coverage_lines([index], korean=True)},
+        near={"en": near_duplicate_lines(out), "ko": near_duplicate_lines(out, korean=True)},
         korean=KOREAN,
         clips=_contact_sheet(index),
         total=total,

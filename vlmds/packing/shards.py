@@ -177,6 +177,7 @@ def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Vi
     decoder = facts.pop("decoder")  # this machine's choice, not a property of the video
     timestamps, timing = facts.pop("timestamps", None), facts.pop("timing", None)
     facts.pop("still", None)  # of the store that is converted
+    hashes = facts.pop("frame_hashes", None)
     # A file that was cut has a span of its own.
     start, end = facts.pop("start", row.start), facts.pop("end", row.end)
     optional: dict[str, Any] = {
@@ -209,6 +210,7 @@ def _write_sample(writer: "TarWriter", shard: Shard, row: ManifestRow, reply: Vi
         "end": end,
         "status": "ok",
         "content": content and [content, row.start, row.end],
+        **({} if hashes is None else {"source": row.source, "frame_hashes": hashes}),
     }
 
 

@@ -14,6 +14,7 @@ from vlmds.files import driver_advice, is_url
 from vlmds.video import repair
 from vlmds.video.decode import decode_decord, decode_frames
 from vlmds.video.fit import FIT, resize_frames
+from vlmds.video.frame_hash import hash_frames
 from vlmds.video.frame_table import FrameTable
 from vlmds.video.jpeg import encode_jpegs
 from vlmds.video.probe import VideoInfo, probe
@@ -76,7 +77,8 @@ def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float
     if request.store == "facts":
         return VideoReply(facts=_facts(info))
     if request.store == "pixels":
-        return VideoReply(None, _facts(info), {"rgb": _images(request, data, info).tobytes()})
+        images = resize_frames(_frames(request, data, info), request.image_size, request.fit)
+        return VideoReply(None, _facts(info), {"rgb": images.tobytes()})
     content = hashlib.sha256(data).hexdigest()  # of what came in, to find duplicates
     if request.store == "video":
         reply = _kept_video(request, data, info, more_time)
@@ -85,21 +87,21 @@ def prepare_video(request: VideoRequest, data: bytes, more_time: Callable[[float
 
     request = replace(request, num_frames=kept_frames(info.frames, request.num_frames))
     picks = pick(info, request.num_frames, request.start, request.end)
-    images = _images(request, data, info)
+    frames = _frames(request, data, info)
     facts = (
         _facts(info)
-        | {"content": content}
+        | {"content": content, "frame_hashes": hash_frames(frames)}
         | {"decoder": "pyav", "timestamps": [round(float(t), 6) for t in info.pts[picks]]}
     )
     assert request.quality is not None
+    images = resize_frames(frames, request.image_size, request.fit)
     return VideoReply(None, facts, encode_jpegs(images, request.quality))
 
 
-def _images(request: VideoRequest, data: bytes, info: VideoInfo) -> np.ndarray:
-    """uint8 [num_frames, 3, size, size]"""
+def _frames(request: VideoRequest, data: bytes, info: VideoInfo) -> np.ndarray:
+    """uint8 [num_frames, H, W, 3]"""
     # PyAV: it reports damage that decord ignores.
-    frames = decode_frames(data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
-    return resize_frames(frames, request.image_size, request.fit)
+    return decode_frames(data, replace(info, decoder="pyav"), request.num_frames, request.start, request.end)
 
 
 def _kept_video(
@@ -119,7 +121,9 @@ def _kept_video(
         facts = {"repair": repaired.facts, "start": repaired.start, "end": repaired.end}
     facts |= _facts(info) | {"timing": info.timing()}
     if request.verify:
-        facts["decoder"] = _verified_decoder(data, info, span)
+        frames = decode_frames(data, replace(info, decoder="pyav"), *span)
+        facts["frame_hashes"] = hash_frames(frames)
+        facts["decoder"] = _verified_decoder(data, info, span, frames)
     return VideoReply(None, facts, {extension: data})
 
 
@@ -152,9 +156,8 @@ def read_frames(data: bytes, request: FramesRequest) -> VideoReply:
     return VideoReply(members={"rgb": resize_frames(frames, request.image_size, request.fit).tobytes()})
 
 
-def _verified_decoder(data: bytes, info: VideoInfo, span: tuple) -> str:
-    """Decode the sampled frames, and keep decord only if it gives the same ones as PyAV."""
-    frames = decode_frames(data, replace(info, decoder="pyav"), *span)
+def _verified_decoder(data: bytes, info: VideoInfo, span: tuple, frames: np.ndarray) -> str:
+    """decord only if it gives the same frames of the span as PyAV, which gave `frames`."""
     if info.decoder == "pyav":
         return "pyav"
     try:
