@@ -141,7 +141,7 @@ def described(hashes: np.ndarray) -> str:
     return "".join(f"{int(value):016x}" for value in hashes)
 
 
-def test_planted_copies_are_found_among_many():
+def test_planted_copies_are_found_among_many(monkeypatch):
     rng, hashed = np.random.default_rng(1), Hashed()
     clips = random_hashes(8 * 5000).reshape(-1, 8)
     for i, hashes in enumerate(clips):
@@ -156,6 +156,9 @@ def test_planted_copies_are_found_among_many():
     found, complete = hashed.find()
     assert complete and {pair.samples for pair in found} == {(f"train/{i}", f"val/{i}") for i in range(0, 5000, 50)}
     assert all(pair.leak and 0 < pair.distance <= 3 for pair in found)
+    monkeypatch.setattr(near_duplicates, "SLICE", 999)
+    monkeypatch.setattr(near_duplicates, "CHUNK", 7)
+    assert hashed.find() == (found, True)
 
 
 def test_a_frame_that_all_clips_share_makes_no_pair_and_no_quadratic_search():
@@ -172,7 +175,7 @@ def test_a_frame_that_all_clips_share_makes_no_pair_and_no_quadratic_search():
 
 
 def test_a_search_that_is_ended_early_says_so(monkeypatch, clips, tmp_path):
-    monkeypatch.setattr(near_duplicates, "MOST_CANDIDATES", 1)
+    monkeypatch.setattr(near_duplicates, "MOST_CANDIDATES", 0)
     pack(clips / "m.jsonl", tmp_path, **FAST)
     assert "at least" in near_duplicate_lines(tmp_path)[0] and "이상" in near_duplicate_lines(tmp_path, korean=True)[0]
 

@@ -30,7 +30,7 @@ by `python -m tests.manual.near_duplicates`; docs/packing.md has the rates."""
 BANDS, BAND_BITS = 7, 9
 NEIGHBOURS = 16  # frames with the same band that a frame is compared with: those with the nearest following bits
 MOST_CANDIDATES = 20_000_000
-CHUNK = 1 << 14  # pairs that are compared at once
+SLICE, CHUNK = 1 << 20, 1 << 14  # hashes, and pairs of samples, that are compared at once
 
 
 @dataclass(frozen=True)
@@ -132,24 +132,27 @@ def candidates(
     order = order[~np.concatenate([np.zeros(min(len(order), 1), bool), again])]
     hashes, sample = hashes[order], sample[order]
     total = int(sample.max(initial=0)) + 1
-    found, complete = np.empty(0, np.int64), True
+    found, waiting = [np.empty(0, np.int64)], 0
     for band in range(BANDS):
         # Bit 0, of the brightness, is always 0.
-        shift = np.uint64(1 + band * BAND_BITS)
-        turned = (hashes >> shift) | (hashes << (np.uint64(64) - shift))
-        turned = (turned << np.uint64(64 - BAND_BITS)) | (turned >> np.uint64(BAND_BITS))  # the band comes first
+        first = np.uint64(1 + band * BAND_BITS)
+        turned = (hashes >> first) | (hashes << (np.uint64(64) - first))  # the band has the lowest bits
+        turned = (turned << np.uint64(64 - BAND_BITS)) | (turned >> np.uint64(BAND_BITS))  # … the highest
         places = np.argsort(turned, kind="stable")
-        key = (turned >> np.uint64(64 - BAND_BITS))[places]
-        for one, other in _neighbours(key):
+        for one, other in _neighbours((turned >> np.uint64(64 - BAND_BITS))[places]):
             one, other = places[one], places[other]
             near = bits(hashes[one] ^ hashes[other]) <= ALIKE
             a, b = sample[one[near]], sample[other[near]]
             different = source[group[a]] != source[group[b]]
             a, b = a[different], b[different]
-            found = np.union1d(found, np.minimum(a, b) * total + np.maximum(a, b))
-            if len(found) > MOST_CANDIDATES:
-                return found // total, found % total, False
-    return found // total, found % total, complete
+            found.append(np.minimum(a, b) * total + np.maximum(a, b))
+            waiting += len(a)
+            if waiting > MOST_CANDIDATES:
+                found, waiting = [np.unique(np.concatenate(found))], 0
+                if len(found[0]) > MOST_CANDIDATES:
+                    return found[0] // total, found[0] % total, False
+    codes = np.unique(np.concatenate(found))
+    return codes // total, codes % total, True
 
 
 def distances(one: np.ndarray, counts: np.ndarray, other: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -168,14 +171,15 @@ def distances(one: np.ndarray, counts: np.ndarray, other: np.ndarray, others: np
 
 
 def _neighbours(key: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places of pairs in the sorted `key` [H] that have the same, at most NEIGHBOURS apart, by their distance."""
-    one = np.arange(len(key))
-    for step in range(1, NEIGHBOURS + 1):
-        one = one[one + step < len(key)]
-        one = one[key[one] == key[one + step]]
-        if not len(one):
-            return
-        yield one, one + step
+    """Places of pairs in the sorted `key` [H] that have the same, at most NEIGHBOURS apart; at most SLICE at once."""
+    for begin in range(0, len(key), SLICE):
+        one = np.arange(begin, min(begin + SLICE, len(key)))
+        for step in range(1, NEIGHBOURS + 1):
+            one = one[one + step < len(key)]
+            one = one[key[one] == key[one + step]]
+            if not len(one):
+                break
+            yield one, one + step
 
 
 def near_duplicate_lines(out: Path, *, korean: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 FRAMES = 8
 """Most frames of a clip that are hashed."""
 SIDE, LOW = 32, 8  # of the small picture; coefficients in each direction
-COARSE = 128  # pixels that a frame is first thinned out to: averaging all of a large one takes longer
+COARSE = 64  # pixels that the shorter side is thinned out to, at least: averaging all of a large frame takes longer
 FIRM = 8.0
 """Grey levels x SIDE that a coefficient has at least if its sign means something: compression and scaling change it by less."""
 FIRM_COEFFICIENTS = 21
