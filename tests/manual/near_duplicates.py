@@ -3,7 +3,7 @@
     python -m tests.manual.near_duplicates [VIDEO …]
 
 Makes clips (panned textures with the spectrum of photographs, with objects that move), changed copies of
-each, and compares all by the hashes of packing. With VIDEO also 3-second clips of these. Prints for each
+each, and compares all by the hashes of packing. With VIDEO also 2-second clips of these. Prints for each
 change and each threshold the share of copies that are missed, and for unrelated clips the share of pairs
 that would be reported. Takes minutes.
 """
@@ -24,7 +24,7 @@ from vlmds.video.decode import decode_frames
 from vlmds.video.frame_hash import FRAMES, hash_frames, read_hashes
 from vlmds.video.probe import probe
 
-CLIPS, FPS, SECONDS, SIZE = 120, 15, 3, (180, 320)
+CLIPS, FPS, SECONDS, SIZE = 60, 15, 2, (180, 320)
 THRESHOLDS = (4, 6, 8, 10, 12, 14, 16, 18)
 
 
@@ -104,7 +104,7 @@ def scene(seed: int, background: int | None = None) -> np.ndarray:
 
 
 def clips_of(video: str) -> list[np.ndarray]:
-    """Spans of a video, three seconds each, at most 480 pixels wide."""
+    """Spans of a video, two seconds each, at most 480 pixels wide."""
     info = probe(video)
     clips = []
     for start in islice(np.arange(0, info.duration - SECONDS, 2 * SECONDS), 4):

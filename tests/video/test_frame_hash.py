@@ -40,10 +40,17 @@ def test_the_distance_is_that_to_the_nearer_of_picture_and_mirror():
 def test_frames_that_show_nothing_have_no_hash(level):
     noise = np.random.default_rng(level).integers(-3, 4, (180, 320, 3))
     dark = np.clip(level + noise, 0, 255).astype(np.uint8)
-    gradient = np.repeat(np.linspace(0, level, 320)[None, :, None], 180, 0).repeat(3, 2).astype(np.uint8)
+    gradient = np.repeat(np.linspace(0, level, 320)[None, :, None], 320, 0).repeat(3, 2).astype(np.uint8)
     for frame in (np.full((180, 320, 3), level, np.uint8), dark, gradient, gradient.transpose(1, 0, 2)):
         assert frame_hash(frame) is None
     assert hash_frames(np.stack([dark, dark])) == ""
+
+
+def test_a_shape_on_a_plain_ground_has_no_hash():
+    """It would have that of any other shape at its place."""
+    frame = np.full((96, 96, 3), 30, np.uint8)
+    frame[20:50, 40:75] = (240, 220, 40)
+    assert frame_hash(frame) is None
 
 
 def test_a_clip_has_each_hash_once_and_at_most_eight():

@@ -16,6 +16,9 @@ FIRM = 8.0
 """Grey levels x SIDE that a coefficient has at least if its sign means something: compression and scaling change it by less."""
 FIRM_COEFFICIENTS = 21
 """A frame with fewer firm coefficients (black, uniform, a plain gradient) has no hash."""
+EDGE, EDGES = 8, 0.2
+"""A frame has no hash either unless this share of the cells of the small picture differ by EDGE grey levels from the next
+one. The signs of a shape on a plain ground say only where it is: unrelated drawings would share them."""
 
 _STEPS = (2 * np.arange(SIDE) + 1) * np.arange(LOW)[:, None]
 # In whole numbers, so that every machine gets the same signs.
@@ -32,7 +35,7 @@ _PAIRS, _FOURS, _BYTES = (np.uint64(mask) * _EACH for mask in (0x55, 0x33, 0x0F)
 def hash_frames(frames: np.ndarray) -> str:
     """The different hashes of at most FRAMES frames, evenly chosen: 16 hexadecimal digits each.
 
-    frames: uint8 [F, H, W, 3], RGB. Empty if no frame shows enough (see FIRM_COEFFICIENTS).
+    frames: uint8 [F, H, W, 3], RGB. Empty if no frame shows enough (see FIRM_COEFFICIENTS, EDGES).
     """
     chosen = np.unique(np.linspace(0, len(frames) - 1, FRAMES).round().astype(int))
     found = (frame_hash(frames[i]) for i in chosen)
@@ -53,6 +56,9 @@ def frame_hash(frame: np.ndarray) -> int | None:
     step = max(1, min(frame.shape[:2]) // COARSE)
     small = Image.fromarray(np.ascontiguousarray(frame[::step, ::step])).convert("L")
     grey = np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BOX), np.int64)
+    steps = np.maximum(np.abs(np.diff(grey, axis=0))[:, :-1], np.abs(np.diff(grey, axis=1))[:-1])
+    if (steps >= EDGE).mean() < EDGES:
+        return None
     waves = _BASIS @ grey @ _BASIS.T
     waves[0, 0] = 0  # the brightness
     if np.count_nonzero(np.abs(waves) >= FIRM * _SCALE**2) < FIRM_COEFFICIENTS:
