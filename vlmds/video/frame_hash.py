@@ -17,8 +17,8 @@ FIRM = 8.0
 FIRM_COEFFICIENTS = 21
 """A frame with fewer firm coefficients (black, uniform, a plain gradient) has no hash."""
 EDGE, EDGES = 8, 0.2
-"""A frame has no hash either unless this share of the cells of the small picture differ by EDGE grey levels from the next
-one. The signs of a shape on a plain ground say only where it is: unrelated drawings would share them."""
+"""A frame has no hash either unless this share of the small picture's cells differ by EDGE grey levels from the
+next one. The signs of a shape on a plain ground say only where it is: unrelated drawings would share them."""
 
 _STEPS = (2 * np.arange(SIDE) + 1) * np.arange(LOW)[:, None]
 # In whole numbers, so that every machine gets the same signs.
