@@ -41,7 +41,7 @@ def write_video(
 
 
 def scene(seed: int, frames: int = 20, width: int = 160, height: int = 96) -> np.ndarray:
-    """A random picture that moves slowly to the left: uint8 [frames, height, width, 3]. Scenes of two seeds are unrelated."""
+    """A random picture that moves slowly to the left, another for each seed: uint8 [frames, height, width, 3]."""
     noise = np.random.default_rng(seed).integers(0, 255, (10, 20, 3), np.uint8)
     wide = np.asarray(Image.fromarray(noise).resize((width * 5 // 4, height), Image.Resampling.BICUBIC))
     return np.stack([wide[:, i * width // (4 * frames) :][:, :width] for i in range(frames)])

@@ -1,8 +1,8 @@
 """Near-duplicates: samples of different source videos whose frames look the same, as in a copy of another
 encoding, size or length. Those in train and in another split at once are leaks.
 
-Hashes of frames (`vlmds.video.frame_hash`) are in the shards' markers. Hashes are sorted by each of seven
-bands of their bits, and compared with the next few alone, so the time grows as N log N (the sorted-neighbourhood method).
+Hashes of frames (`vlmds.video.frame_hash`) are in the shards' markers. They are sorted by each of seven bands of
+their bits and compared with the next few alone (the sorted-neighbourhood method): the time grows as N log N.
 """
 
 import json
@@ -35,7 +35,8 @@ SLICE, CHUNK = 1 << 20, 1 << 14  # hashes, and pairs of samples, that are compar
 
 @dataclass(frozen=True)
 class NearDuplicate:
-    """Two sources that look alike. samples: "split/key" of the nearest two. distance: of their hashes (bits). leak: one of them is in train, the other is not."""
+    """Two sources that look alike. samples: "split/key" of the nearest two. distance: of their hashes (bits). leak:
+    one of them is in train, the other is not."""
 
     samples: tuple[str, str]
     sources: tuple[str, str]
@@ -45,8 +46,8 @@ class NearDuplicate:
 
 @dataclass(frozen=True)
 class Found:
-    """The counts of a search, as dataset.json has them. pairs: of sources. compared: samples. plain: samples whose frames
-    show too little for a comparison. unhashed: samples without hashes. complete: false if the search ended early."""
+    """The counts of a search, as dataset.json has them. pairs: of sources. compared: samples. plain: samples whose
+    frames show too little for a comparison. unhashed: samples without hashes. complete: false if the search ended early."""
 
     pairs: int
     leaks: int

@@ -13,7 +13,7 @@ FRAMES = 8
 SIDE, LOW = 32, 8  # of the small picture; coefficients in each direction
 COARSE = 64  # pixels that the shorter side is thinned out to, at least: averaging all of a large frame takes longer
 FIRM = 8.0
-"""Grey levels x SIDE that a coefficient has at least if its sign means something: compression and scaling change it by less."""
+"""Grey levels x SIDE that a coefficient has at least if its sign means something: compression changes it by less."""
 FIRM_COEFFICIENTS = 21
 """A frame with fewer firm coefficients (black, uniform, a plain gradient) has no hash."""
 EDGE, EDGES = 8, 0.2
