@@ -47,7 +47,8 @@ class NearDuplicate:
 @dataclass(frozen=True)
 class Found:
     """The counts of a search, as dataset.json has them. pairs: of sources. compared: samples. plain: samples whose
-    frames show too little for a comparison. unhashed: samples without hashes. complete: false if the search ended early."""
+    frames show too little for a comparison. unhashed: samples without hashes. complete: false if the search ended
+    early."""
 
     pairs: int
     leaks: int
