@@ -91,7 +91,7 @@ def test_people_and_judges_are_in_all_outputs(runs, reviews, tmp_path, capsys):
     assert compared(runs, reviews, tmp_path, *files) == 0
     out = capsys.readouterr().out
     assert "240 answers by 2 reviewers (민수, 지영)" in out and "Krippendorff's alpha" in out
-    assert "judge first: 160 pairs drawn at random; the same answer in both orders for 0 of 160 pairs; set aside" in out
+    assert "judge first: 160 pairs drawn at random; the same answer in both orders for 0 of 160 pairs; not used" in out
     assert "By people, take e7" in out and "corrected with people's answers about 120 of its pairs" in out
     found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["people"]
     wins = {row["name"]: row["win"] for row in found["table"]}

@@ -61,9 +61,9 @@ def test_a_judge_that_always_takes_the_first_is_reported(runs, tmp_path, capsys)
     with serving(lambda request, number: chose("first")) as server:
         assert judged(server, runs, tmp_path, "--pairs", "25") == 0
     printed = capsys.readouterr()
-    assert "0 of 25 pairs; twice the first place 25" in printed.out and "follows the place" in printed.err
+    assert "0 of 25 pairs; twice the first place 25" in printed.out and "prefers a position" in printed.err
     assert main(["compare", *runs, "--reviews", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 0
-    assert "set aside" in capsys.readouterr().out
+    assert "not used" in capsys.readouterr().out
 
 
 def test_the_same_command_asks_only_what_is_missing(runs, tmp_path, capsys):

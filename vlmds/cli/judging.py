@@ -64,7 +64,7 @@ def judge(args: argparse.Namespace) -> int:
     )
     if bias.biased:
         print(
-            f"WARNING: judge {files.name} follows the place, not the caption: vlmds compare sets its verdicts aside",
+            f"WARNING: judge {files.name} prefers a position, not a caption: vlmds compare does not use its answers",
             file=sys.stderr,
         )
     print(f"saved: {files.answers}\nnext: vlmds compare RUN… --reviews {folder}")

@@ -355,7 +355,7 @@ def _state(row: dict[str, Any]) -> Note:
     if row["biased"]:
         places = f"{row['first']} / {row['second']}"
         return _note(
-            f"set aside: it follows the place, not the caption (the first place in both orders / the second: {places} of "
+            f"not used: it prefers a position, not a caption (the first in both orders / the second: {places} of "
             f"{row['seen']} pairs)",
             f"제외: 캡션이 아니라 위치에 따라 답합니다(두 순서 모두 첫째 / 둘째: {row['seen']}쌍 중 {places}).",
         )
@@ -385,8 +385,8 @@ def _reviewer_notes(found: Preferences, answers: Sequence[Answer]) -> list[Note]
     if found.reviewers <= 3:
         return [
             _note(
-                f"{found.reviewers} reviewers: the variance between them is in the intervals, but is known roughly "
-                f"({found.reviewer_df} degrees of freedom). It says how far these people differ, little about others.",
+                f"{found.reviewers} reviewers: the variance between them is in the intervals, but only roughly known "
+                f"({found.reviewer_df} degrees of freedom). It says how much these people differ, little about others.",
                 f"평가자 {found.reviewers}명: 신뢰구간에 평가자 간 분산을 포함했으나 추정이 대략적입니다(자유도 "
                 f"{found.reviewer_df}). 이 평가자들의 차이는 알 수 있지만 다른 사람에게 일반화하기는 어렵습니다.",
             )
