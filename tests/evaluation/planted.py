@@ -107,9 +107,9 @@ def plant(
     return folder
 
 
-def planted_outside(folder: Path, made: Path, **how) -> Path:
+def planted_outside(folder: Path, made: Path, seed: int = 99, **how) -> Path:
     """An outside evaluation with planted scores; made: a folder for a run that is not kept."""
-    plant(made, "e1", 99, **how)
+    plant(made, "e1", seed, **how)
     shutil.move(made / "evaluation", folder / "evaluation")
     path = folder / "evaluation" / "val" / "metrics.json"
     metrics = json.loads(path.read_text())

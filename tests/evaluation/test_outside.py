@@ -143,10 +143,57 @@ def test_build_or_adopt_is_answered_and_does_not_change_the_verdict(tmp_path, va
     assert r"ready & -- & --" in to_latex(found)
 
 
-def test_outside_evaluations_alone_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("values", "clips", "margin", "said"),
+    [
+        ((40, 50, 60), 80, "3%", "Take model60: it has the highest cider_d@char (6"),
+        (
+            (60, 60.1, 40),
+            200,
+            "5%",
+            "is shown to be at most 5% below the best, whichever that is. Statistically tied with",
+        ),
+        ((60, 60.1, 40), 80, "0.1%", "Not decidable with this data: no model is shown to be within 0.1% of the best."),
+        ((40, 50, 60), 30, "3%", "No winner is named: 30 videos are too few (50 at least). model60 has the highest"),
+        ((40,), 80, "3%", "One model only: model40, cider_d@char "),
+    ],
+    ids=["worse", "within the margin", "open", "few", "one"],
+)
+def test_outside_models_alone_are_compared(tmp_path, capsys, values, clips, margin, said):
+    paths = [
+        planted_outside(tmp_path / f"model{value}", tmp_path / "made", seed, clips=clips, value=value)
+        for seed, value in enumerate(values)
+    ]
+    page, table, figures = (tmp_path / f"report.{kind}" for kind in ("html", "csv", "json"))
+    words = ["-o", str(page), "--csv", str(table), "--json", str(figures), "--margin", margin, "--errors"]
+    assert (
+        main(["compare", *map(str, paths), *words, "--words", "왼쪽으로 오른쪽으로"]) == 2
+    )  # as no reference has them
+    assert "no reference has any of them" in capsys.readouterr().err
+    assert main(["compare", *map(str, paths), *words]) == 0
+    shown = capsys.readouterr().out
+    assert said in shown and "seed" not in shown and "experiment" not in shown
+    assert (len(values) == 1) or "whether to build or adopt needs a run of vlmds" in shown
+    text = page.read_text(encoding="utf-8")
+    assert all(f"org/model{value}" in text for value in values)
+    assert "외부 모델 비교" in text and ">None<" not in text
+    assert "실험" not in text[text.index("<main>") : text.index("</main>")]
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert [row[0] for row in rows[1:]] == [f"model{value}" for value in values]
+    found = json.loads(figures.read_text())
+    assert len(found["pairs"]) == len(values) * (len(values) - 1) // 2 and found["adopt"] is None
+    assert all(
+        cell["low"] < cell["value"] < cell["high"]
+        for row in found["table"]
+        for cell in [row["metrics"]["cider_d@char"]]
+    )
+    assert all(pair["low"] <= pair["gap"] <= pair["high"] for pair in found["pairs"])
+
+
+def test_reviews_need_a_run(tmp_path, capsys):
     folder = planted_outside(tmp_path / "ready", tmp_path / "made")
-    assert main(["compare", str(folder), "-o", str(tmp_path / "report.html")]) == 2
-    assert "no run of vlmds" in capsys.readouterr().err
+    assert main(["compare", str(folder), "--reviews", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 2
+    assert "--reviews: none of the folders is a run of vlmds" in capsys.readouterr().err
 
 
 def test_an_outside_model_has_no_variance_of_seeds():

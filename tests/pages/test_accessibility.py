@@ -5,12 +5,12 @@ import pytest
 from tests.browser import VIEWS, axe_violations, open_browser, see_charts, set_view
 from tests.clips import write_manifest, write_video
 from tests.evaluation.opinions import answers_of
-from tests.evaluation.planted import plant
-from tests.evaluation.test_outside import planted_outside
+from tests.evaluation.planted import plant, planted_outside
 from tests.evaluation.test_people import CLIPS, EXPS, planned, strengths, write_reviews
 from vlmds.evaluation.compare import compare
 from vlmds.evaluation.cost import COST
 from vlmds.evaluation.evaluated_runs import load_evaluated, load_run
+from vlmds.evaluation.outside_only import compare_outside
 from vlmds.evaluation.people_report import add_people
 from vlmds.evaluation.report import write_report
 from vlmds.packing import report as packing_report
@@ -64,6 +64,18 @@ def people(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """Of outside models alone."""
+    folder = tmp_path_factory.mktemp("outside")
+    paths = [
+        planted_outside(folder / f"model-{n}", folder / "made", n, clips=CLIPS, value=40.0 + 8 * n) for n in range(3)
+    ]
+    _, models = load_evaluated(paths)
+    write_report(folder / "report.html", [], compare_outside(models), models)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
 def packing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packing")
     for i in range(3):
@@ -88,7 +100,7 @@ def show(browser, page, width, theme, language):
     browser.execute_async_script(OPEN)
 
 
-@pytest.mark.parametrize("report", ["comparison", "people", "packing"])
+@pytest.mark.parametrize("report", ["comparison", "people", "outside", "packing"])
 def test_a_report_is_accessible(report, request, browser):
     page = request.getfixturevalue(report)
     for view in VIEWS:
@@ -96,7 +108,7 @@ def test_a_report_is_accessible(report, request, browser):
         assert axe_violations(browser, (".clip:nth-child(n + 4)",)) == [], view
 
 
-@pytest.mark.parametrize("report", ["comparison", "people", "packing"])
+@pytest.mark.parametrize("report", ["comparison", "people", "outside", "packing"])
 def test_a_report_fits_a_phone_and_follows_the_switches(report, request, browser):
     page = request.getfixturevalue(report)
     backgrounds = {}

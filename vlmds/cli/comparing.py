@@ -78,6 +78,7 @@ def write_comparison(
     from vlmds.evaluation.compare import compare
     from vlmds.evaluation.error_kinds import read_word_list
     from vlmds.evaluation.evaluated_runs import load_evaluated
+    from vlmds.evaluation.outside_only import compare_outside
     from vlmds.evaluation.people_report import add_people, closing_line, people_text
     from vlmds.evaluation.report import to_csv, to_json, to_latex, write_report
     from vlmds.evaluation.verdict import MARGIN
@@ -88,7 +89,13 @@ def write_comparison(
     kinds = read_word_list(word_list) if errors or word_list else None
     loaded, outside = load_evaluated(runs, evaluation)
     of_metric = MARGIN if margin is None or by == "people" else margin
-    found = compare(loaded, metric, [chosen.split() for chosen in words], of_metric, outside, columns, kinds)
+    looked_for = [chosen.split() for chosen in words]
+    if loaded:
+        found = compare(loaded, metric, looked_for, of_metric, outside, columns, kinds)
+    elif reviews:
+        raise InputError("--reviews: none of the folders is a run of vlmds; name at least one that people compared")
+    else:
+        found = compare_outside(outside, metric, looked_for, of_metric, columns, kinds)
     if reviews:
         add_people(found, loaded, reviews, by, margin if by == "people" else None, outside)
     size = write_report(output, loaded, found, outside)

@@ -40,21 +40,9 @@ def build_or_adopt(
     corrected = holm([gap.p for gap in gaps])
     systems = []
     for number, (run, gap, p_holm) in enumerate(zip(outside, gaps, corrected, strict=True)):
-        systems.append(
-            {
-                "name": run.name,
-                "projector": None,
-                "adapter": None,
-                "seeds": None,
-                "metrics": {key: estimates.cell(first + number) for key, estimates in everyone.items()},
-                "cost": run.cost,
-                "kind": run.outside.kind,
-                "source": run.outside.source,
-                "revision": run.outside.revision,
-                "licence": run.outside.licence,
-                "gap": {"value": gap.value, "low": gap.low, "high": gap.high, "p": gap.p, "p_holm": p_holm},
-            }
-        )
+        row = outside_row(run, everyone, first + number)
+        row["gap"] = {"value": gap.value, "low": gap.low, "high": gap.high, "p": gap.p, "p_holm": p_holm}
+        systems.append(row)
     values = found.values[first:]
     best = int(np.argmax(values))
     allowed = verdict["margin"] * abs(float(found.values.max()))
@@ -74,6 +62,22 @@ def build_or_adopt(
         "best": outside[best].name,
         "sources": found.sources,
         "answer": answer,
+    }
+
+
+def outside_row(run: OutsideRun, estimates: Mapping[str, Estimates], number: int) -> dict[str, Any]:
+    """An outside model's row of the table; number: its place in the estimates of each metric."""
+    return {
+        "name": run.name,
+        "projector": None,
+        "adapter": None,
+        "seeds": None,
+        "metrics": {key: found.cell(number) for key, found in estimates.items()},
+        "cost": run.cost,
+        "kind": run.outside.kind,
+        "source": run.outside.source,
+        "revision": run.outside.revision,
+        "licence": run.outside.licence,
     }
 
 

@@ -17,9 +17,9 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross
 def charts(runs: list[Run], found: dict[str, Any]) -> dict[str, dict]:
     """{id: {figure, titles, name, alt}}: figures without colours of text or paper, which the page sets for light
     and dark; axis titles by language; name and description in English and Korean."""
-    made = {"scatter": _quality_and_cost(found)}
+    made = {"scatter": _quality_and_cost(found)} if runs else {}  # outside models have neither tokens nor losses
     groups = group_runs(runs)
-    for number, stage in enumerate(runs[0].experiment.stages):
+    for number, stage in enumerate(runs[0].experiment.stages if runs else ()):
         made[f"loss{number}"] = _losses(groups, stage.name)
     for name, unit in (
         ("length", ("caption length, characters", "캡션 길이(글자 수)")),

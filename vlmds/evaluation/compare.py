@@ -54,14 +54,14 @@ def compare(
         raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
     runs = with_unique_names(runs)
     groups, keys, scores, others = _scored(runs, outside)
-    names = _shared_metrics([*scores, *others])
-    metric = _chosen(metric, names)
-    estimates = {name: _estimate(name, scores, runs[0], keys) for name in names}
+    names = shared_metrics([*scores, *others])
+    metric = chosen_metric(metric, names)
+    estimates = {name: estimate_of(name, scores, runs[0], keys) for name in names}
     table = [_row(group, {n: estimates[n].cell(number) for n in names}) for number, group in enumerate(groups)]
     pairs = pair_tests(estimates[metric])
     costs, by_hours = order_of_cost(groups, table)
-    found = _named(verdict(estimates[metric], pairs, costs, margin), table, metric)
-    everyone = {name: _estimate(name, scores, runs[0], keys, others) for name in names} if outside else {}
+    found = named(verdict(estimates[metric], pairs, costs, margin), table, metric)
+    everyone = {name: estimate_of(name, scores, runs[0], keys, others) for name in names} if outside else {}
     return {
         "metric": metric,
         "metrics": names,
@@ -77,20 +77,11 @@ def compare(
         "warnings": warnings(runs, keys, outside),
         "differences": differing_settings(runs),
         "factors": factors(table, estimates[metric]),
-        "breakdown": breakdown(groups, scores, keys, metric),
-        "columns": by_columns(
-            [groups[0].runs[0].predictions[key] for key in keys],
-            [[seed[metric] for seed in group] for group in scores],
-            metric,
-            sources_of(runs[0], keys),
-            columns,
-        ),
-        "unfinished": _unfinished(groups),
-        "errors": word_list and _errors(groups, keys, estimates[metric], word_list),
-        "words": _words(groups, keys, words),
+        **details(groups, keys, scores, estimates[metric], metric, words, columns, word_list),
         "people": None,  # see vlmds.evaluation.people_report.add_people
         "by": "metrics",
-        "tokenisation": {level: text for level, text in _levels(runs).items() if f"@{level}" in "".join(names)},
+        "tokenisation": levels_of(runs, names),
+        "outside_only": False,
     }
 
 
@@ -113,8 +104,8 @@ def estimates_of(runs: list[Run], metric: str | None = None) -> tuple[str, Estim
     """(the metric, its estimates of the experiments). Raises InputError as :func:`compare` does."""
     runs = with_unique_names(runs)
     _, keys, scores, _ = _scored(runs)
-    metric = _chosen(metric, _shared_metrics(scores))
-    return metric, _estimate(metric, scores, runs[0], keys)
+    metric = chosen_metric(metric, shared_metrics(scores))
+    return metric, estimate_of(metric, scores, runs[0], keys)
 
 
 Scores = Sequence[list[dict[str, np.ndarray]]]
@@ -124,25 +115,48 @@ Scores = Sequence[list[dict[str, np.ndarray]]]
 def _scored(runs: list[Run], outside: Sequence[OutsideRun] = ()) -> tuple[list[Group], list[str], Scores, Scores]:
     """The experiments, the clips that all share, the scores of the experiments, and those of the outside runs."""
     groups, keys = group_runs(runs), common_keys(runs, outside)
-    same = _comparable([*runs, *outside], keys)
-    scores = [[_scores(run, keys, same) for run in group.runs] for group in groups]
-    return groups, keys, scores, [[_scores(run, keys, same)] for run in outside]
+    same = comparable([*runs, *outside], keys)
+    scores = [[scores_of(run, keys, same) for run in group.runs] for group in groups]
+    return groups, keys, scores, [[scores_of(run, keys, same)] for run in outside]
 
 
-def _shared_metrics(scores: Scores) -> list[str]:
+def shared_metrics(scores: Scores) -> list[str]:
     return [name for name in scores[0][0] if all(name in own for group in scores for own in group)]
 
 
-def _levels(runs: list[Run]) -> dict[str, str]:
-    """How captions were divided at each level: by the evaluations, or, where scores are computed here, by this
-    vlmds."""
+def levels_of(runs: Sequence[Evaluated], names: Sequence[str]) -> dict[str, str]:
+    """How captions were divided at each level of these metrics: by the evaluations, or, where scores are computed
+    here, by this vlmds."""
     found = {level.level: level.name for level in tokenizers()}
     for run in runs:
         found |= {name.partition("@")[2]: own["tokenisation"] for name, own in run.metrics["metrics"].items()}
-    return found
+    return {level: text for level, text in found.items() if f"@{level}" in "".join(names)}
 
 
-def _chosen(metric: str | None, names: list[str]) -> str:
+def details(
+    groups: Sequence[Group],
+    keys: list[str],
+    scores: Scores,
+    found: Estimates,
+    metric: str,
+    words: Sequence[Sequence[str]],
+    columns: Sequence[str],
+    word_list: WordList | None,
+) -> dict[str, Any]:
+    """The figures that captions and scores alone give: breakdowns, cut captions, errors by kind, word accuracy."""
+    first = groups[0].runs[0]
+    lines = [first.predictions[key] for key in keys]
+    own = [[seed[metric] for seed in group] for group in scores]
+    return {
+        "breakdown": breakdown(groups, scores, keys, metric),
+        "columns": by_columns(lines, own, metric, sources_of(first, keys), columns),
+        "unfinished": _unfinished(groups),
+        "errors": word_list and _errors(groups, keys, found, word_list),
+        "words": _words(groups, keys, words),
+    }
+
+
+def chosen_metric(metric: str | None, names: list[str]) -> str:
     metric = metric or names[0]
     if metric in undefined_metrics(names):
         raise InputError(f"--metric {metric}: undefined, because the references of the clips do not differ")
@@ -151,7 +165,7 @@ def _chosen(metric: str | None, names: list[str]) -> str:
     return metric
 
 
-def _estimate(name: str, scores: Scores, run: Run, keys: list[str], fixed: Scores = ()) -> Estimates:
+def estimate_of(name: str, scores: Scores, run: Evaluated, keys: list[str], fixed: Scores = ()) -> Estimates:
     """fixed: scores of outside runs, which follow the experiments."""
     stacked = [np.stack([s[name] for s in group]) for group in [*scores, *fixed]]
     return estimate(name, stacked, sources_of(run, keys), range(len(scores), len(stacked)))
@@ -209,12 +223,12 @@ def cost_notes(groups: list[Group], by_hours: bool) -> list[tuple[str, str]]:
     return notes
 
 
-def common_keys(runs: list[Run], outside: Sequence[OutsideRun] = ()) -> list[str]:
+def common_keys(runs: Sequence[Run], outside: Sequence[OutsideRun] = ()) -> list[str]:
     """Keys of the clips that every run was evaluated on. Raises InputError if there are less than two, or the
     evaluations cannot be compared."""
     refuse(runs, outside)
     everyone: list[Evaluated] = [*runs, *outside]
-    keys = [key for key in runs[0].predictions if all(key in run.predictions for run in everyone)]
+    keys = [key for key in everyone[0].predictions if all(key in run.predictions for run in everyone)]
     if not keys:
         raise InputError(
             f"{', '.join(r.name for r in everyone)}: no clip was evaluated in all of them; "
@@ -228,13 +242,13 @@ def common_keys(runs: list[Run], outside: Sequence[OutsideRun] = ()) -> list[str
     return keys
 
 
-def sources_of(run: Run, keys: Sequence[str]) -> list[str]:
+def sources_of(run: Evaluated, keys: Sequence[str]) -> list[str]:
     """For each clip the video that it was cut from; evaluations before 0.2 do not say, and there each clip counts
     as a video of its own."""
     return [run.predictions[key].get("source") or key for key in keys]
 
 
-def _named(found: dict[str, Any], table: list[dict], metric: str) -> dict[str, Any]:
+def named(found: dict[str, Any], table: list[dict], metric: str) -> dict[str, Any]:
     """A verdict with names for numbers of methods, and the best value."""
     names = [row["name"] for row in table]
     runner_up = found["runner_up"]
@@ -327,7 +341,7 @@ def breakdown(groups, scores, keys: list[str], metric: str) -> dict[str, list[di
     return found
 
 
-def _unfinished(groups: list[Group]) -> list[dict[str, Any]]:
+def _unfinished(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Captions of each experiment that ended at max_new_tokens, of all its seeds; not of older evaluations."""
     found = []
     for group in groups:
@@ -340,7 +354,7 @@ def _unfinished(groups: list[Group]) -> list[dict[str, Any]]:
     return found
 
 
-def _errors(groups: list[Group], keys: list[str], found: Estimates, words: WordList) -> dict[str, Any]:
+def _errors(groups: Sequence[Group], keys: list[str], found: Estimates, words: WordList) -> dict[str, Any]:
     """Errors by kind, of all seeds, compared with those of the experiment with the best value."""
     captions = [[[run.predictions[key]["caption"] for key in keys] for run in group.runs] for group in groups]
     first = groups[0].runs[0]
@@ -348,7 +362,7 @@ def _errors(groups: list[Group], keys: list[str], found: Estimates, words: WordL
     return error_table(captions, references, sources_of(first, keys), int(found.values.argmax()), words)
 
 
-def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]]) -> list[dict]:
+def _words(groups: Sequence[Group], keys: list[str], words: Sequence[Sequence[str]]) -> list[dict]:
     captions = [[group.runs[0].predictions[key]["caption"] for key in keys] for group in groups]
     references = [groups[0].runs[0].predictions[key]["references"] for key in keys]
     accuracies = []
@@ -360,14 +374,14 @@ def _words(groups: list[Group], keys: list[str], words: Sequence[Sequence[str]])
     return accuracies
 
 
-def _comparable(runs: Sequence[Evaluated], keys: list[str]) -> bool:
+def comparable(runs: Sequence[Evaluated], keys: list[str]) -> bool:
     """Whether the evaluations' statistics can be used as they are: all have the same clips and tokenisation. Else
     they are computed for the common clips (CIDEr-D depends on the set)."""
     levels = runs[0].metrics["settings"]["tokenisation"]
     return all(len(run.predictions) == len(keys) and run.metrics["settings"]["tokenisation"] == levels for run in runs)
 
 
-def _scores(run: Evaluated, keys: list[str], same: bool) -> dict[str, np.ndarray]:
+def scores_of(run: Evaluated, keys: list[str], same: bool) -> dict[str, np.ndarray]:
     lines = [run.predictions[key] for key in keys]
     if same:
         return {

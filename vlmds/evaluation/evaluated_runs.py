@@ -84,14 +84,10 @@ def load_evaluated(paths: Sequence[str | Path], evaluation: str | None = None) -
     """Runs, and outside evaluations, of which none has the name of another.
 
     Raises:
-        InputError: as :func:`load_run`, or only outside evaluations.
+        InputError: as :func:`load_run`.
     """
     outside = [Path(path) for path in paths if (Path(path) / RECORD).is_file()]
     runs = [load_run(path, evaluation) for path in paths if Path(path) not in outside]
-    if not runs:
-        raise InputError(
-            f"{', '.join(map(str, outside))}: no run of vlmds; name at least one, which the others are compared with"
-        )
     found = [_load_outside(path, evaluation) for path in outside]
     names = [run.name for run in runs] + [run.name for run in found]
     return runs, [replace(run, name=str(run.path)) if names.count(run.name) > 1 else run for run in found]

@@ -78,6 +78,15 @@ def warnings(runs: list[Run], keys: list[str], outside: Sequence[OutsideRun] = (
     return [{"en": english, "ko": korean} for english, korean in found]
 
 
+def outside_warnings(outside: Sequence[OutsideRun], keys: list[str]) -> list[dict[str, str]]:
+    """As :func:`warnings`, for outside models alone."""
+    found = [*_of_clips(outside, keys)]
+    for run in outside:
+        if cut := unfinished_warning(run.metrics.get("unfinished")):
+            found.append((f"{run.name}: {cut[0]}", f"{run.name}: {cut[1]}"))
+    return [{"en": english, "ko": korean} for english, korean in found]
+
+
 def _of_clips(runs: Sequence[Evaluated], keys: list[str]) -> Iterator[tuple[str, str]]:
     """The warning, in English and Korean, that runs were evaluated on different clips."""
     sizes = {run.name: len(run.predictions) for run in runs}

@@ -25,7 +25,7 @@ def next_steps(groups: list[Group], found: dict[str, Any]) -> list[Step]:
         found: of :func:`vlmds.evaluation.compare.compare`.
     """
     v = found["verdict"]
-    steps = []
+    steps: list[Step] = []
     if found["warnings"]:
         steps.append(
             Step(
@@ -36,10 +36,24 @@ def next_steps(groups: list[Group], found: dict[str, Any]) -> list[Step]:
             )
         )
     if v["runner_up"] is None:
-        steps.append(Step(("Evaluate another experiment, and compare the two.", "다른 실험을 평가해 함께 비교하세요.")))
+        another = "model" if found["outside_only"] else "experiment"
+        another_ko = "모델" if found["outside_only"] else "실험"
+        steps.append(
+            Step((f"Evaluate another {another}, and compare the two.", f"다른 {another_ko}을 평가해 함께 비교하세요."))
+        )
         return steps
     if v["chosen"] is None:
         steps.append(_more_data(groups, found))
+    elif found["outside_only"]:
+        steps.append(
+            Step(
+                (
+                    "Compare it with an experiment of your own, to decide whether to build or adopt.",
+                    "직접 학습한 실험과 함께 비교해 직접 학습과 도입 중 하나를 결정하세요.",
+                ),
+                "vlmds compare RUN …",
+            )
+        )
     elif v["checkpoints_only"]:
         steps.append(
             Step(
@@ -82,6 +96,15 @@ def _more_data(groups: list[Group], found: dict[str, Any]) -> Step:
             (
                 f"Evaluate on at least {FEW_SOURCES} videos; these are {found['sources']}.",
                 f"영상을 {FEW_SOURCES}개 이상으로 늘려 평가하세요(현재 {found['sources']}개).",
+            )
+        )
+    if found["outside_only"]:
+        clips = f"about {v['needed']['clips']:,}" if v["needed"] else "more"
+        clips_ko = f"약 {v['needed']['clips']:,}개" if v["needed"] else "더 많은 수"
+        return Step(
+            (
+                f"Evaluate on {clips} clips, or accept a larger margin (compare --margin).",
+                f"클립 {clips_ko}로 평가하거나 허용 폭(compare --margin)을 넓히세요.",
             )
         )
     if v["needed"]:

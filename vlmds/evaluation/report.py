@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from plotly.offline import get_plotlyjs
@@ -39,7 +39,7 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any], outsi
     """Write the page; returns its size in bytes. found: result of :func:`compare` for the same runs."""
     runs = with_unique_names(runs)
     groups = group_runs(runs)
-    shown = [(group.name, group.runs[0]) for group in groups] + [(run.name, run) for run in outside]
+    shown = [(group.name, cast(Evaluated, group.runs[0])) for group in groups] + [(run.name, run) for run in outside]
     clips = clip_grid([run for _, run in shown], found["metric"], common_keys(runs, outside))
     made = charts(runs, found)
     plotly = get_plotlyjs()
@@ -47,7 +47,9 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any], outsi
     page = render(
         "vlmds.evaluation",
         "report.html.j2",
-        title=("Comparison of experiments", "실험 비교"),
+        title=("Comparison of outside models", "외부 모델 비교")
+        if found["outside_only"]
+        else ("Comparison of experiments", "실험 비교"),
         policy=policy(script, plotly),
         scripts=[script],
         plotly=plotly,
@@ -57,14 +59,14 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any], outsi
         marks=MARK_NAMES,
         weakened=weakened(found),
         adopt=adopt_sentence(found),
-        systems=found["adopt"]["systems"] if outside else [],
-        compared=compared_facts(runs, groups, found),
+        systems=found["adopt"]["systems"] if found["adopt"] else [],
+        compared=compared_facts(runs, groups, found) if runs else outside_facts(outside, found),
         by_value=by_value,
         tokenisation=[(level, _in_both(name)) for level, name in found["tokenisation"].items()],
         steps=next_steps(groups, found),
         videos=VIDEOS,
         error_names=NAMES,
-        uses_video={row["name"]: not doubts(row["looking"]) for row in found["table"]},
+        uses_video={row["name"]: not doubts(row["looking"]) for row in found["table"] if "looking" in row},
         cost=COST,
         projectors=PROJECTORS,
         adapters=ADAPTERS,
@@ -109,6 +111,18 @@ def compared_facts(runs: list[Run], groups: list[Group], found: dict[str, Any]) 
         (("language model", "언어 모델"), of_all(lambda run: run.metrics["settings"].get("llm"))),
         (("frames per clip", "클립당 프레임"), of_all(lambda run: run.metrics["settings"].get("num_frames"))),
         (("prompt", "프롬프트"), of_all(lambda run: run.metrics["settings"].get("prompt"))),
+    ]
+
+
+def outside_facts(outside: Sequence[OutsideRun], found: dict[str, Any]) -> list[tuple[Text, list]]:
+    """As :func:`compared_facts`, for outside models alone."""
+    clips, videos = f"{found['clips']:,}", f"{found['sources']:,}"
+    splits = list(dict.fromkeys(run.metrics["settings"].get("split") for run in outside))
+    return [
+        (("outside models", "외부 모델"), [run.name for run in outside]),
+        (("metric of the verdict", "판정 지표"), [found["metric"]]),
+        (("clips", "클립"), [(f"{clips} of {videos} videos", f"영상 {videos}개에서 나온 {clips}개")]),
+        (("split", "분할"), splits),
     ]
 
 

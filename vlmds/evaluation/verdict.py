@@ -98,6 +98,8 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
     Args:
         found: of :func:`vlmds.evaluation.compare.compare`.
     """
+    if found["outside_only"]:
+        return _outside_sentences(found)
     v, metric = found["verdict"], found["metric"]
     best, value = v["best"], f"{v['value']:.2f}"
     if v["runner_up"] is None:
@@ -127,6 +129,64 @@ def verdict_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
     if line := tuning_sentence(found["tuning"]):
         said.append(line)
     return said
+
+
+def _outside_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The verdict on outside models alone, which no cost decides."""
+    v, metric = found["verdict"], found["metric"]
+    best, value, margin = v["best"], f"{v['value']:.2f}", f"{100 * v['margin']:g}%"
+    highest, highest_ko = (
+        f"{best} has the highest {metric}, {value}",
+        f"{metric}가 가장 높은 모델은 {best}({value})입니다",
+    )
+    if v["runner_up"] is None:
+        return [
+            (
+                f"One model only: {best}, {metric} {value}. There is nothing to compare it with.",
+                f"모델이 하나뿐입니다: {best}, {metric} {value}. 비교 대상이 없습니다.",
+            )
+        ]
+    others = ", ".join(name for name in v["could_be_best"] if name != best)
+    if v["few"]:
+        said = (
+            f"No winner is named: {found['sources']} videos are too few ({FEW_SOURCES} at least). {highest}.",
+            f"판정 보류: 영상 {found['sources']}개로는 부족합니다({FEW_SOURCES}개 이상 필요). {highest_ko}.",
+        )
+    elif not others:
+        said = (
+            f"Take {best}: it has the highest {metric} ({value}), and each other model is shown to be worse.",
+            f"권장: {best}. {metric} {value}로 1위이며, 다른 모든 모델의 점수가 이보다 낮다는 것이 확인되었습니다.",
+        )
+    elif v["chosen"] is not None:
+        said = (
+            f"Take {best}: it has the highest {metric} ({value}), and is shown to be at most {margin} below the best, "
+            "whichever that is.",
+            f"권장: {best}. {metric} {value}로 1위이며, 실제 1위가 다른 모델이더라도 그보다 최대 {margin} 낮다는 것이 "
+            "확인되었습니다.",
+        )
+    else:
+        said = (
+            f"Not decidable with this data: no model is shown to be within {margin} of the best. {highest}.",
+            f"이 데이터로는 판정할 수 없습니다. 1위와의 차이가 {margin} 이내라고 확인된 모델이 없습니다. {highest_ko}.",
+        )
+    sentences = [said]
+    if v["needed"]:
+        clips = f"{v['needed']['clips']:,}"
+        sentences.append(
+            (f"About {clips} clips would decide it.", f"클립 약 {clips}개면 판정할 수 있을 것으로 예상됩니다.")
+        )
+    if others:
+        tied = f"{best}와(과) 통계적으로 차이가 없는 모델: {others}."
+        sentences.append((f"Statistically tied with {best}: {others}.", tied))
+    sentences.append(
+        (
+            "None of these models was trained here: costs of training do not count, and whether to build or adopt needs "
+            "a run of vlmds beside them.",
+            "모두 직접 학습하지 않은 외부 모델이므로 학습 비용은 판정에 쓰지 않습니다. 직접 학습과 도입 중 어느 쪽이 나은지 "
+            "판단하려면 vlmds로 학습한 실행을 함께 비교하세요.",
+        )
+    )
+    return sentences
 
 
 def tied_sentence(v: dict[str, Any]) -> list[tuple[str, str]]:
