@@ -146,7 +146,7 @@ def test_build_or_adopt_is_answered_and_does_not_change_the_verdict(tmp_path, va
 @pytest.mark.parametrize(
     ("values", "clips", "margin", "said"),
     [
-        ((40, 50, 60), 80, "3%", "Take model60: it has the highest cider_d@char (6"),
+        ((40, 50, 60), 80, "3%", "Take model60: it has the highest cider_d@char ("),
         (
             (60, 60.1, 40),
             200,

@@ -48,8 +48,8 @@ def next_steps(groups: list[Group], found: dict[str, Any]) -> list[Step]:
         steps.append(
             Step(
                 (
-                    "Compare it with an experiment of your own, to decide whether to build or adopt.",
-                    "직접 학습한 실험과 함께 비교해 직접 학습과 도입 중 하나를 결정하세요.",
+                    "Compare it with a model that vlmds trained, to decide whether to build or adopt.",
+                    "vlmds로 학습한 모델과 함께 비교해 직접 학습과 도입 중 하나를 결정하세요.",
                 ),
                 "vlmds compare RUN …",
             )
