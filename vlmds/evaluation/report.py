@@ -67,7 +67,7 @@ def write_report(path: str | Path, runs: list[Run], found: dict[str, Any], outsi
         videos=VIDEOS,
         error_names=NAMES,
         uses_video={row["name"]: not doubts(row["looking"]) for row in found["table"] if "looking" in row},
-        cost=COST,
+        cost={k: c for k, c in COST.items() if runs or any(row["cost"][k] is not None for row in found["table"])},
         projectors=PROJECTORS,
         adapters=ADAPTERS,
         cells={(r["projector"], r["adapter"]): r for r in reversed(found["table"])},
