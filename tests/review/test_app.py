@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import av
 import pytest
@@ -21,6 +20,7 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from tests.clips import decode_all  # noqa: E402
 from tests.review.conftest import CLIPS, RUNS, captions_of, plant  # noqa: E402
+from tests.review.server import Server  # noqa: E402
 from vlmds.errors import InputError  # noqa: E402
 from vlmds.evaluation.reviews import read_plan, read_reviews  # noqa: E402
 from vlmds.evaluation.saved import read_captions, read_evaluation  # noqa: E402
@@ -430,27 +430,6 @@ def test_stratified_and_clips_of_another_dataset(runs, tmp_path, videos, shards)
     pack(videos.parent / "small.jsonl", tmp_path / "small", progress=False, workers=1)
     with pytest.raises(InputError, match=r"are not in it, such as c0\d\d; give the dataset that the runs"):
         open_reviews(tmp_path / "other", runs, data=str(tmp_path / "small"))
-
-
-class Server:
-    """A real process of `vlmds review`."""
-
-    def __init__(self, folder: Path, *more: str, port: str = "0"):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vlmds.cli", "review", *more, "-o", str(folder), "--port", port],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for line in self.process.stdout:
-            if found := re.search(r"reviews: (http://\S+)", line):
-                self.url = found[1]
-                return
-        raise AssertionError("the server did not start")
-
-    def end(self, number: int = signal.SIGINT) -> int:
-        os.kill(self.process.pid, number)
-        self.process.stdout.close()
-        return self.process.wait(30)
 
 
 def test_a_killed_server_loses_nothing(runs, tmp_path):

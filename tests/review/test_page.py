@@ -11,7 +11,7 @@ pytest.importorskip("uvicorn")
 from tests.browser import open_browser  # noqa: E402
 from tests.clips import write_manifest, write_video  # noqa: E402
 from tests.review.conftest import RUNS, captions_of, plant, references  # noqa: E402
-from tests.review.test_app import Server  # noqa: E402
+from tests.review.server import Server  # noqa: E402
 from vlmds.evaluation.reviews import read_reviews  # noqa: E402
 from vlmds.packing.pack import pack  # noqa: E402
 
