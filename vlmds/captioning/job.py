@@ -30,9 +30,10 @@ from vlmds.data.loader import SampleReader
 from vlmds.distributed import ranks
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.errors import InputError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import ClipInput
-from vlmds.inference.options import GenerationOptions, caption_settings
+from vlmds.inference.options import CAPTION_BATCH_SIZE, GenerationOptions, caption_settings
 from vlmds.inference.video_captioner import VideoCaptioner
 from vlmds.models.artifact import Artifact, artifact_experiment, read_artifact, weights_sha256
 from vlmds.runs.folder import final_artifact
@@ -52,9 +53,9 @@ class CaptionJob:
     window: float | None = None
     generation: GenerationOptions = GenerationOptions()
     prompt: str | None = None
-    batch_size: int = 4
+    batch_size: int = CAPTION_BATCH_SIZE
     workers: int | None = None
-    deadline: float = 60.0
+    deadline: float = DECODE_SECONDS
     device: str | None = None
     overrides: Sequence[str] = ()
 
@@ -142,9 +143,9 @@ def caption_to_file(
     window: float | None = None,
     generation: GenerationOptions = GenerationOptions(),
     prompt: str | None = None,
-    batch_size: int = 4,
+    batch_size: int = CAPTION_BATCH_SIZE,
     workers: int | None = None,
-    deadline: float = 60.0,
+    deadline: float = DECODE_SECONDS,
     device: str | None = None,
     overrides: Sequence[str] = (),
     progress: bool = True,

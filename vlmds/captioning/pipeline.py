@@ -21,8 +21,9 @@ from vlmds.data.loader import SampleReader, visual_inputs
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.watchdog import doing
 from vlmds.errors import SampleError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.inference.generation import ClipInput, caption_batches
-from vlmds.inference.options import GenerationOptions
+from vlmds.inference.options import CAPTION_BATCH_SIZE, GenerationOptions
 from vlmds.inference.video_captioner import VideoCaptioner, batched
 from vlmds.runs.rank_jsonl import Record
 from vlmds.video.pool import Clip, decode_windows, video_facts
@@ -49,9 +50,9 @@ def caption_records(
     *,
     window: float | None = None,
     prompt: str | None = None,
-    batch_size: int = 4,
+    batch_size: int = CAPTION_BATCH_SIZE,
     workers: int | None = None,
-    deadline: float = 60.0,
+    deadline: float = DECODE_SECONDS,
 ) -> Iterator[Record]:
     """Captions with their times, for notebooks: for each video in order, or each window of it, a
     dict with video, start, end, duration (seconds) and caption, or error in its place.

@@ -9,7 +9,9 @@ from vlmds.captioning.outputs import FORMATS as CAPTION_FORMATS
 from vlmds.cli.options import add_data, add_generation, add_loading, generation_options, load
 from vlmds.console.text import counted
 from vlmds.errors import InputError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.export import FORMATS as EXPORT_FORMATS
+from vlmds.inference.options import CAPTION_BATCH_SIZE
 from vlmds.serve.limits import Limits
 
 OF_FROM = ("record", "out", "format", "again", "call", "parser")
@@ -110,14 +112,20 @@ def add_caption(commands) -> None:
     add("--json", action="store_true", help="print one JSON object per line")
     add("--prompt", metavar="TEXT", help="prompt to use (default: the experiment's)")
     add_generation(add)
-    add("--batch-size", type=int, default=4, metavar="N", help="videos per batch (default: 4)")
+    add(
+        "--batch-size",
+        type=int,
+        default=CAPTION_BATCH_SIZE,
+        metavar="N",
+        help=f"videos per batch (default: {CAPTION_BATCH_SIZE})",
+    )
     add("--workers", type=int, metavar="N", help="decoding processes (default: one per core)")
     add(
         "--deadline",
         type=float,
-        default=60.0,
+        default=DECODE_SECONDS,
         metavar="SECONDS",
-        help="time limit for decoding one video, or some of its windows (default: 60)",
+        help=f"time limit for decoding one video, or some of its windows (default: {DECODE_SECONDS:g})",
     )
     add_loading(add)
     command.set_defaults(call=caption, parser=command)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vlmds.console.progress import phase
 from vlmds.console.text import counted, size_text
 from vlmds.errors import InputError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.files import as_path
 
 if TYPE_CHECKING:
@@ -301,5 +302,10 @@ def add_pack(commands) -> None:
     )
     add("--no-report", action="store_true", help="do not write pack_report.html")
     add("--workers", type=int, help="decoding processes (default: one per core)")
-    add("--deadline", type=float, default=60.0, help="time limit for one video, in seconds (default: 60)")
+    add(
+        "--deadline",
+        type=float,
+        default=DECODE_SECONDS,
+        help=f"time limit for one video, in seconds (default: {DECODE_SECONDS:g})",
+    )
     command.set_defaults(call=pack)

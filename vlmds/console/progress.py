@@ -81,6 +81,8 @@ class Phase:
         if unit == "bytes":
             unit, size, form = ("GB", 1e9, ".1f") if amounts[-1] >= 1e9 else ("MB", 1e6, ".0f")
             texts = [format(amount / size, form) for amount in amounts]
+        if texts[-1] == "1":
+            unit = unit.removesuffix("es") if unit.endswith("ches") else unit.removesuffix("s")
         return f"{' of '.join(texts)} {unit}".rstrip()
 
 
@@ -94,7 +96,7 @@ def phase(
     Args:
         what: the work, such as "checking weights".
         total: the amount of work; None if unknown.
-        unit: of :meth:`Phase.advance`: "bytes", a noun in the plural, or empty.
+        unit: of :meth:`Phase.advance`: "bytes", a noun in the plural (with an s), or empty.
         each_node: the first rank of each other node prints, too, with its host's name.
         left: show the estimated time left; for items of similar size.
     """

@@ -28,6 +28,7 @@ from vlmds.data.order import micro_batch_positions
 from vlmds.data.stored import read_description, read_jpegs, read_video
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.errors import InputError, SampleError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.models.captioner import as_batch
 from vlmds.models.sequences import SequenceBuilder
 from vlmds.video.fit import FIT, fit_of
@@ -106,7 +107,7 @@ class SampleReader(SampleRows):
         seed: int = 0,
         window: int = 16,
         shuffle: bool = True,
-        decode_seconds: float = 60.0,
+        decode_seconds: float = DECODE_SECONDS,
         fit: str = FIT,
     ):
         for index in dataset.parts:

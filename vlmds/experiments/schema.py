@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from vlmds.experiments.defaults import DECODE_SECONDS
+
 
 def _number(value: Any) -> Any:
     """Convert a string such as ``1e-3``, which YAML 1.1 (and so PyYAML) does not read as a number."""
@@ -196,7 +198,7 @@ class DataConfig(_Source):
     cache_gb: PositiveFloat = 100.0
     """Size limit of ``cache_dir`` in 10^9 bytes; the least recently used shards are deleted first. If it is
     less than ``shuffle_window`` shards, reading is slow, as each shard is fetched many times."""
-    decode_seconds: PositiveFloat = 60.0
+    decode_seconds: PositiveFloat = DECODE_SECONDS
     """Seconds that decoding one video may take before the sample counts as unreadable."""
     num_frames: PositiveInt = 8
     """Frames per clip, sampled at the centres of this many equal spans."""

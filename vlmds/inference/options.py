@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8
 """Clips per batch of an evaluation."""
+CAPTION_BATCH_SIZE = 4
+"""Clips per batch of `vlmds caption` and the Python API."""
 
 
 def _option(default: float, help: str, name: str | None = None) -> Any:

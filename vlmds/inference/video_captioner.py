@@ -16,9 +16,10 @@ from transformers.generation.streamers import TextIteratorStreamer
 from vlmds.distributed.cores import cores_of_rank
 from vlmds.distributed.cuda import check_gpus
 from vlmds.errors import InputError, SampleError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.experiments.schema import Experiment
 from vlmds.inference.generation import ClipInput, caption_batches, generate_captions
-from vlmds.inference.options import GenerationOptions
+from vlmds.inference.options import CAPTION_BATCH_SIZE, GenerationOptions
 from vlmds.models.artifact import (
     Artifact,
     artifact_experiment,
@@ -87,7 +88,7 @@ class VideoCaptioner:
         options: GenerationOptions | None = None,
         *,
         prompt: str | None = None,
-        batch_size: int = 4,
+        batch_size: int = CAPTION_BATCH_SIZE,
         workers: int | None = None,
     ) -> Iterator[str | SampleError]:
         """The caption of each video (path, URL or :class:`Clip`), in order, or the error.
@@ -110,7 +111,7 @@ class VideoCaptioner:
                 yield clip.about if caption is None else caption
 
     def frames(
-        self, videos: Iterable[str | Clip], workers: int | None = None, deadline: float = 60.0
+        self, videos: Iterable[str | Clip], workers: int | None = None, deadline: float = DECODE_SECONDS
     ) -> Iterator[np.ndarray | SampleError]:
         """The model's frames of each video, in order, uint8 [F, 3, S, S] (F is 1 for a still picture), or the
         error. deadline: seconds for decoding one video."""

@@ -32,6 +32,7 @@ from vlmds.data.index import SampleRow, ShardIndex
 from vlmds.data.shard_reader import ShardInfo
 from vlmds.data.stored import decode_stored, pixels_of, read_jpegs
 from vlmds.errors import InputError, SampleError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.files import as_path, is_url
 from vlmds.packing.finish import finish_dataset
 from vlmds.packing.local import counting
@@ -94,7 +95,7 @@ def convert(
     tower: VisionTower | None = None,
     tower_name: str | None = None,
     workers: int | None = None,
-    deadline: float = 60.0,
+    deadline: float = DECODE_SECONDS,
     task: tuple[int, int] | None = None,
     finish: bool = False,
     merge: bool = False,

@@ -16,6 +16,7 @@ from typing import Any
 from vlmds.console.progress import phase, silenced
 from vlmds.console.text import counted
 from vlmds.errors import InputError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.files import as_path, driver_advice, is_url
 from vlmds.packing.finish import Base, Finished, finish_dataset
 from vlmds.packing.local import pack_here
@@ -89,7 +90,7 @@ def pack(
     task: tuple[int, int] | None = None,
     engine: str = "local",
     workers: int | None = None,
-    deadline: float = 60.0,
+    deadline: float = DECODE_SECONDS,
     progress: bool = True,
     **options: Any,
 ) -> PackSummary:

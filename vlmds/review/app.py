@@ -61,7 +61,7 @@ class _Request(BaseModel):
     seconds: float | None = Field(default=None, ge=0, le=86400)
 
 
-def serve_reviews(opened: Opened, *, host: str = "127.0.0.1", port: int = 7861) -> None:
+def serve_reviews(opened: Opened, *, host: str = "127.0.0.1", port: int) -> None:
     """Serve until a signal ends it.
 
     Raises:

@@ -18,7 +18,7 @@ def serve(
     runs: Sequence[Path],
     *,
     host: str = "127.0.0.1",
-    port: int = 7860,
+    port: int,
     limits: Limits | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),

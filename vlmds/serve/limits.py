@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmds.errors import InputError
+from vlmds.experiments.defaults import DECODE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Limits:
     urls: bool = False
     tokens: int = 1024
     prompt: int = 4000
-    decode_seconds: float = 60.0
+    decode_seconds: float = DECODE_SECONDS
 
     def __post_init__(self):
         for option, value in (("--max-mb", self.megabytes), ("--max-seconds", self.seconds)):

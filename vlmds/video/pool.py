@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from vlmds.errors import SampleError
+from vlmds.experiments.defaults import DECODE_SECONDS
 from vlmds.video.decode_work import FramesRequest, VideoReply, VideoRequest
 from vlmds.video.fit import FIT
 from vlmds.video.handover import give, take
@@ -52,7 +53,7 @@ def decode_videos(
     image_size: int,
     *,
     workers: int,
-    deadline: float = 60.0,
+    deadline: float = DECODE_SECONDS,
     fit: str = FIT,
 ) -> Iterator[np.ndarray | SampleError]:
     """For each video (path, URL or Clip), in order, its sampled frames, uint8 [F, 3, size, size] (F is 1 for a still
@@ -70,7 +71,7 @@ def decode_windows(
     image_size: int,
     *,
     workers: int,
-    deadline: float = 60.0,
+    deadline: float = DECODE_SECONDS,
     fit: str = FIT,
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]] | SampleError]:
     """For each clip, in order, the sampled frames of the W equal windows that it is cut into,
@@ -99,7 +100,7 @@ def decode_windows(
 
 
 def video_facts(
-    videos: Iterable[str], *, workers: int, deadline: float = 60.0
+    videos: Iterable[str], *, workers: int, deadline: float = DECODE_SECONDS
 ) -> Iterator[dict[str, Any] | SampleError]:
     """For each video (path or URL), in order, what the probe says of it: frames, fps,
     duration (seconds), width, height (as displayed), codec, rotation (degrees), decoder; or why it
