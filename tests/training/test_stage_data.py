@@ -13,7 +13,9 @@ from tests.training.launch import arguments, metrics, train, train_and_kill
 from tests.training.test_training import assert_same_weights, weights
 from vlmds.cli import main
 from vlmds.data.dataset import open_dataset, open_stages
+from vlmds.data.index import ShardIndex
 from vlmds.data.loader import SampleReader, training_collate
+from vlmds.data.stored import read_description
 from vlmds.doctor.node import OK, CheckContext, check_dataset
 from vlmds.errors import InputError
 from vlmds.evaluation.evaluate import evaluate_run
@@ -91,6 +93,41 @@ def test_each_stage_reads_its_own_data_and_resumes_in_it(models, shards, picture
     assert_same_weights(weights(run), weights(calm))
     done = train(0, *arguments(models, shards, run, *own(shards)), expect=2)
     assert f"stages.0.data: {shards} is not the data that" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_llava_and_ms_swift_files_are_trained_on_as_they_are(models, tmp_path):
+    """Pictures of a LLaVA file for align, videos of an ms-swift file for finetune: a JSON array, and lines."""
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        Image.fromarray(picture(i, 64, 48)).save(tmp_path / "images" / f"{i}.jpg")
+        write_video(tmp_path / f"{i}.mp4", frames=9)
+    llava = [
+        {"id": f"llava-{i}", "image": f"images/{i}.jpg",
+         "conversations": [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": f"{i}번 사진입니다."}]}
+        for i in range(6)
+    ]  # fmt: skip
+    (tmp_path / "llava.json").write_text(json.dumps(llava), encoding="utf-8")
+    swift = [
+        {"messages": [{"role": "user", "content": "<video>설명해 주세요."}, {"role": "assistant", "content": f"{i}번 영상입니다."}],
+         "videos": [f"{i}.mp4"]}
+        for i in range(6)
+    ]  # fmt: skip
+    write_manifest(tmp_path / "swift.jsonl", swift)
+    data = {name: tmp_path / name for name in ("pictures", "clips")}
+    for manifest, out in zip(("llava.json", "swift.jsonl"), data.values(), strict=True):
+        assert main(["pack", str(tmp_path / manifest), str(out)]) == 0
+    found = [
+        read_description(index.read(index.row("train", 0, i)))
+        for index in map(ShardIndex.open, data.values())
+        for i in range(index.count("train"))
+    ]
+    assert {each["prompt"] for each in found} == {PROMPT, "설명해 주세요."}
+    run = tmp_path / "run"
+    steps = ("stages.0.steps=2", "stages.1.steps=2")
+    train(0, *arguments(models, data["clips"], run, f"stages.0.data.path={data['pictures']}", *steps))
+    lines = [line for line in metrics(run) if line["kind"] == "train"]
+    assert [line["stage"] for line in lines] == ["align"] * 2 + ["finetune"] * 2
+    assert all(line["loss"] > 0 for line in lines)
 
 
 @pytest.mark.distributed
