@@ -1,5 +1,5 @@
-"""Near-duplicates: samples of different source videos whose frames look the same, as in a copy of another
-encoding, size or length. Those in train and in another split at once are leaks.
+"""Near-duplicates: samples of different source videos whose frames look the same, as in a re-encoded, resized or
+shortened copy. Those in train and in another split at once are leaks.
 
 Hashes of frames (`vlmds.video.frame_hash`) are in the shards' markers. They are sorted by each of seven bands of
 their bits and compared with the next few alone (the sorted-neighbourhood method): the time grows as N log N.
