@@ -94,7 +94,7 @@ def test_a_stage_that_becomes_worse_ends_early_with_its_best_weights(models, sha
 def test_captions_that_are_due_wait_when_a_stop_was_asked_for(models, shards, tmp_path):
     """They take long, and whoever sends the signal waits for the checkpoint alone."""
     run = tmp_path / "run"
-    words = arguments(models, shards, run, "training.evaluate_every=3", "training.evaluate_tokens=4")
+    words = arguments(models, shards, run, "training.evaluate_every=1", "training.evaluate_tokens=2")
     train(
         2,
         *words,
@@ -102,11 +102,12 @@ def test_captions_that_are_due_wait_when_a_stop_was_asked_for(models, shards, tm
         script=FAULTY,
         VLMDS_TEST_FAULT=json.dumps({"kind": "signal", "name": "SIGTERM", "rank": 1, "call": 3}),
     )
-    assert [r["step"] for r in metrics(run) if r["kind"] == "train"] == [1, 2, 3]
-    assert not [r for r in metrics(run) if r["kind"] == "eval"]
+    steps = [r["step"] for r in metrics(run) if r["kind"] == "train"]
+    assert steps in ([1, 2, 3], [1, 2, 3, 4])  # the other rank may learn of it a step later
+    assert [r["step"] for r in metrics(run) if r["kind"] == "eval"] == steps[:-1]
     train(2, *words)
     assert [(r["stage"], r["step"]) for r in metrics(run) if r["kind"] == "eval"] == [
-        (stage, step) for stage in ("align", "finetune") for step in (3, 6)
+        (stage, step) for stage in ("align", "finetune") for step in range(1, 7)
     ]
 
 
