@@ -111,7 +111,8 @@ def test_two_runs_side_by_side_in_a_browser(server, clip, browser, tmp_path):
     bad.write_bytes(b"no video" * 100)
     page.choose(bad)
     assert page.until(lambda: page.captions() == ["", ""]) and not page.find("#frames img")
-    assert "cannot be captioned: cannot be read" in page.find("#preview")[0].text and not page.find("#preview video")
+    page.until(lambda: "cannot be captioned: cannot be read" in page.find("#preview")[0].text)
+    assert not page.find("#preview video")
     page.click("#go")
     page.until(lambda: "This video cannot be captioned: cannot be read" in page.state())
     assert page.find("[role=alert].bad") and "Traceback" not in browser.page_source

@@ -84,8 +84,6 @@ CSS = """
 .vlmds-preview p { margin: 6px 0; }
 /* Korean breaks between words, not inside them. */
 .gradio-container, .gradio-container textarea { word-break: keep-all; overflow-wrap: anywhere; }
-#preview:not(:has(.vlmds-preview, .vlmds-state)), #state:not(:has(.vlmds-state)), #frames:not(:has(.vlmds-frames)) {
-  display: none; }
 .vlmds-frames { display: grid; gap: 8px;
                 grid-template-columns: repeat(var(--row), minmax(0, 160px)); }
 @media (max-width: 700px) { .vlmds-frames { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
@@ -188,7 +186,7 @@ class _Page:
                             gr.Textbox(
                                 label=name,
                                 lines=4,
-                                max_lines=1000,  # all of it, as a box that scrolls has no focus
+                                max_lines=20,  # more would slow the browser down with every token of a long text
                                 interactive=False,
                                 buttons=["copy"],
                                 min_width=260,
