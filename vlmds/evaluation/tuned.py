@@ -84,8 +84,10 @@ def tuning_sentence(found: dict[str, Any]) -> tuple[str, str] | None:
         how = f" ({found['budget']})" if found["budget"] else ""
         hours = "—" if found["gpu_hours"] is None else f"{found['gpu_hours']:.3g}"
         return (
-            f"Learning rates were tuned for each experiment by pilot runs{how}, which took {hours} GPU-hours more in all.",
-            f"학습률은 실험마다 예비 학습으로 튜닝했으며{how}, 여기에 모두 {hours} GPU 시간이 추가로 들었습니다.",
+            f"Learning rates were tuned for each experiment by pilot runs{how}, which took {hours} GPU-hours more in all. "
+            "A rate that is best in a short pilot can be too high for the whole stage: compare with untuned runs.",
+            f"학습률은 실험마다 예비 학습으로 튜닝했으며{how}, 여기에 모두 {hours} GPU 시간이 추가로 들었습니다. 짧은 예비 학습에서 가장 좋은 "
+            "학습률이 전체 단계에는 너무 높을 수 있으므로 튜닝하지 않은 실행과 비교하세요.",
         )
     if any(row["tuned"] for row in found["rows"]):
         return None
