@@ -50,8 +50,7 @@ def compare(
         InputError: the evaluations cannot be compared (:func:`vlmds.evaluation.like_for_like.refuse`), fewer than
             two clips that all runs were evaluated on, or no such metric.
     """
-    if not 0 < margin < 1:
-        raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
+    check_margin(margin)
     runs = with_unique_names(runs)
     groups, keys, scores, others = _scored(runs, outside)
     names = shared_metrics([*scores, *others])
@@ -83,6 +82,12 @@ def compare(
         "tokenisation": levels_of(runs, names),
         "outside_only": False,
     }
+
+
+def check_margin(margin: float) -> None:
+    """Raises InputError: not a share of the best value."""
+    if not 0 < margin < 1:
+        raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
 
 
 def _row(group: Group, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from vlmds.errors import InputError
 from vlmds.evaluation.adopt import outside_row
 from vlmds.evaluation.compare import (
+    check_margin,
     chosen_metric,
     common_keys,
     comparable,
@@ -35,8 +35,7 @@ def compare_outside(
 ) -> dict[str, Any]:
     """What :func:`vlmds.evaluation.compare.compare` returns, for models that were not trained here: "table" has their
     rows, no cost decides, and there is nothing to build or adopt. Arguments and errors are the same."""
-    if not 0 < margin < 1:
-        raise InputError(f"--margin {margin:g}: not a share between 0 and 1, such as 0.03")
+    check_margin(margin)
     groups = [Group(run.name, cast(list, [run])) for run in outside]
     keys = common_keys([], outside)
     same = comparable(outside, keys)

@@ -146,13 +146,12 @@ def _outside_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"모델이 하나뿐입니다: {best}, {metric} {value}. 비교 대상이 없습니다.",
             )
         ]
-    others = ", ".join(name for name in v["could_be_best"] if name != best)
     if v["few"]:
         said = (
             f"No winner is named: {found['sources']} videos are too few ({FEW_SOURCES} at least). {highest}.",
             f"판정 보류: 영상 {found['sources']}개로는 부족합니다({FEW_SOURCES}개 이상 필요). {highest_ko}.",
         )
-    elif not others:
+    elif v["could_be_best"] == [best]:
         said = (
             f"Take {best}: it has the highest {metric} ({value}), and each other model is shown to be worse.",
             f"권장: {best}. {metric} {value}로 1위이며, 다른 모든 모델의 점수가 이보다 낮다는 것이 확인되었습니다.",
@@ -175,9 +174,7 @@ def _outside_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
         sentences.append(
             (f"About {clips} clips would decide it.", f"클립 약 {clips}개면 판정할 수 있을 것으로 예상됩니다.")
         )
-    if others:
-        tied = f"{best}와(과) 통계적으로 차이가 없는 모델: {others}."
-        sentences.append((f"Statistically tied with {best}: {others}.", tied))
+    sentences += tied_sentence(v, "모델")
     sentences.append(
         (
             "None of these models was trained here: costs of training do not count, and whether to build or adopt needs "
@@ -189,13 +186,17 @@ def _outside_sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
     return sentences
 
 
-def tied_sentence(v: dict[str, Any]) -> list[tuple[str, str]]:
-    """Which experiments could be the best as well; nothing if none could. v: a verdict, with names."""
+def tied_sentence(v: dict[str, Any], noun: str = "실험") -> list[tuple[str, str]]:
+    """Which experiments could be the best as well; nothing if none could. v: a verdict, with names. noun: what they
+    are, in Korean."""
     others = ", ".join(name for name in v["could_be_best"] if name != v["best"])
     if not others:
         return []
     return [
-        (f"Statistically tied with {v['best']}: {others}.", f"{v['best']}와(과) 통계적으로 차이가 없는 실험: {others}.")
+        (
+            f"Statistically tied with {v['best']}: {others}.",
+            f"{v['best']}와(과) 통계적으로 차이가 없는 {noun}: {others}.",
+        )
     ]
 
 
