@@ -45,7 +45,7 @@ def server(served_runs, tmp_path_factory):
     from vlmds.serve.loaded import Models
 
     models = Models.load(
-        served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000, decode_seconds=20.0), device="cpu"
+        served_runs, Limits(megabytes=LIMIT, seconds=60.0, tokens=100_000, decode_seconds=120.0), device="cpu"
     )
     folder = tmp_path_factory.mktemp("uploads")
     listening = listen("127.0.0.1", 0)

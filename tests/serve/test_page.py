@@ -37,7 +37,7 @@ class Page:
         browser.get(url)
         self.until(lambda: self.find("#go") and self.find("#video input[type=file]"))
 
-    def until(self, found, seconds: float = 40.0):
+    def until(self, found, seconds: float = 150.0):
         from selenium.common.exceptions import WebDriverException
 
         end = time.monotonic() + seconds
